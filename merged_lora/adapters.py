@@ -1,0 +1,93 @@
+"""An adapter in memory: its modules, its content digest, and the way to and from PEFT's files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from .errors import AdapterError
+from .factors import DTYPES, Factors
+from .peft_files import Header, read_folder, write_folder
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter, read or merged: the same type goes into a merge and comes out of it.
+
+    modules:  factors by module name, as in the base model (``model.layers.0.self_attn.q_proj``).
+    header:   base model, task and layout, as far as known.
+    metadata: free text pairs; a merge says here what it did (``merged_lora.spec``, ...).
+
+    The tensors are treated as constant: change them in place and the digest is wrong.
+    """
+
+    modules: Mapping[str, Factors]
+    header: Header = Header()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise AdapterError("an adapter needs at least one module")
+        for name, f in self.modules.items():
+            if f.a.ndim != 2 or f.b.ndim != 2 or f.a.shape[0] != f.b.shape[1]:
+                raise AdapterError(f"{name}: factors of shape {tuple(f.a.shape)} and {tuple(f.b.shape)} do not multiply")
+            if f.a.dtype not in DTYPES or f.b.dtype not in DTYPES:
+                raise AdapterError(f"{name}: factors are {f.a.dtype} and {f.b.dtype}, not fp32, fp16 or bf16")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], drop: Iterable[str] = ()) -> Adapter:
+        """The adapter in a PEFT folder, wholly read into memory and checked; raises AdapterError.
+
+        drop: parts to leave out instead of refusing the adapter: ``modules_to_save``, ``lora_bias``,
+        ``target_parameters``.
+        """
+        if "\0" in os.fspath(path):
+            raise AdapterError("an adapter's path holds a NUL character")
+        adapter = cls(*read_folder(Path(path), drop))
+        if adapter.nonfinite:
+            raise AdapterError(f"{path}: {adapter.nonfinite} holds NaN or infinity")
+        return adapter
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write a PEFT folder, all of it or nothing; PEFT 0.21 and vLLM read it back to the same deltas.
+
+        overwrite: replace an adapter folder that stands there.  Raises AdapterError.
+        """
+        if "\0" in os.fspath(path):
+            raise AdapterError("an adapter's path holds a NUL character")
+        write_folder(Path(path), self.modules, self.header, self.metadata, overwrite)
+
+    @cached_property
+    def digest(self) -> str:
+        """blake2b of everything that decides the deltas: names, kinds, scalings, shapes, dtypes and values."""
+        h = hashlib.blake2b(digest_size=16)
+        for name, f in sorted(self.modules.items()):
+            h.update(f"{name}\0{f.scaling!r}\0{f.embedding}\0".encode())
+            for tensor in (f.a, f.b):
+                h.update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+                h.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return h.hexdigest()
+
+    @cached_property
+    def nonfinite(self) -> str | None:
+        """The first module that holds NaN or infinity, None where every entry is a number."""
+        for name, f in self.modules.items():
+            if not bool(torch.isfinite(f.a).all() and torch.isfinite(f.b).all()):
+                return name
+        return None
+
+    @property
+    def rank(self) -> int:
+        """Largest rank among the modules."""
+        return max(f.rank for f in self.modules.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(f.nbytes for f in self.modules.values())

@@ -1,0 +1,51 @@
+"""The two factors of one module and the delta they stand for. Knows nothing of files or of merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One module of an adapter; its delta is ``scaling * b @ a``.
+
+    a: ``[rank, in]``, b: ``[out, rank]``, both float32, float16 or bfloat16, contiguous, on the CPU.
+    embedding: the module is an embedding: ``in`` counts tokens, and PEFT applies the delta transposed.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float = 1.0
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the product."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(out, in)`` of the delta."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.a.nbytes + self.b.nbytes
+
+    def delta(self) -> torch.Tensor:
+        """The delta ``[out, in]`` in float64. Large: for tests and inspection only."""
+        return self.scaling * (self.b.double() @ self.a.double())
+
+
+def promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype in which a merge of these is stored: theirs if they agree, else what torch promotes to."""
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return result

@@ -1,0 +1,109 @@
+"""Exact linear algebra on factors: weighted sums of products, their best low-rank forms, their angles.
+
+No delta ``[out, in]`` is ever formed: everything happens on Gram matrices of size R x R, R = sum of ranks,
+in float64.  Knows nothing of strategies or files; takes and returns torch tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .factors import Factors
+from .plan import DeltaModule
+
+SLERP_STRAIGHT = 0.9995
+"""Above this |cos| the circle is a line to within rounding; the limit that mergekit uses too."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Factors of a merged delta; where the rank was cut, the squared norm kept and the one asked for."""
+
+    factors: Factors
+    energy: tuple[float, float] | None
+
+
+def merge_module(module: DeltaModule) -> Merged:
+    """The merged factors of one module, stored in ``module.dtype`` with scaling 1."""
+    weights = module.weights
+    if module.slerp is not None:
+        weights = slerp_weights(module.sources, weights, module.slerp)
+    total = sum(f.rank for f in module.sources)
+    if module.rank == total:
+        a, b = concatenate(module.sources, weights, module.dtype)
+        return Merged(Factors(a, b, 1.0, module.embedding), None)
+    a, b, energy = truncate(module.sources, weights, module.rank)
+    return Merged(Factors(a.to(module.dtype), b.to(module.dtype), 1.0, module.embedding), energy)
+
+
+def concatenate(
+    sources: Sequence[Factors], weights: Sequence[float], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A [R, in]`` and ``B [out, R]`` with ``B A = sum_i weights[i] B_i A_i``.
+
+    The weight stands on A alone, as in PEFT's ``cat``, so that B is copied and only A is rounded.
+    """
+    a = torch.cat([(f.a.float() * w).to(dtype) for f, w in zip(sources, weights, strict=True)], dim=0)
+    b = torch.cat([f.b.to(dtype) for f in sources], dim=1)
+    return a, b
+
+
+def truncate(
+    sources: Sequence[Factors], weights: Sequence[float], rank: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float]]:
+    """The best approximation of rank ``rank`` to ``sum_i weights[i] B_i A_i`` (Eckart and Young).
+
+    Returns ``A [rank, in]``, ``B [out, rank]`` in float64, the singular values split evenly between them,
+    and the squared Frobenius norms of the approximation and of what it approximates.
+    """
+    b = torch.cat([f.b.double() * w for f, w in zip(sources, weights, strict=True)], dim=1)
+    a = torch.cat([f.a.double() for f in sources], dim=0)
+    basis_b, root_b = _basis(b.T @ b)
+    basis_a, root_a = _basis(a @ a.T)
+    # b = U_b root_b and a = root_a^T V_a^T with orthonormal U_b, V_a: the small core has the singular values.
+    left, values, right = torch.linalg.svd(root_b @ root_a.T)
+    energy = float((values**2).sum())
+    k = min(rank, values.numel())
+    if energy == 0.0:
+        return a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank), (0.0, 0.0)
+    half = values[:k].sqrt()
+    new_b = b @ (basis_b @ (left[:, :k] * half))
+    new_a = (basis_a @ (right[:k].T * half)).T @ a
+    if k < rank:
+        new_a = torch.cat([new_a, new_a.new_zeros(rank - k, new_a.shape[1])], dim=0)
+        new_b = torch.cat([new_b, new_b.new_zeros(new_b.shape[0], rank - k)], dim=1)
+    return new_a, new_b, (float((values[:k] ** 2).sum()), energy)
+
+
+def _basis(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From ``G = X^T X``: ``T`` with orthonormal ``X T``, and ``S`` with ``X = (X T) S``.
+
+    Directions whose squared length is below the rounding of the Gram matrix are dropped.
+    """
+    squares, vectors = torch.linalg.eigh(gram)
+    real = squares > squares[-1].clamp(min=0) * gram.shape[0] * torch.finfo(gram.dtype).eps
+    vectors, lengths = vectors[:, real], squares[real].sqrt()
+    return vectors / lengths, lengths[:, None] * vectors.T
+
+
+def inner(x: Factors, y: Factors) -> float:
+    """Frobenius inner product of ``B_x A_x`` and ``B_y A_y`` (scalings left out), from R x R products."""
+    return float(((x.b.double().T @ y.b.double()) * (x.a.double() @ y.a.double().T)).sum())
+
+
+def slerp_weights(sources: Sequence[Factors], weights: Sequence[float], t: float) -> tuple[float, float]:
+    """Weights on ``B_0 A_0`` and ``B_1 A_1`` that interpolate ``weights[i] B_i A_i`` on the sphere.
+
+    A straight line where a delta is zero or the two are parallel (|cos| over SLERP_STRAIGHT).
+    """
+    (x, y), (wx, wy) = sources, weights
+    norms = math.sqrt(inner(x, x) * wx * wx) * math.sqrt(inner(y, y) * wy * wy)
+    cosine = inner(x, y) * wx * wy / norms if norms else 1.0
+    if abs(cosine) > SLERP_STRAIGHT:
+        return (1.0 - t) * wx, t * wy
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / math.sin(angle) * wx, math.sin(t * angle) / math.sin(angle) * wy

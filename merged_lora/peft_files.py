@@ -1,0 +1,340 @@
+"""Read and write the folders in which PEFT keeps a LoRA adapter. Knows nothing of merging.
+
+Layout and meaning follow PEFT 0.21: ``adapter_config.json`` and ``adapter_model.safetensors`` (or shards
+with an index).  Nothing is ever unpickled.  What an adapter holds beyond plain factors is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .errors import AdapterError, listed
+from .factors import DTYPES, Factors
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = "adapter_model.safetensors.index.json"
+PREFIX = "base_model.model."
+MAX_JSON = 16 << 20
+MAX_RANK = 65536
+
+DROPPABLE = ("modules_to_save", "lora_bias", "target_parameters")
+"""What can be left out without changing what the factors mean."""
+
+_FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
+_BASE_COPY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
+_BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an adapter's configuration says besides ranks and scalings."""
+
+    base_model: str | None = None
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+
+
+def read_folder(folder: Path, drop: Iterable[str] = ()) -> tuple[dict[str, Factors], Header, dict[str, str]]:
+    """The modules, header and safetensors metadata of a PEFT folder, read into memory and checked.
+
+    drop: names from :data:`DROPPABLE` that are left out instead of refused.
+    Raises AdapterError naming the file and the problem.
+    """
+    dropped = set(drop)
+    unknown = dropped.difference(DROPPABLE)
+    if unknown:
+        raise AdapterError(f"cannot drop {listed(sorted(unknown))}; these can be dropped: {', '.join(DROPPABLE)}")
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such adapter folder")
+    config = _read_config(folder / CONFIG_NAME)
+    _refuse_unsupported(folder, config, dropped)
+    tensors, metadata = _read_tensors(folder)
+    modules = _modules(folder, config, tensors, dropped)
+    header = Header(
+        base_model=_text(config.get("base_model_name_or_path")),
+        task_type=_text(config.get("task_type")),
+        fan_in_fan_out=config.get("fan_in_fan_out") is True,
+    )
+    return modules, header, metadata
+
+
+def write_folder(
+    folder: Path,
+    modules: Mapping[str, Factors],
+    header: Header,
+    metadata: Mapping[str, str],
+    overwrite: bool = False,
+) -> None:
+    """Write a PEFT folder in one step: it is complete or not there at all.
+
+    overwrite: replace an adapter folder (nothing else) that stands there.  Raises AdapterError otherwise.
+    """
+    folder = folder.absolute()
+    if folder.is_symlink() and overwrite:
+        folder = folder.resolve()
+    check_target(folder, overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise AdapterError(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        new = scratch / "new"
+        new.mkdir()
+        safetensors.torch.save_file(tensors_of(modules), new / WEIGHTS_NAME, {"format": "pt", **metadata})
+        (new / CONFIG_NAME).write_text(json.dumps(config_of(modules, header), indent=2) + "\n", encoding="utf-8")
+        for file in new.iterdir():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+        if folder.exists():
+            folder.rename(scratch / "old")
+        new.rename(folder)
+    except OSError as error:
+        raise AdapterError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise AdapterError now if :func:`write_folder` would refuse this folder later."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} exists and is not a folder")
+    entries = {entry.name for entry in folder.iterdir()}
+    if entries and not overwrite:
+        raise AdapterError(f"{folder} exists; choose another folder or overwrite it (--overwrite)")
+    foreign = sorted(entries - {CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "README.md"})
+    if foreign:
+        raise AdapterError(f"{folder} is not replaced: it also holds {listed(foreign)}")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > MAX_JSON:
+            raise AdapterError(f"{file}: larger than {MAX_JSON} bytes, this is no adapter configuration")
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{file}: missing; a PEFT adapter folder holds it beside {WEIGHTS_NAME}") from None
+    except OSError as error:
+        raise AdapterError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise AdapterError(f"{file}: not valid JSON") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: not a JSON object")
+    return config
+
+
+def _refuse_unsupported(folder: Path, config: Mapping[str, Any], dropped: set[str]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{folder}: peft_type is {kind!r}, only LORA adapters can be merged")
+    found = [
+        key
+        for key in (
+            "use_dora",
+            "lora_bias",
+            "modules_to_save",
+            "target_parameters",
+            "trainable_token_indices",
+            "layer_replication",
+            "alora_invocation_tokens",
+            "use_qalora",
+            "use_bdlora",
+            "megatron_config",
+            "arrow_config",
+        )
+        if config.get(key) and key not in dropped
+    ]
+    if config.get("bias") not in (None, "none") and "lora_bias" not in dropped:
+        found.append("bias")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
+        found.append(f"init_lora_weights={init!r} (it changed the base model)")
+    if found:
+        can = [key for key in found if key in DROPPABLE]
+        hint = f"; can be left out with --drop {' '.join(can)}" if can else ""
+        raise AdapterError(f"{folder}: this adapter uses what no merge supports: {listed(found)}{hint}")
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if (folder / WEIGHTS_NAME).is_file():
+        return _read_safetensors(folder / WEIGHTS_NAME)
+    if (folder / INDEX_NAME).is_file():
+        return _read_shards(folder)
+    for name in ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth"):
+        if (folder / name).exists():
+            raise AdapterError(
+                f"{folder / name}: pickled weights are never loaded; load it in PEFT and save it as safetensors"
+            )
+    raise AdapterError(f"{folder / WEIGHTS_NAME}: missing")
+
+
+def _read_shards(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    index = _read_config(folder / INDEX_NAME)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise AdapterError(f"{folder / INDEX_NAME}: weight_map must name a file for every tensor")
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", shard):
+            raise AdapterError(f"{folder / INDEX_NAME}: {shard[:64]!r} is not the name of a file beside it")
+        part, _ = _read_safetensors(folder / shard)
+        tensors |= part
+    missing = sorted(set(weight_map) ^ set(tensors))
+    if missing:
+        raise AdapterError(f"{folder / INDEX_NAME}: does not agree with its shards about {listed(missing)}")
+    return tensors, {}
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        data = file.read_bytes()  # not mapped: a file that is replaced later must not change what was read
+        tensors = safetensors.torch.load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except FileNotFoundError:
+        raise AdapterError(f"{file}: missing") from None
+    except OSError as error:
+        raise AdapterError(f"{file}: cannot be read ({error.strerror})") from None
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise AdapterError(f"{file}: not a sound safetensors file ({str(error)[:120]})") from None
+    return tensors, {key: value for key, value in metadata.items() if key != "format"}
+
+
+def _modules(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], dropped: set[str]
+) -> dict[str, Factors]:
+    found: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
+    others: list[str] = []
+    for key, tensor in tensors.items():
+        if _BASE_COPY.fullmatch(key):
+            continue  # PEFT's copy of the base embedding; vLLM passes over it too
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            others.append(key)
+            continue
+        module = match["module"].removeprefix(PREFIX)
+        side = match["linear"] or match["embedding"]
+        found.setdefault((module, match["embedding"] is not None), {})[side] = tensor
+    extra = [key for key in others if not _is_dropped(key, config, dropped)]
+    if extra:
+        raise AdapterError(f"{folder}: these tensors are not LoRA factors: {listed(sorted(extra))}")
+    if not found:
+        raise AdapterError(f"{folder}: holds no LoRA factors")
+    modules: dict[str, Factors] = {}
+    for (module, embedding), sides in sorted(found.items()):
+        if module in modules:
+            raise AdapterError(f"{folder}: {module} has both linear and embedding factors")
+        if len(sides) < 2:
+            raise AdapterError(f"{folder}: {module} has no lora_{'B' if 'A' in sides else 'A'}")
+        modules[module] = _checked(folder, config, module, embedding, sides["A"], sides["B"])
+    return modules
+
+
+def _is_dropped(key: str, config: Mapping[str, Any], dropped: set[str]) -> bool:
+    if key.endswith((".lora_A.bias", ".lora_B.bias")):
+        return "lora_bias" in dropped
+    if "lora_" in key:
+        return False
+    saved = config.get("modules_to_save") or []
+    of_saved_module = any(isinstance(name, str) and f".{name}." in f".{key}" for name in saved)
+    return "modules_to_save" in dropped and of_saved_module
+
+
+def _checked(
+    folder: Path, config: Mapping[str, Any], module: str, embedding: bool, a: torch.Tensor, b: torch.Tensor
+) -> Factors:
+    for side, tensor in (("A", a), ("B", b)):
+        if tensor.dtype not in DTYPES:
+            raise AdapterError(f"{folder}: {module} lora_{side} is {tensor.dtype}, only fp32, fp16 and bf16 are merged")
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise AdapterError(f"{folder}: {module} lora_{side} has shape {tuple(tensor.shape)}, not a matrix")
+    rank = _pattern(folder, config, "rank_pattern", module)
+    rank = config.get("r") if rank is None else rank
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise AdapterError(f"{folder}: rank {str(rank)[:32]!r} of {module} is not a whole number from 1 to {MAX_RANK}")
+    if (a.shape[0], b.shape[1]) != (rank, rank):
+        raise AdapterError(
+            f"{folder}: {module} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, "
+            f"but {CONFIG_NAME} says rank {rank}"
+        )
+    alpha = _pattern(folder, config, "alpha_pattern", module)
+    alpha = config.get("lora_alpha") if alpha is None else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterError(f"{folder}: lora_alpha {str(alpha)[:32]!r} of {module} is not a finite number")
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") is True else alpha / rank
+    return Factors(a, b, scaling, embedding)
+
+
+def _pattern(folder: Path, config: Mapping[str, Any], field: str, module: str) -> Any:
+    """The value of the first pattern that matches, by PEFT's rule: a suffix that starts at a dot."""
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{folder}: {field} is not an object")
+    for key, value in patterns.items():
+        try:
+            if re.match(rf"(?:.*\.)?(?:{key})$", module):
+                return value
+        except re.error:
+            raise AdapterError(f"{folder}: {field} holds {key[:64]!r}, which is no regular expression") from None
+    return None
+
+
+def tensors_of(modules: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
+    """The tensors of ``adapter_model.safetensors`` for these modules, by PEFT's names."""
+    named: dict[str, torch.Tensor] = {}
+    for module, f in modules.items():
+        suffixes = ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
+        named |= {
+            f"{PREFIX}{module}.{suffix}": t.contiguous() for suffix, t in zip(suffixes, (f.a, f.b), strict=True)
+        }
+    return named
+
+
+def config_of(modules: Mapping[str, Factors], header: Header) -> dict[str, object]:
+    """A configuration that PEFT and vLLM read back to the same ranks and scalings."""
+    rank = Counter(f.rank for f in modules.values()).most_common(1)[0][0]
+    alphas = {name: _alpha(f) for name, f in modules.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": header.task_type,
+        "base_model_name_or_path": header.base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(modules),
+        "rank_pattern": {f"^{re.escape(n)}": f.rank for n, f in modules.items() if f.rank != rank},
+        "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": header.fan_in_fan_out,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _alpha(factors: Factors) -> float | int:
+    alpha = factors.scaling * factors.rank
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

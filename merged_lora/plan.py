@@ -1,0 +1,263 @@
+"""What will be computed, with every number decided, before anything is.
+
+A plan holds the sources' tensors untouched and, for each module, a job with exact scalars: weights,
+kept counts, random keys.  Backends follow it to the letter; that is why they can agree to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .adapters import Adapter
+from .errors import PlanError, UnknownAdapterError, listed
+from .factors import Factors, promoted
+from .peft_files import Header
+from .recipe import Recipe
+from .spec import MergeSpec
+from .strategies import TABLE, find
+
+SHARES = 65536
+"""Random masks compare 16-bit draws, so a share is a whole number of 65536ths."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which entries of one input take part: its ``count`` largest, or a random ``share`` / 65536 under ``key``."""
+
+    count: int | None = None
+    share: int | None = None
+    key: int | None = None
+
+    @property
+    def rescale(self) -> float:
+        """What a random share is multiplied by, so that the mean stays; a float32 value."""
+        return 1.0 if self.share is None else _float32(SHARES / self.share)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """How signs are elected: by count instead of by sum, and on weighted instead of plain values."""
+
+    frequency: bool
+    weighted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class FactorJob:
+    """One result tensor in ``factors`` space: same-shaped inputs, combined entry by entry.
+
+    inputs: tensors of one shape.  weights: one float32 value per input.  keeps: one per input.
+    vote: None for the weighted sum, else the mean of those that agree with the elected sign.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    weights: tuple[float, ...]
+    keeps: tuple[Keep, ...]
+    vote: Vote | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class FactorModule:
+    """A module merged in ``factors`` space: one job for A, one for B."""
+
+    a: FactorJob
+    b: FactorJob
+    embedding: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return sum(job.inputs[0].numel() * job.dtype.itemsize for job in (self.a, self.b))
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaModule:
+    """A module merged in ``delta`` space: ``sum_i weights[i] * B_i A_i`` in at most ``rank`` dimensions.
+
+    weights hold the sources' scalings.  slerp: position between the two sources, None elsewhere.
+    """
+
+    sources: tuple[Factors, ...]
+    weights: tuple[float, ...]
+    rank: int
+    slerp: float | None
+    dtype: torch.dtype
+    embedding: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return self.rank * sum(self.sources[0].shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """A merge ready to run: its spec, its recipe, one entry per module, and what the user should know."""
+
+    spec: MergeSpec
+    recipe: Recipe
+    header: Header
+    modules: Mapping[str, FactorModule | DeltaModule]
+    digests: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | None = None) -> MergePlan:
+    """The plan of a merge; raises PlanError or UnknownAdapterError where it cannot be done.
+
+    adapters: by source name; further ones are ignored.  limit: largest rank of the result, None for any.
+    """
+    check_names(spec, adapters)
+    sources = [adapters[name] for name in spec.names]
+    for name, adapter in zip(spec.names, sources, strict=True):
+        if adapter.nonfinite:
+            raise PlanError(f"{name}: {adapter.nonfinite} holds NaN or infinity")
+    recipe = find(spec.strategy).recipe
+    header, notes = _header(spec, sources)
+    build = _factor_module if recipe.space == "factors" else _delta_module
+    modules: dict[str, FactorModule | DeltaModule] = {}
+    for module in sorted({name for adapter in sources for name in adapter.modules}):
+        present = [i for i, adapter in enumerate(sources) if module in adapter.modules]
+        _check_shapes(spec, module, {spec.names[i]: sources[i].modules[module] for i in present})
+        modules[module] = build(spec, module, sources, present, limit)
+    notes += _missing_notes(spec, sources, len(modules))
+    digests = {name: adapter.digest for name, adapter in zip(spec.names, sources, strict=True)}
+    return MergePlan(spec, recipe, header, modules, digests, tuple(notes))
+
+
+def check_names(spec: MergeSpec, known: Collection[str]) -> None:
+    """Raise UnknownAdapterError where the spec names a source that is not known."""
+    missing = [name for name in spec.names if name not in known]
+    if missing:
+        way_out = f"known: {listed(sorted(known))}" if known else "none is known"
+        raise UnknownAdapterError(f"unknown adapter {listed(repr(name) for name in missing)}; {way_out}")
+
+
+def _factor_module(
+    spec: MergeSpec, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
+) -> FactorModule:
+    recipe = find(spec.strategy).recipe
+    factors = [sources[i].modules[module] for i in present]
+    ranks = {spec.names[i]: f.rank for i, f in zip(present, factors, strict=True)}
+    if len(set(ranks.values())) > 1:
+        others = [s.name for s in TABLE.values() if s.recipe.space != "factors"]
+        raise PlanError(
+            f"{spec.strategy} needs equal ranks, but {module} has "
+            f"{listed(f'{rank} in {name}' for name, rank in ranks.items())}; "
+            f"these strategies take different ranks: {', '.join(others)}"
+        )
+    if limit is not None and factors[0].rank > limit:
+        raise PlanError(f"{module} has rank {factors[0].rank}, the limit is {limit}; svd can reduce the rank")
+    scale = float(spec.option("scale"))  # type: ignore[arg-type]
+    weights = [spec.weights()[i] for i in present]
+    if spec.option("compat") == "lorax":
+        # LoRAX puts the raw weight on each factor and applies the first adapter's scaling to the product.
+        root = _signed_root(scale * factors[0].scaling)
+        weights_a, weights_b = [w * root for w in weights], [w * abs(root) for w in weights]
+    else:
+        weights_a = [_signed_root(scale * w * f.scaling) for w, f in zip(weights, factors, strict=True)]
+        weights_b = [abs(w) for w in weights_a]
+    vote = None
+    if recipe.blend == "agreeing_mean":
+        vote = Vote(spec.option("majority_sign_method") == "frequency", spec.option("elect") == "weighted")
+    jobs = []
+    for side, values in (("a", weights_a), ("b", weights_b)):
+        inputs = tuple(f.a if side == "a" else f.b for f in factors)
+        keeps = tuple(
+            _keep(spec, i, tensor.numel(), f"{sources[i].digest}\0{module}\0{side}")
+            for i, tensor in zip(present, inputs, strict=True)
+        )
+        jobs.append(
+            FactorJob(inputs, tuple(map(_float32, values)), keeps, vote, promoted([t.dtype for t in inputs]))
+        )
+    return FactorModule(jobs[0], jobs[1], factors[0].embedding)
+
+
+def _keep(spec: MergeSpec, source: int, numel: int, identity: str) -> Keep:
+    rule = find(spec.strategy).recipe.keep
+    if rule == "all":
+        return Keep()
+    density = spec.per_source("density")[source]
+    if rule == "largest":
+        return Keep(count=int(density * numel)) if density < 1.0 else Keep()
+    key = hashlib.blake2b(f"{spec.option('seed')}\0{identity}".encode(), digest_size=8).digest()
+    return Keep(share=max(1, round(density * SHARES)), key=int.from_bytes(key, "little"))
+
+
+def _delta_module(
+    spec: MergeSpec, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
+) -> DeltaModule:
+    rule = find(spec.strategy).recipe.rank
+    factors = tuple(sources[i].modules[module] for i in present)
+    total = sum(f.rank for f in factors)
+    rank = total
+    if rule == "exact" and limit is not None and total > limit:
+        raise PlanError(
+            f"cat needs rank {total} for {module}, the limit is {limit}; use sum, which approximates, or raise the limit"
+        )
+    if rule == "fit" and limit is not None:
+        rank = min(total, limit)
+    if rule == "truncate":
+        wanted = spec.option("rank")
+        if isinstance(wanted, int) and limit is not None and wanted > limit:
+            raise PlanError(f"rank={wanted} is over the limit of {limit}; ask for a smaller rank or raise the limit")
+        largest = max(f.rank for f in factors)
+        rank = min(total, wanted if isinstance(wanted, int) else min(largest, limit or largest))
+    scale = float(spec.option("scale"))  # type: ignore[arg-type]
+    weights = tuple(_float32(scale * spec.weights()[i] * sources[i].modules[module].scaling) for i in present)
+    slerp = None
+    if find(spec.strategy).recipe.blend == "slerp":
+        slerp = float(spec.option("t"))  # type: ignore[arg-type]
+        if len(present) == 1:  # the other source's delta is zero here, and the path to it is a straight line
+            weights, slerp = (_float32(weights[0] * (slerp if present[0] else 1.0 - slerp)),), None
+    dtype = promoted([t.dtype for f in factors for t in (f.a, f.b)])
+    return DeltaModule(factors, weights, rank, slerp, dtype, factors[0].embedding)
+
+
+def _header(spec: MergeSpec, sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
+    headers = [adapter.header for adapter in sources]
+    if len({h.fan_in_fan_out for h in headers}) > 1:
+        raise PlanError("the sources disagree about fan_in_fan_out: they were trained on different layouts")
+    notes = []
+    bases = sorted({h.base_model for h in headers if h.base_model})
+    if len(bases) > 1:
+        notes.append(f"the sources name different base models: {listed(bases)}")
+    tasks = {h.task_type for h in headers if h.task_type}
+    return Header(
+        base_model=bases[0] if bases else None,
+        task_type=tasks.pop() if len(tasks) == 1 else None,
+        fan_in_fan_out=headers[0].fan_in_fan_out,
+    ), notes
+
+
+def _check_shapes(spec: MergeSpec, module: str, factors: Mapping[str, Factors]) -> None:
+    shapes = {name: (f.shape, f.embedding) for name, f in factors.items()}
+    if len(set(shapes.values())) > 1:
+        found = listed(f"{shape} in {name}" for name, (shape, _) in shapes.items())
+        raise PlanError(f"{module} has delta shapes {found}: these adapters belong to different base models")
+
+
+def _missing_notes(spec: MergeSpec, sources: Sequence[Adapter], total: int) -> list[str]:
+    return [
+        f"{total - len(adapter.modules)} of {total} modules are not in {name}; they are merged from the other sources"
+        for name, adapter in zip(spec.names, sources, strict=True)
+        if len(adapter.modules) < total
+    ]
+
+
+def _signed_root(value: float) -> float:
+    return math.copysign(math.sqrt(abs(value)), value) if value else 0.0
+
+
+def _float32(value: float) -> float:
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        raise PlanError("weight, scaling and scale multiply to more than float32 can hold; make them smaller") from None

@@ -1,0 +1,146 @@
+"""The closed vocabulary in which every strategy is written: data only, no arithmetic.
+
+A strategy is a :class:`Recipe` (where the arithmetic happens and which rule each step follows) and the
+:class:`Option` values a user may set.  A backend knows the words of the recipe and nothing of strategies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Number = int | float
+Value = Number | str | bool | tuple[float, ...]
+
+Space = Literal["factors", "delta"]
+Keep = Literal["all", "largest", "random"]
+Blend = Literal["sum", "agreeing_mean", "slerp"]
+RankRule = Literal["equal", "fit", "exact", "truncate"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a strategy.
+
+    ``check`` takes a value and returns it in canonical form, or raises ValueError with what is allowed.
+    ``per_source`` options also take one value per source, as a list.
+    """
+
+    name: str
+    default: Value | None
+    check: Callable[[object], Value]
+    help: str
+    per_source: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a strategy computes; see docs/semantics.md for the formula behind each word.
+
+    space:  ``factors`` works on A and on B apart, ``delta`` on ``dW = s B A`` (never formed).
+    keep:   which entries of a source take part: all, the ``largest`` (trim), a ``random`` share (DARE).
+    blend:  weighted ``sum``, mean of those that agree with the elected sign, or ``slerp`` scalars.
+    rank:   ``equal`` ranks in and out; ``fit``: sum of ranks, truncated to the limit; ``exact``: sum of
+            ranks, refused over the limit; ``truncate``: the option ``rank``.
+    """
+
+    space: Space
+    keep: Keep = "all"
+    blend: Blend = "sum"
+    rank: RankRule = "equal"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of the table: a name users write, its recipe, the options it takes, and where it comes from."""
+
+    name: str
+    summary: str
+    recipe: Recipe
+    options: tuple[Option, ...]
+    source: str
+    sources_min: int = 1
+    sources_max: int | None = None
+    ordered: bool = False
+
+    def option(self, name: str) -> Option | None:
+        """The option of that name, or None where this strategy does not take it."""
+        return next((option for option in self.options if option.name == name), None)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError("must be a finite number") from None
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def _density(value: object) -> float:
+    number = _number(value)
+    if not 0.0 < number <= 1.0:
+        raise ValueError("must be over 0 and at most 1")
+    return number
+
+
+def _unit(value: object) -> float:
+    number = _number(value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError("must be between 0 and 1")
+    return number
+
+
+def _scale(value: object) -> float:
+    return _number(value)
+
+
+def _whole(low: int, high: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        whole = value if isinstance(value, int) and not isinstance(value, bool) else int(_number(value))
+        if whole != value or not low <= whole <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return whole
+
+    return check
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if value not in words:
+            raise ValueError("must be " + " or ".join(f'"{word}"' for word in words))
+        return str(value)
+
+    return check
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+SCALE = Option("scale", 1.0, _scale, "a factor on the whole merged delta")
+NORMALIZE = Option("normalize", False, _flag, "divide the weights by their sum first")
+DENSITY = Option("density", 0.5, _density, "share of entries kept, one value or one per source", per_source=True)
+MAJORITY = Option(
+    "majority_sign_method",
+    "total",
+    _one_of("total", "frequency"),
+    "elect each entry's sign by the sum of values or by the count of signs",
+)
+ELECT = Option(
+    "elect", "unweighted", _one_of("unweighted", "weighted"), "whether the vote counts values before or after weighting"
+)
+SEED = Option("seed", 0, _whole(0, 2**63 - 1), "seed of the random masks")
+RANK = Option("rank", None, _whole(1, 65536), "rank of the result; by default the largest source rank")
+T = Option("t", 0.5, _unit, "position between the first source (0) and the second (1)")
+COMPAT = Option(
+    "compat", "none", _one_of("none", "lorax"), 'with "lorax": raw weights on both factors, the first source\'s scaling'
+)
+EVERYWHERE = (SCALE, NORMALIZE)

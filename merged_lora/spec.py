@@ -1,0 +1,402 @@
+"""The name of a merge: text or JSON in, one canonical :class:`MergeSpec` out, and its digest.
+
+    ties(0.7*sql, 0.3*chat, density=0.5)        a call: sources, then options by keyword
+    0.7*sql + 0.3*chat - 0.2*toxic              a sum, short for sum(0.7*sql, 0.3*chat, -0.2*toxic)
+
+Grammar (white space is free, except that a ``-`` between terms has it on both sides):
+
+    spec   = call | term (("+" | "-") term)*
+    call   = strategy "(" (term | option) ("," (term | option))* ")"
+    term   = ["+" | "-"] [number "*"] name
+    option = word "=" (number | "true" | "false" | string | word | "[" number ("," number)* "]")
+    name   = [A-Za-z0-9_][A-Za-z0-9_./:-]*  or a JSON string in double quotes
+
+Knows nothing of files: a source is a name, and what it stands for is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import SpecError, UnknownAdapterError, UnknownStrategyError, listed
+from .recipe import Option, Strategy, Value
+from .strategies import TABLE, find
+
+MAX_TEXT = 2048
+MAX_SOURCES = 16
+MAX_NAME = 256
+
+_BARE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]*")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_WEIGHT = re.compile(rf"({_NUMBER.pattern.removeprefix('[+-]?')})\s*\*\s*")
+_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
+_OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=")
+_CALL = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*\(")
+_SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter taking part: its name and its weight."""
+
+    name: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        name = self.name if _BARE.fullmatch(self.name) else json.dumps(self.name)
+        return name if self.weight == 1.0 else f"{_number_text(self.weight)}*{name}"
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """A merge in canonical form, however it was written: ``str(spec)`` is the one text that means it.
+
+    Construction checks everything that can be known without the adapters and raises SpecError.
+    Sources are sorted by name except where order matters; options that equal their default are left out.
+    """
+
+    strategy: str
+    sources: tuple[Source, ...]
+    options: tuple[tuple[str, Value], ...] = ()
+
+    def __post_init__(self) -> None:
+        strategy = find(self.strategy)
+        sources = tuple(Source(_checked_name(s.name), _checked_weight(s)) for s in self.sources)
+        _check_sources(strategy, sources)
+        options: dict[str, Value] = {}
+        for name, value in self.options:
+            if name in options:
+                raise SpecError(f"option {name!r} is given twice")
+            options[name] = _checked_option(strategy, name, value, len(sources))
+        ordered = strategy.ordered or options.get("compat") == "lorax"
+        if options.get("normalize") and not math.fsum(s.weight for s in sources):
+            raise SpecError("normalize=true divides by the sum of the weights, which is 0; change the weights")
+        if not ordered:
+            order = sorted(range(len(sources)), key=lambda i: sources[i].name)
+            sources = tuple(sources[i] for i in order)
+            options = {
+                k: tuple(v[i] for i in order) if isinstance(v, tuple) else v for k, v in options.items()
+            }
+        kept = {k: _collapsed(v) for k, v in options.items()}
+        defaults = {option.name: option.default for option in strategy.options}
+        object.__setattr__(self, "sources", sources)
+        object.__setattr__(self, "options", tuple(sorted((k, v) for k, v in kept.items() if v != defaults[k])))
+
+    def __str__(self) -> str:
+        options = [f"{name}={_value_text(value)}" for name, value in self.options]
+        return f"{self.strategy}({', '.join([str(s) for s in self.sources] + options)})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources' names, in order."""
+        return tuple(source.name for source in self.sources)
+
+    def option(self, name: str) -> Value | None:
+        """The value of an option: the one given, else the strategy's default."""
+        given = dict(self.options)
+        if name in given:
+            return given[name]
+        option = find(self.strategy).option(name)
+        return option.default if option is not None else None
+
+    def per_source(self, name: str) -> tuple[float, ...]:
+        """The value of a per-source option for each source, in order."""
+        value = self.option(name)
+        return value if isinstance(value, tuple) else (float(value),) * len(self.sources)  # type: ignore[arg-type]
+
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each source, in order, normalised if that is asked for (``scale`` is not in it)."""
+        total = math.fsum(s.weight for s in self.sources) if self.option("normalize") else 1.0
+        return tuple(s.weight / total for s in self.sources)
+
+    def to_json(self) -> dict[str, object]:
+        """The JSON form, with the field names of LoRAX's ``merged_adapters``."""
+        body: dict[str, object] = {
+            "ids": list(self.names),
+            "weights": [s.weight for s in self.sources],
+            "merge_strategy": self.strategy,
+        }
+        return body | {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
+
+    def digest(self, contents: Mapping[str, str]) -> str:
+        """Identity of the result: blake2b of the canonical text and of the content of every source.
+
+        contents: content digest of each source, by name.  Returns 32 hexadecimal characters.
+        """
+        h = hashlib.blake2b(digest_size=16)
+        h.update(str(self).encode())
+        for name in self.names:
+            if name not in contents:
+                raise UnknownAdapterError(f"no content digest for source {name!r}")
+            h.update(b"\0" + contents[name].encode())
+        return h.hexdigest()
+
+
+def parse(text: str) -> MergeSpec:
+    """The merge that a text names; raises SpecError, which says where and what was expected."""
+    return _Parser(text).spec()
+
+
+def canonical(spec: str | MergeSpec) -> str:
+    """The one text that means this merge: ``parse(canonical(spec)) == spec``."""
+    return str(parse(spec) if isinstance(spec, str) else spec)
+
+
+def is_spec(text: str) -> bool:
+    """Whether a text is written as a merge rather than as one plain name (it may still be malformed)."""
+    text = text.strip()
+    return bool(_CALL.match(text) or "*" in text or "+" in text or re.search(r"\s-\s", text) or text[:1] in "-\"")
+
+
+def from_json(body: object) -> MergeSpec:
+    """The merge that a JSON object with LoRAX's field names means; raises SpecError.
+
+    ``ids`` and ``weights`` are lists of the same length (weights default to 1), ``merge_strategy``
+    defaults to ``linear``; every other field is an option of the strategy, and null means its default.
+    """
+    if not isinstance(body, Mapping):
+        raise SpecError('a merge in JSON is an object like {"ids": ["a", "b"], "weights": [0.7, 0.3]}')
+    ids, weights = body.get("ids"), body.get("weights")
+    if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(name, str) for name in ids):
+        raise SpecError('"ids" must be a list of adapter names')
+    if weights is None or (isinstance(weights, Sequence) and not weights):
+        weights = [1.0] * len(ids)
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        raise SpecError('"weights" must be a list of numbers, one per id')
+    if len(weights) != len(ids):
+        raise SpecError(f'"weights" has {len(weights)} values for {len(ids)} ids')
+    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights):
+        raise SpecError('"weights" must hold numbers only')
+    strategy = body.get("merge_strategy")
+    if strategy is None:
+        strategy = "linear"
+    if not isinstance(strategy, str):
+        raise SpecError(f'"merge_strategy" must be one of {", ".join(TABLE)}')
+    given = {k: v for k, v in body.items() if k not in ("ids", "weights", "merge_strategy") and v is not None}
+    options = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in given.items())
+    return MergeSpec(strategy, tuple(Source(n, w) for n, w in zip(ids, weights, strict=True)), options)
+
+
+def _checked_name(name: str) -> str:
+    shown = name if len(name) <= 64 else name[:61] + "..."
+    if not name or len(name) > MAX_NAME:
+        raise SpecError(f"an adapter's name has 1 to {MAX_NAME} characters, {shown!r} has {len(name)}")
+    if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
+        raise SpecError(f"adapter name {shown!r} holds a control character")
+    if name.startswith(("/", "\\", "~")) or ".." in re.split(r"[/\\]", name):
+        raise SpecError(f"adapter name {shown!r} is a path; use the name under which the adapter is registered")
+    return name
+
+
+def _checked_weight(source: Source) -> float:
+    try:
+        weight = float(source.weight)
+    except OverflowError:
+        weight = math.inf
+    if not math.isfinite(weight) or (weight and not 1e-30 <= abs(weight) <= 1e30):
+        raise SpecError(f"the weight of {source.name!r} must be 0 or a number of size 1e-30 to 1e30")
+    return weight + 0.0
+
+
+def _check_sources(strategy: Strategy, sources: tuple[Source, ...]) -> None:
+    count = len(sources)
+    if count > MAX_SOURCES:
+        raise SpecError(f"{count} sources; a merge takes at most {MAX_SOURCES}")
+    if count < strategy.sources_min or (strategy.sources_max is not None and count > strategy.sources_max):
+        bound = f"exactly {strategy.sources_min}" if strategy.sources_max else f"at least {strategy.sources_min}"
+        raise SpecError(f"{strategy.name} takes {bound} source{'s' * (strategy.sources_min > 1)}, got {count}")
+    names = [source.name for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SpecError(f"source {twice[0]!r} is named more than once; give it one weight")
+
+
+def _checked_option(strategy: Strategy, name: str, value: object, count: int) -> Value:
+    option = strategy.option(name)
+    if option is None:
+        taken = ", ".join(option.name for option in strategy.options)
+        raise SpecError(f"{strategy.name} takes no option {name[:64]!r}; it takes: {taken}")
+    if isinstance(value, list | tuple):
+        if not option.per_source:
+            raise SpecError(f"{strategy.name}: {name} takes one value, not a list")
+        if len(value) != count:
+            raise SpecError(f"{strategy.name}: {name} has {len(value)} values for {count} sources")
+        return tuple(float(_checked_value(strategy, option, item)) for item in value)
+    return _checked_value(strategy, option, value)
+
+
+def _checked_value(strategy: Strategy, option: Option, value: object) -> Value:
+    try:
+        return option.check(value)
+    except ValueError as error:
+        raise SpecError(f"{strategy.name}: {option.name} {error}, got {str(value)[:64]!r}") from None
+
+
+def _collapsed(value: Value) -> Value:
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
+def _number_text(number: float | int) -> str:
+    text = repr(number)
+    return text.removesuffix(".0")
+
+
+def _value_text(value: Value) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_number_text(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value) if isinstance(value, str) else _number_text(value)
+
+
+class _Parser:
+    """One pass over the text, no recursion: a text of any depth is refused in time linear in its length."""
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_TEXT:
+            raise SpecError(f"the spec has {len(text)} characters; at most {MAX_TEXT} are taken")
+        self.text = text
+        self.at = 0
+
+    def spec(self) -> MergeSpec:
+        call = _CALL.match(self.text)
+        if call is None:
+            return self.sum()
+        if call[1] not in TABLE:
+            find(call[1])
+        self.at = call.end()
+        sources: list[Source] = []
+        options: list[tuple[str, Value]] = []
+        while not self.take(")"):
+            option = self.match(_OPTION)
+            if option:
+                options.append((option[1], self.value()))
+            elif options:
+                raise self.expected("an option (sources come before options)")
+            else:
+                sources.append(self.term())
+            if not self.take(","):
+                if not self.take(")"):
+                    raise self.expected("',' or ')'")
+                break
+        self.end()
+        return MergeSpec(call[1], tuple(sources), tuple(options))
+
+    def sum(self) -> MergeSpec:
+        sources = [self.term()]
+        while self.skip() < len(self.text):
+            sign = self.sign_between()
+            if sign is None:
+                raise self.expected("'+', or '-' with white space around it, between terms")
+            source = self.term(signed=False)
+            sources.append(Source(source.name, sign * source.weight))
+        return MergeSpec("sum", tuple(sources))
+
+    def sign_between(self) -> int | None:
+        spaced = self.text[self.at - 1 : self.at].isspace() and self.text[self.at + 1 : self.at + 2].isspace()
+        sign = {"+": 1, "-": -1 if spaced else None}.get(self.text[self.at : self.at + 1])
+        if sign is not None:
+            self.at += 1
+        return sign
+
+    def term(self, signed: bool = True) -> Source:
+        sign = -1.0 if signed and self.take("-") else 1.0
+        if sign > 0 and signed:
+            self.take("+")
+        weight = self.match(_WEIGHT)
+        name = self.name()
+        if self.text[self.at : self.at + 1] == "(":
+            raise SpecError(f"{name!r} is used as a merge within a merge; merge it first and name the result")
+        if self.skip() < len(self.text) and self.text[self.at] == "*":
+            hint = f"; a '-' between terms needs white space around it ({name!r} was read as one name)"
+            raise SpecError(f"the weight stands before the name: 0.5*{name[:64]}" + (hint if "-" in name else ""))
+        return Source(name, sign * float(weight[1]) if weight else sign)
+
+    def name(self) -> str:
+        self.skip()
+        quoted = self.match(_STRING)
+        if quoted:
+            return self.unquoted(quoted[0])
+        bare = self.match(_BARE)
+        if not bare:
+            raise self.expected("an adapter's name")
+        return bare[0]
+
+    def value(self) -> Value:
+        self.skip()
+        if self.take("["):
+            numbers: list[float] = []
+            while not self.take("]"):
+                self.skip()
+                number = self.match(_NUMBER)
+                if not number:
+                    raise self.expected("a number")
+                numbers.append(float(number[0]))
+                if not self.take(","):
+                    if not self.take("]"):
+                        raise self.expected("',' or ']'")
+                    break
+            return tuple(numbers)
+        quoted = self.match(_STRING)
+        if quoted:
+            return self.unquoted(quoted[0])
+        number = self.match(_NUMBER)
+        if number:
+            # A whole number stays exact (a seed has up to 63 bits); a longer one is out of every range.
+            return int(number[0]) if re.fullmatch(r"[+-]?[0-9]{1,30}", number[0]) else float(number[0])
+        word = self.match(_WORD)
+        if not word:
+            raise self.expected("a value")
+        return {"true": True, "True": True, "false": False, "False": False}.get(word[0], word[0])
+
+    def unquoted(self, text: str) -> str:
+        try:
+            return str(json.loads(text))
+        except ValueError:
+            raise SpecError(f"{text[:64]} is not a JSON string") from None
+
+    def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        found = pattern.match(self.text, self.skip())
+        if found:
+            self.at = found.end()
+        return found
+
+    def take(self, character: str) -> bool:
+        if self.text[self.skip() : self.at + 1] != character:
+            return False
+        self.at += 1
+        return True
+
+    def skip(self) -> int:
+        self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+        return self.at
+
+    def end(self) -> None:
+        if self.skip() < len(self.text):
+            raise self.expected("the end")
+
+    def expected(self, what: str) -> SpecError:
+        found = repr(self.text[self.at : self.at + 24]) if self.at < len(self.text) else "the end"
+        return SpecError(f"at character {self.at + 1} of the spec: expected {what}, found {found}")
+
+
+__all__ = [
+    "MAX_NAME",
+    "MAX_SOURCES",
+    "MAX_TEXT",
+    "MergeSpec",
+    "Source",
+    "SpecError",
+    "UnknownStrategyError",
+    "canonical",
+    "from_json",
+    "is_spec",
+    "listed",
+    "parse",
+]
