@@ -27,7 +27,9 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
         self._pool = ThreadPoolExecutor(self._cores, thread_name_prefix="merged-lora")
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
@@ -58,15 +60,19 @@ class CpuBackend:
 
         rows = _addresses(inputs)
         kind = np.array([_KINDS[t.dtype] for t in inputs])
-        thr = np.zeros(len(inputs), np.uint32)
+        thr = np.zeros(len(inputs), np.int64)
         cut = np.repeat(size, counts)
         count = np.array([-1 if keep.count is None else keep.count for keep in keeps])
         if (count >= 0).any():
             sizes, wide = np.repeat(size, counts), kind == combine.FP32
-            self._run(sizes, lambda some: trim.trim_tensors(some, rows, sizes, wide, count, thr, cut), _ignore)
+            self._run(
+                sizes, lambda some: trim.trim_tensors(some, rows, sizes, wide, count, thr, cut), _ignore
+            )
 
         vote = jobs[0].vote
-        rule = combine.SUM if vote is None else combine.VOTE_FREQUENCY if vote.frequency else combine.VOTE_TOTAL
+        rule = (
+            combine.SUM if vote is None else combine.VOTE_FREQUENCY if vote.frequency else combine.VOTE_TOTAL
+        )
         table = (
             _addresses(outputs),
             np.array([_KINDS[t.dtype] for t in outputs]),
@@ -87,7 +93,9 @@ class CpuBackend:
         self._run(size * counts, lambda some: combine.combine_tensors(some, *table), _halved(progress))
         return outputs
 
-    def _run(self, cost: NDArray[np.int64], work: Callable[[NDArray[np.int64]], None], progress: Progress) -> None:
+    def _run(
+        self, cost: NDArray[np.int64], work: Callable[[NDArray[np.int64]], None], progress: Progress
+    ) -> None:
         """Call ``work`` on batches of item indices of about equal cost, on every core."""
         count = min(len(cost), self._cores * _BATCHES_PER_CORE)
         batches: list[list[int]] = [[] for _ in range(count)]

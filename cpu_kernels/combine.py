@@ -10,11 +10,12 @@ from numba import njit
 
 from .memory import words16, words32
 
-BLOCK = 2048  # entries; a multiple of 8, the entries per Philox call
+BLOCK = 1024  # entries; a multiple of 8, the entries per Philox call
 
 BF16, FP16, FP32 = 0, 1, 2
 SUM, VOTE_TOTAL, VOTE_FREQUENCY = 0, 1, 2
 NO_DRAW = -1
+NEGATIVE = np.int32(1 << 16)  # positive entries are counted in the lower half of a word, negative ones above
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -61,7 +62,11 @@ def _widen16(h):
         while fraction & np.uint32(0x400) == 0:
             fraction <<= np.uint32(1)
             shift += np.uint32(1)
-        return sign | ((np.uint32(113) - shift) << np.uint32(23)) | ((fraction & np.uint32(0x3FF)) << np.uint32(13))
+        return (
+            sign
+            | ((np.uint32(113) - shift) << np.uint32(23))
+            | ((fraction & np.uint32(0x3FF)) << np.uint32(13))
+        )
     if exponent == 31:
         return sign | np.uint32(0x7F800000) | (fraction << np.uint32(13))
     return sign | ((exponent + np.uint32(112)) << np.uint32(23)) | (fraction << np.uint32(13))
@@ -92,61 +97,77 @@ def _narrow16(bits):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _load(address, size, kind, start, end, keep_from, bits, x, mag):
-    """Entries ``start:end`` of a source as float32 into ``x``; their magnitudes into ``mag`` if asked for."""
-    n = end - start
+def _load(address, n, kind, magnitudes, bits, mag):
+    """``n`` entries of a source as float32 bits; their magnitudes into ``mag`` where asked for."""
     if kind == FP32:
-        wide = words32(address, size)
+        wide = words32(address, n)
         for i in range(n):
-            bits[i] = wide[start + i]
-        if keep_from:
+            bits[i] = wide[i]
+        if magnitudes:
             for i in range(n):
-                mag[i] = bits[i] & np.uint32(0x7FFFFFFF)
+                mag[i] = np.int32(wide[i] & np.uint32(0x7FFFFFFF))
         return
-    data = words16(address, size)
-    if keep_from:
+    data = words16(address, n)
+    if magnitudes:
         for i in range(n):
-            mag[i] = np.uint32(data[start + i]) & np.uint32(0x7FFF)
+            mag[i] = np.int32(data[i]) & np.int32(0x7FFF)
     if kind == BF16:
         for i in range(n):
-            bits[i] = np.uint32(data[start + i]) << np.uint32(16)
+            bits[i] = np.uint32(data[i]) << np.uint32(16)
     else:
         for i in range(n):
-            bits[i] = _widen16(data[start + i])
+            bits[i] = _widen16(data[i])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _keep_largest(x, mag, n, thr, cut):
     """Zero what is not among the largest; ``cut`` counts from the block's first entry."""
-    zero = np.float32(0)
-    before = min(max(cut, 0), n)
-    for i in range(before):
-        x[i] = x[i] if mag[i] >= thr else zero
-    for i in range(before, n):
-        x[i] = x[i] if mag[i] > thr else zero
+    if 0 < cut < n:  # the one block of a tensor in which the last tie lies
+        for i in range(n):
+            if mag[i] < thr or (mag[i] == thr and i >= cut):
+                x[i] = np.float32(0)
+        return
+    least = np.int32(thr + (cut <= 0))
+    for i in range(n):
+        x[i] = x[i] if mag[i] >= least else np.float32(0)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _store(address, size, kind, start, end, values, bits):
-    n = end - start
+def _store(address, n, kind, bits):
+    """Round ``n`` float32 values once, to nearest, ties to even, and write them."""
     if kind == FP32:
-        wide = words32(address, size)
+        wide = words32(address, n)
         for i in range(n):
-            wide[start + i] = bits[i]
-    elif kind == BF16:
-        data = words16(address, size)
+            wide[i] = bits[i]
+        return
+    data = words16(address, n)
+    if kind == BF16:
         for i in range(n):
             odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
-            data[start + i] = np.uint16((bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            data[i] = np.uint16((bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
     else:
-        data = words16(address, size)
         for i in range(n):
-            data[start + i] = _narrow16(bits[i])
+            data[i] = _narrow16(bits[i])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def combine_tensors(
-    items, target, target_kind, size, first, sources, address, kind, weight, thr, cut, share, key, rescale, rule, weighted
+    items,
+    target,
+    target_kind,
+    size,
+    first,
+    sources,
+    address,
+    kind,
+    weight,
+    thr,
+    cut,
+    share,
+    key,
+    rescale,
+    rule,
+    weighted,
 ):
     """Merge the given items, each one whole tensor.
 
@@ -157,29 +178,26 @@ def combine_tensors(
     """
     bits = np.empty(BLOCK, np.uint32)
     x = bits.view(np.float32)
-    mag = np.empty(BLOCK, np.uint32)
+    mag = np.empty(BLOCK, np.int32)
     mask = np.empty(BLOCK, np.uint16)
     y = np.empty(BLOCK, np.float32)
     total = np.empty(BLOCK, np.float32)
     positive = np.empty(BLOCK, np.float32)
     negative = np.empty(BLOCK, np.float32)
-    positives = np.empty(BLOCK, np.float32)
-    negatives = np.empty(BLOCK, np.float32)
+    counts = np.empty(BLOCK, np.int32)
     zero = np.float32(0)
     one = np.float32(1)
     for item in items:
         for start in range(0, size[item], BLOCK):
-            end = min(start + BLOCK, size[item])
-            n = end - start
+            n = min(BLOCK, size[item] - start)
             total[:n] = zero
             if rule != SUM:
                 positive[:n] = zero
                 negative[:n] = zero
-                positives[:n] = zero
-                negatives[:n] = zero
+                counts[:n] = 0
             for row in range(first[item], first[item] + sources[item]):
-                trims = thr[row] != 0 or cut[row] < size[item]
-                _load(address[row], size[item], kind[row], start, end, trims, bits, x, mag)
+                trims = thr[row] > 0 or cut[row] < size[item]
+                _load(address[row] + start * (4 if kind[row] == FP32 else 2), n, kind[row], trims, bits, mag)
                 if trims:
                     _keep_largest(x, mag, n, thr[row], cut[row] - start)
                 if share[row] != NO_DRAW:
@@ -206,11 +224,13 @@ def combine_tensors(
                 for i in range(n):
                     positive[i] += y[i] if x[i] > zero else zero
                     negative[i] += y[i] if x[i] < zero else zero
-                    positives[i] += one if x[i] > zero else zero
-                    negatives[i] += one if x[i] < zero else zero
+                    counts[i] += (np.int32(1) if x[i] > zero else np.int32(0)) + (
+                        NEGATIVE if x[i] < zero else np.int32(0)
+                    )
             if rule != SUM:
                 for i in range(n):
                     agreeing = positive[i] if total[i] >= zero else negative[i]
-                    count = positives[i] if total[i] >= zero else negatives[i]
-                    total[i] = agreeing / max(count, one)
-            _store(target[item], size[item], target_kind[item], start, end, total, total.view(np.uint32))
+                    count = counts[i] & np.int32(0xFFFF) if total[i] >= zero else counts[i] >> np.int32(16)
+                    total[i] = agreeing / np.float32(max(count, np.int32(1)))
+            width = 4 if target_kind[item] == FP32 else 2
+            _store(target[item] + start * width, n, target_kind[item], total.view(np.uint32))

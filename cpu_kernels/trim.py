@@ -14,20 +14,28 @@ from numba import njit
 from .memory import words16, words32
 
 BINS = 32768
-LANES = 4  # neighbouring entries often share a bin; counting them in four tables avoids waiting on a store
+BIN_BLOCK = 256
 TIE_BLOCK = 1024
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _find_bin(counts, bins, count):
+def _find_bin(counts, count):
     """The highest bin from which on at least ``count`` entries lie, and how many of that bin are kept."""
     above = 0
-    for b in range(bins - 1, -1, -1):
-        here = 0
-        for lane in range(LANES):
-            here += np.int64(counts[lane, b])
+    end = counts.size
+    while end > 0:
+        block = counts[end - BIN_BLOCK : end]
+        here = np.int64(0)
+        for i in range(BIN_BLOCK):
+            here += np.int64(block[i])
         if above + here >= count:
-            return b, count - above
+            break
+        above += here
+        end -= BIN_BLOCK
+    for i in range(end - 1, end - 1 - BIN_BLOCK, -1):
+        here = np.int64(counts[i])
+        if above + here >= count:
+            return i, count - above
         above += here
     return 0, 0
 
@@ -57,36 +65,32 @@ def _find_cut(data, mask, thr, ties):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _trim16(data, count, counts):
-    mask = np.uint16(0x7FFF)
-    counts[:, :BINS] = 0
-    size = data.size
-    whole = size - size % LANES
-    for i in range(0, whole, LANES):
-        counts[0, data[i] & mask] += 1
-        counts[1, data[i + 1] & mask] += 1
-        counts[2, data[i + 2] & mask] += 1
-        counts[3, data[i + 3] & mask] += 1
-    for i in range(whole, size):
-        counts[0, data[i] & mask] += 1
-    thr, ties = _find_bin(counts, BINS, count)
-    return thr, _find_cut(data, mask, np.uint16(thr), ties)
+    mask = np.uint64(0x7FFF)
+    bins = counts[:BINS]
+    bins[:] = 0
+    for i in range(data.size):
+        bins[np.uint64(data[i]) & mask] += np.uint32(1)
+    thr, ties = _find_bin(bins, count)
+    return thr, _find_cut(data, np.uint16(0x7FFF), np.uint16(thr), ties)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _trim32(data, count, counts):
-    mask = np.uint32(0x7FFFFFFF)
-    counts[:, :BINS] = 0
+    mask = np.uint64(0x7FFFFFFF)
+    half = np.uint64(16)
+    bins = counts[:BINS]
+    bins[:] = 0
     for i in range(data.size):
-        counts[i & 3, (data[i] & mask) >> 16] += 1
-    high, left = _find_bin(counts, BINS, count)
-    counts[:, :] = 0
+        bins[(np.uint64(data[i]) & mask) >> half] += np.uint32(1)
+    high, left = _find_bin(bins, count)
+    counts[:] = 0
     for i in range(data.size):
-        mag = data[i] & mask
-        if mag >> 16 == high:
-            counts[i & 3, mag & 0xFFFF] += 1
-    low, ties = _find_bin(counts, 65536, left)
+        mag = np.uint64(data[i]) & mask
+        if mag >> half == np.uint64(high):
+            counts[mag & np.uint64(0xFFFF)] += np.uint32(1)
+    low, ties = _find_bin(counts, left)
     thr = (high << 16) | low
-    return thr, _find_cut(data, mask, np.uint32(thr), ties)
+    return thr, _find_cut(data, np.uint32(0x7FFFFFFF), np.uint32(thr), ties)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -94,14 +98,14 @@ def trim_tensors(items, address, size, wide, count, thr, cut):
     """Fill ``thr`` and ``cut`` of the given items.
 
     items: indices into the tables, ``[m]``.  The tables have one entry per (tensor, source), flat: address,
-    size and count int64; wide: whether float32; thr uint32; cut int64.  A negative count keeps everything.
+    size, count, thr and cut int64; wide: whether float32.  A negative count keeps everything.
     """
-    counts = np.zeros((LANES, 2 * BINS), np.uint32)
+    counts = np.zeros(2 * BINS, np.uint32)
     for item in items:
         if count[item] < 0 or count[item] >= size[item]:
             thr[item], cut[item] = 0, size[item]
         elif count[item] == 0:
-            thr[item], cut[item] = 0xFFFFFFFF, 0
+            thr[item], cut[item] = 0x7FFFFFFF, 0
         elif wide[item]:
             thr[item], cut[item] = _trim32(words32(address[item], size[item]), count[item], counts)
         else:

@@ -36,7 +36,9 @@ class Adapter:
             raise AdapterError("an adapter needs at least one module")
         for name, f in self.modules.items():
             if f.a.ndim != 2 or f.b.ndim != 2 or f.a.shape[0] != f.b.shape[1]:
-                raise AdapterError(f"{name}: factors of shape {tuple(f.a.shape)} and {tuple(f.b.shape)} do not multiply")
+                raise AdapterError(
+                    f"{name}: factors of shape {tuple(f.a.shape)} and {tuple(f.b.shape)} do not multiply"
+                )
             if f.a.dtype not in DTYPES or f.b.dtype not in DTYPES:
                 raise AdapterError(f"{name}: factors are {f.a.dtype} and {f.b.dtype}, not fp32, fp16 or bf16")
 

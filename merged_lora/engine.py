@@ -67,5 +67,7 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
         metadata["merged_lora.kept_energy"] = repr(result.kept_energy())
     merged = Adapter(result.modules, plan.header, metadata)
     if merged.nonfinite:
-        raise PlanError(f"{plan.spec}: the result overflows its dtype in {merged.nonfinite}; use smaller weights")
+        raise PlanError(
+            f"{plan.spec}: the result overflows its dtype in {merged.nonfinite}; use smaller weights"
+        )
     return merged

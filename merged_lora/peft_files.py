@@ -58,7 +58,9 @@ def read_folder(folder: Path, drop: Iterable[str] = ()) -> tuple[dict[str, Facto
     dropped = set(drop)
     unknown = dropped.difference(DROPPABLE)
     if unknown:
-        raise AdapterError(f"cannot drop {listed(sorted(unknown))}; these can be dropped: {', '.join(DROPPABLE)}")
+        raise AdapterError(
+            f"cannot drop {listed(sorted(unknown))}; these can be dropped: {', '.join(DROPPABLE)}"
+        )
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
     config = _read_config(folder / CONFIG_NAME)
@@ -97,7 +99,9 @@ def write_folder(
         new = scratch / "new"
         new.mkdir()
         safetensors.torch.save_file(tensors_of(modules), new / WEIGHTS_NAME, {"format": "pt", **metadata})
-        (new / CONFIG_NAME).write_text(json.dumps(config_of(modules, header), indent=2) + "\n", encoding="utf-8")
+        (new / CONFIG_NAME).write_text(
+            json.dumps(config_of(modules, header), indent=2) + "\n", encoding="utf-8"
+        )
         for file in new.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
@@ -261,13 +265,19 @@ def _checked(
 ) -> Factors:
     for side, tensor in (("A", a), ("B", b)):
         if tensor.dtype not in DTYPES:
-            raise AdapterError(f"{folder}: {module} lora_{side} is {tensor.dtype}, only fp32, fp16 and bf16 are merged")
+            raise AdapterError(
+                f"{folder}: {module} lora_{side} is {tensor.dtype}, only fp32, fp16 and bf16 are merged"
+            )
         if tensor.ndim != 2 or 0 in tensor.shape:
-            raise AdapterError(f"{folder}: {module} lora_{side} has shape {tuple(tensor.shape)}, not a matrix")
+            raise AdapterError(
+                f"{folder}: {module} lora_{side} has shape {tuple(tensor.shape)}, not a matrix"
+            )
     rank = _pattern(folder, config, "rank_pattern", module)
     rank = config.get("r") if rank is None else rank
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-        raise AdapterError(f"{folder}: rank {str(rank)[:32]!r} of {module} is not a whole number from 1 to {MAX_RANK}")
+        raise AdapterError(
+            f"{folder}: rank {str(rank)[:32]!r} of {module} is not a whole number from 1 to {MAX_RANK}"
+        )
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise AdapterError(
             f"{folder}: {module} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, "
@@ -291,7 +301,9 @@ def _pattern(folder: Path, config: Mapping[str, Any], field: str, module: str) -
             if re.match(rf"(?:.*\.)?(?:{key})$", module):
                 return value
         except re.error:
-            raise AdapterError(f"{folder}: {field} holds {key[:64]!r}, which is no regular expression") from None
+            raise AdapterError(
+                f"{folder}: {field} holds {key[:64]!r}, which is no regular expression"
+            ) from None
     return None
 
 
@@ -299,9 +311,12 @@ def tensors_of(modules: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
     """The tensors of ``adapter_model.safetensors`` for these modules, by PEFT's names."""
     named: dict[str, torch.Tensor] = {}
     for module, f in modules.items():
-        suffixes = ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
+        suffixes = (
+            ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
+        )
         named |= {
-            f"{PREFIX}{module}.{suffix}": t.contiguous() for suffix, t in zip(suffixes, (f.a, f.b), strict=True)
+            f"{PREFIX}{module}.{suffix}": t.contiguous()
+            for suffix, t in zip(suffixes, (f.a, f.b), strict=True)
         }
     return named
 

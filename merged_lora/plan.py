@@ -207,7 +207,9 @@ def _delta_module(
     if rule == "truncate":
         wanted = spec.option("rank")
         if isinstance(wanted, int) and limit is not None and wanted > limit:
-            raise PlanError(f"rank={wanted} is over the limit of {limit}; ask for a smaller rank or raise the limit")
+            raise PlanError(
+                f"rank={wanted} is over the limit of {limit}; ask for a smaller rank or raise the limit"
+            )
         largest = max(f.rank for f in factors)
         rank = min(total, wanted if isinstance(wanted, int) else min(largest, limit or largest))
     scale = float(spec.option("scale"))  # type: ignore[arg-type]
@@ -260,4 +262,6 @@ def _float32(value: float) -> float:
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
-        raise PlanError("weight, scaling and scale multiply to more than float32 can hold; make them smaller") from None
+        raise PlanError(
+            "weight, scaling and scale multiply to more than float32 can hold; make them smaller"
+        ) from None

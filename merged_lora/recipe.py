@@ -127,7 +127,9 @@ def _flag(value: object) -> bool:
 
 SCALE = Option("scale", 1.0, _scale, "a factor on the whole merged delta")
 NORMALIZE = Option("normalize", False, _flag, "divide the weights by their sum first")
-DENSITY = Option("density", 0.5, _density, "share of entries kept, one value or one per source", per_source=True)
+DENSITY = Option(
+    "density", 0.5, _density, "share of entries kept, one value or one per source", per_source=True
+)
 MAJORITY = Option(
     "majority_sign_method",
     "total",
@@ -135,12 +137,18 @@ MAJORITY = Option(
     "elect each entry's sign by the sum of values or by the count of signs",
 )
 ELECT = Option(
-    "elect", "unweighted", _one_of("unweighted", "weighted"), "whether the vote counts values before or after weighting"
+    "elect",
+    "unweighted",
+    _one_of("unweighted", "weighted"),
+    "whether the vote counts values before or after weighting",
 )
 SEED = Option("seed", 0, _whole(0, 2**63 - 1), "seed of the random masks")
 RANK = Option("rank", None, _whole(1, 65536), "rank of the result; by default the largest source rank")
 T = Option("t", 0.5, _unit, "position between the first source (0) and the second (1)")
 COMPAT = Option(
-    "compat", "none", _one_of("none", "lorax"), 'with "lorax": raw weights on both factors, the first source\'s scaling'
+    "compat",
+    "none",
+    _one_of("none", "lorax"),
+    'with "lorax": raw weights on both factors, the first source\'s scaling',
 )
 EVERYWHERE = (SCALE, NORMALIZE)

@@ -76,7 +76,9 @@ class MergeSpec:
             options[name] = _checked_option(strategy, name, value, len(sources))
         ordered = strategy.ordered or options.get("compat") == "lorax"
         if options.get("normalize") and not math.fsum(s.weight for s in sources):
-            raise SpecError("normalize=true divides by the sum of the weights, which is 0; change the weights")
+            raise SpecError(
+                "normalize=true divides by the sum of the weights, which is 0; change the weights"
+            )
         if not ordered:
             order = sorted(range(len(sources)), key=lambda i: sources[i].name)
             sources = tuple(sources[i] for i in order)
@@ -86,7 +88,9 @@ class MergeSpec:
         kept = {k: _collapsed(v) for k, v in options.items()}
         defaults = {option.name: option.default for option in strategy.options}
         object.__setattr__(self, "sources", sources)
-        object.__setattr__(self, "options", tuple(sorted((k, v) for k, v in kept.items() if v != defaults[k])))
+        object.__setattr__(
+            self, "options", tuple(sorted((k, v) for k, v in kept.items() if v != defaults[k]))
+        )
 
     def __str__(self) -> str:
         options = [f"{name}={_value_text(value)}" for name, value in self.options]
@@ -151,7 +155,9 @@ def canonical(spec: str | MergeSpec) -> str:
 def is_spec(text: str) -> bool:
     """Whether a text is written as a merge rather than as one plain name (it may still be malformed)."""
     text = text.strip()
-    return bool(_CALL.match(text) or "*" in text or "+" in text or re.search(r"\s-\s", text) or text[:1] in "-\"")
+    return bool(
+        _CALL.match(text) or "*" in text or "+" in text or re.search(r"\s-\s", text) or text[:1] in '-"'
+    )
 
 
 def from_json(body: object) -> MergeSpec:
@@ -163,7 +169,11 @@ def from_json(body: object) -> MergeSpec:
     if not isinstance(body, Mapping):
         raise SpecError('a merge in JSON is an object like {"ids": ["a", "b"], "weights": [0.7, 0.3]}')
     ids, weights = body.get("ids"), body.get("weights")
-    if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(name, str) for name in ids):
+    if (
+        not isinstance(ids, Sequence)
+        or isinstance(ids, str)
+        or not all(isinstance(name, str) for name in ids)
+    ):
         raise SpecError('"ids" must be a list of adapter names')
     if weights is None or (isinstance(weights, Sequence) and not weights):
         weights = [1.0] * len(ids)
@@ -190,7 +200,9 @@ def _checked_name(name: str) -> str:
     if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
         raise SpecError(f"adapter name {shown!r} holds a control character")
     if name.startswith(("/", "\\", "~")) or ".." in re.split(r"[/\\]", name):
-        raise SpecError(f"adapter name {shown!r} is a path; use the name under which the adapter is registered")
+        raise SpecError(
+            f"adapter name {shown!r} is a path; use the name under which the adapter is registered"
+        )
     return name
 
 
@@ -209,8 +221,12 @@ def _check_sources(strategy: Strategy, sources: tuple[Source, ...]) -> None:
     if count > MAX_SOURCES:
         raise SpecError(f"{count} sources; a merge takes at most {MAX_SOURCES}")
     if count < strategy.sources_min or (strategy.sources_max is not None and count > strategy.sources_max):
-        bound = f"exactly {strategy.sources_min}" if strategy.sources_max else f"at least {strategy.sources_min}"
-        raise SpecError(f"{strategy.name} takes {bound} source{'s' * (strategy.sources_min > 1)}, got {count}")
+        bound = (
+            f"exactly {strategy.sources_min}" if strategy.sources_max else f"at least {strategy.sources_min}"
+        )
+        raise SpecError(
+            f"{strategy.name} takes {bound} source{'s' * (strategy.sources_min > 1)}, got {count}"
+        )
     names = [source.name for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -315,7 +331,9 @@ class _Parser:
             raise SpecError(f"{name!r} is used as a merge within a merge; merge it first and name the result")
         if self.skip() < len(self.text) and self.text[self.at] == "*":
             hint = f"; a '-' between terms needs white space around it ({name!r} was read as one name)"
-            raise SpecError(f"the weight stands before the name: 0.5*{name[:64]}" + (hint if "-" in name else ""))
+            raise SpecError(
+                f"the weight stands before the name: 0.5*{name[:64]}" + (hint if "-" in name else "")
+            )
         return Source(name, sign * float(weight[1]) if weight else sign)
 
     def name(self) -> str:

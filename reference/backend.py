@@ -67,7 +67,9 @@ def _merge_delta(module: DeltaModule) -> tuple[Factors, tuple[float, float] | No
     pairs = [(widen(*to_bits(f.a)), widen(*to_bits(f.b))) for f in module.sources]
     dtype = _NAMES[module.dtype]
     if module.slerp is None and module.rank == sum(f.rank for f in module.sources):
-        a = np.concatenate([narrow(a * np.float32(w), dtype) for (a, _), w in zip(pairs, module.weights, strict=True)])
+        a = np.concatenate(
+            [narrow(a * np.float32(w), dtype) for (a, _), w in zip(pairs, module.weights, strict=True)]
+        )
         b = np.concatenate([narrow(b, dtype) for _, b in pairs], axis=1)
         return Factors(from_bits(a, module.dtype), from_bits(b, module.dtype), 1.0, module.embedding), None
     if module.slerp is None:
@@ -79,7 +81,10 @@ def _merge_delta(module: DeltaModule) -> tuple[Factors, tuple[float, float] | No
     exact = module.rank == sum(f.rank for f in module.sources)
     return (
         Factors(
-            torch.from_numpy(new_a).to(module.dtype), torch.from_numpy(new_b).to(module.dtype), 1.0, module.embedding
+            torch.from_numpy(new_a).to(module.dtype),
+            torch.from_numpy(new_b).to(module.dtype),
+            1.0,
+            module.embedding,
         ),
         None if exact else energy,
     )

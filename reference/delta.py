@@ -13,7 +13,8 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 def weighted_sum(pairs: Sequence[Pair], weights: Sequence[float]) -> Matrix:
     """``sum_i weights[i] * B_i @ A_i``; pairs are ``(A [rank, in], B [out, rank])``."""
     return np.sum(
-        [w * (b.astype(np.float64) @ a.astype(np.float64)) for (a, b), w in zip(pairs, weights, strict=True)], axis=0
+        [w * (b.astype(np.float64) @ a.astype(np.float64)) for (a, b), w in zip(pairs, weights, strict=True)],
+        axis=0,
     )
 
 

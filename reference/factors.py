@@ -14,7 +14,7 @@ from .numbers import magnitudes, widen
 from .philox import draws
 
 Array = NDArray[Any]
-NONE_KEPT = (0xFFFFFFFF, 0)
+NONE_KEPT = (0x7FFFFFFF, 0)
 
 
 class Source(NamedTuple):

@@ -1,0 +1,35 @@
+# Every target makes what it needs first; `make help` lists them.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install model demo test lint bench clean
+MAKEFLAGS += --no-print-directory
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install:  ## .venv with vLLM for this machine, this project and its tools
+	@$(PYTHON) tools/install.py
+
+model: install  ## .models/SmolLM2-135M-Instruct, the base model of the examples
+	@$(PY) examples/smollm2.py
+
+demo: install  ## the quick start
+	@$(PY) examples/demo.py
+
+lint: install  ## ruff and mypy
+	@$(PY) -m ruff check --quiet
+	@$(PY) -m ruff format --check --quiet
+	@$(PY) -m mypy
+
+test: lint model  ## lint, then every test that this machine can run
+	@$(PY) -m pytest
+
+bench: install  ## the benchmarks
+	@$(PY) -m merged_lora.bench
+
+clean:  ## remove builds and caches; .venv and .models stay
+	@rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './.venv/*' -not -path './.models/*' -prune -exec rm -rf {} +

