@@ -20,8 +20,8 @@ demo: install  ## the quick start
 	@$(PY) examples/demo.py
 
 lint: install  ## ruff and mypy
-	@$(PY) -m ruff check --quiet
-	@$(PY) -m ruff format --check --quiet
+	@$(PY) -m ruff check --quiet --output-format concise
+	@$(PY) -m ruff format --check --quiet --output-format concise
 	@$(PY) -m mypy
 
 test: lint model  ## lint, then every test that this machine can run

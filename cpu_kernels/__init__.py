@@ -1,1 +1,1 @@
-"""The merges on CPU cores, compiled by numba: same bits as ``reference``, at memory speed. Loaded on demand."""
+"""The merges on CPU cores, compiled by numba: same bits as ``reference``, at memory speed."""

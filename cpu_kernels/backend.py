@@ -111,7 +111,7 @@ class CpuBackend:
 
 
 def load() -> CpuBackend:
-    """The backend; compiled loops are kept on disk by numba, so that only the first use ever waits for them."""
+    """The backend; numba keeps its compiled loops on disk, so only the first use ever waits for them."""
     return CpuBackend()
 
 

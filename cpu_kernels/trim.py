@@ -7,7 +7,7 @@ dtypes are counted into 32768 bins in one pass; float32 by its upper 15 bits fir
 those in the bin that holds the threshold.  A second pass finds the index at which the ties are cut.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,assignment"
 import numpy as np
 from numba import njit
 
@@ -16,6 +16,7 @@ from .memory import words16, words32
 BINS = 32768
 BIN_BLOCK = 256
 TIE_BLOCK = 1024
+ABOVE_ALL = 0x7F800000  # float32's infinity: no finite magnitude of any dtype reaches it, and one more is an int32
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -105,7 +106,7 @@ def trim_tensors(items, address, size, wide, count, thr, cut):
         if count[item] < 0 or count[item] >= size[item]:
             thr[item], cut[item] = 0, size[item]
         elif count[item] == 0:
-            thr[item], cut[item] = 0x7FFFFFFF, 0
+            thr[item], cut[item] = ABOVE_ALL, 0
         elif wide[item]:
             thr[item], cut[item] = _trim32(words32(address[item], size[item]), count[item], counts)
         else:

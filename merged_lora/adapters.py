@@ -28,7 +28,7 @@ class Adapter:
     """
 
     modules: Mapping[str, Factors]
-    header: Header = Header()
+    header: Header = field(default_factory=Header)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """blake2b of everything that decides the deltas: names, kinds, scalings, shapes, dtypes and values."""
+        """blake2b of all that decides the deltas: names, kinds, scalings, shapes, dtypes and values."""
         h = hashlib.blake2b(digest_size=16)
         for name, f in sorted(self.modules.items()):
             h.update(f"{name}\0{f.scaling!r}\0{f.embedding}\0".encode())

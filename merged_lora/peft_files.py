@@ -10,7 +10,9 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -37,7 +39,7 @@ DROPPABLE = ("modules_to_save", "lora_bias", "target_parameters")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 _BASE_COPY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
-_BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda")
+_BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,11 @@ def read_folder(folder: Path, drop: Iterable[str] = ()) -> tuple[dict[str, Facto
         raise AdapterError(
             f"cannot drop {listed(sorted(unknown))}; these can be dropped: {', '.join(DROPPABLE)}"
         )
-    if not folder.is_dir():
+    try:
+        found = folder.is_dir()
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be read ({error.strerror})") from None
+    if not found:
         raise AdapterError(f"{folder}: no such adapter folder")
     config = _read_config(folder / CONFIG_NAME)
     _refuse_unsupported(folder, config, dropped)
@@ -95,22 +101,29 @@ def write_folder(
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror}") from None
+    new, old = scratch / "new", scratch / "old"
     try:
-        new = scratch / "new"
         new.mkdir()
-        safetensors.torch.save_file(tensors_of(modules), new / WEIGHTS_NAME, {"format": "pt", **metadata})
+        # Copies, because safetensors refuses tensors that share memory with each other.
+        tensors = {name: tensor.clone() for name, tensor in tensors_of(modules).items()}
+        safetensors.torch.save_file(tensors, new / WEIGHTS_NAME, {"format": "pt", **metadata})
         (new / CONFIG_NAME).write_text(
             json.dumps(config_of(modules, header), indent=2) + "\n", encoding="utf-8"
         )
+        shutil.copymode(new / CONFIG_NAME, new / WEIGHTS_NAME)  # safetensors lets the owner alone read it
         for file in new.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        if folder.exists():
-            folder.rename(scratch / "old")
+        if overwrite and folder.exists():
+            folder.rename(old)
         new.rename(folder)
     except OSError as error:
         raise AdapterError(f"cannot write {folder}: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise AdapterError(f"cannot write {folder}: {error}") from None
     finally:
+        if old.exists() and not folder.exists():  # stopped between the two renames
+            old.rename(folder)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -120,7 +133,10 @@ def check_target(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise AdapterError(f"{folder} exists and is not a folder")
-    entries = {entry.name for entry in folder.iterdir()}
+    try:
+        entries = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be read ({error.strerror})") from None
     if entries and not overwrite:
         raise AdapterError(f"{folder} exists; choose another folder or overwrite it (--overwrite)")
     foreign = sorted(entries - {CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "README.md"})
@@ -147,7 +163,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _refuse_unsupported(folder: Path, config: Mapping[str, Any], dropped: set[str]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{folder}: peft_type is {kind!r}, only LORA adapters can be merged")
+        raise AdapterError(f"{folder}: peft_type is {reprlib.repr(kind)}, only LORA adapters can be merged")
     found = [
         key
         for key in (
@@ -162,6 +178,8 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any], dropped: set[st
             "use_bdlora",
             "megatron_config",
             "arrow_config",
+            "kasa_config",
+            "monteclora_config",
         )
         if config.get(key) and key not in dropped
     ]
@@ -169,7 +187,7 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any], dropped: set[st
         found.append("bias")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
-        found.append(f"init_lora_weights={init!r} (it changed the base model)")
+        found.append(f"init_lora_weights={reprlib.repr(init)} (it changed the base model)")
     if found:
         can = [key for key in found if key in DROPPABLE]
         hint = f"; can be left out with --drop {' '.join(can)}" if can else ""
@@ -184,7 +202,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     for name in ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth"):
         if (folder / name).exists():
             raise AdapterError(
-                f"{folder / name}: pickled weights are never loaded; load it in PEFT and save it as safetensors"
+                f"{folder / name}: pickled weights are never loaded; "
+                "load it in PEFT and save it as safetensors"
             )
     raise AdapterError(f"{folder / WEIGHTS_NAME}: missing")
 
@@ -210,14 +229,14 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     try:
         data = file.read_bytes()  # not mapped: a file that is replaced later must not change what was read
         tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
     except FileNotFoundError:
         raise AdapterError(f"{file}: missing") from None
     except OSError as error:
         raise AdapterError(f"{file}: cannot be read ({error.strerror})") from None
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterError(f"{file}: not a sound safetensors file ({str(error)[:120]})") from None
-    return tensors, {key: value for key, value in metadata.items() if key != "format"}
+    return tensors, {key: value for key, value in (metadata or {}).items() if key != "format"}
 
 
 def _modules(
@@ -276,7 +295,7 @@ def _checked(
     rank = config.get("r") if rank is None else rank
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise AdapterError(
-            f"{folder}: rank {str(rank)[:32]!r} of {module} is not a whole number from 1 to {MAX_RANK}"
+            f"{folder}: rank {reprlib.repr(rank)} of {module} is not a whole number from 1 to {MAX_RANK}"
         )
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise AdapterError(
@@ -285,8 +304,12 @@ def _checked(
         )
     alpha = _pattern(folder, config, "alpha_pattern", module)
     alpha = config.get("lora_alpha") if alpha is None else alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"{folder}: lora_alpha {str(alpha)[:32]!r} of {module} is not a finite number")
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, int | float)
+        or not abs(alpha) <= sys.float_info.max  # a NaN, or a whole number beyond any float
+    ):
+        raise AdapterError(f"{folder}: lora_alpha {reprlib.repr(alpha)} of {module} is not a finite number")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") is True else alpha / rank
     return Factors(a, b, scaling, embedding)
 
@@ -300,7 +323,7 @@ def _pattern(folder: Path, config: Mapping[str, Any], field: str, module: str) -
         try:
             if re.match(rf"(?:.*\.)?(?:{key})$", module):
                 return value
-        except re.error:
+        except (re.error, RecursionError, OverflowError):  # what re raises for a malformed pattern
             raise AdapterError(
                 f"{folder}: {field} holds {key[:64]!r}, which is no regular expression"
             ) from None

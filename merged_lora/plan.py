@@ -28,7 +28,7 @@ SHARES = 65536
 
 @dataclass(frozen=True)
 class Keep:
-    """Which entries of one input take part: its ``count`` largest, or a random ``share`` / 65536 under ``key``."""
+    """Which entries of an input take part: its ``count`` largest, or ``share`` of 65536 at random."""
 
     count: int | None = None
     share: int | None = None
@@ -200,7 +200,8 @@ def _delta_module(
     rank = total
     if rule == "exact" and limit is not None and total > limit:
         raise PlanError(
-            f"cat needs rank {total} for {module}, the limit is {limit}; use sum, which approximates, or raise the limit"
+            f"cat needs rank {total} for {module}, the limit is {limit}; "
+            "use sum, which approximates, or raise the limit"
         )
     if rule == "fit" and limit is not None:
         rank = min(total, limit)
@@ -248,7 +249,8 @@ def _check_shapes(spec: MergeSpec, module: str, factors: Mapping[str, Factors]) 
 
 def _missing_notes(spec: MergeSpec, sources: Sequence[Adapter], total: int) -> list[str]:
     return [
-        f"{total - len(adapter.modules)} of {total} modules are not in {name}; they are merged from the other sources"
+        f"{total - len(adapter.modules)} of {total} modules are not in {name}; "
+        "they are merged from the other sources"
         for name, adapter in zip(spec.names, sources, strict=True)
         if len(adapter.modules) < total
     ]

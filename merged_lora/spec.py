@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -243,7 +244,7 @@ def _checked_option(strategy: Strategy, name: str, value: object, count: int) ->
             raise SpecError(f"{strategy.name}: {name} takes one value, not a list")
         if len(value) != count:
             raise SpecError(f"{strategy.name}: {name} has {len(value)} values for {count} sources")
-        return tuple(float(_checked_value(strategy, option, item)) for item in value)
+        return tuple(float(_checked_value(strategy, option, item)) for item in value)  # type: ignore[arg-type]
     return _checked_value(strategy, option, value)
 
 
@@ -251,7 +252,7 @@ def _checked_value(strategy: Strategy, option: Option, value: object) -> Value:
     try:
         return option.check(value)
     except ValueError as error:
-        raise SpecError(f"{strategy.name}: {option.name} {error}, got {str(value)[:64]!r}") from None
+        raise SpecError(f"{strategy.name}: {option.name} {error}, got {reprlib.repr(value)}") from None
 
 
 def _collapsed(value: Value) -> Value:

@@ -1,1 +1,1 @@
-"""The oracle: every merge restated in NumPy, plainly and slowly. Only ``backend`` knows the rest of the project."""
+"""The oracle: every merge restated in NumPy, plainly and slowly. Only ``backend`` knows ``merged_lora``."""

@@ -49,7 +49,6 @@ def to_bits(tensor: torch.Tensor) -> tuple[Array, str]:
 
 def from_bits(bits: Array, dtype: torch.dtype) -> torch.Tensor:
     """The tensor that these bit patterns store."""
-    name = _NAMES[dtype]
     return torch.from_numpy(np.ascontiguousarray(bits).view(f"i{bits.itemsize}")).view(dtype)
 
 

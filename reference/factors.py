@@ -5,7 +5,8 @@ same rule without rounding, the oracle of what is meant.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ Array = NDArray[Any]
 NONE_KEPT = (0x7FFFFFFF, 0)
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Source:
     """One input: its bits and dtype, its weight, and which of its entries are kept.
 
     count: keep the that many largest.  share, key: keep entries whose draw is under share (of 65536), and
@@ -34,7 +36,7 @@ class Source(NamedTuple):
 
 
 def threshold(bits: Array, count: int) -> tuple[int, int]:
-    """``(thr, cut)`` of the ``count`` largest magnitudes: kept where mag > thr, or mag == thr and index < cut.
+    """``(thr, cut)`` of the largest magnitudes: kept where mag > thr, or mag == thr and index < cut.
 
     Exactly ``count`` entries are kept; among equal magnitudes the lowest flat index wins.
     """
@@ -52,18 +54,14 @@ def kept(source: Source) -> NDArray[np.bool_]:
     if source.count is not None:
         thr, cut = threshold(flat, source.count)
         mag = magnitudes(flat)
-        return (mag > thr) | ((mag == thr) & (np.arange(flat.size) < cut))
+        return np.where(mag == thr, np.arange(flat.size) < cut, mag > thr)
     if source.share is not None and source.key is not None:
         return draws(flat.size, source.key) < source.share
     return np.ones(flat.size, dtype=bool)
 
 
-def merge(
-    sources: Sequence[Source],
-    vote: tuple[bool, bool] | None,
-    number: type[np.float32] | type[np.float64],
-) -> Array:
-    """The merged values, flat, in ``number`` precision: every operation rounds to it, in source order.
+def merge(sources: Sequence[Source], vote: tuple[bool, bool] | None, number: type[Any]) -> Array:
+    """The merged values, flat; every operation rounds to ``number`` (float32 or float64), in source order.
 
     vote: None for the weighted sum; else (frequency, weighted), how signs are elected, and the result is
     the mean of the weighted entries whose own sign is the elected one (0 where none is).
@@ -93,4 +91,4 @@ def merge(
         return result
     agreeing = np.where(total >= 0, positive, negative)
     count = np.where(total >= 0, positives, negatives)
-    return (agreeing / np.maximum(count, number(1))).astype(number)
+    return np.asarray(agreeing / np.maximum(count, number(1)), dtype=number)

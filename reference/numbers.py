@@ -7,7 +7,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-STORAGE = {"float32": np.dtype(np.uint32), "float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.uint16)}
+STORAGE: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.uint32),
+    "float16": np.dtype(np.uint16),
+    "bfloat16": np.dtype(np.uint16),
+}
 
 
 def widen(bits: Array, dtype: str) -> NDArray[np.float32]:
@@ -28,6 +32,6 @@ def narrow(values: NDArray[np.float32], dtype: str) -> Array:
 
 
 def magnitudes(bits: Array) -> NDArray[np.uint32]:
-    """The magnitude of every entry as an integer that orders like its absolute value: all bits but the sign."""
+    """Every entry's bits without the sign: an integer that orders like its absolute value."""
     mask = np.uint32(0x7FFFFFFF if bits.dtype == np.uint32 else 0x7FFF)
     return bits.astype(np.uint32) & mask

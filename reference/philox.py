@@ -13,9 +13,9 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint32]:
-    """Four words ``[n, 4]`` for each counter ``(counter, 0, 0, 0)``, ``[n]``, under a 64-bit key; ten rounds."""
-    c0, c1, c2, c3 = counter & _LOW, np.zeros_like(counter), np.zeros_like(counter), np.zeros_like(counter)
+def philox4x32(counters: NDArray[np.uint64], key: int) -> NDArray[np.uint32]:
+    """Four 32-bit words for each counter of four words, ``[n, 4]`` to ``[n, 4]``, under a 64-bit key."""
+    c0, c1, c2, c3 = counters.T
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
         product0, product1 = _MULTIPLY[0] * c0, _MULTIPLY[1] * c2
@@ -30,7 +30,9 @@ def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint32]:
 
 
 def draws(count: int, key: int) -> NDArray[np.uint16]:
-    """The 16-bit draws of entries 0 to ``count - 1``."""
-    words = philox4x32(np.arange(-(-count // 8), dtype=np.uint64), key)
+    """The 16-bit draws of entries 0 to ``count - 1``; the counters are ``(i // 8, 0, 0, 0)``."""
+    counters = np.zeros((-(-count // 8), 4), dtype=np.uint64)
+    counters[:, 0] = np.arange(len(counters))
+    words = philox4x32(counters, key)
     halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=2)
     return halves.reshape(-1)[:count].astype(np.uint16)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import UnknownStrategyError
-from ..recipe import Strategy
+from merged_lora.errors import UnknownStrategyError
+from merged_lora.recipe import Strategy
+
 from . import dare, exact, linear, ties
 
 TABLE: dict[str, Strategy] = {

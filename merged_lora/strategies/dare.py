@@ -1,6 +1,6 @@
 """DARE: drop entries at random and rescale the rest, so that the mean stays."""
 
-from ..recipe import DENSITY, ELECT, EVERYWHERE, MAJORITY, SEED, Recipe, Strategy
+from merged_lora.recipe import DENSITY, ELECT, EVERYWHERE, MAJORITY, SEED, Recipe, Strategy
 
 DARE_LINEAR = Strategy(
     name="dare_linear",

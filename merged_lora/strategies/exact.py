@@ -1,6 +1,6 @@
 """Strategies on the deltas themselves: what is asked for is what comes out, by small linear algebra."""
 
-from ..recipe import EVERYWHERE, RANK, Recipe, Strategy, T
+from merged_lora.recipe import EVERYWHERE, RANK, Recipe, Strategy, T
 
 SUM = Strategy(
     name="sum",

@@ -1,6 +1,6 @@
 """Weighted sums on the factors: fast, and an approximation (the product has cross terms)."""
 
-from ..recipe import COMPAT, DENSITY, EVERYWHERE, Recipe, Strategy
+from merged_lora.recipe import COMPAT, DENSITY, EVERYWHERE, Recipe, Strategy
 
 LINEAR = Strategy(
     name="linear",

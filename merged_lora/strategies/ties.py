@@ -1,6 +1,6 @@
 """TIES: trim, elect signs, and average only what agrees."""
 
-from ..recipe import COMPAT, DENSITY, ELECT, EVERYWHERE, MAJORITY, Recipe, Strategy
+from merged_lora.recipe import COMPAT, DENSITY, ELECT, EVERYWHERE, MAJORITY, Recipe, Strategy
 
 TIES = Strategy(
     name="ties",

@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import install
 import pytest
+
+import install
 
 # Notes how it was called; `-m venv DIR` puts a copy of it into DIR, `-c` answers with a version.
 FAKE_PYTHON = """#!/bin/sh

@@ -1,0 +1,1 @@
+"""Benchmarks: agreement first, then time, ours beside the peer's on the same inputs. See bench/README.md."""

@@ -1,0 +1,114 @@
+"""Whether ours, the reference and PEFT give the same merges: what does not agree is not worth timing."""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+import torch
+
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Backend, Result, load_backend
+from merged_lora.plan import FactorJob, FactorModule, MergePlan, make_plan
+from merged_lora.spec import parse
+
+from . import cases, peers
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
+    """For every check, what was checked and what is wrong (None where nothing is)."""
+    for dtype in DTYPES:
+        sources = cases.distinct_sources(cases.SMALL, 4, 8, dtype)
+        for spec in (
+            "linear(a, 0.5*b, -0.3*c, d)",
+            "ties(a, 0.5*b, -0.3*c, d)",
+            'ties(a, 0.5*b, -0.3*c, d, density=0.2, majority_sign_method="frequency")',
+            "magnitude_prune(a, 0.5*b, -0.3*c, d)",
+            "dare_linear(a, 0.5*b, -0.3*c, d)",
+            "dare_ties(a, 0.5*b, -0.3*c, d)",
+        ):
+            plan = make_plan(parse(spec), sources)
+            ours = backend.merge(plan, _unseen)
+            name = str(dtype).removeprefix("torch.")
+            theirs = load_backend("numpy").merge(plan, _unseen)
+            yield f"{name} {spec} = NumPy, every bit", _different_bits(ours, theirs)
+            if "dare" not in spec:  # PEFT draws its masks from a global generator
+                yield f"{name} {spec} = PEFT, to rounding", _beyond_rounding(plan, ours, sources)
+    yield "float32 svd(a, 0.5*b, rank=6) as close as PEFT's", _worse_than_peft(backend)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The stored words of a tensor: unlike its values they tell 0.0 from -0.0."""
+    return tensor.contiguous().view(_WORDS[tensor.dtype])
+
+
+def allowed_difference(job: FactorJob, merged: torch.Tensor) -> torch.Tensor:
+    """How far apart two float32 implementations of one job may lie, entry by entry, when their votes agree.
+
+    Each adds n products in some order: n - 1 roundings of at most 2^-24 of the sum of magnitudes (the
+    products themselves are rounded alike; dividing by the same count only shrinks what came before and
+    rounds once more).  Then each rounds once to the stored dtype.
+    """
+    magnitude = torch.stack(
+        [x.double().abs() * abs(w) * keep.rescale for x, w, keep in zip(job.inputs, job.weights, job.keeps)]
+    ).sum(0)
+    stored = torch.finfo(job.dtype).eps / 2
+    return 2 * (len(job.inputs) * 2.0**-24 * magnitude + stored * merged.double().abs() * (1 + stored))
+
+
+def peft_result(plan: MergePlan, sources: Mapping[str, Adapter]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """PEFT's factors by module, for a plan in factors space."""
+    spec = plan.spec
+    density = spec.option("density")
+    merged = {}
+    for module in plan.modules:
+        present = {name: sources[name].modules[module] for name in spec.names if module in sources[name].modules}
+        weights = [w for name, w in zip(spec.names, spec.weights(), strict=True) if name in present]
+        merged[module] = peers.merge_factors(
+            spec.strategy,
+            present,
+            weights,
+            density if isinstance(density, float) else None,
+            str(spec.option("majority_sign_method")),
+        )
+    return merged
+
+
+def _different_bits(ours: Result, theirs: Result) -> str | None:
+    for module, f in theirs.modules.items():
+        got = ours.modules[module]
+        if not (torch.equal(bits(got.a), bits(f.a)) and torch.equal(bits(got.b), bits(f.b))):
+            return f"{module} differs"
+    return None
+
+
+def _beyond_rounding(plan: MergePlan, ours: Result, sources: Mapping[str, Adapter]) -> str | None:
+    for module, (a, b) in peft_result(plan, sources).items():
+        entry = plan.modules[module]
+        assert isinstance(entry, FactorModule)
+        got = ours.modules[module]
+        for job, x, y in ((entry.a, got.a, a), (entry.b, got.b, b)):
+            over = (x.double() - y.double()).abs() / allowed_difference(job, y).clamp(min=1e-300)
+            if not bool((over <= 1).all()):
+                return f"{module} differs by {float(over.max()):.1f} times what rounding explains"
+    return None
+
+
+def _worse_than_peft(backend: Backend) -> str | None:
+    sources = cases.random_sources(cases.SMALL, 2, 8, torch.float32)
+    merged = backend.merge(make_plan(parse("svd(a, 0.5*b, rank=6)"), sources), _unseen)
+    for module, got in merged.modules.items():
+        pair = {name: adapter.modules[module] for name, adapter in sources.items()}
+        target = pair["a"].delta() + 0.5 * pair["b"].delta()
+        a, b = peers.merge_svd(pair, [1.0, 0.5], 6)
+        ours, theirs = (
+            float((target - delta).norm()) for delta in (got.delta(), b.double() @ a.double())
+        )
+        if abs(ours - theirs) > 1e-4 * theirs:
+            return f"{module} has an error of {ours}, PEFT's is {theirs}"
+    return None
+
+
+def _unseen(_: int) -> None:
+    """Progress that nobody watches."""

@@ -1,0 +1,78 @@
+"""Inputs of the benchmarks: the shapes of real models, filled with random numbers."""
+
+from collections.abc import Mapping
+
+import torch
+
+from merged_lora.adapters import Adapter
+from merged_lora.factors import Factors
+
+Shapes = Mapping[str, tuple[int, int]]
+
+LLAMA3_8B_LAYER = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+"""``(out, in)`` of every linear layer in one layer of Llama-3-8B."""
+
+SMALL = {"small.wide": (48, 80), "small.tall": (80, 32)}
+"""Few enough entries that magnitudes can all differ in bfloat16, see :func:`distinct_sources`."""
+
+
+def llama3_8b(layers: int) -> dict[str, tuple[int, int]]:
+    """The shapes of that many layers, by module name."""
+    return {
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(layers)
+        for name, shape in LLAMA3_8B_LAYER.items()
+    }
+
+
+def random_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) -> dict[str, Adapter]:
+    """Adapters ``a``, ``b``, ... with normal entries."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) / 64).to(dtype)
+
+    return {
+        name: Adapter(
+            {key: Factors(factor(rank, cols), factor(rows, rank), 2.0) for key, (rows, cols) in shapes.items()}
+        )
+        for name in names(count)
+    }
+
+
+def distinct_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) -> dict[str, Adapter]:
+    """Adapters in which no two magnitudes of a tensor tie and every sum of entries is exact in float32.
+
+    So each rule has one right answer, whichever order an implementation sums in: no tie at a threshold, no
+    vote within rounding of zero.  At most 1024 entries a tensor.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Consecutive bit patterns from 2^-8 on: 8 binades of bfloat16, one of float16.  float32's are made in
+    # bfloat16, whose 8 bits leave room for 8 binades and 16 sources within float32's 24.
+    storage = torch.bfloat16 if dtype == torch.float32 else dtype
+    first = torch.tensor(2.0**-8, dtype=storage).view(torch.int16)
+
+    def factor(rows: int, columns: int) -> torch.Tensor:
+        patterns = torch.randperm(1024, generator=generator)[: rows * columns].to(torch.int16) + first
+        signs = torch.randint(0, 2, (rows * columns,), generator=generator) * 2 - 1
+        return (patterns.view(storage) * signs).to(dtype).reshape(rows, columns)
+
+    return {
+        name: Adapter(
+            {key: Factors(factor(rank, cols), factor(rows, rank), 2.0) for key, (rows, cols) in shapes.items()}
+        )
+        for name in names(count)
+    }
+
+
+def names(count: int) -> list[str]:
+    """The first names of sources: ``a``, ``b``, ..."""
+    return [chr(ord("a") + i) for i in range(count)]

@@ -1,0 +1,46 @@
+"""What the measured machine is."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from .timing import once
+
+COPIED = 256 << 20
+
+
+def facts() -> dict[str, object]:
+    """Name and value of everything that a time depends on."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load average": round(os.getloadavg()[0], 2),
+        "copy GB/s": round(_copy_speed() / 1e9, 1),
+        "python": platform.python_version(),
+        "torch threads": torch.get_num_threads(),
+    } | {name: _version(name) for name in ("torch", "numpy", "numba", "peft")}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _copy_speed() -> float:
+    """Bytes read and written per second by the fastest of a few large copies, on torch's threads."""
+    source = torch.ones(COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * COPIED / min(once(lambda: target.copy_(source)) for _ in range(5))
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,44 @@
+"""PEFT's own merges, called as its ``LoraModel.add_weighted_adapter`` calls them, without a model around."""
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from peft.tuners.lora.model import LoraModel
+
+from merged_lora.factors import Factors
+
+
+def merge_factors(
+    strategy: str,
+    sources: Mapping[str, Factors],
+    weights: Sequence[float],
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A [rank, in]`` and ``B [out, rank]`` of one module: ``linear``, ``ties``, ``magnitude_prune``, ``dare_*``."""
+    a, b = LoraModel._generalized_task_arithmetic_weighted_adapter(
+        None, strategy, list(sources), list(weights), _layer(sources), density, majority_sign_method
+    )
+    return a, b
+
+
+def merge_svd(
+    sources: Mapping[str, Factors], weights: Sequence[float], rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A [rank, in]`` and ``B [out, rank]`` of one module's weighted sum, by an SVD of the dense delta."""
+    a, b = LoraModel._svd_generalized_task_arithmetic_weighted_adapter(
+        None, "svd", list(sources), list(weights), rank, _layer(sources), None, None, None, None
+    )
+    return a, b
+
+
+def _layer(sources: Mapping[str, Factors]) -> SimpleNamespace:
+    """What those methods read of a ``LoraLayer``."""
+    return SimpleNamespace(
+        lora_A={name: SimpleNamespace(weight=f.a) for name, f in sources.items()},
+        lora_B={name: SimpleNamespace(weight=f.b) for name, f in sources.items()},
+        lora_embedding_A={},
+        scaling={name: f.scaling for name, f in sources.items()},
+        get_delta_weight=lambda name: sources[name].b @ sources[name].a * sources[name].scaling,
+    )

@@ -1,0 +1,116 @@
+"""Start a real ``vllm serve`` on loopback, wait until it answers, and stop it by its own process id."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 240.0
+STOP_SECONDS = 30.0
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+"""What vLLM needs to run on a CPU without a network."""
+
+
+class Server:
+    """A running server; use it in a ``with`` statement.  ``log`` is the file that holds its output."""
+
+    def __init__(self, model: Path, *arguments: str, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self._command = [
+            *(str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--served-model-name", "base"),
+            *("--host", "127.0.0.1", "--port", str(self.port), *arguments),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Server:
+        with self.log.open("wb") as out:
+            self._process = subprocess.Popen(
+                self._command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT, start_new_session=True
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                raise ServerDied(f"the server ended with {self._process.returncode}:\n{self.tail()}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(f"no answer after {START_SECONDS:.0f} s:\n{self.tail()}")
+
+    def stop(self) -> None:
+        """End the server and its workers."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(STOP_SECONDS)
+
+    def tail(self, lines: int = 40) -> str:
+        """The end of the server's output."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def get(self, route: str) -> tuple[int, Any]:
+        """Status and JSON body of a GET."""
+        return self._ask(urllib.request.Request(self.url + route))
+
+    def post(self, route: str, body: dict[str, Any] | bytes) -> tuple[int, Any]:
+        """Status and JSON body of a POST."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self._ask(urllib.request.Request(self.url + route, data, {"Content-Type": "application/json"}))
+
+    def _ask(self, request: urllib.request.Request) -> tuple[int, Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, json.load(reply)
+        except urllib.error.HTTPError as error:
+            text = error.read()
+            return error.code, json.loads(text) if text else None
+
+    def logprobs(self, model: str, prompt: str = "The quick brown fox", **more: Any) -> list[float]:
+        """Log-probabilities of eight greedy tokens."""
+        body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+        status, reply = self.post("/v1/completions", body | more)
+        assert status == 200, reply
+        values: list[float] = reply["choices"][0]["logprobs"]["token_logprobs"]
+        return values
+
+
+class ServerDied(RuntimeError):
+    """The server ended before it answered; the message holds the end of its output."""

@@ -1,0 +1,71 @@
+"""A tiny model, its adapters and one running server for every test of this folder that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+
+from merged_lora.bench.server import Server
+from merged_lora.engine import merge
+
+FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8")
+MAX_RANK = 16
+
+SPECS = {
+    "merged_sum": "0.7*sql + 0.3*chat - 0.2*tone",
+    "merged_cat": "cat(sql, chat)",
+    "merged_svd": "svd(sql, chat, rank=8)",
+    "merged_slerp": "slerp(sql, chat, t=0.3)",
+    "merged_linear": "linear(sql, -0.5*chat)",
+    "merged_ties": 'ties(0.7*sql, 0.3*chat, density=0.5, majority_sign_method="frequency")',
+    "merged_dare_linear": "dare_linear(sql, chat, seed=7)",
+    "merged_dare_ties": "dare_ties(sql, chat, density=[0.3, 0.8])",
+    "merged_prune": "magnitude_prune(sql, chat)",
+    "merged_parts": "sum(sql, attention)",
+}
+"""One merge of every strategy, by the name under which its offline twin is served."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the model and the adapters lie."""
+
+    model: Path
+    adapters: dict[str, Path]
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The tiny model, four adapters of it (one of higher rank, one of attention alone)."""
+    root = tmp_path_factory.mktemp("serving")
+    adapters = {
+        "sql": tiny.make_adapter(1),
+        "chat": tiny.make_adapter(2, scaling=1.0),
+        "tone": tiny.make_adapter(3),
+        "attention": tiny.make_adapter(4, only="self_attn"),
+        "wide": tiny.make_adapter(5, rank=16),
+    }
+    for name, adapter in adapters.items():
+        adapter.save(root / name)
+    return Place(tiny.make_model(root / "model"), {name: root / name for name in adapters})
+
+
+@pytest.fixture(scope="session")
+def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the adapters, the offline twins of SPECS as plain adapters, and two aliases."""
+    root = tmp_path_factory.mktemp("offline")
+    for name, spec in SPECS.items():
+        merge(spec, place.adapters, rank=MAX_RANK).save(root / name)
+    modules = {**place.adapters, **{name: root / name for name in SPECS}}
+    with Server(
+        place.model,
+        *(*FLAGS, "--enable-merged-lora", "--max-lora-rank", str(MAX_RANK), "--max-loras", "2"),
+        *("--max-cpu-loras", "3", "--lora-modules", *(f"{name}={path}" for name, path in modules.items())),
+        *("--merged-lora-modules", "mix=ties(sql, chat, density=0.2)", "both = 0.5*sql + 0.5*chat"),
+        log=root / "server.log",
+    ) as running:
+        yield running

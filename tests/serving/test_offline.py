@@ -1,0 +1,52 @@
+"""Merges in offline inference, in a process of its own: vLLM allows one engine in each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import Place
+
+from merged_lora.bench.server import ENVIRONMENT, Server
+
+pytestmark = pytest.mark.engine
+
+PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from merged_lora.errors import MergeError
+from merged_lora.vllm_plugin.offline import merged_lora_request
+
+if __name__ == "__main__":
+    model, adapters = sys.argv[1], json.loads(sys.argv[2])
+    llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_lora_rank=16,
+              additional_config={"merged_lora": {"enable": True}})
+    request = merged_lora_request(llm, "ties(sql, chat, density=0.2)", adapters)
+    try:
+        merged_lora_request(llm, "linear(sql, wide)", adapters)
+    except MergeError as error:
+        refused = str(error)
+    parameters = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
+    output = llm.generate(["The quick brown fox"], parameters, lora_request=request)[0].outputs[0]
+    logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)]
+    print("RESULT " + json.dumps([refused, logprobs]))
+"""
+
+
+def test_an_offline_merge_equals_the_served_one(server: Server, place: Place) -> None:
+    adapters = json.dumps({name: str(path) for name, path in place.adapters.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(place.model), adapters],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    refused, logprobs = json.loads(lines[0].removeprefix("RESULT "))
+    assert "equal ranks" in refused
+    assert logprobs == server.logprobs("mix")

@@ -1,0 +1,68 @@
+"""A tiny random Llama with a byte tokenizer, and adapters for it: everything a server needs, made in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from making import random_adapter
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from merged_lora.adapters import Adapter
+from merged_lora.peft_files import Header
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 64, 160, 2, 1, 2
+VOCABULARY = 320
+
+_HEAD = HIDDEN // HEADS
+MODULES = {
+    f"model.layers.{layer}.{name}": shape
+    for layer in range(LAYERS)
+    for name, shape in {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (KV_HEADS * _HEAD, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * _HEAD, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+    }.items()
+}
+"""Every linear module of the model, as ``name: (out, in)``."""
+
+_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+def make_model(folder: Path) -> Path:
+    """Write the model; returns its folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=256,
+        eos_token_id=VOCABULARY - 1,
+        bos_token_id=VOCABULARY - 2,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>")
+    fast.chat_template = _TEMPLATE
+    fast.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(seed: int, rank: int = 8, only: str = "", scaling: float = 2.0) -> Adapter:
+    """A bf16 adapter of every module, or of those whose name holds ``only``."""
+    modules = {name: shape for name, shape in MODULES.items() if only in name}
+    return random_adapter(
+        modules, rank, torch.bfloat16, seed, scaling, header=Header(base_model="tiny", task_type="CAUSAL_LM")
+    )

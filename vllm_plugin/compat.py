@@ -1,0 +1,389 @@
+"""Every touch with vLLM: what is imported from it, which of its methods are wrapped, and on which versions.
+
+Each wrapper calls the original unchanged unless the plugin is enabled, so that an installed but unused plugin
+changes nothing.  A method whose parameters are not the known ones is a reason to refuse, not to guess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.v1.worker.worker_base import WorkerBase
+
+from merged_lora.adapters import Adapter
+from merged_lora.errors import MergeError, UnknownAdapterError
+from merged_lora.peft_files import config_of, tensors_of
+from merged_lora.spec import MergeSpec
+
+from .identity import MergeIdentity, is_merge_path
+from .server import MergeGate
+from .settings import KEY, Settings, parse_alias
+from .worker import MergeWorker, Reply, agreed
+
+logger = logging.getLogger("vllm.merged_lora")
+
+VERSIONS = ("0.32",)
+"""Releases on which the tests run the plugin; each line of HOOKS was read there."""
+
+HOOKS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
+    (EngineArgs, "add_cli_args", ("parser",)),
+    (EngineArgs, "from_cli_args", ("args",)),
+    (EngineArgs, "create_engine_config", ("self", "usage_context", "headless")),
+    (OpenAIServingModels, "__init__", ("self", "engine_client", "base_model_paths", "lora_modules")),
+    (OpenAIServingModels, "init_static_loras", ("self",)),
+    (OpenAIServingModels, "load_lora_adapter", ("self", "request", "base_model_name")),
+    (OpenAIServingModels, "unload_lora_adapter", ("self", "request")),
+    (OpenAIServingModels, "show_available_models", ("self",)),
+    (OpenAIServingModels, "model_name", ("self", "lora_request")),
+    (BaseServing, "_check_model", ("self", "request")),
+    (PoolingBaseServing, "_check_model", ("self", "request")),
+    (BaseServing, "_maybe_get_adapters", ("self", "request", "supports_default_mm_loras")),
+    (WorkerLoRAManager, "__init__", ("self", "vllm_config", "device", "embedding_modules", "lora_model_cls")),
+    (WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
+)
+
+CAPTURE, PREPARE = "merged_lora_capture", "merged_lora_prepare"
+_ATTRIBUTE = "merged_lora"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one request is served with: the request itself, its adapter, and the model name it sent."""
+
+    request: object
+    adapter: LoRARequest
+    model: str
+
+
+_served: ContextVar[Served | None] = ContextVar("merged_lora_served", default=None)
+_aliases: dict[str, MergeSpec] = {}
+
+
+def problems() -> list[str]:
+    """Why the hooks do not fit the vLLM that is installed; empty where they do."""
+    found = []
+    if not vllm.__version__.startswith(tuple(f"{version}." for version in VERSIONS)):
+        found.append(f"vLLM {vllm.__version__} is not one of the tested releases ({', '.join(VERSIONS)})")
+    for owner, name, expected in HOOKS:
+        actual = tuple(p for p in inspect.signature(getattr(owner, name)).parameters)
+        if actual not in (expected, expected[1:]):
+            found.append(f"{owner.__name__}.{name} takes {', '.join(actual)}")
+    return found
+
+
+def install() -> None:
+    """Wrap the hooks, once per process."""
+    if hasattr(WorkerBase, CAPTURE):
+        return
+    EngineArgs.add_cli_args = staticmethod(_with_flags(EngineArgs.add_cli_args))
+    EngineArgs.from_cli_args = classmethod(_with_settings(EngineArgs.from_cli_args.__func__))
+    EngineArgs.create_engine_config = _with_lora_enabled(EngineArgs.create_engine_config)
+    OpenAIServingModels.__init__ = _with_gate(OpenAIServingModels.__init__)
+    OpenAIServingModels.init_static_loras = _then_check_aliases(OpenAIServingModels.init_static_loras)
+    OpenAIServingModels.load_lora_adapter = _then_register(OpenAIServingModels.load_lora_adapter)
+    OpenAIServingModels.unload_lora_adapter = _then_forget(OpenAIServingModels.unload_lora_adapter)
+    OpenAIServingModels.show_available_models = _with_aliases(OpenAIServingModels.show_available_models)
+    OpenAIServingModels.model_name = _with_sent_name(OpenAIServingModels.model_name)
+    for serving in (BaseServing, PoolingBaseServing):
+        serving._check_model = _through_gate(serving._check_model)
+    BaseServing._maybe_get_adapters = _with_merge(BaseServing._maybe_get_adapters)
+    WorkerLoRAManager.__init__ = _with_worker(WorkerLoRAManager.__init__)
+    WorkerLoRAManager._load_adapter = _or_merge(WorkerLoRAManager._load_adapter)
+    setattr(WorkerBase, CAPTURE, _rpc_capture)
+    setattr(WorkerBase, PREPARE, _rpc_prepare)
+
+
+def lora_request(identity: MergeIdentity) -> LoRARequest:
+    """The request by which vLLM activates a merge."""
+    return LoRARequest(lora_name=identity.name, lora_int_id=identity.number, lora_path=identity.path)
+
+
+# Command line and configuration
+
+
+def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group("merged LoRA", "LoRA adapters merged on demand.")
+        group.add_argument(
+            "--enable-merged-lora",
+            action="store_true",
+            help="Serve merges of LoRA adapters that a request names; implies --enable-lora.",
+        )
+        group.add_argument(
+            "--merged-lora-modules",
+            nargs="+",
+            type=_alias_argument,
+            metavar="NAME=SPEC",
+            help="Names that stand for a merge, such as 'mix=ties(sql, chat, density=0.5)'.",
+        )
+        return parser
+
+    return add_cli_args
+
+
+def _alias_argument(text: str) -> tuple[str, str]:
+    try:
+        return parse_alias(text)
+    except MergeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        enable, aliases = getattr(args, "enable_merged_lora", False), getattr(args, "merged_lora_modules", None)
+        if aliases and not enable:
+            raise ValueError("--merged-lora-modules needs --enable-merged-lora")
+        if enable:
+            if getattr(args, "grpc", False):
+                raise ValueError("--enable-merged-lora does not work with --grpc, which bypasses its hooks")
+            twice = sorted({name for name, _ in aliases or () if [n for n, _ in aliases].count(name) > 1})
+            if twice:
+                raise ValueError(f"--merged-lora-modules gives {twice[0]!r} twice")
+            settings = {"enable": True, "aliases": dict(aliases or ())}
+            # API servers of their own get these arguments pickled, before the plugin is loaded there.
+            args.additional_config = {**(args.additional_config or {}), KEY: settings}
+            args.enable_lora = True
+        return original(cls, args)
+
+    return from_cli_args
+
+
+def _with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = Settings.of(self.additional_config)
+        if settings.enable:
+            if vllm.envs.VLLM_USE_RUST_FRONTEND:
+                raise ValueError("merged LoRA does not work with the Rust front end, which bypasses its hooks")
+            self.enable_lora = True
+            self.additional_config = {**self.additional_config, KEY: settings.to_config(aliases=False)}
+            _aliases.update(settings.aliases)
+        return original(self, *args, **kwargs)
+
+    return create_engine_config
+
+
+# API server
+
+
+def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, engine_client, *args, **kwargs)
+        setattr(self, _ATTRIBUTE, None)
+        if not Settings.of(engine_client.vllm_config.additional_config).enable:
+            return
+
+        async def ask(method: str, path: str) -> Reply:
+            return agreed(await engine_client.collective_rpc(method, args=(path,)))
+
+        gate = MergeGate(_aliases, functools.partial(ask, CAPTURE), functools.partial(ask, PREPARE))
+        setattr(self, _ATTRIBUTE, gate)
+
+    return __init__
+
+
+def _gate(models: Any) -> MergeGate | None:
+    return getattr(models, _ATTRIBUTE, None)
+
+
+def _then_check_aliases(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(original)
+    async def init_static_loras(self: Any) -> None:
+        await original(self)
+        gate = _gate(self)
+        if gate is not None:
+            try:
+                gate.check_aliases([model.name for model in self.base_model_paths])
+            except MergeError as error:
+                raise ValueError(str(error)) from None
+
+    return init_static_loras
+
+
+def _then_register(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(original)
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        gate = _gate(self)
+        if gate is not None and request.lora_name in gate.aliases:
+            return BaseServing.create_error_response(f"{request.lora_name!r} is the name of a merge")
+        result = await original(self, request, base_model_name)
+        if gate is not None and not isinstance(result, ErrorResponse):
+            await gate.register(request.lora_name, request.lora_path)
+        return result
+
+    return load_lora_adapter
+
+
+def _then_forget(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(original)
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        result = await original(self, request)
+        gate = _gate(self)
+        if gate is not None and not isinstance(result, ErrorResponse):
+            gate.forget(request.lora_name)
+        return result
+
+    return unload_lora_adapter
+
+
+def _with_aliases(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(original)
+    async def show_available_models(self: Any) -> Any:
+        models = await original(self)
+        gate = _gate(self)
+        if gate is not None:
+            base = self.base_model_paths[0].name
+            models.data.extend(
+                ModelCard(id=name, root=str(spec), parent=base, permission=[ModelPermission()])
+                for name, spec in gate.aliases.items()
+            )
+        return models
+
+    return show_available_models
+
+
+def _with_sent_name(original: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(original)
+    def model_name(self: Any, lora_request: Any = None) -> str:
+        served = _served.get()
+        if served is not None and lora_request is served.adapter:
+            return served.model
+        return original(self, lora_request)
+
+    return model_name
+
+
+def _through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(original)
+    async def _check_model(self: Any, request: Any) -> Any:
+        _served.set(None)
+        gate = _gate(self.models)
+        if gate is None:
+            return await original(self, request)
+        try:
+            spec = gate.asked_for(request.model, _body(request), self.models.is_base_model)
+            if spec is None:
+                return await original(self, request)
+            identity = await gate.ready(spec)
+        except MergeError as error:
+            if isinstance(self, PoolingBaseServing):
+                raise ValueError(str(error)) from None  # its callers expect an exception
+            missing = isinstance(error, UnknownAdapterError)
+            return self.create_error_response(
+                str(error),
+                err_type="NotFoundError" if missing else "BadRequestError",
+                status_code=HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST,
+                param="model" if _body(request) is None else "merged_adapters",
+            )
+        sent = request.model or self.models.base_model_paths[0].name
+        _served.set(Served(request, lora_request(identity), sent))
+        return None
+
+    return _check_model
+
+
+def _with_merge(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _maybe_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        served = _served.get()
+        if served is not None and served.request is request:
+            return served.adapter
+        if _gate(self.models) is not None and _body(request) is not None:
+            raise RuntimeError("a request for a merge was not checked; it is not served with the base model")
+        return original(self, request, *args, **kwargs)
+
+    return _maybe_get_adapters
+
+
+def _body(request: Any) -> object:
+    return (request.model_extra or {}).get("merged_adapters")
+
+
+# Worker
+
+
+def _with_worker(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        worker = None
+        if Settings.of(vllm_config.additional_config).enable:
+            worker = MergeWorker(
+                self.lora_config.max_lora_rank, get_adapter_absolute_path, functools.partial(_lora_model, self)
+            )
+        setattr(self, _ATTRIBUTE, worker)
+
+    return __init__
+
+
+def _or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _load_adapter(self: Any, lora_request: Any) -> Any:
+        worker: MergeWorker[LoRAModel] | None = getattr(self, _ATTRIBUTE, None)
+        if worker is None or not is_merge_path(lora_request.lora_path):
+            return original(self, lora_request)
+        return worker.take(lora_request.lora_path)
+
+    return _load_adapter
+
+
+def _lora_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
+    """The adapter as vLLM holds it, by the same steps as one read from disk."""
+    model = manager._adapter_manager.model
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    config = {k: v for k, v in config_of(adapter.modules, adapter.header).items() if v is not None}
+    helper = PEFTHelper.from_dict(
+        {**config, "vllm_max_position_embeddings": manager.max_position_embeddings}
+    )
+    helper.validate_legal(manager.lora_config)
+    return manager._lora_model_cls.from_lora_tensors(
+        number,
+        tensors_of(adapter.modules),
+        helper,
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
+        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+    )
+
+
+def _merge_worker(worker: Any) -> tuple[MergeWorker[LoRAModel] | None, set[int]]:
+    manager = getattr(worker.model_runner, "lora_manager", None)
+    return getattr(manager, _ATTRIBUTE, None), manager.list_adapters() if manager is not None else set()
+
+
+_DISABLED: Reply = {"ok": False, "kind": "internal", "error": "merged LoRA is not enabled in this worker"}
+
+
+def _rpc_capture(self: Any, path: str) -> Reply:
+    merges, _ = _merge_worker(self)
+    return _DISABLED if merges is None else merges.capture(path)
+
+
+def _rpc_prepare(self: Any, path: str) -> Reply:
+    merges, loaded = _merge_worker(self)
+    return _DISABLED if merges is None else merges.prepare(path, loaded)

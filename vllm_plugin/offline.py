@@ -1,0 +1,34 @@
+"""Merges in offline inference: ``LLM(..., additional_config={"merged_lora": {"enable": True}})``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from merged_lora.plan import check_names
+from merged_lora.spec import MergeSpec, parse
+
+from .compat import CAPTURE, PREPARE, LoRARequest, lora_request
+from .identity import MergeIdentity
+from .worker import agreed, raise_failure
+
+
+def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, str]) -> LoRARequest:
+    """The ``LoRARequest`` of a merge, ready to pass to ``llm.generate(..., lora_request=...)``.
+
+    llm:      a ``vllm.LLM`` made with ``additional_config={"merged_lora": {"enable": True}}``.
+    spec:     such as ``ties(0.7*sql, 0.3*chat, density=0.5)``.
+    adapters: a folder, or a name on the hub, for every source of the spec.
+
+    The merge is made here, on every worker.  Raises MergeError where it cannot be.
+    """
+    spec = parse(spec) if isinstance(spec, str) else spec
+    check_names(spec, adapters)
+    contents = []
+    for name in spec.names:
+        reply = agreed(llm.collective_rpc(CAPTURE, args=(str(adapters[name]),)))
+        raise_failure(reply)
+        contents.append(reply["digest"])
+    identity = MergeIdentity(spec, tuple(contents))
+    raise_failure(agreed(llm.collective_rpc(PREPARE, args=(identity.path,))))
+    return lora_request(identity)

@@ -1,0 +1,66 @@
+"""The plugin's settings and how they travel: command line -> ``additional_config["merged_lora"]`` -> every process.
+
+Aliases are taken out again where an engine's configuration is made: vLLM hashes that configuration into the
+keys of its compile cache, and an alias changes nothing that is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merged_lora.errors import MergeError, SpecError
+from merged_lora.spec import MergeSpec, Source, parse
+
+KEY = "merged_lora"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator asked for.  aliases: names served beside the adapters, each with its merge."""
+
+    enable: bool = False
+    aliases: Mapping[str, MergeSpec] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, additional_config: object) -> Settings:
+        """The settings in vLLM's ``additional_config``; raises MergeError where they are malformed."""
+        given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping) or not set(given) <= {"enable", "aliases"}:
+            raise MergeError(f'additional_config["{KEY}"] takes "enable" (true or false) and "aliases" (name: spec)')
+        aliases = given.get("aliases", {})
+        if not isinstance(given.get("enable", False), bool) or not isinstance(aliases, Mapping):
+            raise MergeError(f'additional_config["{KEY}"]: "enable" is true or false, "aliases" an object')
+        return cls(given.get("enable", False), {name: _alias(name, text) for name, text in aliases.items()})
+
+    def to_config(self, aliases: bool) -> dict[str, Any]:
+        """The form in ``additional_config``, with the aliases or without."""
+        config: dict[str, Any] = {"enable": self.enable}
+        if aliases and self.aliases:
+            config["aliases"] = {name: str(spec) for name, spec in self.aliases.items()}
+        return config
+
+
+def parse_alias(text: str) -> tuple[str, str]:
+    """``NAME=SPEC`` as its two parts; raises MergeError."""
+    name, equals, spec = text.partition("=")
+    if not equals or not name.strip():
+        raise MergeError(f"expected NAME=SPEC, got {text[:64]!r}")
+    _alias(name.strip(), spec)
+    return name.strip(), spec
+
+
+def _alias(name: str, text: object) -> MergeSpec:
+    try:
+        MergeSpec("sum", (Source(name),))  # an alias follows the rules of adapter names
+    except SpecError as error:
+        raise MergeError(f"alias {name[:64]!r}: {error}") from None
+    if not isinstance(text, str):
+        raise MergeError(f"alias {name!r} needs a spec as text")
+    try:
+        return parse(text)
+    except SpecError as error:
+        raise MergeError(f"alias {name!r}: {error}") from None
