@@ -12,7 +12,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m merged_lora.bench", description="Benchmarks.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     on_cpu = benchmarks.add_parser("cpu", help="merges on CPU cores beside PEFT's")
-    on_cpu.add_argument("--quick", action="store_true", help="leave out PEFT's large SVDs, which take minutes")
+    on_cpu.add_argument(
+        "--quick", action="store_true", help="leave out PEFT's large SVDs, which take minutes"
+    )
     on_cpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
     options = parser.parse_args(arguments or ["cpu"])
     return cpu.run(options.quick, options.json)

@@ -1,7 +1,6 @@
 """Whether ours, the reference and PEFT give the same merges: what does not agree is not worth timing."""
 
 from collections.abc import Iterator, Mapping
-from itertools import product
 
 import torch
 
@@ -47,23 +46,27 @@ def allowed_difference(job: FactorJob, merged: torch.Tensor) -> torch.Tensor:
     """How far apart two float32 implementations of one job may lie, entry by entry, when their votes agree.
 
     Each adds n products in some order: n - 1 roundings of at most 2^-24 of the sum of magnitudes (the
-    products themselves are rounded alike; dividing by the same count only shrinks what came before and
-    rounds once more).  Then each rounds once to the stored dtype.
+    products themselves are rounded alike; dividing by the same count shrinks what came before and rounds
+    once more).  Then each rounds once to the stored dtype, subnormal numbers to a fixed spacing.
     """
-    magnitude = torch.stack(
-        [x.double().abs() * abs(w) * keep.rescale for x, w, keep in zip(job.inputs, job.weights, job.keeps)]
-    ).sum(0)
-    stored = torch.finfo(job.dtype).eps / 2
-    return 2 * (len(job.inputs) * 2.0**-24 * magnitude + stored * merged.double().abs() * (1 + stored))
+    terms = zip(job.inputs, job.weights, job.keeps, strict=True)
+    magnitude = torch.stack([x.double().abs() * abs(w) * keep.rescale for x, w, keep in terms]).sum(0)
+    stored = torch.finfo(job.dtype)
+    spacing = merged.double().abs().clamp(min=stored.smallest_normal) * stored.eps
+    return 2 * len(job.inputs) * 2.0**-24 * magnitude + spacing * (1 + stored.eps)
 
 
-def peft_result(plan: MergePlan, sources: Mapping[str, Adapter]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def peft_result(
+    plan: MergePlan, sources: Mapping[str, Adapter]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """PEFT's factors by module, for a plan in factors space."""
     spec = plan.spec
     density = spec.option("density")
     merged = {}
     for module in plan.modules:
-        present = {name: sources[name].modules[module] for name in spec.names if module in sources[name].modules}
+        present = {
+            name: sources[name].modules[module] for name in spec.names if module in sources[name].modules
+        }
         weights = [w for name, w in zip(spec.names, spec.weights(), strict=True) if name in present]
         merged[module] = peers.merge_factors(
             spec.strategy,
@@ -84,14 +87,15 @@ def _different_bits(ours: Result, theirs: Result) -> str | None:
 
 
 def _beyond_rounding(plan: MergePlan, ours: Result, sources: Mapping[str, Adapter]) -> str | None:
-    for module, (a, b) in peft_result(plan, sources).items():
-        entry = plan.modules[module]
-        assert isinstance(entry, FactorModule)
-        got = ours.modules[module]
+    theirs = peft_result(plan, sources)
+    for module, entry in plan.modules.items():
+        if not isinstance(entry, FactorModule):
+            return f"{module} is not merged factor by factor"
+        got, (a, b) = ours.modules[module], theirs[module]
         for job, x, y in ((entry.a, got.a, a), (entry.b, got.b, b)):
-            over = (x.double() - y.double()).abs() / allowed_difference(job, y).clamp(min=1e-300)
-            if not bool((over <= 1).all()):
-                return f"{module} differs by {float(over.max()):.1f} times what rounding explains"
+            times = (x.double() - y.double()).abs() / allowed_difference(job, y)
+            if not bool((times <= 1).all()):
+                return f"{module} differs by {float(times.max()):.1f} times what rounding explains"
     return None
 
 
@@ -102,9 +106,7 @@ def _worse_than_peft(backend: Backend) -> str | None:
         pair = {name: adapter.modules[module] for name, adapter in sources.items()}
         target = pair["a"].delta() + 0.5 * pair["b"].delta()
         a, b = peers.merge_svd(pair, [1.0, 0.5], 6)
-        ours, theirs = (
-            float((target - delta).norm()) for delta in (got.delta(), b.double() @ a.double())
-        )
+        ours, theirs = (float((target - delta).norm()) for delta in (got.delta(), b.double() @ a.double()))
         if abs(ours - theirs) > 1e-4 * theirs:
             return f"{module} has an error of {ours}, PEFT's is {theirs}"
     return None

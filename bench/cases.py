@@ -42,7 +42,10 @@ def random_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) ->
 
     return {
         name: Adapter(
-            {key: Factors(factor(rank, cols), factor(rows, rank), 2.0) for key, (rows, cols) in shapes.items()}
+            {
+                key: Factors(factor(rank, cols), factor(rows, rank), 2.0)
+                for key, (rows, cols) in shapes.items()
+            }
         )
         for name in names(count)
     }
@@ -55,19 +58,22 @@ def distinct_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) 
     vote within rounding of zero.  At most 1024 entries a tensor.
     """
     generator = torch.Generator().manual_seed(0)
-    # Consecutive bit patterns from 2^-8 on: 8 binades of bfloat16, one of float16.  float32's are made in
-    # bfloat16, whose 8 bits leave room for 8 binades and 16 sources within float32's 24.
-    storage = torch.bfloat16 if dtype == torch.float32 else dtype
-    first = torch.tensor(2.0**-8, dtype=storage).view(torch.int16)
 
     def factor(rows: int, columns: int) -> torch.Tensor:
-        patterns = torch.randperm(1024, generator=generator)[: rows * columns].to(torch.int16) + first
-        signs = torch.randint(0, 2, (rows * columns,), generator=generator) * 2 - 1
-        return (patterns.view(storage) * signs).to(dtype).reshape(rows, columns)
+        order = torch.randperm(1024, generator=generator)[: rows * columns].reshape(rows, columns)
+        signs = torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1
+        if dtype == torch.float32:
+            return (order * 64 + 1) * signs * 2.0**-20  # 16 bits of float32's 24
+        # Consecutive bit patterns from 2^-8 on: 8 binades of bfloat16 make 16 bits, one of float16 11.
+        first = torch.tensor(2.0**-8, dtype=dtype).view(torch.int16)
+        return (order.to(torch.int16) + first).view(dtype) * signs
 
     return {
         name: Adapter(
-            {key: Factors(factor(rank, cols), factor(rows, rank), 2.0) for key, (rows, cols) in shapes.items()}
+            {
+                key: Factors(factor(rank, cols), factor(rows, rank), 2.0)
+                for key, (rows, cols) in shapes.items()
+            }
         )
         for name in names(count)
     }

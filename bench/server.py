@@ -38,7 +38,13 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self._command = [
-            *(str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--served-model-name", "base"),
+            *(
+                str(Path(sys.executable).with_name("vllm")),
+                "serve",
+                str(model),
+                "--served-model-name",
+                "base",
+            ),
             *("--host", "127.0.0.1", "--port", str(self.port), *arguments),
         ]
         self._process: subprocess.Popen[bytes] | None = None
@@ -46,7 +52,11 @@ class Server:
     def __enter__(self) -> Server:
         with self.log.open("wb") as out:
             self._process = subprocess.Popen(
-                self._command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT, start_new_session=True
+                self._command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | ENVIRONMENT,
+                start_new_session=True,
             )
         try:
             self._wait()
@@ -105,7 +115,14 @@ class Server:
 
     def logprobs(self, model: str, prompt: str = "The quick brown fox", **more: Any) -> list[float]:
         """Log-probabilities of eight greedy tokens."""
-        body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": 8,
+            "temperature": 0,
+            "logprobs": 1,
+            "ignore_eos": True,
+        }
         status, reply = self.post("/v1/completions", body | more)
         assert status == 200, reply
         values: list[float] = reply["choices"][0]["logprobs"]["token_logprobs"]

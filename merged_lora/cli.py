@@ -23,6 +23,7 @@ from .errors import MergeError, SpecError, UnknownAdapterError
 from .spec import MergeSpec, from_json, parse
 
 PROG = "merged-lora"
+LOGGER = logging.getLogger("merged_lora")
 
 EXAMPLES = """\
 examples:
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command(arguments)
             print(end="", flush=True)
     except MergeError as error:
-        _say(f"error: {error}")
+        print(_printable(f"{PROG}: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -136,6 +137,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     paths = _paths(spec, arguments.adapters)
 
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from .adapters import Adapter
     from .engine import plan, run
@@ -147,7 +149,8 @@ def _merge(arguments: argparse.Namespace) -> None:
         sources = {name: Adapter.load(path, arguments.drop) for name, path in paths.items()}
         planned = plan(spec, sources, arguments.rank)
         # disable=None: there is a bar where stderr is a terminal, and not a trace of one elsewhere
-        with tqdm(total=len(planned.modules), unit="module", leave=False, disable=None) as bar:
+        bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
+        with bar, logging_redirect_tqdm([LOGGER]):
             merged = run(planned, arguments.backend, bar.update)
         merged.save(arguments.output, arguments.overwrite)
 
@@ -203,21 +206,19 @@ def _terminated_cleanly() -> Iterator[None]:
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
     """What the core logs as a warning becomes one line each."""
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            _say(f"warning: {record.getMessage()}")
-
-    logger, handler = logging.getLogger("merged_lora"), Lines(logging.WARNING)
-    logger.addHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(_WarningLine())
+    LOGGER.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        LOGGER.removeHandler(handler)
 
 
-def _say(text: str) -> None:
-    print(_printable(f"{PROG}: {text}"), file=sys.stderr)
+class _WarningLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(f"{PROG}: warning: {record.getMessage()}")
 
 
 def _printable(text: str) -> str:

@@ -92,6 +92,8 @@ class MergeSpec:
         object.__setattr__(
             self, "options", tuple(sorted((k, v) for k, v in kept.items() if v != defaults[k]))
         )
+        if len(str(self)) > MAX_TEXT:  # names are escaped in it, so it can be longer than what was written
+            raise SpecError(f"the spec has {len(str(self))} characters; at most {MAX_TEXT} are taken")
 
     def __str__(self) -> str:
         options = [f"{name}={_value_text(value)}" for name, value in self.options]
@@ -155,10 +157,7 @@ def canonical(spec: str | MergeSpec) -> str:
 
 def is_spec(text: str) -> bool:
     """Whether a text is written as a merge rather than as one plain name (it may still be malformed)."""
-    text = text.strip()
-    return bool(
-        _CALL.match(text) or "*" in text or "+" in text or re.search(r"\s-\s", text) or text[:1] in '-"'
-    )
+    return len(text) > MAX_TEXT or bool(re.search(r'[()*+"]|^\s*-|\s-\s', text))
 
 
 def from_json(body: object) -> MergeSpec:

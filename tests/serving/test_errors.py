@@ -32,7 +32,7 @@ def ask(server: Server, model: Any, **more: Any) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("model", "status", "words"),
     [
-        ("ties(sql, nobody)", 404, ("'nobody'", "known: ", "chat", "sql")),
+        ("ties(sql, nobody)", 404, ("'nobody'", "known: ", "chat")),
         ("nobody", 404, ("nobody",)),
         ("tie(sql, chat)", 400, ("'tie'", "ties", "svd")),
         ("ties(sql, chat", 400, ("character 15", "')'")),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Place
+from tiny import Place
 
 from merged_lora.bench.server import ENVIRONMENT, Server
 

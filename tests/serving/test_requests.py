@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import SPECS, Place
+from tiny import SPECS, Place
 
 from merged_lora.bench.server import Server
 

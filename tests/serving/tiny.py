@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,32 @@ MODULES = {
 """Every linear module of the model, as ``name: (out, in)``."""
 
 _TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8")
+MAX_RANK = 16
+
+SPECS = {
+    "merged_sum": "0.7*sql + 0.3*chat - 0.2*tone",
+    "merged_cat": "cat(sql, chat)",
+    "merged_svd": "svd(sql, chat, rank=8)",
+    "merged_slerp": "slerp(sql, chat, t=0.3)",
+    "merged_linear": "linear(sql, -0.5*chat)",
+    "merged_ties": 'ties(0.7*sql, 0.3*chat, density=0.5, majority_sign_method="frequency")',
+    "merged_dare_linear": "dare_linear(sql, chat, seed=7)",
+    "merged_dare_ties": "dare_ties(sql, chat, density=[0.3, 0.8])",
+    "merged_prune": "magnitude_prune(sql, chat)",
+    "merged_parts": "sum(sql, attention)",
+}
+"""One merge of every strategy, by the name under which its offline twin is served."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the model and the adapters lie."""
+
+    model: Path
+    adapters: dict[str, Path]
 
 
 def make_model(folder: Path) -> Path:
