@@ -28,7 +28,7 @@ test: lint model  ## lint, then every test that this machine can run
 	@$(PY) -m pytest
 
 bench: install  ## the benchmarks
-	@$(PY) -m merged_lora.bench
+	@$(PY) -m merged_lora.bench cpu
 
 clean:  ## remove builds and caches; .venv and .models stay
 	@rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

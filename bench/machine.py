@@ -14,14 +14,15 @@ COPIED = 256 << 20
 
 def facts() -> dict[str, object]:
     """Name and value of everything that a time depends on."""
-    return {
+    measured: dict[str, object] = {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load average": round(os.getloadavg()[0], 2),
         "copy GB/s": round(_copy_speed() / 1e9, 1),
         "python": platform.python_version(),
         "torch threads": torch.get_num_threads(),
-    } | {name: _version(name) for name in ("torch", "numpy", "numba", "peft")}
+    }
+    return measured | {name: _version(name) for name in ("torch", "numpy", "numba", "peft")}
 
 
 def _cpu() -> str:

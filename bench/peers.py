@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft.tuners.lora.model import LoraModel
 
 from merged_lora.factors import Factors
+
+MODEL: Any = LoraModel  # its methods are called without an instance, which they do not use
 
 
 def merge_factors(
@@ -16,8 +19,8 @@ def merge_factors(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A [rank, in]`` and ``B [out, rank]`` of one module: ``linear``, ``ties``, ``magnitude_prune``, ``dare_*``."""
-    a, b = LoraModel._generalized_task_arithmetic_weighted_adapter(
+    """``A [rank, in]`` and ``B [out, rank]`` of one module, by a strategy that works on the factors."""
+    a, b = MODEL._generalized_task_arithmetic_weighted_adapter(
         None, strategy, list(sources), list(weights), _layer(sources), density, majority_sign_method
     )
     return a, b
@@ -27,7 +30,7 @@ def merge_svd(
     sources: Mapping[str, Factors], weights: Sequence[float], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``A [rank, in]`` and ``B [out, rank]`` of one module's weighted sum, by an SVD of the dense delta."""
-    a, b = LoraModel._svd_generalized_task_arithmetic_weighted_adapter(
+    a, b = MODEL._svd_generalized_task_arithmetic_weighted_adapter(
         None, "svd", list(sources), list(weights), rank, _layer(sources), None, None, None, None
     )
     return a, b

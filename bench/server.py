@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,20 @@ ENVIRONMENT = {
 
 
 class Server:
-    """A running server; use it in a ``with`` statement.  ``log`` is the file that holds its output."""
+    """A running server; use it in a ``with`` statement.
 
-    def __init__(self, model: Path, *arguments: str, log: Path) -> None:
+    log: the file that holds its output.  waiting: called every half second until it answers.
+    """
+
+    def __init__(
+        self, model: Path, *arguments: str, log: Path, waiting: Callable[[], None] = lambda: None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
+        self._waiting = waiting
         self._command = [
             *(
                 str(Path(sys.executable).with_name("vllm")),
@@ -73,11 +80,12 @@ class Server:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             if self._process.poll() is not None:
-                raise ServerDied(f"the server ended with {self._process.returncode}:\n{self.tail()}")
+                raise ServerDiedError(f"the server ended with {self._process.returncode}:\n{self.tail()}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             except OSError:
+                self._waiting()
                 time.sleep(0.5)
         raise TimeoutError(f"no answer after {START_SECONDS:.0f} s:\n{self.tail()}")
 
@@ -129,5 +137,5 @@ class Server:
         return values
 
 
-class ServerDied(RuntimeError):
+class ServerDiedError(RuntimeError):
     """The server ended before it answered; the message holds the end of its output."""

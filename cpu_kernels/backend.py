@@ -15,9 +15,9 @@ from merged_lora.factors import Factors
 from merged_lora.lowrank import merge_module
 from merged_lora.plan import FactorJob, FactorModule, MergePlan
 
-from . import combine, trim
+from . import combine, numbers, trim
 
-_KINDS = {torch.bfloat16: combine.BF16, torch.float16: combine.FP16, torch.float32: combine.FP32}
+_KINDS = {torch.bfloat16: numbers.BF16, torch.float16: numbers.FP16, torch.float32: numbers.FP32}
 _BATCHES_PER_CORE = 4  # enough to even out the load, few enough that handing them out costs nothing
 
 
@@ -64,9 +64,9 @@ class CpuBackend:
         cut = np.repeat(size, counts)
         count = np.array([-1 if keep.count is None else keep.count for keep in keeps])
         if (count >= 0).any():
-            sizes, wide = np.repeat(size, counts), kind == combine.FP32
+            sizes = np.repeat(size, counts)
             self._run(
-                sizes, lambda some: trim.trim_tensors(some, rows, sizes, wide, count, thr, cut), _ignore
+                sizes, lambda some: trim.trim_tensors(some, rows, kind, sizes, count, thr, cut), _ignore
             )
 
         vote = jobs[0].vote

@@ -5,6 +5,7 @@
 A magnitude is an entry's bit pattern without its sign, which orders like its absolute value.  16-bit
 dtypes are counted into 32768 bins in one pass; float32 by its upper 15 bits first, then the lower 16 of
 those in the bin that holds the threshold.  A second pass finds the index at which the ties are cut.
+``thr`` is told as float32 bits for every dtype: widening keeps the order, and the merge compares there.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,assignment"
@@ -12,11 +13,12 @@ import numpy as np
 from numba import njit
 
 from .memory import words16, words32
+from .numbers import BF16, FP32, widen16
 
 BINS = 32768
 BIN_BLOCK = 256
 TIE_BLOCK = 1024
-ABOVE_ALL = 0x7F800000  # float32's infinity: no finite magnitude of any dtype reaches it, and one more is an int32
+INFINITY = 0x7F800000  # as float32 bits: no entry lies above it
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -45,23 +47,18 @@ def _find_bin(counts, count):
 def _find_cut(data, mask, thr, ties):
     """One past the index of the ``ties``-th entry whose magnitude is ``thr``."""
     left = ties
-    at = 0
-    size = data.size
-    while at < size:
-        end = min(at + TIE_BLOCK, size)
-        found = 0
-        for i in range(at, end):
-            found += (data[i] & mask) == thr
+    for start in range(0, data.size, TIE_BLOCK):
+        block = data[start : start + TIE_BLOCK]
+        found = np.uint16(0)
+        for i in range(block.size):
+            found = np.uint16(found + np.uint16((block[i] & mask) == thr))
         if found >= left:
-            break
-        left -= found
-        at = end
-    for i in range(at, size):
-        if (data[i] & mask) == thr:
-            left -= 1
-            if left == 0:
-                return i + 1
-    return size
+            for i in range(block.size):
+                left -= (block[i] & mask) == thr
+                if left == 0:
+                    return start + i + 1
+        left -= np.int64(found)
+    return data.size
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -95,19 +92,20 @@ def _trim32(data, count, counts):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def trim_tensors(items, address, size, wide, count, thr, cut):
+def trim_tensors(items, address, kind, size, count, thr, cut):
     """Fill ``thr`` and ``cut`` of the given items.
 
     items: indices into the tables, ``[m]``.  The tables have one entry per (tensor, source), flat: address,
-    size, count, thr and cut int64; wide: whether float32.  A negative count keeps everything.
+    kind, size in entries, count, thr and cut, all int64.  A negative count keeps everything.
     """
     counts = np.zeros(2 * BINS, np.uint32)
     for item in items:
         if count[item] < 0 or count[item] >= size[item]:
             thr[item], cut[item] = 0, size[item]
         elif count[item] == 0:
-            thr[item], cut[item] = ABOVE_ALL, 0
-        elif wide[item]:
+            thr[item], cut[item] = INFINITY, 0
+        elif kind[item] == FP32:
             thr[item], cut[item] = _trim32(words32(address[item], size[item]), count[item], counts)
         else:
-            thr[item], cut[item] = _trim16(words16(address[item], size[item]), count[item], counts)
+            narrow, cut[item] = _trim16(words16(address[item], size[item]), count[item], counts)
+            thr[item] = narrow << 16 if kind[item] == BF16 else widen16(narrow)

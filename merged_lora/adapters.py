@@ -13,7 +13,7 @@ import torch
 
 from .errors import AdapterError
 from .factors import DTYPES, Factors
-from .peft_files import Header, read_folder, write_folder
+from .peft_files import MAX_ALPHA, Header, read_folder, write_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,8 @@ class Adapter:
                 )
             if f.a.dtype not in DTYPES or f.b.dtype not in DTYPES:
                 raise AdapterError(f"{name}: factors are {f.a.dtype} and {f.b.dtype}, not fp32, fp16 or bf16")
+            if not abs(f.scaling) <= MAX_ALPHA:  # so, and not the other way round, for a NaN
+                raise AdapterError(f"{name}: scaling {f.scaling} is not a number of size up to {MAX_ALPHA:g}")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], drop: Iterable[str] = ()) -> Adapter:

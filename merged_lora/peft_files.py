@@ -12,7 +12,6 @@ import os
 import re
 import reprlib
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -33,6 +32,7 @@ INDEX_NAME = "adapter_model.safetensors.index.json"
 PREFIX = "base_model.model."
 MAX_JSON = 16 << 20
 MAX_RANK = 65536
+MAX_ALPHA = 1e30
 
 DROPPABLE = ("modules_to_save", "lora_bias", "target_parameters")
 """What can be left out without changing what the factors mean."""
@@ -93,10 +93,10 @@ def write_folder(
     overwrite: replace an adapter folder (nothing else) that stands there.  Raises AdapterError otherwise.
     """
     folder = folder.absolute()
-    if folder.is_symlink() and overwrite:
-        folder = folder.resolve()
     check_target(folder, overwrite)
     try:
+        if overwrite and folder.is_symlink():
+            folder = folder.resolve()
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
@@ -183,7 +183,7 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any], dropped: set[st
         )
         if config.get(key) and key not in dropped
     ]
-    if config.get("bias") not in (None, "none") and "lora_bias" not in dropped:
+    if config.get("bias") not in (None, "none"):
         found.append("bias")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
@@ -252,6 +252,8 @@ def _modules(
             others.append(key)
             continue
         module = match["module"].removeprefix(PREFIX)
+        if "target_parameters" in dropped and _holds_parameter(module, config):
+            continue
         side = match["linear"] or match["embedding"]
         found.setdefault((module, match["embedding"] is not None), {})[side] = tensor
     extra = [key for key in others if not _is_dropped(key, config, dropped)]
@@ -274,9 +276,26 @@ def _is_dropped(key: str, config: Mapping[str, Any], dropped: set[str]) -> bool:
         return "lora_bias" in dropped
     if "lora_" in key:
         return False
-    saved = config.get("modules_to_save") or []
-    of_saved_module = any(isinstance(name, str) and f".{name}." in f".{key}" for name in saved)
-    return "modules_to_save" in dropped and of_saved_module
+    saved = _names(config, "modules_to_save")
+    return "modules_to_save" in dropped and any(f".{name}." in f".{key}" for name in saved)
+
+
+def _holds_parameter(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether these factors belong to one of ``target_parameters``: PEFT names them after its holder.
+
+    Of several parameters of one holder, all but the last stand under ``HOLDER.base_layer``, and so on.
+    A parameter named without its holder may be any module's.
+    """
+    holder = re.sub(r"(\.base_layer)+$", "", module)
+    holders = [name.rpartition(".")[0] for name in _names(config, "target_parameters")]
+    return any(not name or f".{holder}".endswith(f".{name}") for name in holders)
+
+
+def _names(config: Mapping[str, Any], key: str) -> list[str]:
+    names = config.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"{key} in {CONFIG_NAME} is not a list of names")
+    return names
 
 
 def _checked(
@@ -307,9 +326,11 @@ def _checked(
     if (
         isinstance(alpha, bool)
         or not isinstance(alpha, int | float)
-        or not abs(alpha) <= sys.float_info.max  # a NaN, or a whole number beyond any float
+        or not abs(alpha) <= MAX_ALPHA  # so, and not the other way round, for a NaN
     ):
-        raise AdapterError(f"{folder}: lora_alpha {reprlib.repr(alpha)} of {module} is not a finite number")
+        raise AdapterError(
+            f"{folder}: lora_alpha {reprlib.repr(alpha)} of {module} is not a number of size up to {MAX_ALPHA:g}"
+        )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") is True else alpha / rank
     return Factors(a, b, scaling, embedding)
 

@@ -162,7 +162,9 @@ def _factor_module(
         root = _signed_root(scale * factors[0].scaling)
         weights_a, weights_b = [w * root for w in weights], [w * abs(root) for w in weights]
     else:
-        weights_a = [_signed_root(_float32(scale * w * f.scaling)) for w, f in zip(weights, factors, strict=True)]
+        weights_a = [
+            _signed_root(_float32(scale * w * f.scaling)) for w, f in zip(weights, factors, strict=True)
+        ]
         weights_b = [abs(w) for w in weights_a]
     vote = None
     if recipe.blend == "agreeing_mean":

@@ -1,10 +1,13 @@
-"""Random adapters for tests. ``pythonpath`` holds this folder: ``from making import random_adapter``."""
+"""Adapters for tests. pytest's ``pythonpath`` holds this folder: ``from making import random_adapter``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from merged_lora.adapters import Adapter
 from merged_lora.factors import Factors
@@ -44,3 +47,22 @@ def random_adapter(
         s = scaling[name] if isinstance(scaling, Mapping) else scaling
         made[name] = Factors(a.to(dtype), b.to(dtype), s, name in embeddings)
     return Adapter(made, header or Header())
+
+
+def write_by_hand(folder: Path, tensors: Mapping[str, torch.Tensor], **config: object) -> Path:
+    """A PEFT folder that the code under test had no part in; ``config`` over ``r=4, lora_alpha=8``."""
+    folder.mkdir()
+    base = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(base | config), encoding="utf-8")
+    save_file(dict(tensors), folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def peft_tensors(*modules: str, rank: int = 4, size: int = 8) -> dict[str, torch.Tensor]:
+    """Square random factors for these modules, under the names that PEFT gives them in a file."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"base_model.model.{module}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for module in modules
+        for side, shape in (("A", (rank, size)), ("B", (size, rank)))
+    }

@@ -42,24 +42,7 @@ from .worker import MergeWorker, Reply, agreed
 logger = logging.getLogger("vllm.merged_lora")
 
 VERSIONS = ("0.32",)
-"""Releases on which the tests run the plugin; each line of HOOKS was read there."""
-
-HOOKS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
-    (EngineArgs, "add_cli_args", ("parser",)),
-    (EngineArgs, "from_cli_args", ("args",)),
-    (EngineArgs, "create_engine_config", ("self", "usage_context", "headless")),
-    (OpenAIServingModels, "__init__", ("self", "engine_client", "base_model_paths", "lora_modules")),
-    (OpenAIServingModels, "init_static_loras", ("self",)),
-    (OpenAIServingModels, "load_lora_adapter", ("self", "request", "base_model_name")),
-    (OpenAIServingModels, "unload_lora_adapter", ("self", "request")),
-    (OpenAIServingModels, "show_available_models", ("self",)),
-    (OpenAIServingModels, "model_name", ("self", "lora_request")),
-    (BaseServing, "_check_model", ("self", "request")),
-    (PoolingBaseServing, "_check_model", ("self", "request")),
-    (BaseServing, "_maybe_get_adapters", ("self", "request", "supports_default_mm_loras")),
-    (WorkerLoRAManager, "__init__", ("self", "vllm_config", "device", "embedding_modules", "lora_model_cls")),
-    (WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
-)
+"""Releases on which the tests run the plugin; the parameters in HOOKS were read there."""
 
 CAPTURE, PREPARE = "merged_lora_capture", "merged_lora_prepare"
 _ATTRIBUTE = "merged_lora"
@@ -76,40 +59,6 @@ class Served:
 
 _served: ContextVar[Served | None] = ContextVar("merged_lora_served", default=None)
 _aliases: dict[str, MergeSpec] = {}
-
-
-def problems() -> list[str]:
-    """Why the hooks do not fit the vLLM that is installed; empty where they do."""
-    found = []
-    if not vllm.__version__.startswith(tuple(f"{version}." for version in VERSIONS)):
-        found.append(f"vLLM {vllm.__version__} is not one of the tested releases ({', '.join(VERSIONS)})")
-    for owner, name, expected in HOOKS:
-        actual = tuple(p for p in inspect.signature(getattr(owner, name)).parameters)
-        if actual not in (expected, expected[1:]):
-            found.append(f"{owner.__name__}.{name} takes {', '.join(actual)}")
-    return found
-
-
-def install() -> None:
-    """Wrap the hooks, once per process."""
-    if hasattr(WorkerBase, CAPTURE):
-        return
-    EngineArgs.add_cli_args = staticmethod(_with_flags(EngineArgs.add_cli_args))
-    EngineArgs.from_cli_args = classmethod(_with_settings(EngineArgs.from_cli_args.__func__))
-    EngineArgs.create_engine_config = _with_lora_enabled(EngineArgs.create_engine_config)
-    OpenAIServingModels.__init__ = _with_gate(OpenAIServingModels.__init__)
-    OpenAIServingModels.init_static_loras = _then_check_aliases(OpenAIServingModels.init_static_loras)
-    OpenAIServingModels.load_lora_adapter = _then_register(OpenAIServingModels.load_lora_adapter)
-    OpenAIServingModels.unload_lora_adapter = _then_forget(OpenAIServingModels.unload_lora_adapter)
-    OpenAIServingModels.show_available_models = _with_aliases(OpenAIServingModels.show_available_models)
-    OpenAIServingModels.model_name = _with_sent_name(OpenAIServingModels.model_name)
-    for serving in (BaseServing, PoolingBaseServing):
-        serving._check_model = _through_gate(serving._check_model)
-    BaseServing._maybe_get_adapters = _with_merge(BaseServing._maybe_get_adapters)
-    WorkerLoRAManager.__init__ = _with_worker(WorkerLoRAManager.__init__)
-    WorkerLoRAManager._load_adapter = _or_merge(WorkerLoRAManager._load_adapter)
-    setattr(WorkerBase, CAPTURE, _rpc_capture)
-    setattr(WorkerBase, PREPARE, _rpc_prepare)
 
 
 def lora_request(identity: MergeIdentity) -> LoRARequest:
@@ -152,16 +101,18 @@ def _alias_argument(text: str) -> tuple[str, str]:
 def _with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_cli_args(cls: Any, args: Any) -> Any:
-        enable, aliases = getattr(args, "enable_merged_lora", False), getattr(args, "merged_lora_modules", None)
+        enable = getattr(args, "enable_merged_lora", False)
+        aliases = getattr(args, "merged_lora_modules", None) or []
         if aliases and not enable:
             raise ValueError("--merged-lora-modules needs --enable-merged-lora")
         if enable:
             if getattr(args, "grpc", False):
                 raise ValueError("--enable-merged-lora does not work with --grpc, which bypasses its hooks")
-            twice = sorted({name for name, _ in aliases or () if [n for n, _ in aliases].count(name) > 1})
+            names = [name for name, _ in aliases]
+            twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"--merged-lora-modules gives {twice[0]!r} twice")
-            settings = {"enable": True, "aliases": dict(aliases or ())}
+            settings = {"enable": True, "aliases": dict(aliases)}
             # API servers of their own get these arguments pickled, before the plugin is loaded there.
             args.additional_config = {**(args.additional_config or {}), KEY: settings}
             args.enable_lora = True
@@ -176,7 +127,9 @@ def _with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
         settings = Settings.of(self.additional_config)
         if settings.enable:
             if vllm.envs.VLLM_USE_RUST_FRONTEND:
-                raise ValueError("merged LoRA does not work with the Rust front end, which bypasses its hooks")
+                raise ValueError(
+                    "merged LoRA does not work with the Rust front end, which bypasses its hooks"
+                )
             self.enable_lora = True
             self.additional_config = {**self.additional_config, KEY: settings.to_config(aliases=False)}
             _aliases.update(settings.aliases)
@@ -190,7 +143,7 @@ def _with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def __init__(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
         original(self, engine_client, *args, **kwargs)
         setattr(self, _ATTRIBUTE, None)
         if not Settings.of(engine_client.vllm_config.additional_config).enable:
@@ -202,7 +155,7 @@ def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
         gate = MergeGate(_aliases, functools.partial(ask, CAPTURE), functools.partial(ask, PREPARE))
         setattr(self, _ATTRIBUTE, gate)
 
-    return __init__
+    return init
 
 
 def _gate(models: Any) -> MergeGate | None:
@@ -327,16 +280,18 @@ def _body(request: Any) -> object:
 
 def _with_worker(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         worker = None
         if Settings.of(vllm_config.additional_config).enable:
             worker = MergeWorker(
-                self.lora_config.max_lora_rank, get_adapter_absolute_path, functools.partial(_lora_model, self)
+                self.lora_config.max_lora_rank,
+                get_adapter_absolute_path,
+                functools.partial(_lora_model, self),
             )
         setattr(self, _ATTRIBUTE, worker)
 
-    return __init__
+    return init
 
 
 def _or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -355,9 +310,7 @@ def _lora_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
     model = manager._adapter_manager.model
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     config = {k: v for k, v in config_of(adapter.modules, adapter.header).items() if v is not None}
-    helper = PEFTHelper.from_dict(
-        {**config, "vllm_max_position_embeddings": manager.max_position_embeddings}
-    )
+    helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
     helper.validate_legal(manager.lora_config)
     return manager._lora_model_cls.from_lora_tensors(
         number,
@@ -387,3 +340,70 @@ def _rpc_capture(self: Any, path: str) -> Reply:
 def _rpc_prepare(self: Any, path: str) -> Reply:
     merges, loaded = _merge_worker(self)
     return _DISABLED if merges is None else merges.prepare(path, loaded)
+
+
+# What is wrapped
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A method of vLLM: its class, name and parameters as they were read, and what wraps it."""
+
+    owner: Any
+    name: str
+    parameters: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+HOOKS = (
+    Hook(EngineArgs, "add_cli_args", "parser", _with_flags),
+    Hook(EngineArgs, "from_cli_args", "cls args", _with_settings),
+    Hook(EngineArgs, "create_engine_config", "self usage_context headless", _with_lora_enabled),
+    Hook(OpenAIServingModels, "__init__", "self engine_client base_model_paths lora_modules", _with_gate),
+    Hook(OpenAIServingModels, "init_static_loras", "self", _then_check_aliases),
+    Hook(OpenAIServingModels, "load_lora_adapter", "self request base_model_name", _then_register),
+    Hook(OpenAIServingModels, "unload_lora_adapter", "self request", _then_forget),
+    Hook(OpenAIServingModels, "show_available_models", "self", _with_aliases),
+    Hook(OpenAIServingModels, "model_name", "self lora_request", _with_sent_name),
+    Hook(BaseServing, "_check_model", "self request", _through_gate),
+    Hook(PoolingBaseServing, "_check_model", "self request", _through_gate),
+    Hook(BaseServing, "_maybe_get_adapters", "self request supports_default_mm_loras", _with_merge),
+    Hook(
+        WorkerLoRAManager,
+        "__init__",
+        "self vllm_config device embedding_modules lora_model_cls",
+        _with_worker,
+    ),
+    Hook(WorkerLoRAManager, "_load_adapter", "self lora_request", _or_merge),
+)
+
+
+def problems() -> list[str]:
+    """Why the hooks do not fit the vLLM that is installed; empty where they do."""
+    found = []
+    if not vllm.__version__.startswith(tuple(f"{version}." for version in VERSIONS)):
+        found.append(f"vLLM {vllm.__version__} is not one of the tested releases ({', '.join(VERSIONS)})")
+    for hook in HOOKS:
+        function = inspect.unwrap(_plain(vars(hook.owner)[hook.name]))
+        actual = " ".join(inspect.signature(function).parameters)
+        if actual != hook.parameters:
+            found.append(f"{hook.owner.__name__}.{hook.name} takes {actual}")
+    return found
+
+
+def install() -> None:
+    """Wrap the hooks, once per process."""
+    if hasattr(WorkerBase, CAPTURE):
+        return
+    for hook in HOOKS:
+        original = vars(hook.owner)[hook.name]
+        wrapped: Any = hook.wrap(_plain(original))
+        if isinstance(original, staticmethod | classmethod):
+            wrapped = type(original)(wrapped)
+        setattr(hook.owner, hook.name, wrapped)
+    setattr(WorkerBase, CAPTURE, _rpc_capture)
+    setattr(WorkerBase, PREPARE, _rpc_prepare)
+
+
+def _plain(method: Any) -> Callable[..., Any]:
+    return method.__func__ if isinstance(method, staticmethod | classmethod) else method

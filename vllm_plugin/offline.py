@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.lora.request import LoRARequest
+
 from merged_lora.plan import check_names
 from merged_lora.spec import MergeSpec, parse
 
-from .compat import CAPTURE, PREPARE, LoRARequest, lora_request
+from .compat import CAPTURE, PREPARE, lora_request
 from .identity import MergeIdentity
 from .worker import agreed, raise_failure
 

@@ -1,4 +1,4 @@
-"""The plugin's settings and how they travel: command line -> ``additional_config["merged_lora"]`` -> every process.
+"""The plugin's settings; they travel in ``additional_config["merged_lora"]`` to every process of vLLM.
 
 Aliases are taken out again where an engine's configuration is made: vLLM hashes that configuration into the
 keys of its compile cache, and an alias changes nothing that is compiled.
@@ -30,7 +30,9 @@ class Settings:
         if given is None:
             return cls()
         if not isinstance(given, Mapping) or not set(given) <= {"enable", "aliases"}:
-            raise MergeError(f'additional_config["{KEY}"] takes "enable" (true or false) and "aliases" (name: spec)')
+            raise MergeError(
+                f'additional_config["{KEY}"] takes "enable" (true or false) and "aliases" (name: spec)'
+            )
         aliases = given.get("aliases", {})
         if not isinstance(given.get("enable", False), bool) or not isinstance(aliases, Mapping):
             raise MergeError(f'additional_config["{KEY}"]: "enable" is true or false, "aliases" an object')

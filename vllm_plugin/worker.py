@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, Generic, TypedDict, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, TypedDict, TypeVar
 
 import torch
 
@@ -136,7 +136,9 @@ def _warm_up() -> None:
     """Let the backend compile what it compiles, so that no request waits for it."""
     start = time.perf_counter()
     tiny = {
-        name: Adapter({"x": Factors(torch.ones(2, 2), torch.ones(2, 2)), "y": _tiny_half(), "z": _tiny_half()})
+        name: Adapter(
+            {"x": Factors(torch.ones(2, 2), torch.ones(2, 2)), "y": _tiny_half(), "z": _tiny_half()}
+        )
         for name in ("a", "b")
     }
     for spec in ("ties(a, b)", "dare_linear(a, b)"):
@@ -148,18 +150,22 @@ def _tiny_half() -> Factors:
     return Factors(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16))
 
 
-def agreed(replies: list[Any]) -> Reply:
+def agreed(replies: Sequence[Reply]) -> Reply:
     """The one answer of all ranks: the first failure, or what they agree on."""
     for reply in replies:
         if not reply["ok"]:
-            return Reply(**reply)
+            return reply
     if len({reply["digest"] for reply in replies}) != 1:
-        return {"ok": False, "kind": "internal", "error": "the workers read different content for one adapter"}
-    return Reply(**replies[0])
+        return {
+            "ok": False,
+            "kind": "internal",
+            "error": "the workers read different content for one adapter",
+        }
+    return replies[0]
 
 
 def raise_failure(reply: Reply) -> None:
-    """Raise what a reply reports: UnknownAdapterError or MergeError for a user's mistake, RuntimeError for ours."""
+    """Raise what a reply reports: a MergeError for a user's mistake, a RuntimeError for a fault of ours."""
     if not reply["ok"]:
         kinds: dict[str, type[Exception]] = {"unknown": UnknownAdapterError, "user": MergeError}
         raise kinds.get(reply["kind"], RuntimeError)(reply["error"])

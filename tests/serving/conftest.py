@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import tiny
-from tiny import FLAGS, MAX_RANK, SPECS, Place
 
+import tiny
 from merged_lora.bench.server import Server
 from merged_lora.engine import merge
+from tiny import FLAGS, MAX_RANK, SPECS, Place
+
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:

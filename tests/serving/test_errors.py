@@ -91,7 +91,9 @@ def test_a_body_field_beside_an_adapter_is_refused(server: Server) -> None:
 
 def test_infinite_and_nan_weights_in_a_body_are_refused(server: Server) -> None:
     for number in ("NaN", "Infinity", "1e999"):
-        text = json.dumps({"model": "base", "prompt": "x", "merged_adapters": {"ids": ["sql"], "weights": ["W"]}})
+        text = json.dumps(
+            {"model": "base", "prompt": "x", "merged_adapters": {"ids": ["sql"], "weights": ["W"]}}
+        )
         status, reply = server.post("/v1/completions", text.replace('"W"', number).encode())
         assert status == 400, reply
 

@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from merged_lora.adapters import Adapter
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import parse
@@ -79,10 +79,10 @@ def test_the_worker_answers_instead_of_raising(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_ours_is_answered_too() -> None:
-    def broken(number: int, adapter: Adapter) -> Adapter:
+    def broken(path: str) -> str:
         raise ZeroDivisionError("ours")
 
-    merges: MergeWorker[Adapter] = MergeWorker(16, lambda path: 1 / 0, broken)  # type: ignore[arg-type, return-value]
+    merges: MergeWorker[Adapter] = MergeWorker(16, broken, lambda _, adapter: adapter)
     reply = merges.capture("x")
     assert (reply["ok"], reply["kind"]) == (False, "internal")
     assert "ZeroDivisionError" in reply["error"]
@@ -152,7 +152,7 @@ def test_an_adapter_that_cannot_be_merged_says_why(tmp_path: Path) -> None:
         config = tmp_path / "a" / "adapter_config.json"
         config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
         await gate.register("a", str(tmp_path / "a"))
-        with pytest.raises(MergeError, match="cannot be merged.*use_dora"):
+        with pytest.raises(MergeError, match=r"cannot be merged.*use_dora"):
             gate.identify(parse("sum(a)"))
 
     asyncio.run(run())

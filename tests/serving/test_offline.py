@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from tiny import Place
 
 from merged_lora.bench.server import ENVIRONMENT, Server
+from tiny import Place
 
 pytestmark = pytest.mark.engine
 

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from tiny import SPECS, Place
 
 from merged_lora.bench.server import Server
+from tiny import SPECS, Place
 
 pytestmark = pytest.mark.engine
 
@@ -59,7 +59,9 @@ def test_the_reply_names_the_model_as_the_client_sent_it(server: Server) -> None
 
 def test_the_responses_route_serves_merges(server: Server) -> None:
     body = {"input": "hello", "max_output_tokens": 4, "temperature": 0}
-    replies = [server.post("/v1/responses", body | {"model": m}) for m in ("mix", "ties(sql, chat, density=0.2)")]
+    replies = [
+        server.post("/v1/responses", body | {"model": m}) for m in ("mix", "ties(sql, chat, density=0.2)")
+    ]
     assert [status for status, _ in replies] == [200, 200]
     assert replies[0][1]["output"][0]["content"] == replies[1][1]["output"][0]["content"]
 

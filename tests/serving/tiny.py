@@ -1,15 +1,16 @@
-"""A tiny random Llama with a byte tokenizer, and adapters for it: everything a server needs, made in seconds."""
+"""A tiny random Llama with a byte tokenizer, and adapters for it: all that a server needs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from making import random_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.peft_files import Header
 
@@ -76,12 +77,14 @@ def make_model(folder: Path) -> Path:
         bos_token_id=VOCABULARY - 2,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
+    model: Any = LlamaForCausalLM
+    model(config).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>")
+    make_tokenizer: Any = PreTrainedTokenizerFast
+    fast = make_tokenizer(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>")
     fast.chat_template = _TEMPLATE
     fast.save_pretrained(folder)
     return folder
