@@ -140,8 +140,11 @@ def combine_tensors(
                     counts[i] += np.int32(up) + (NEGATIVE if down else np.int32(0))
             if rule != SUM:
                 for i in range(n):
-                    agreeing = positive[i] if total[i] >= zero else negative[i]
-                    count = counts[i] & np.int32(0xFFFF) if total[i] >= zero else counts[i] >> np.int32(16)
-                    total[i] = agreeing / np.float32(max(count, np.int32(1)))
+                    # Both sides are read before one is chosen: a choice of addresses would not vectorise.
+                    plus, pluses = positive[i], np.int32(counts[i] & 0xFFFF)
+                    minus, minuses = negative[i], np.int32(counts[i] >> 16)
+                    elected = total[i] >= zero
+                    count = pluses if elected else minuses
+                    total[i] = (plus if elected else minus) / np.float32(max(count, np.int32(1)))
             width = 4 if target_kind[item] == FP32 else 2
             store(target[item] + start * width, n, target_kind[item], total.view(np.uint32))

@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
 from smollm2 import MODEL_DIR, chat_text, load_model
 from tasks import TASKS, TEST_SIZE, exact_match_score, examples
 from train import ADAPTERS_DIR
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 48

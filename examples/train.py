@@ -18,11 +18,12 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from smollm2 import MODEL_DIR, NAME, STOP_TOKEN, chat_text, load_model
-from tasks import TASKS, Example, examples
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
+
+from smollm2 import MODEL_DIR, NAME, STOP_TOKEN, chat_text, load_model
+from tasks import TASKS, Example, examples
 
 ADAPTERS_DIR = Path(__file__).resolve().parent / "adapters"
 

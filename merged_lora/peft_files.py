@@ -329,7 +329,8 @@ def _checked(
         or not abs(alpha) <= MAX_ALPHA  # so, and not the other way round, for a NaN
     ):
         raise AdapterError(
-            f"{folder}: lora_alpha {reprlib.repr(alpha)} of {module} is not a number of size up to {MAX_ALPHA:g}"
+            f"{folder}: lora_alpha {reprlib.repr(alpha)} of {module} is not a number of size up to "
+            f"{MAX_ALPHA:g}"
         )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") is True else alpha / rank
     return Factors(a, b, scaling, embedding)

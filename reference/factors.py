@@ -60,6 +60,7 @@ def kept(source: Source) -> NDArray[np.bool_]:
     return np.ones(flat.size, dtype=bool)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows comes out as infinity or NaN, for all to see
 def merge(sources: Sequence[Source], vote: tuple[bool, bool] | None, number: type[Any]) -> Array:
     """The merged values, flat; every operation rounds to ``number`` (float32 or float64), in source order.
 

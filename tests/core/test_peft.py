@@ -4,14 +4,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
+import peft as typed_peft
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+import transformers as typed_transformers
 
 from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
+from merged_lora.errors import AdapterError
+
+peft: Any = typed_peft  # their annotations are narrower than what they take
+transformers: Any = typed_transformers
 
 VOCABULARY, HIDDEN, FFN, KV = 96, 32, 48, 16
 EMBED = "model.embed_tokens"
@@ -24,9 +28,9 @@ SHAPES = {
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def llama(tied: bool = False) -> LlamaForCausalLM:
+def llama(tied: bool = False) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=FFN,
@@ -35,7 +39,7 @@ def llama(tied: bool = False) -> LlamaForCausalLM:
         num_key_value_heads=2,
         tie_word_embeddings=tied,
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
 
 
 def deltas(model: Any, transposed: bool = False) -> dict[str, torch.Tensor]:
@@ -81,12 +85,10 @@ def test_a_saved_merge_has_the_same_deltas_in_peft(tmp_path: Path, spec: str, dt
 
 def test_a_saved_merge_of_different_modules_and_ranks_has_the_same_deltas_in_peft(tmp_path: Path) -> None:
     ranks = {name: 2 + i for i, name in enumerate(SHAPES)}
-    a = random_adapter(
-        {n: s for n, s in SHAPES.items() if "v_proj" not in n}, ranks, seed=1, embeddings={EMBED}
-    )
-    b = random_adapter(
-        {n: s for n, s in SHAPES.items() if "down_proj" not in n}, 5, seed=2, embeddings={EMBED}
-    )
+    without_v = {name: shape for name, shape in SHAPES.items() if "v_proj" not in name}
+    without_down = {name: shape for name, shape in SHAPES.items() if "down_proj" not in name}
+    a = random_adapter(without_v, ranks, seed=1, embeddings={EMBED})
+    b = random_adapter(without_down, 5, seed=2, embeddings={EMBED})
     merged = merge("a - 0.5*b", {"a": a, "b": b})
     assert sorted(merged.modules) == sorted(SHAPES)
     assert len({f.rank for f in merged.modules.values()}) > 3
@@ -126,9 +128,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_peft_saves_is_read_with_peft_s_own_deltas(
-    tmp_path: Path, name: str, dtype: torch.dtype
-) -> None:
+def test_what_peft_saves_is_read_with_its_own_deltas(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | CONFIGS[name]
     model = peft.get_peft_model(llama(), peft.LoraConfig(**settings))
     for parameter in model.parameters():
@@ -153,8 +153,10 @@ def test_an_embedding_tied_to_the_head_is_read_with_peft_s_own_delta(tmp_path: P
 
 
 def test_the_layout_fan_in_fan_out_stays(tmp_path: Path) -> None:
-    def gpt2() -> GPT2LMHeadModel:
-        return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    def gpt2() -> Any:
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+        )
 
     settings = peft.LoraConfig(
         r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False
@@ -186,8 +188,6 @@ def test_the_layout_fan_in_fan_out_stays(tmp_path: Path) -> None:
 def test_what_peft_saves_beyond_factors_is_refused_by_name(
     tmp_path: Path, extra: dict[str, Any], key: str
 ) -> None:
-    from merged_lora.errors import AdapterError
-
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], **extra))
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(AdapterError, match=f"uses what no merge supports: {key}"):
@@ -196,11 +196,9 @@ def test_what_peft_saves_beyond_factors_is_refused_by_name(
 
 @pytest.mark.parametrize("key", ["modules_to_save", "lora_bias"])
 def test_dropping_what_peft_saved_leaves_its_deltas(tmp_path: Path, key: str) -> None:
-    extra: dict[str, Any] = (
-        {"modules_to_save": ["lm_head"]} if key == "modules_to_save" else {"lora_bias": True}
-    )
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **extra)
-    model = peft.get_peft_model(llama(), settings)
+    value = {"modules_to_save": ["lm_head"], "lora_bias": True}[key]
+    settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, key: value}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**settings))
     model.save_pretrained(tmp_path / "theirs")
     assert_deltas_agree(Adapter.load(tmp_path / "theirs", [key]), deltas(model))
 

@@ -1,0 +1,126 @@
+"""Shared by the agreement tests: merges by backend, results by their bits, tensors of every awkward kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Result, load_backend
+from merged_lora.cpu_kernels.combine import BLOCK
+from merged_lora.factors import DTYPES, Factors
+from merged_lora.plan import FactorJob, FactorModule, MergePlan, make_plan
+from merged_lora.spec import parse
+
+WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+NAMES = [chr(ord("a") + i) for i in range(16)]
+SIZES = ((1, 7), (8, 9), (BLOCK - 1, BLOCK), (BLOCK + 1, 3001))
+"""Shapes of deltas; at rank 1 these are the sizes of B and of A."""
+
+
+def merged(
+    spec: str, adapters: Mapping[str, Adapter], backend: str = "cpu", limit: int | None = None
+) -> Result:
+    """What a backend makes of a spec."""
+    return run(make_plan(parse(spec), adapters, limit), backend)
+
+
+def run(plan: MergePlan, backend: str = "cpu") -> Result:
+    """What a backend makes of a plan."""
+    return load_backend(backend).merge(plan, lambda _: None)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The stored words: unlike values they tell 0.0 from -0.0."""
+    return tensor.contiguous().view(WORDS[tensor.dtype])
+
+
+def assert_same_bits(got: Result, expected: Result) -> None:
+    """Every word of every factor alike, none of them NaN."""
+    assert got.modules.keys() == expected.modules.keys()
+    for module, f in expected.modules.items():
+        g = got.modules[module]
+        for side, x, y in (("A", g.a, f.a), ("B", g.b, f.b)):
+            assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{side} of {module}"
+            assert not y.isnan().any(), f"{side} of {module}"
+            differing = (bits(x) != bits(y)).sum().item()
+            assert differing == 0, f"{side} of {module}: {differing} of {x.numel()} entries differ"
+
+
+def assert_backends_agree(plan: MergePlan) -> None:
+    """The plan gives the same bits on the CPU backend as on the NumPy backend."""
+    assert_same_bits(run(plan, "cpu"), run(plan, "numpy"))
+
+
+def jobs(plan: MergePlan, result: Result) -> list[tuple[FactorJob, torch.Tensor]]:
+    """The jobs of a plan in factors space, each with its result."""
+    pairs = []
+    for name, module in plan.modules.items():
+        assert isinstance(module, FactorModule)
+        pairs += [(module.a, result.modules[name].a), (module.b, result.modules[name].b)]
+    return pairs
+
+
+def _signs(count: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+
+
+def entries(family: str, count: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """That many entries of one of :data:`FAMILIES`."""
+    if family == "normal":
+        return torch.randn(count, generator=generator).to(dtype)
+    if family == "few values":
+        return torch.randint(-2, 3, (count,), generator=generator).to(dtype) / 4
+    if family == "one value":
+        return torch.full((count,), -0.375, dtype=dtype)
+    if family == "zero":
+        return torch.zeros(count, dtype=dtype)
+    if family == "signed zeros":
+        return torch.zeros(count, dtype=dtype) * _signs(count, generator)
+    info = torch.finfo(dtype)
+    if family == "subnormal":
+        steps = round(1 / info.eps)  # subnormal numbers on either side of zero
+        return (
+            torch.randint(1 - steps, steps, (count,), generator=generator)
+            .to(torch.float64)
+            .mul(info.smallest_normal * info.eps)
+            .to(dtype)
+        )
+    if family == "large":  # far enough from the largest for any sum of 16 sources, rescaled by 100
+        size = torch.rand(count, generator=generator, dtype=torch.float64) * info.max * 2.0**-13
+        return (size * _signs(count, generator)).to(dtype)
+    assert family == "all exponents"
+    words = torch.randint(0, 2**31 if dtype == torch.float32 else 2**15, (count,), generator=generator)
+    anything = words.to(WORDS[dtype]).view(dtype)
+    return torch.where(anything.abs() < info.max * 2.0**-13, anything, 0) * _signs(count, generator)
+
+
+FAMILIES = (
+    "normal",
+    "few values",
+    "one value",
+    "zero",
+    "signed zeros",
+    "subnormal",
+    "large",
+    "all exponents",
+)
+COLUMNS = (*DTYPES, None)
+"""dtypes of a module; None: another one for every source and factor."""
+
+
+def awkward_adapters(count: int) -> dict[str, Adapter]:
+    """Adapters with a module for every family and dtype; its size turns with the count of sources."""
+    adapters = {}
+    for i, name in enumerate(NAMES[:count]):
+        generator = torch.Generator().manual_seed(i)
+        modules = {}
+        for x, family in enumerate(FAMILIES):
+            for y, column in enumerate(COLUMNS):
+                rows, columns = SIZES[(x + y + count) % len(SIZES)]
+                a = entries(family, columns, column or DTYPES[i % 3], generator)
+                b = entries(family, rows, column or DTYPES[(i + 1) % 3], generator)
+                modules[f"{family} {column}"] = Factors(a[None, :], b[:, None], 2.0)
+        adapters[name] = Adapter(modules)
+    return adapters

@@ -1,0 +1,29 @@
+"""The committed adapters are what the README says: specialists, each far better than the base on its own task."""
+
+from __future__ import annotations
+
+import pytest
+
+from evaluate import load_adapted, score
+from merged_lora.adapters import Adapter
+from smollm2 import MODEL_DIR
+from tasks import TASKS
+from train import ADAPTERS_DIR
+
+COUNT = 24
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_specialist_beats_the_base_on_its_own_task(task: str) -> None:
+    base = score(*load_adapted(MODEL_DIR, None), task, COUNT)
+    specialist = score(*load_adapted(MODEL_DIR, ADAPTERS_DIR / task), task, COUNT)
+    assert base <= 0.1
+    assert specialist >= 0.9
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_example_adapter_is_small_and_names_its_base(task: str) -> None:
+    adapter = Adapter.load(ADAPTERS_DIR / task)
+    assert adapter.rank == 8
+    assert adapter.nbytes < 6e6
+    assert adapter.header.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
