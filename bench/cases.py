@@ -1,6 +1,6 @@
 """Inputs of the benchmarks: the shapes of real models, filled with random numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -34,21 +34,13 @@ def llama3_8b(layers: int) -> dict[str, tuple[int, int]]:
 
 
 def random_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) -> dict[str, Adapter]:
-    """Adapters ``a``, ``b``, ... with normal entries."""
+    """Adapters ``a``, ``b``, ... with normal entries; their scalings are 1, 1.5, 2 and so on."""
     generator = torch.Generator().manual_seed(0)
 
     def factor(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) / 64).to(dtype)
 
-    return {
-        name: Adapter(
-            {
-                key: Factors(factor(rank, cols), factor(rows, rank), 2.0)
-                for key, (rows, cols) in shapes.items()
-            }
-        )
-        for name in names(count)
-    }
+    return _adapters(shapes, count, rank, factor)
 
 
 def distinct_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) -> dict[str, Adapter]:
@@ -68,14 +60,20 @@ def distinct_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) 
         first = torch.tensor(2.0**-8, dtype=dtype).view(torch.int16)
         return (order.to(torch.int16) + first).view(dtype) * signs
 
+    return _adapters(shapes, count, rank, factor)
+
+
+def _adapters(
+    shapes: Shapes, count: int, rank: int, factor: Callable[[int, int], torch.Tensor]
+) -> dict[str, Adapter]:
     return {
         name: Adapter(
             {
-                key: Factors(factor(rank, cols), factor(rows, rank), 2.0)
-                for key, (rows, cols) in shapes.items()
+                module: Factors(factor(rank, columns), factor(rows, rank), 1.0 + i / 2)
+                for module, (rows, columns) in shapes.items()
             }
         )
-        for name in names(count)
+        for i, name in enumerate(names(count))
     }
 
 

@@ -1,13 +1,14 @@
 """Measures exact match per task of the base model and of LoRA adapters, with transformers and PEFT.
 
-    python examples/evaluate.py [--model DIR] [--adapter NAME=DIR ...] [--count 60] [--json FILE]
+    python examples/evaluate.py [--adapter NAME=DIR ...] [--merge SPEC ...] [--count 60] [--json FILE]
 
 Answers are generated greedily through the chat template for the first `count` test examples of every
-task. Any folder that PEFT can load may be given, a merged one too; knows nothing of how it was made.
+task. Any folder that PEFT can load may be given; a spec is merged from the given adapters first.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from merged_lora.engine import merge
 from smollm2 import MODEL_DIR, chat_text, load_model
 from tasks import TASKS, TEST_SIZE, exact_match_score, examples
 from train import ADAPTERS_DIR
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--adapter", action="append", metavar="NAME=DIR", help=f"default: one per task in {ADAPTERS_DIR}"
     )
+    parser.add_argument("--merge", action="append", metavar="SPEC", default=[], help="measure this merge too")
     parser.add_argument("--count", type=int, default=60, help="test examples per task; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores, 0 to 1, to FILE")
     arguments = parser.parse_args()
@@ -90,11 +93,17 @@ def main() -> None:
         folders[name] = Path(folder)
 
     scores: dict[str, dict[str, float]] = {}
-    for name, adapter_dir in folders.items():
-        start = time.perf_counter()
-        model, tokenizer = load_adapted(arguments.model, adapter_dir)
-        scores[name] = {task: score(model, tokenizer, task, arguments.count) for task in TASKS}
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        sources = {name: folder for name, folder in folders.items() if folder is not None}
+        for number, spec in enumerate(arguments.merge):
+            folder = Path(temporary) / str(number)
+            merge(spec, sources).save(folder)
+            folders[f"`{spec}`"] = folder
+        for name, adapter_dir in folders.items():
+            start = time.perf_counter()
+            model, tokenizer = load_adapted(arguments.model, adapter_dir)
+            scores[name] = {task: score(model, tokenizer, task, arguments.count) for task in TASKS}
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     print(f"\nExact match on {arguments.count} test examples per task:\n")
     print(markdown_table(scores))
     if arguments.json:

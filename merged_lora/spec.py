@@ -284,8 +284,7 @@ class _Parser:
         call = _CALL.match(self.text)
         if call is None:
             return self.sum()
-        if call[1] not in TABLE:
-            find(call[1])
+        find(call[1])  # an unknown strategy is said before what is wrong with its sources
         self.at = call.end()
         sources: list[Source] = []
         options: list[tuple[str, Value]] = []

@@ -28,7 +28,7 @@ from merged_lora.strategies import TABLE
 
 WEIGHTS = (1.0, -0.5, 0.25, 0.0, 2.0, 0.7, -1e-3, 1.0)
 PER_SOURCE = (0.3, 1.0, 0.02, 0.77)
-VALUES = {
+VALUES: dict[str, tuple[object, ...]] = {
     "density": (0.5, 0.01, 1.0, 1e-6, "per source"),
     "majority_sign_method": ("total", "frequency"),
     "elect": ("unweighted", "weighted"),

@@ -41,13 +41,14 @@ def torch_widen(stored: Array, dtype: str) -> Array:
 
 
 def torch_narrow(values: Array, dtype: str) -> Array:
-    return bits(torch.from_numpy(values).to(getattr(torch, dtype))).numpy().view(reference.STORAGE[dtype])
+    stored = bits(torch.from_numpy(values).to(getattr(torch, dtype)))
+    return np.asarray(stored.numpy()).view(reference.STORAGE[dtype])
 
 
 def patterns(dtype: str) -> Array:
     """All 65,536 patterns of a 16-bit dtype, less those that are no number."""
     stored = np.arange(65536).astype(np.uint16)
-    return stored[~np.isnan(torch_widen(stored, dtype))]
+    return np.compress(~np.isnan(torch_widen(stored, dtype)), stored)
 
 
 def rounding_cases(dtype: str) -> Array:

@@ -14,6 +14,7 @@ from merged_lora.strategies import TABLE
 REFUSALS = {
     # unknown strategy or option: the message lists what there is
     "tie(a, b)": "unknown strategy 'tie'; there are: sum, cat, svd, slerp, linear, ties,",
+    "tie(a b": "unknown strategy 'tie'; there are:",
     "ties(a, b, desnity=0.5)": "ties takes no option 'desnity'; it takes: density, majority_sign_method,",
     "linear(a, b, density=0.5)": "linear takes no option 'density'; it takes: compat, scale, normalize",
     # numbers out of range

@@ -1,4 +1,4 @@
-"""The committed adapters are what the README says: specialists, each far better than the base on its own task."""
+"""The committed adapters are what the README says: specialists, far better than the base on their task."""
 
 from __future__ import annotations
 

@@ -1,0 +1,168 @@
+"""What does not fit together is refused before anything is computed, with the way out in the message."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agreement.comparing import merged
+from making import SMALL, random_adapter
+from merged_lora.adapters import Adapter
+from merged_lora.engine import merge
+from merged_lora.errors import PlanError, UnknownAdapterError
+from merged_lora.factors import Factors
+from merged_lora.peft_files import Header
+from merged_lora.plan import make_plan
+from merged_lora.spec import parse
+from merged_lora.strategies import TABLE
+
+Q_PROJ = next(iter(SMALL))
+IN_FACTORS = [strategy.name for strategy in TABLE.values() if strategy.recipe.space == "factors"]
+
+
+def pair(rank_a: int = 4, rank_b: int = 4) -> dict[str, Adapter]:
+    return {"sql": random_adapter(SMALL, rank_a, seed=0), "chat": random_adapter(SMALL, rank_b, seed=1)}
+
+
+def with_entry(value: float) -> Adapter:
+    adapter = random_adapter(SMALL)
+    f = adapter.modules[Q_PROJ]
+    a = f.a.clone()
+    a[1, 2] = value
+    return Adapter({**adapter.modules, Q_PROJ: replace(f, a=a)})
+
+
+@pytest.mark.parametrize("strategy", IN_FACTORS)
+def test_different_ranks_are_refused_with_names_ranks_and_strategies_that_work(strategy: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(parse(f"{strategy}(sql, chat)"), pair(4, 6))
+    message = str(caught.value)
+    for part in (strategy, "4 in sql", "6 in chat", "sum, cat, svd, slerp"):
+        assert part in message
+
+
+@pytest.mark.parametrize("strategy", ["sum", "cat", "svd", "slerp"])
+def test_the_strategies_named_there_take_different_ranks(strategy: str) -> None:
+    assert merged(f"{strategy}(sql, chat)", pair(4, 6)).modules.keys() == SMALL.keys()
+
+
+@pytest.mark.parametrize("strategy", IN_FACTORS)
+def test_a_rank_over_the_limit_is_refused_where_the_rank_is_that_of_the_sources(strategy: str) -> None:
+    with pytest.raises(PlanError, match=r"has rank 4, the limit is 3; svd can reduce the rank"):
+        make_plan(parse(f"{strategy}(sql, chat)"), pair(), 3)
+
+
+def test_cat_is_refused_where_the_ranks_exceed_the_limit() -> None:
+    with pytest.raises(PlanError, match=r"cat needs rank 10 for .*, the limit is 9; use sum"):
+        make_plan(parse("cat(sql, chat)"), pair(4, 6), 9)
+    assert merged("cat(sql, chat)", pair(4, 6), limit=10).modules[Q_PROJ].rank == 10
+
+
+@pytest.mark.parametrize("strategy", ["sum", "slerp"])
+def test_sum_and_slerp_take_what_rank_the_limit_leaves(strategy: str) -> None:
+    assert merged(f"{strategy}(sql, chat)", pair(4, 6), limit=10).energy == {}
+    limited = merged(f"{strategy}(sql, chat)", pair(4, 6), limit=7)
+    assert {f.rank for f in limited.modules.values()} == {7}
+    assert limited.energy.keys() == SMALL.keys()
+
+
+def test_svd_is_refused_where_the_rank_asked_for_exceeds_the_limit() -> None:
+    with pytest.raises(PlanError, match="rank=8 is over the limit of 7"):
+        make_plan(parse("svd(sql, chat, rank=8)"), pair(), 7)
+
+
+def test_svd_takes_the_largest_rank_of_its_sources_within_the_limit() -> None:
+    assert merged("svd(sql, chat)", pair(4, 6)).modules[Q_PROJ].rank == 6
+    assert merged("svd(sql, chat)", pair(4, 6), limit=5).modules[Q_PROJ].rank == 5
+    assert merged("svd(sql, chat, rank=3)", pair(4, 6), limit=5).modules[Q_PROJ].rank == 3
+
+
+def test_the_energy_kept_is_reported_as_the_singular_values_say() -> None:
+    adapters = pair(4, 6)
+    result = merged("svd(sql, 0.5*chat, rank=3)", adapters)
+    kept = asked = 0.0
+    for module in SMALL:
+        target = adapters["sql"].modules[module].delta() + 0.5 * adapters["chat"].modules[module].delta()
+        squares = torch.linalg.svdvals(target) ** 2
+        kept, asked = kept + float(squares[:3].sum()), asked + float(squares.sum())
+    # float64 throughout; Gram matrices square the condition, so half of its digits count.
+    assert result.kept_energy() == pytest.approx(kept / asked, rel=2.0**-26)
+    metadata = merge("svd(sql, 0.5*chat, rank=3)", adapters).metadata
+    assert float(metadata["merged_lora.kept_energy"]) == result.kept_energy()
+
+
+@pytest.mark.parametrize("strategy", TABLE)
+def test_shapes_of_different_base_models_are_refused(strategy: str) -> None:
+    other = random_adapter({**SMALL, Q_PROJ: (48, 40)})
+    with pytest.raises(PlanError, match=r"q_proj has delta shapes .*\(48, 32\) in .*different base models"):
+        make_plan(parse(f"{strategy}(chat, sql)"), pair() | {"sql": other})
+
+
+def test_an_embedding_and_a_linear_layer_of_one_shape_are_refused() -> None:
+    other = random_adapter(SMALL, embeddings=[Q_PROJ])
+    with pytest.raises(PlanError, match="q_proj has delta shapes"):
+        make_plan(parse("linear(chat, sql)"), pair() | {"sql": other})
+
+
+def test_layouts_that_differ_are_refused() -> None:
+    other = random_adapter(SMALL, header=Header(fan_in_fan_out=True))
+    with pytest.raises(PlanError, match="fan_in_fan_out"):
+        make_plan(parse("linear(chat, sql)"), pair() | {"sql": other})
+
+
+def test_base_models_of_different_names_are_only_noted() -> None:
+    sources = {
+        name: random_adapter(SMALL, header=Header(base_model=f"org/{name}")) for name in ("chat", "sql")
+    }
+    (note,) = make_plan(parse("linear(chat, sql)"), sources).notes
+    assert "org/chat" in note
+    assert "org/sql" in note
+
+
+def test_modules_that_some_sources_lack_are_noted_and_merged_from_the_others() -> None:
+    sources = pair() | {"chat": random_adapter({Q_PROJ: SMALL[Q_PROJ]}, seed=1)}
+    plan = make_plan(parse("linear(sql, chat)"), sources)
+    (note,) = plan.notes
+    assert note.startswith("3 of 4 modules are not in chat")
+    alone, together = merged("linear(sql)", sources).modules, merged("linear(sql, chat)", sources).modules
+    assert together.keys() == SMALL.keys()
+    for module in SMALL:
+        assert torch.equal(alone[module].a, together[module].a) == (module != Q_PROJ)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("strategy", TABLE)
+def test_sources_with_nan_or_infinity_are_refused_by_name(strategy: str, value: float) -> None:
+    with pytest.raises(PlanError, match=rf"sql: {Q_PROJ} holds NaN or infinity"):
+        make_plan(parse(f"{strategy}(chat, sql)"), pair() | {"sql": with_entry(value)})
+
+
+def test_an_unknown_adapter_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(UnknownAdapterError, match=r"unknown adapter 'sqll'; known: chat, sql"):
+        merge("linear(sqll, chat)", pair())
+
+
+def test_an_unknown_adapter_is_refused_where_none_is_known() -> None:
+    with pytest.raises(UnknownAdapterError, match=r"unknown adapter 'a', 'b'; none is known"):
+        merge("linear(a, b)", {})
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_limit_below_1_is_refused(rank: int) -> None:
+    with pytest.raises(PlanError, match=f"the rank limit must be at least 1, got {rank}"):
+        merge("sum(sql, chat)", pair(), rank=rank)
+
+
+@pytest.mark.parametrize("strategy", ["sum", "linear"])
+def test_a_weight_beyond_float32_is_refused(strategy: str) -> None:
+    # linear takes the root of the product: it needs the square of what sum needs.
+    spec = parse(f"{strategy}(1e30*sql, chat, scale=1e60)")
+    with pytest.raises(PlanError, match="more than float32 can hold"):
+        make_plan(spec, pair())
+
+
+def test_factors_that_do_not_multiply_are_refused() -> None:
+    with pytest.raises(Exception, match="do not multiply"):
+        Adapter({"m": Factors(torch.ones(3, 5), torch.ones(7, 4))})
