@@ -4,20 +4,32 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import cpu
+from merged_lora.errors import MergeError
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code: 0, or 1 where ours and the peer's disagree; without arguments, every benchmark."""
+    """The exit code: 0, 1 where ours and the peer's disagree, 2 where something is missing to measure.
+
+    Without arguments, the benchmark of CPU cores.
+    """
     parser = argparse.ArgumentParser(prog="python -m merged_lora.bench", description="Benchmarks.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     on_cpu = benchmarks.add_parser("cpu", help="merges on CPU cores beside PEFT's")
     on_cpu.add_argument(
-        "--quick", action="store_true", help="leave out PEFT's large SVDs, which take minutes"
+        "--quick", action="store_true", help="leave out the large SVDs, which take PEFT minutes"
     )
     on_cpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
     options = parser.parse_args(arguments or ["cpu"])
-    return cpu.run(options.quick, options.json)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"{options.json.parent} is no folder")
+    try:
+        from . import cpu
+
+        return cpu.run(options.quick, options.json)
+    except ImportError as error:
+        parser.error(f"{error.name} is not installed; `make install` brings it")
+    except MergeError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from .timing import once
 
-COPIED = 256 << 20
+COPIED = 128 << 20  # bytes; several times what a cache holds
 
 
 def facts() -> dict[str, object]:
@@ -37,7 +37,7 @@ def _copy_speed() -> float:
     """Bytes read and written per second by the fastest of a few large copies, on torch's threads."""
     source = torch.ones(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * COPIED / min(once(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * COPIED / min(once(lambda: target.copy_(source)) for _ in range(3))
 
 
 def _version(name: str) -> str:

@@ -115,7 +115,7 @@ class Server:
 
     def _ask(self, request: urllib.request.Request) -> tuple[int, Any]:
         try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
+            with urllib.request.urlopen(request, timeout=300) as reply:
                 return reply.status, json.load(reply)
         except urllib.error.HTTPError as error:
             text = error.read()

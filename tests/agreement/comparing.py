@@ -10,8 +10,10 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Result, load_backend
 from merged_lora.cpu_kernels.combine import BLOCK
 from merged_lora.factors import DTYPES, Factors
+from merged_lora.peft_files import Header
 from merged_lora.plan import FactorJob, FactorModule, MergePlan, make_plan
 from merged_lora.spec import parse
+from merged_lora.strategies import find
 
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 NAMES = [chr(ord("a") + i) for i in range(16)]
@@ -51,6 +53,13 @@ def assert_same_bits(got: Result, expected: Result) -> None:
 def assert_backends_agree(plan: MergePlan) -> None:
     """The plan gives the same bits on the CPU backend as on the NumPy backend."""
     assert_same_bits(run(plan, "cpu"), run(plan, "numpy"))
+
+
+def plan_of(job: FactorJob) -> MergePlan:
+    """A plan in which both factors of one module ``m`` are made by this job."""
+    spec = parse("linear(a)")
+    recipe = find(spec.strategy).recipe
+    return MergePlan(spec, recipe, Header(), {"m": FactorModule(job, job, False)}, {}, ())
 
 
 def jobs(plan: MergePlan, result: Result) -> list[tuple[FactorJob, torch.Tensor]]:

@@ -34,13 +34,19 @@ def kept_whole(strategy: str) -> str:
     return ", density=1" if TABLE[strategy].option("density") else ""
 
 
+def magnitudes(f: Factors) -> torch.Tensor:
+    """The sum of magnitudes behind every entry of the delta."""
+    return abs(f.scaling) * (f.b.double().abs() @ f.a.double().abs())
+
+
 def assert_delta(got: Factors, expected: Factors, times: float, roundings: int) -> None:
     """The delta of ``got`` is ``times`` that of ``expected``.
 
     roundings: how often an entry of A or of B is rounded to float32 on the way, together; each shifts the
-    product by at most u of its magnitude, and the matrix products in float64 by 2^-53 a term more.
+    product by at most u of the magnitudes that it adds up, and the matrix products in float64 by 2^-53 a
+    term more.  svd finds other factors of the same product, so the larger magnitudes count.
     """
-    magnitude = abs(times * expected.scaling) * (expected.b.double().abs() @ expected.a.double().abs())
+    magnitude = torch.maximum(abs(times) * magnitudes(expected), magnitudes(got))
     allowed = (1.01 * roundings * U + 4 * got.rank * 2.0**-53) * magnitude
     assert ((got.delta() - times * expected.delta()).abs() <= allowed).all()
 
@@ -63,10 +69,8 @@ def test_the_weight_of_a_single_source_applies(strategy: str) -> None:
         assert_delta(result[module], f, -0.3, roundings=4)
 
 
-@pytest.mark.parametrize("strategy", TABLE)
+@pytest.mark.parametrize("strategy", [strategy.name for strategy in TABLE.values() if not strategy.ordered])
 def test_permuting_the_sources_of_a_spec_changes_nothing(strategy: str) -> None:
-    if TABLE[strategy].ordered:
-        pytest.skip("order means something here")
     adapters = sources()
     assert_same_bits(
         merged(f"{strategy}(2*a, b, -1*c)", adapters), merged(f"{strategy}(-1*c, 2*a, b)", adapters)

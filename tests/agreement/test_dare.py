@@ -7,14 +7,10 @@ import math
 import pytest
 import torch
 
-from agreement.comparing import merged
+from agreement.comparing import merged, plan_of, run
 from merged_lora.adapters import Adapter
-from merged_lora.backends import load_backend
 from merged_lora.factors import Factors
-from merged_lora.peft_files import Header
-from merged_lora.plan import SHARES, FactorJob, FactorModule, Keep, MergePlan
-from merged_lora.spec import parse
-from merged_lora.strategies import find
+from merged_lora.plan import SHARES, FactorJob, Keep
 
 CERTAINTY = math.log(2 / 1e-9) / 2
 """Hoeffding: a sum of independent terms with ranges c_i leaves its mean by t with probability at most
@@ -129,10 +125,6 @@ def test_an_entry_is_kept_or_not_whatever_follows_it(count: int, backend: str) -
     def kept(size: int) -> torch.Tensor:
         keep = Keep(share=SHARES // 2, key=0xFEDCBA9876543210)
         job = FactorJob((torch.ones(1, size),), (1.0,), (keep,), None, torch.float32)
-        spec = parse("dare_linear(a)")
-        plan = MergePlan(
-            spec, find("dare_linear").recipe, Header(), {"m": FactorModule(job, job, False)}, {}, ()
-        )
-        return load_backend(backend).merge(plan, lambda _: None).modules["m"].a[0]
+        return run(plan_of(job), backend).modules["m"].a[0]
 
     assert torch.equal(kept(count), kept(6000)[:count])

@@ -12,7 +12,6 @@ from making import SMALL, random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.errors import PlanError, UnknownAdapterError
-from merged_lora.factors import Factors
 from merged_lora.peft_files import Header
 from merged_lora.plan import make_plan
 from merged_lora.spec import parse
@@ -161,8 +160,3 @@ def test_a_weight_beyond_float32_is_refused(strategy: str) -> None:
     spec = parse(f"{strategy}(1e30*sql, chat, scale=1e60)")
     with pytest.raises(PlanError, match="more than float32 can hold"):
         make_plan(spec, pair())
-
-
-def test_factors_that_do_not_multiply_are_refused() -> None:
-    with pytest.raises(Exception, match="do not multiply"):
-        Adapter({"m": Factors(torch.ones(3, 5), torch.ones(7, 4))})

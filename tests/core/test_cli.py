@@ -20,7 +20,9 @@ from merged_lora import __version__, backends, catalog, peft_files
 from merged_lora.adapters import Adapter
 from merged_lora.cli import main
 from merged_lora.engine import merge
+from merged_lora.engine import run as engine_run
 from merged_lora.peft_files import Header
+from merged_lora.plan import MergePlan
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST = list(SMALL)[-1]
@@ -64,7 +66,9 @@ def environment() -> dict[str, str]:
 
 def started(code: str, *arguments: str) -> "subprocess.Popen[str]":
     """The command in a process of its own, after ``code`` has changed something about it."""
-    script = f"{code}\nimport sys\nfrom merged_lora.cli import main\nsys.exit(main())"
+    # A test run in a shell's background has SIGINT ignored, and would hand that on.
+    first = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{first}\n{code}\nfrom merged_lora.cli import main\nsys.exit(main())"
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment()
@@ -142,6 +146,22 @@ def test_an_existing_output_is_found_before_anything_is_read(
     assert code == 2
     assert err == "merged-lora: error: b exists; choose another folder or overwrite it (--overwrite)\n"
     assert Adapter.load(folder / "b").digest == before
+
+
+def test_an_output_that_appears_while_merging_is_not_replaced(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = random_adapter(SMALL, seed=5)
+
+    def overtaken(plan: MergePlan, *_: object) -> Adapter:
+        other.save("out")
+        return engine_run(plan)
+
+    monkeypatch.setattr("merged_lora.engine.run", overtaken)
+    code, _, err = run("merge", "a + b", *AB, "--output", "out")
+    assert code == 2
+    assert "out exists" in err
+    assert Adapter.load("out").digest == other.digest
 
 
 def test_drop_leaves_out_what_cannot_be_merged(run: Run, folder: Path) -> None:

@@ -1,0 +1,94 @@
+"""The benchmark measures only what agrees, and says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from merged_lora.backends import Progress, Result, load_backend
+from merged_lora.bench import cases, cpu
+from merged_lora.bench.__main__ import main
+from merged_lora.plan import MergePlan
+
+
+class Wrong:
+    """The CPU backend with the last place of one entry turned."""
+
+    name = "wrong"
+
+    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+        result = load_backend("cpu").merge(plan, progress)
+        name, f = next(iter(result.modules.items()))
+        b = f.b.clone()
+        b.view(torch.int32 if b.dtype == torch.float32 else torch.int16)[-1, -1] ^= 1
+        return Result(result.modules | {name: replace(f, b=b)}, result.energy)
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts that would have been timed."""
+    parts: list[str] = []
+
+    def noting(part: str) -> Callable[[object], list[dict[str, str]]]:
+        def rows(backend: object) -> list[dict[str, str]]:
+            parts.append(part)
+            return [{"case": part}]
+
+        return rows
+
+    for part in ("_factor_rows", "_svd_rows"):
+        monkeypatch.setattr(cpu, part, noting(part))
+    return parts
+
+
+def test_what_disagrees_is_named_and_not_timed(
+    untimed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu, "load_backend", lambda name: Wrong())
+    assert main(["cpu", "--json", str(tmp_path / "times.json")]) == 1
+    assert untimed == []
+    assert not (tmp_path / "times.json").exists()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "NumPy, every bit" in line]
+    assert lines
+    assert all("WRONG" in line and "small.tall differs" in line for line in lines)
+
+
+def test_agreement_comes_first_then_every_time_goes_to_the_file(
+    untimed: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["cpu", "--json", str(tmp_path / "times.json")]) == 0
+    assert untimed == ["_factor_rows", "_svd_rows"]
+    assert "WRONG" not in capsys.readouterr().out
+    report = json.loads((tmp_path / "times.json").read_text())
+    assert [row["case"] for row in report["rows"]] == untimed
+    assert {"cpu", "cores", "torch", "numpy", "numba", "peft"} <= report["machine"].keys()
+
+
+def test_quick_leaves_out_the_large_svds(untimed: list[str]) -> None:
+    assert main(["cpu", "--quick"]) == 0
+    assert untimed == ["_factor_rows"]
+
+
+def test_a_file_in_no_folder_is_refused_before_anything_is_measured(
+    untimed: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["cpu", "--json", str(tmp_path / "none" / "times.json")])
+    assert caught.value.code == 2
+    assert untimed == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_in_distinct_sources_no_magnitudes_tie_and_sums_are_exact(dtype: torch.dtype) -> None:
+    sources = cases.distinct_sources(cases.SMALL, 8, 8, dtype)
+    for module in cases.SMALL:
+        for tensors in zip(*((f.a, f.b) for f in (s.modules[module] for s in sources.values())), strict=True):
+            assert all(tensor.abs().unique().numel() == tensor.numel() for tensor in tensors)
+            stacked = torch.stack(tensors)
+            exact = stacked.double().sum(0)
+            assert torch.equal(sum(stacked.float(), torch.zeros(())).double(), exact)
