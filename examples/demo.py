@@ -22,10 +22,10 @@ from tasks import TASKS, examples
 from train import ADAPTERS_DIR
 
 ALIAS = "team"
-ALIAS_SPEC = "ties(sql, json, tone, density=0.2)"
+ALIAS_SPEC = "0.5*sql + 0.5*json + 0.5*tone"
 MERGES = (
-    "ties(sql, tone, density=0.2)",
-    "0.6*json + 0.6*sql",
+    "linear(0.5*sql, 0.5*tone)",
+    "0.5*json + 0.5*tone",
     ALIAS,
 )
 """An inline spec, a sum, and an alias; their weights and densities were chosen by measuring."""
@@ -42,7 +42,7 @@ def server_flags() -> list[str]:
         machine = ["--dtype", "float32", "--max-num-seqs", "8"]
     adapters = [f"{task}={ADAPTERS_DIR / task}" for task in TASKS]
     return [
-        *(*machine, "--enforce-eager", "--max-model-len", "512", "--max-lora-rank", "16", "--max-loras", "2"),
+        *(*machine, "--enforce-eager", "--max-model-len", "512", "--max-lora-rank", "32", "--max-loras", "2"),
         *(
             "--enable-merged-lora",
             "--lora-modules",
