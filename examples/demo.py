@@ -24,7 +24,7 @@ from train import ADAPTERS_DIR
 ALIAS = "team"
 ALIAS_SPEC = "0.5*sql + 0.5*json + 0.5*tone"
 MERGES = (
-    "linear(0.5*sql, 0.5*tone)",
+    "slerp(sql, tone)",
     "0.5*json + 0.5*tone",
     ALIAS,
 )

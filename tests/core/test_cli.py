@@ -261,7 +261,7 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_exits_1(folder: Path) -> None
         "import merged_lora.engine\nmerged_lora.engine.run = lambda *_: 1 / 0",
         *("merge", "a + b", *AB, "--output", "out"),
     )
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     assert (process.returncode, out) == (1, "")
     assert err.startswith("Traceback")
     assert err.endswith("ZeroDivisionError: division by zero\n")
@@ -285,7 +285,7 @@ def test_a_run_that_is_stopped_leaves_no_half_adapter(
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     assert (process.returncode, out, err) == (code, "", "")
     left = set(folder.iterdir()) - before
     if number == signal.SIGKILL:  # nobody is left to clean up, but what is left has no name that anyone uses
@@ -300,7 +300,7 @@ def test_overwriting_that_is_terminated_leaves_the_old_adapter(folder: Path) -> 
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate()
     assert Adapter.load("a").digest == before
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "less", "r3"]
 
@@ -313,7 +313,7 @@ def test_main_gives_the_signal_handler_back(run: Run, folder: Path) -> None:
 
 def test_a_pipe_sees_no_progress_bar(folder: Path) -> None:
     arguments = command("merge", "ties(a, b)", *AB, "--output", "out")
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=120)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
 
@@ -323,9 +323,7 @@ def test_a_terminal_sees_the_modules_being_merged(folder: Path) -> None:
     os.set_blocking(ours, False)
     termios.tcsetwinsize(theirs, (24, 80))
     arguments = command("merge", "ties(a, b)", *AB, "--output", "out")
-    subprocess.run(
-        arguments, stdout=subprocess.PIPE, stderr=theirs, env=environment(), timeout=120, check=True
-    )
+    subprocess.run(arguments, stdout=subprocess.PIPE, stderr=theirs, env=environment(), check=True)
     seen = os.read(ours, 1 << 16).decode()
     os.close(ours)
     os.close(theirs)
