@@ -15,14 +15,14 @@ from merged_lora.factors import Factors
 from merged_lora.lowrank import merge_module
 from merged_lora.plan import FactorJob, FactorModule, MergePlan
 
-from . import combine, numbers, trim
+from . import combine, numbers
 
 _KINDS = {torch.bfloat16: numbers.BF16, torch.float16: numbers.FP16, torch.float32: numbers.FP32}
 _BATCHES_PER_CORE = 4  # enough to even out the load, few enough that handing them out costs nothing
 
 
 class CpuBackend:
-    """Trim and merge in two compiled loops over all tensors, cut into batches for a pool of threads."""
+    """Merges in one compiled loop over all tensors, cut into batches for a pool of threads."""
 
     name = "cpu"
 
@@ -58,17 +58,6 @@ class CpuBackend:
         outputs = [torch.empty(job.inputs[0].shape, dtype=job.dtype) for job in jobs]
         size = np.array([t.numel() for t in outputs])
 
-        rows = _addresses(inputs)
-        kind = np.array([_KINDS[t.dtype] for t in inputs])
-        thr = np.zeros(len(inputs), np.int64)
-        cut = np.repeat(size, counts)
-        count = np.array([-1 if keep.count is None else keep.count for keep in keeps])
-        if (count >= 0).any():
-            sizes = np.repeat(size, counts)
-            self._run(
-                sizes, lambda some: trim.trim_tensors(some, rows, kind, sizes, count, thr, cut), _ignore
-            )
-
         vote = jobs[0].vote
         rule = (
             combine.SUM if vote is None else combine.VOTE_FREQUENCY if vote.frequency else combine.VOTE_TOTAL
@@ -79,11 +68,10 @@ class CpuBackend:
             size,
             np.cumsum(counts) - counts,
             counts,
-            rows,
-            kind,
+            _addresses(inputs),
+            np.array([_KINDS[t.dtype] for t in inputs]),
             np.array([w for job in jobs for w in job.weights], np.float32),
-            thr,
-            cut,
+            np.array([combine.KEEP_ALL if keep.count is None else keep.count for keep in keeps]),
             np.array([combine.NO_DRAW if keep.share is None else keep.share for keep in keeps]),
             np.array([keep.key or 0 for keep in keeps], np.uint64),
             np.array([keep.rescale for keep in keeps], np.float32),
@@ -113,10 +101,6 @@ class CpuBackend:
 def load() -> CpuBackend:
     """The backend; numba keeps its compiled loops on disk, so only the first use ever waits for them."""
     return CpuBackend()
-
-
-def _ignore(_: int) -> None:
-    """Trimming is no step of its own to whoever watches."""
 
 
 def _halved(progress: Progress) -> Progress:

@@ -9,11 +9,12 @@ import numpy as np
 from numba import njit
 
 from .numbers import FP32, MAGNITUDE, load, store
+from .trim import BINS, find_threshold
 
 BLOCK = 1024  # entries; a multiple of 8, the entries per Philox call
 
 SUM, VOTE_TOTAL, VOTE_FREQUENCY = 0, 1, 2
-NO_DRAW = -1
+KEEP_ALL, NO_DRAW = -1, -1
 NEGATIVE = np.int32(1 << 16)  # positive entries are counted in the lower half of a word, negative ones above
 
 
@@ -82,8 +83,7 @@ def combine_tensors(
     address,
     kind,
     weight,
-    thr,
-    cut,
+    count,
     share,
     key,
     rescale,
@@ -93,9 +93,9 @@ def combine_tensors(
     """Merge the given items, each one whole tensor.
 
     Per item (``items`` indexes these): target address, target_kind, size in entries, first row and number of
-    rows in the source tables.  Per source row: address, kind, float32 weight, thr and cut from
-    ``trim_tensors`` (thr 0 and cut >= size keep everything), share of 65536 and key of the random mask
-    (share NO_DRAW draws nothing), float32 rescale.  rule: SUM, VOTE_TOTAL or VOTE_FREQUENCY for all items.
+    rows in the source tables.  Per source row: address, kind, float32 weight, count of the largest entries
+    kept (or KEEP_ALL), share of 65536 (or NO_DRAW) and key of the random mask, float32 rescale.
+    rule: SUM, VOTE_TOTAL or VOTE_FREQUENCY for all items; weighted: whether the vote counts weighted values.
     """
     bits = np.empty(BLOCK, np.uint32)
     x = bits.view(np.float32)
@@ -106,7 +106,14 @@ def combine_tensors(
     counts = np.empty(BLOCK, np.int32)
     zero = np.float32(0)
     one = np.float32(1)
+    bins = np.zeros(2 * BINS, np.uint32)
+    thr = np.empty(sources.max(), np.int64)
+    cut = np.empty(sources.max(), np.int64)
     for item in items:
+        # Thresholds are found right before they are used, while the tensor is still in the cache.
+        for s in range(sources[item]):
+            row = first[item] + s
+            thr[s], cut[s] = find_threshold(address[row], size[item], kind[row], count[row], bins)
         for start in range(0, size[item], BLOCK):
             n = min(BLOCK, size[item] - start)
             total[:n] = zero
@@ -114,10 +121,11 @@ def combine_tensors(
                 positive[:n] = zero
                 negative[:n] = zero
                 counts[:n] = 0
-            for row in range(first[item], first[item] + sources[item]):
+            for s in range(sources[item]):
+                row = first[item] + s
                 load(address[row] + start * (4 if kind[row] == FP32 else 2), n, kind[row], bits)
-                if thr[row] > 0 or cut[row] < size[item]:
-                    _keep_largest(bits, n, thr[row], cut[row] - start)
+                if thr[s] > 0 or cut[s] < size[item]:
+                    _keep_largest(bits, n, thr[s], cut[s] - start)
                 if share[row] != NO_DRAW:
                     _fill_draws(start, key[row], draws)
                     _keep_random(x, n, draws, share[row], rescale[row])
@@ -144,7 +152,7 @@ def combine_tensors(
                     plus, pluses = positive[i], np.int32(counts[i] & 0xFFFF)
                     minus, minuses = negative[i], np.int32(counts[i] >> 16)
                     elected = total[i] >= zero
-                    count = pluses if elected else minuses
-                    total[i] = (plus if elected else minus) / np.float32(max(count, np.int32(1)))
+                    voters = pluses if elected else minuses
+                    total[i] = (plus if elected else minus) / np.float32(max(voters, np.int32(1)))
             width = 4 if target_kind[item] == FP32 else 2
             store(target[item] + start * width, n, target_kind[item], total.view(np.uint32))

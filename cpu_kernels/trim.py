@@ -92,20 +92,13 @@ def _trim32(data, count, counts):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def trim_tensors(items, address, kind, size, count, thr, cut):
-    """Fill ``thr`` and ``cut`` of the given items.
-
-    items: indices into the tables, ``[m]``.  The tables have one entry per (tensor, source), flat: address,
-    kind, size in entries, count, thr and cut, all int64.  A negative count keeps everything.
-    """
-    counts = np.zeros(2 * BINS, np.uint32)
-    for item in items:
-        if count[item] < 0 or count[item] >= size[item]:
-            thr[item], cut[item] = 0, size[item]
-        elif count[item] == 0:
-            thr[item], cut[item] = INFINITY, 0
-        elif kind[item] == FP32:
-            thr[item], cut[item] = _trim32(words32(address[item], size[item]), count[item], counts)
-        else:
-            narrow, cut[item] = _trim16(words16(address[item], size[item]), count[item], counts)
-            thr[item] = narrow << 16 if kind[item] == BF16 else widen16(narrow)
+def find_threshold(address, size, kind, count, bins):
+    """``(thr, cut)`` of a tensor; a negative count keeps everything.  bins: scratch, ``2 * BINS`` uint32."""
+    if count < 0 or count >= size:
+        return 0, size
+    if count == 0:
+        return INFINITY, 0
+    if kind == FP32:
+        return _trim32(words32(address, size), count, bins)
+    thr, cut = _trim16(words16(address, size), count, bins)
+    return thr << 16 if kind == BF16 else np.int64(widen16(thr)), cut

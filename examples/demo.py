@@ -31,7 +31,7 @@ MERGES = (
 """An inline spec, a sum, and an alias; their weights and densities were chosen by measuring."""
 
 LOG = MODEL_DIR.parent / "demo-server.log"
-MAX_TOKENS = 48
+MAX_TOKENS = 40
 
 
 def server_flags() -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from .recipe import EVERYWHERE, Option, RankRule, Strategy
 from .strategies import TABLE
 
-WIDTH = 100
+WIDTH = 80
 
 RESULT_RANK: dict[RankRule, str] = {
     "equal": "that of the sources, which must be equal",

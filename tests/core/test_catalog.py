@@ -42,6 +42,14 @@ def test_papers_are_linked_in_markdown() -> None:
     assert "[arXiv 2306.01708](https://arxiv.org/abs/2306.01708)" in catalog.as_markdown()
 
 
+def test_defaults_are_shown_as_a_spec_writes_them() -> None:
+    shown = {option.name: catalog.assignment(option) for s in TABLE.values() for option in s.options}
+    assert shown["majority_sign_method"] == 'majority_sign_method="total"'
+    assert shown["normalize"] == "normalize=false"
+    assert shown["scale"] == "scale=1"
+    assert shown["rank"] == "rank"
+
+
 @pytest.mark.parametrize(
     ("strategy", "option"),
     [(s, o) for s in TABLE.values() for o in s.options if o.default is not None],

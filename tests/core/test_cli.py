@@ -318,25 +318,23 @@ def test_a_pipe_sees_no_progress_bar(folder: Path) -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_a_terminal_sees_the_modules_being_merged(folder: Path) -> None:
+def test_a_terminal_sees_the_modules_being_merged_and_warnings_on_lines_of_their_own(folder: Path) -> None:
     ours, theirs = os.openpty()
     os.set_blocking(ours, False)
-    termios.tcsetwinsize(theirs, (24, 80))
-    arguments = command("merge", "ties(a, b)", *AB, "--output", "out")
+    termios.tcsetwinsize(theirs, (24, 200))
+    arguments = command("merge", "ties(a, less)", *AB[:2], "--adapter", "less=less", "--output", "out")
     subprocess.run(arguments, stdout=subprocess.PIPE, stderr=theirs, env=environment(), check=True)
     seen = os.read(ours, 1 << 16).decode()
     os.close(ours)
     os.close(theirs)
-    assert "0/4 [" in seen
-    assert "module" in seen
+    assert re.search(r"0/4 \[.*module", seen)
+    assert len(re.findall(r"(?:^|\r|\n)merged-lora: warning: [^\r]+\r\n", seen)) == 2
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     ours, theirs = os.pipe()
     os.close(ours)
-    done = subprocess.run(
-        command("strategies"), stdout=theirs, stderr=subprocess.PIPE, env=environment(), timeout=120
-    )
+    done = subprocess.run(command("strategies"), stdout=theirs, stderr=subprocess.PIPE, env=environment())
     os.close(theirs)
     assert (done.returncode, done.stderr) == (141, b"")
 

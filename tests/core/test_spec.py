@@ -69,6 +69,7 @@ MEANINGS = {
     "dare_ties(a, b, seed=9223372036854775807)": "dare_ties(a, b, seed=9223372036854775807)",
     "sum(a, normalize=True)": "sum(a, normalize=true)",
     "sum(a, scale=-2)": "sum(a, scale=-2)",
+    "sum(a, scale=-0.0)": "sum(a, scale=0)",
 }
 
 
