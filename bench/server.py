@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -90,15 +91,15 @@ class Server:
         raise TimeoutError(f"no answer after {START_SECONDS:.0f} s:\n{self.tail()}")
 
     def stop(self) -> None:
-        """End the server and its workers."""
-        if self._process is None or self._process.poll() is not None:
+        """End the server and its workers, which share its process group."""
+        if self._process is None:
             return
         self._process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):  # the usual case: all of them have ended
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(STOP_SECONDS)
+        self._process.wait(STOP_SECONDS)
 
     def tail(self, lines: int = 40) -> str:
         """The end of the server's output."""

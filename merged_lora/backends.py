@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Backend(Protocol):
         ...
 
 
+@functools.cache
 def load_backend(name: str) -> Backend:
     """The backend of that name; ``auto`` takes the fastest that this machine has and logs which.
 
@@ -68,6 +70,6 @@ def load_backend(name: str) -> Backend:
         raise BackendError(f"unknown backend {name!r}; there are: auto, {', '.join(MODULES)}")
     try:
         module = import_module(MODULES[name])
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # numba raises the latter where it can keep nothing on disk
         raise BackendError(f"backend {name} cannot be loaded: {error}") from error
     return cast(Backend, module.load())

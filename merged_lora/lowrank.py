@@ -62,6 +62,11 @@ def truncate(
     """
     b = torch.cat([f.b.double() * w for f, w in zip(sources, weights, strict=True)], dim=1)
     a = torch.cat([f.a.double() for f in sources], dim=0)
+    # What a Gram matrix can resolve is relative to its largest entry, so both sides of each product of a
+    # column and a row get the same length first.
+    lengths = b.norm(dim=0) * a.norm(dim=1)
+    even = torch.where(lengths > 0, (a.norm(dim=1) / b.norm(dim=0)).sqrt(), 1.0)
+    b, a = b * even, a / even[:, None]
     basis_b, root_b = _basis(b.T @ b)
     basis_a, root_a = _basis(a @ a.T)
     # b = U_b root_b and a = root_a^T V_a^T with orthonormal U_b, V_a: the small core has the singular values.

@@ -32,6 +32,7 @@ INDEX_NAME = "adapter_model.safetensors.index.json"
 PREFIX = "base_model.model."
 MAX_JSON = 16 << 20
 MAX_RANK = 65536
+MAX_PATTERN = 256
 MAX_ALPHA = 1e30
 
 DROPPABLE = ("modules_to_save", "lora_bias", "target_parameters")
@@ -39,6 +40,7 @@ DROPPABLE = ("modules_to_save", "lora_bias", "target_parameters")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 _BASE_COPY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
+_EXPENSIVE = re.compile(r"\)[*+{]")  # a repeated group can take exponential time
 _BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
@@ -164,6 +166,9 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any], dropped: set[st
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{folder}: peft_type is {reprlib.repr(kind)}, only LORA adapters can be merged")
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(key), bool | None):
+            raise AdapterError(f"{folder}: {key} is neither true nor false")
     found = [
         key
         for key in (
@@ -255,7 +260,10 @@ def _modules(
         if "target_parameters" in dropped and _holds_parameter(module, config):
             continue
         side = match["linear"] or match["embedding"]
-        found.setdefault((module, match["embedding"] is not None), {})[side] = tensor
+        sides = found.setdefault((module, match["embedding"] is not None), {})
+        if side in sides:
+            raise AdapterError(f"{folder}: {module} has lora_{side} twice, with and without {PREFIX!r}")
+        sides[side] = tensor
     extra = [key for key in others if not _is_dropped(key, config, dropped)]
     if extra:
         raise AdapterError(f"{folder}: these tensors are not LoRA factors: {listed(sorted(extra))}")
@@ -342,6 +350,8 @@ def _pattern(folder: Path, config: Mapping[str, Any], field: str, module: str) -
     if not isinstance(patterns, dict):
         raise AdapterError(f"{folder}: {field} is not an object")
     for key, value in patterns.items():
+        if len(key) > MAX_PATTERN or _EXPENSIVE.search(key) or len(re.findall(r"[*+{]", key)) > 4:
+            raise AdapterError(f"{folder}: {field} holds {key[:64]!r}, which could take forever to match")
         try:
             if re.match(rf"(?:.*\.)?(?:{key})$", module):
                 return value

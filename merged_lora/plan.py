@@ -125,7 +125,7 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
     modules: dict[str, FactorModule | DeltaModule] = {}
     for module in sorted({name for adapter in sources for name in adapter.modules}):
         present = [i for i, adapter in enumerate(sources) if module in adapter.modules]
-        _check_shapes(spec, module, {spec.names[i]: sources[i].modules[module] for i in present})
+        _check_shapes(module, {spec.names[i]: sources[i].modules[module] for i in present})
         modules[module] = build(spec, module, sources, present, limit)
     notes += _missing_notes(spec, sources, len(modules))
     digests = {name: adapter.digest for name, adapter in zip(spec.names, sources, strict=True)}
@@ -242,7 +242,7 @@ def _header(spec: MergeSpec, sources: Sequence[Adapter]) -> tuple[Header, list[s
     ), notes
 
 
-def _check_shapes(spec: MergeSpec, module: str, factors: Mapping[str, Factors]) -> None:
+def _check_shapes(module: str, factors: Mapping[str, Factors]) -> None:
     shapes = {name: (f.shape, f.embedding) for name, f in factors.items()}
     if len(set(shapes.values())) > 1:
         found = listed(f"{shape} in {name}" for name, (shape, _) in shapes.items())

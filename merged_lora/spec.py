@@ -24,7 +24,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import SpecError, UnknownAdapterError, UnknownStrategyError, listed
+from .errors import SpecError, UnknownAdapterError
 from .recipe import Option, Strategy, Value
 from .strategies import TABLE, find
 
@@ -76,7 +76,7 @@ class MergeSpec:
                 raise SpecError(f"option {name!r} is given twice")
             options[name] = _checked_option(strategy, name, value, len(sources))
         ordered = strategy.ordered or options.get("compat") == "lorax"
-        if options.get("normalize") and not math.fsum(s.weight for s in sources):
+        if options.get("normalize") and _cancels([s.weight for s in sources]):
             raise SpecError(
                 "normalize=true divides by the sum of the weights, which is 0; change the weights"
             )
@@ -254,6 +254,11 @@ def _checked_value(strategy: Strategy, option: Option, value: object) -> Value:
         raise SpecError(f"{strategy.name}: {option.name} {error}, got {reprlib.repr(value)}") from None
 
 
+def _cancels(weights: Sequence[float]) -> bool:
+    """Whether the sum is 0 but for the rounding of the weights as they were written."""
+    return abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights))
+
+
 def _collapsed(value: Value) -> Value:
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
@@ -401,19 +406,3 @@ class _Parser:
     def expected(self, what: str) -> SpecError:
         found = repr(self.text[self.at : self.at + 24]) if self.at < len(self.text) else "the end"
         return SpecError(f"at character {self.at + 1} of the spec: expected {what}, found {found}")
-
-
-__all__ = [
-    "MAX_NAME",
-    "MAX_SOURCES",
-    "MAX_TEXT",
-    "MergeSpec",
-    "Source",
-    "SpecError",
-    "UnknownStrategyError",
-    "canonical",
-    "from_json",
-    "is_spec",
-    "listed",
-    "parse",
-]

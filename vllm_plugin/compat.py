@@ -22,6 +22,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
@@ -30,7 +31,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.v1.worker.worker_base import WorkerBase
 
 from merged_lora.adapters import Adapter
-from merged_lora.errors import MergeError, UnknownAdapterError
+from merged_lora.errors import MergeError, PlanError, UnknownAdapterError, listed
 from merged_lora.peft_files import config_of, tensors_of
 from merged_lora.spec import MergeSpec
 
@@ -108,11 +109,12 @@ def _with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
         if enable:
             if getattr(args, "grpc", False):
                 raise ValueError("--enable-merged-lora does not work with --grpc, which bypasses its hooks")
-            names = [name for name, _ in aliases]
+            configured = Settings.of(args.additional_config).to_config(aliases=True).get("aliases", {})
+            names = [*configured, *(name for name, _ in aliases)]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"--merged-lora-modules gives {twice[0]!r} twice")
-            settings = {"enable": True, "aliases": dict(aliases)}
+            settings = {"enable": True, "aliases": configured | dict(aliases)}
             # API servers of their own get these arguments pickled, before the plugin is loaded there.
             args.additional_config = {**(args.additional_config or {}), KEY: settings}
             args.enable_lora = True
@@ -130,6 +132,8 @@ def _with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise ValueError(
                     "merged LoRA does not work with the Rust front end, which bypasses its hooks"
                 )
+            if self.data_parallel_size > 1:
+                raise ValueError("merged LoRA does not work with data parallel: one engine alone would merge")
             self.enable_lora = True
             self.additional_config = {**self.additional_config, KEY: settings.to_config(aliases=False)}
             _aliases.update(settings.aliases)
@@ -180,11 +184,14 @@ def _then_register(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awa
     @functools.wraps(original)
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         gate = _gate(self)
-        if gate is not None and request.lora_name in gate.aliases:
+        if gate is None:
+            return await original(self, request, base_model_name)
+        if request.lora_name in gate.aliases:
             return BaseServing.create_error_response(f"{request.lora_name!r} is the name of a merge")
-        result = await original(self, request, base_model_name)
-        if gate is not None and not isinstance(result, ErrorResponse):
-            await gate.register(request.lora_name, request.lora_path)
+        async with gate.changes:
+            result = await original(self, request, base_model_name)
+            if not isinstance(result, ErrorResponse):
+                await gate.register(request.lora_name, request.lora_path)
         return result
 
     return load_lora_adapter
@@ -193,10 +200,13 @@ def _then_register(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awa
 def _then_forget(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(original)
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
-        result = await original(self, request)
         gate = _gate(self)
-        if gate is not None and not isinstance(result, ErrorResponse):
-            gate.forget(request.lora_name)
+        if gate is None:
+            return await original(self, request)
+        async with gate.changes:
+            result = await original(self, request)
+            if not isinstance(result, ErrorResponse):
+                gate.forget(request.lora_name)
         return result
 
     return unload_lora_adapter
@@ -240,6 +250,8 @@ def _through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
             spec = gate.asked_for(request.model, _body(request), self.models.is_base_model)
             if spec is None:
                 return await original(self, request)
+            if getattr(self, "request_logger", None) is not None:
+                self.request_logger.log_request_body(request)
             identity = await gate.ready(spec)
         except MergeError as error:
             if isinstance(self, PoolingBaseServing):
@@ -306,13 +318,13 @@ def _or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _lora_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
-    """The adapter as vLLM holds it, by the same steps as one read from disk."""
+    """The adapter as vLLM holds it; raises PlanError where it does not fit the model."""
     model = manager._adapter_manager.model
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     config = {k: v for k, v in config_of(adapter.modules, adapter.header).items() if v is not None}
     helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
     helper.validate_legal(manager.lora_config)
-    return manager._lora_model_cls.from_lora_tensors(
+    lora: LoRAModel = manager._lora_model_cls.from_lora_tensors(
         number,
         tensors_of(adapter.modules),
         helper,
@@ -322,6 +334,36 @@ def _lora_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
         weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
         skip_prefixes=getattr(model, "lora_skip_prefixes", None),
     )
+    _check_fit(manager._adapter_manager, lora)
+    return lora
+
+
+def _check_fit(manager: Any, lora: LoRAModel) -> None:
+    """Raise PlanError for modules the model does not have, or has in another shape.
+
+    An adapter that vLLM itself loaded has passed its own checks; offline, sources never went that way.
+    """
+    kinds = {part for kind in manager.supported_lora_modules for part in _parts(manager, kind)}
+    strangers = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
+    if strangers:
+        raise PlanError(f"the model has no module {listed(strangers)} that takes LoRA")
+    for name, layer in manager.modules.items():
+        if not isinstance(layer, BaseLinearLayerWithLoRA) or layer.tp_size > 1:
+            continue  # a shard, or an embedding: their slots have other shapes than the adapter
+        parent, _, kind = name.rpartition(".")
+        slots = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+        for part, (slot_a, slot_b) in zip(_parts(manager, kind), slots, strict=False):
+            module = f"{parent}.{part}".removeprefix(".")
+            weights = lora.get_lora(module)
+            expected = slot_b.shape[-2], slot_a.shape[-1]
+            if weights is not None and (weights.lora_b.shape[0], weights.lora_a.shape[1]) != expected:
+                raise PlanError(f"{module} has shape {expected} in the model, another one in the adapters")
+
+
+def _parts(manager: Any, kind: str) -> list[str]:
+    """The modules of an adapter that vLLM packs into one of this kind; itself where it packs none."""
+    packed: list[str] = manager.packed_modules_mapping.get(kind, [])
+    return packed or [kind]
 
 
 def _merge_worker(worker: Any) -> tuple[MergeWorker[LoRAModel] | None, set[int]]:

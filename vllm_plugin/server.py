@@ -15,7 +15,7 @@ from merged_lora.errors import MergeError, SpecError
 from merged_lora.plan import check_names
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
 
-from .identity import MergeIdentity
+from .identity import NUMBER_TAKEN, MergeIdentity
 from .worker import Reply, raise_failure
 
 KNOWN_MERGES = 256  # merges remembered as prepared; an older one is prepared again when it is asked for
@@ -34,6 +34,7 @@ class MergeGate:
 
     aliases: names that stand for a merge, as in ``--merged-lora-modules``.
     capture: asks every worker to read an adapter's path.  prepare: asks every worker to make a merge.
+    changes: the lock under which adapters are loaded and unloaded, so that vLLM's list and this one agree.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class MergeGate:
     ) -> None:
         self.aliases = dict(aliases)
         self.components: dict[str, Component] = {}
+        self.changes = asyncio.Lock()
         self._capture = capture
         self._prepare = prepare
         self._known: OrderedDict[str, MergeIdentity] = OrderedDict()
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._making: dict[str, tuple[MergeIdentity, asyncio.Task[None]]] = {}
+        self._turn = asyncio.Semaphore(1)
 
     def check_aliases(self, reserved: Collection[str]) -> None:
         """Raise MergeError where an alias hides a served name or merges what is not registered."""
@@ -60,7 +63,10 @@ class MergeGate:
                 raise MergeError(f"--merged-lora-modules {alias}: {error}") from None
 
     async def register(self, name: str, path: str) -> None:
-        """Take a newly loaded adapter as a source; one that cannot be merged is kept with the reason."""
+        """Take a newly loaded adapter as a source; one that cannot be merged is kept with the reason.
+
+        Call it, and what loads or unloads the adapter, under ``changes``.
+        """
         reply = await self._capture(path)
         if reply["ok"]:
             self.components[name] = Component(reply["digest"])
@@ -99,27 +105,32 @@ class MergeGate:
         return MergeIdentity(spec, tuple(contents))
 
     async def ready(self, spec: MergeSpec) -> MergeIdentity:
-        """The merge, made and checked on every worker: once, however many requests ask at a time."""
+        """The merge, made and checked on every worker: once, however many requests ask at a time.
+
+        All who wait for it get its outcome, a failure too.  New merges are made one after the other.
+        """
         identity = self.identify(spec)
-        lock = self._locks.setdefault(identity.digest, asyncio.Lock())
-        try:
-            async with lock:
-                if identity.digest not in self._known:
-                    self._check_number(identity)
-                    raise_failure(await self._prepare(identity.path))
-                    self._known[identity.digest] = identity
-                self._known.move_to_end(identity.digest)
-        finally:
-            if not lock.locked():
-                self._locks.pop(identity.digest, None)
-        while len(self._known) > KNOWN_MERGES:
-            self._known.popitem(last=False)
+        if identity.digest in self._known:
+            self._known.move_to_end(identity.digest)
+            return identity
+        if identity.digest not in self._making:
+            others = [*self._known.values(), *(other for other, _ in self._making.values())]
+            if any(other.number == identity.number for other in others):
+                raise MergeError(NUMBER_TAKEN)
+            self._making[identity.digest] = identity, asyncio.create_task(self._make(identity))
+        # Shielded: a client that leaves must not take the merge from the others who wait for it.
+        await asyncio.shield(self._making[identity.digest][1])
         return identity
 
-    def _check_number(self, identity: MergeIdentity) -> None:
-        for other in self._known.values():
-            if other.number == identity.number:
-                raise MergeError("this merge's id is taken by another one; change a weight in its last digit")
+    async def _make(self, identity: MergeIdentity) -> None:
+        try:
+            async with self._turn:
+                raise_failure(await self._prepare(identity.path))
+            self._known[identity.digest] = identity
+            while len(self._known) > KNOWN_MERGES:
+                self._known.popitem(last=False)
+        finally:
+            del self._making[identity.digest]
 
     def _unaliased(self, spec: MergeSpec) -> MergeSpec:
         for name in spec.names:

@@ -21,7 +21,7 @@ from merged_lora.engine import merge, plan, run
 from merged_lora.errors import MergeError, PlanError, UnknownAdapterError
 from merged_lora.factors import Factors
 
-from .identity import MergeIdentity
+from .identity import NUMBER_TAKEN, MergeIdentity
 
 logger = logging.getLogger("vllm.merged_lora")
 
@@ -75,10 +75,14 @@ class MergeWorker(Generic[Model]):
 
         def work() -> Reply:
             identity = MergeIdentity.from_path(path)
-            self._holders = {number: name for number, name in self._holders.items() if number in loaded}
+            self._holders = {
+                number: digest
+                for number, digest in self._holders.items()
+                if number in loaded or digest in self._prepared
+            }
             holder = self._holders.setdefault(identity.number, identity.digest)
             if holder != identity.digest:
-                raise PlanError("this merge's id is taken by another one; change a weight in its last digit")
+                raise PlanError(NUMBER_TAKEN)
             self._prepared[identity.digest] = self._merge(identity)
             while len(self._prepared) > PREPARED_AHEAD:
                 self._prepared.popitem(last=False)

@@ -129,6 +129,56 @@ def test_requests_at_a_time_prepare_a_merge_once(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_all_who_wait_for_a_merge_get_its_one_failure(tmp_path: Path) -> None:
+    async def run() -> None:
+        calls: list[str] = []
+        gate = gate_with(worker(), calls)
+        for name, rank in (("a", 4), ("b", 8)):
+            tiny.make_adapter(1, rank).save(tmp_path / name)
+            await gate.register(name, str(tmp_path / name))
+        spec = parse("ties(a, b)")
+        outcomes = await asyncio.gather(*(gate.ready(spec) for _ in range(20)), return_exceptions=True)
+        assert all(isinstance(outcome, MergeError) for outcome in outcomes)
+        assert len(calls) == 1
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_does_not_take_the_merge_with_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        gate = gate_with(worker())
+        tiny.make_adapter(1).save(tmp_path / "a")
+        await gate.register("a", str(tmp_path / "a"))
+        first = asyncio.create_task(gate.ready(parse("sum(a)")))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(gate.ready(parse("sum(a)")))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert (await second).spec == parse("sum(a)")
+
+    asyncio.run(run())
+
+
+def test_two_merges_never_share_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MergeIdentity, "number", FIRST_ID)
+
+    async def run() -> None:
+        merges = worker()
+        gate, other = gate_with(merges), gate_with(merges)
+        tiny.make_adapter(1).save(tmp_path / "a")
+        for server in (gate, other):
+            await server.register("a", str(tmp_path / "a"))
+        first, second = parse("sum(a)"), parse("sum(0.5*a)")
+        outcomes = await asyncio.gather(gate.ready(first), gate.ready(second), return_exceptions=True)
+        assert isinstance(outcomes[1], MergeError)
+        with pytest.raises(MergeError, match="taken by another"):
+            await gate.ready(second)
+        with pytest.raises(MergeError, match="taken by another"):
+            await other.ready(second)  # the worker knows what the other server asked for
+
+    asyncio.run(run())
+
+
 def test_the_gate_remembers_a_bounded_number_of_merges(tmp_path: Path) -> None:
     async def run() -> None:
         calls: list[str] = []

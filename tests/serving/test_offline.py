@@ -6,13 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from making import random_adapter
 from merged_lora.bench.server import ENVIRONMENT, Server
 from tiny import Place
 
 pytestmark = pytest.mark.engine
+
+QUERY = "model.layers.0.self_attn.q_proj"
 
 PROGRAM = """
 import json, sys
@@ -28,7 +33,13 @@ if __name__ == "__main__":
     try:
         merged_lora_request(llm, "linear(sql, wide)", adapters)
     except MergeError as error:
-        refused = str(error)
+        refused = [str(error)]
+    for name in ("narrow", "stranger"):
+        try:
+            merged_lora_request(llm, f"sum({name})", adapters)
+            refused.append("not refused")
+        except MergeError as error:
+            refused.append(str(error))
     parameters = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
     output = llm.generate(["The quick brown fox"], parameters, lora_request=request)[0].outputs[0]
     logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)]
@@ -36,8 +47,12 @@ if __name__ == "__main__":
 """
 
 
-def test_an_offline_merge_equals_the_served_one(server: Server, place: Place) -> None:
-    adapters = json.dumps({name: str(path) for name, path in place.adapters.items()})
+def test_an_offline_merge_equals_the_served_one(server: Server, place: Place, tmp_path: Path) -> None:
+    paths = dict(place.adapters)
+    for name, modules in (("narrow", {QUERY: (64, 32)}), ("stranger", {"model.layers.0.mixer": (64, 64)})):
+        paths[name] = tmp_path / name
+        random_adapter(modules, 8, torch.bfloat16).save(paths[name])
+    adapters = json.dumps({name: str(path) for name, path in paths.items()})
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(place.model), adapters],
         env=os.environ | ENVIRONMENT,
@@ -48,5 +63,7 @@ def test_an_offline_merge_equals_the_served_one(server: Server, place: Place) ->
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     refused, logprobs = json.loads(lines[0].removeprefix("RESULT "))
-    assert "equal ranks" in refused
+    assert "equal ranks" in refused[0]
+    assert f"{QUERY} has shape (64, 64) in the model" in refused[1]
+    assert "no module model.layers.0.mixer" in refused[2]
     assert logprobs == server.logprobs("mix")
