@@ -15,9 +15,9 @@ from merged_lora.factors import Factors
 from merged_lora.lowrank import merge_module
 from merged_lora.plan import FactorJob, FactorModule, MergePlan
 
-from . import combine, numbers
+from . import kernels
 
-_KINDS = {torch.bfloat16: numbers.BF16, torch.float16: numbers.FP16, torch.float32: numbers.FP32}
+_KINDS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
 _BATCHES_PER_CORE = 4  # enough to even out the load, few enough that handing them out costs nothing
 
 
@@ -60,7 +60,7 @@ class CpuBackend:
 
         vote = jobs[0].vote
         rule = (
-            combine.SUM if vote is None else combine.VOTE_FREQUENCY if vote.frequency else combine.VOTE_TOTAL
+            kernels.SUM if vote is None else kernels.VOTE_FREQUENCY if vote.frequency else kernels.VOTE_TOTAL
         )
         table = (
             _addresses(outputs),
@@ -71,14 +71,14 @@ class CpuBackend:
             _addresses(inputs),
             np.array([_KINDS[t.dtype] for t in inputs]),
             np.array([w for job in jobs for w in job.weights], np.float32),
-            np.array([combine.KEEP_ALL if keep.count is None else keep.count for keep in keeps]),
-            np.array([combine.NO_DRAW if keep.share is None else keep.share for keep in keeps]),
+            np.array([kernels.KEEP_ALL if keep.count is None else keep.count for keep in keeps]),
+            np.array([kernels.NO_DRAW if keep.share is None else keep.share for keep in keeps]),
             np.array([keep.key or 0 for keep in keeps], np.uint64),
             np.array([keep.rescale for keep in keeps], np.float32),
             rule,
             vote is not None and vote.weighted,
         )
-        self._run(size * counts, lambda some: combine.combine_tensors(some, *table), _halved(progress))
+        self._run(size * counts, lambda some: kernels.combine_tensors(some, *table), _halved(progress))
         return outputs
 
     def _run(

@@ -90,9 +90,10 @@ def write_folder(
     metadata: Mapping[str, str],
     overwrite: bool = False,
 ) -> None:
-    """Write a PEFT folder in one step: it is complete or not there at all.
+    """Write a PEFT folder: it is complete or not there at all.
 
-    overwrite: replace an adapter folder (nothing else) that stands there.  Raises AdapterError otherwise.
+    overwrite: replace an adapter folder (nothing else) that stands there.  Killed outright between
+    the two renames of that, it leaves the old adapter in a hidden folder beside.  Raises AdapterError.
     """
     folder = folder.absolute()
     check_target(folder, overwrite)

@@ -15,7 +15,7 @@ Number = int | float
 Value = Number | str | bool | tuple[float, ...]
 
 Space = Literal["factors", "delta"]
-Keep = Literal["all", "largest", "random"]
+KeepRule = Literal["all", "largest", "random"]
 Blend = Literal["sum", "agreeing_mean", "slerp"]
 RankRule = Literal["equal", "fit", "exact", "truncate"]
 
@@ -47,7 +47,7 @@ class Recipe:
     """
 
     space: Space
-    keep: Keep = "all"
+    keep: KeepRule = "all"
     blend: Blend = "sum"
     rank: RankRule = "equal"
 
@@ -96,10 +96,6 @@ def _unit(value: object) -> float:
     return number
 
 
-def _scale(value: object) -> float:
-    return _number(value)
-
-
 def _whole(low: int, high: int) -> Callable[[object], int]:
     def check(value: object) -> int:
         whole = value if isinstance(value, int) and not isinstance(value, bool) else int(_number(value))
@@ -125,7 +121,7 @@ def _flag(value: object) -> bool:
     return value
 
 
-SCALE = Option("scale", 1.0, _scale, "a factor on the whole merged delta")
+SCALE = Option("scale", 1.0, _number, "a factor on the whole merged delta")
 NORMALIZE = Option("normalize", False, _flag, "divide the weights by their sum first")
 DENSITY = Option(
     "density", 0.5, _density, "share of entries kept, one value or one per source", per_source=True

@@ -8,7 +8,7 @@ import torch
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Result, load_backend
-from merged_lora.cpu_kernels.combine import BLOCK
+from merged_lora.cpu_kernels.kernels import BLOCK
 from merged_lora.factors import DTYPES, Factors
 from merged_lora.peft_files import Header
 from merged_lora.plan import FactorJob, FactorModule, MergePlan, make_plan

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from agreement.comparing import WORDS, bits
-from merged_lora.cpu_kernels import numbers as compiled
+from merged_lora.cpu_kernels import kernels as compiled
 from merged_lora.reference import numbers as reference
 
 Array = NDArray[Any]

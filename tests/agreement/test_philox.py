@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merged_lora.cpu_kernels import combine
+from merged_lora.cpu_kernels import kernels
 from merged_lora.reference.philox import draws, philox4x32
 
 KNOWN_ANSWERS = {
@@ -56,8 +56,8 @@ def test_draw_i_is_lane_i_mod_8_of_counter_i_div_8() -> None:
 
 @pytest.mark.parametrize("key", [0, 1, 0xFFFFFFFF, 1 << 32, 0x0123456789ABCDEF, 2**64 - 1])
 def test_compiled_draws_are_the_same_wherever_a_block_begins(key: int) -> None:
-    whole = draws(3 * combine.BLOCK, key)
-    for first in (0, 8, combine.BLOCK, 2 * combine.BLOCK - 8):
-        block = np.empty(combine.BLOCK, np.uint16)
-        combine._fill_draws(first, np.uint64(key), block)
-        assert (block == whole[first : first + combine.BLOCK]).all()
+    whole = draws(3 * kernels.BLOCK, key)
+    for first in (0, 8, kernels.BLOCK, 2 * kernels.BLOCK - 8):
+        block = np.empty(kernels.BLOCK, np.uint16)
+        kernels._fill_draws(first, np.uint64(key), block)
+        assert (block == whole[first : first + kernels.BLOCK]).all()

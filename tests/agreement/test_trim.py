@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from agreement.comparing import plan_of, run
-from merged_lora.cpu_kernels.combine import BLOCK
-from merged_lora.cpu_kernels.trim import TIE_BLOCK
+from merged_lora.cpu_kernels.kernels import BLOCK, TIE_BLOCK
 from merged_lora.factors import DTYPES
 from merged_lora.plan import FactorJob, Keep
 

@@ -209,3 +209,8 @@ def test_json_of_any_depth_that_python_can_read_is_refused_without_a_crash(optio
             break
         with pytest.raises(SpecError):
             from_json(body)
+
+
+def test_weights_that_cancel_but_for_rounding_cannot_be_normalised() -> None:
+    with pytest.raises(SpecError, match="sum of the weights, which is 0"):
+        parse("linear(0.1*a, 0.2*b, -0.3*c, normalize=true)")
