@@ -215,7 +215,10 @@ def test_a_malformed_list_of_what_to_leave_out_is_refused(folder: Path, key: str
         ({"r": [[[4]]]}, "rank .*4.* of"),
         ({"rank_pattern": [4]}, "rank_pattern is not an object"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern holds '\(', which is no regular expression"),
-        ({"alpha_pattern": {"(" * 5000: 4}}, "which is no regular expression"),
+        ({"alpha_pattern": {"(" * 5000: 4}}, "which could take forever to match"),
+        ({"rank_pattern": {"(a+)+b": 4}}, r"rank_pattern holds '\(a\+\)\+b', which could take forever"),
+        ({"rank_pattern": {"a*a*a*a*a*b": 4}}, "which could take forever to match"),
+        ({"use_rslora": 1}, "use_rslora is neither true nor false"),
         ({"alpha_pattern": {"a{99999999999}": 4}}, "which is no regular expression"),
         ({"alpha_pattern": "q_proj"}, "alpha_pattern is not an object"),
         (
