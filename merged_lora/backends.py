@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
+import torch
+
+from .adapters import Adapter
 from .errors import BackendError
 from .factors import Factors
 from .plan import MergePlan
@@ -18,8 +21,12 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Called with the number of modules finished since the last call, from the caller's thread."""
 
-MODULES = {"cpu": "merged_lora.cpu_kernels.backend", "numpy": "merged_lora.reference.backend"}
-AUTO = ("cpu", "numpy")
+MODULES = {
+    "triton": "merged_lora.triton_kernels.backend",
+    "cpu": "merged_lora.cpu_kernels.backend",
+    "numpy": "merged_lora.reference.backend",
+}
+AUTO = ("triton", "cpu", "numpy")
 """Fastest first; each next one is taken where the one before lacks what it needs."""
 
 
@@ -47,6 +54,50 @@ class Backend(Protocol):
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """The merged factors of every module of the plan, each with scaling 1."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a server keeps the factors of one module, on the backend's device.
+
+    a: ``[max_rank, in]``, b: ``[out, max_rank]``; float32, float16 or bfloat16, of any strides.  The rows of
+    ``a`` and the columns of ``b`` beyond the rank of what is written become zero.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@runtime_checkable
+class SlotBackend(Backend, Protocol):
+    """A backend that merges on a device, straight into a server's adapter slots."""
+
+    device: torch.device
+
+    def reserve(self, nbytes: int) -> None:
+        """Take that much device memory for sources, now and for good, and never take more for them."""
+        ...
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        """The same adapter laid out for the device in one page-locked buffer; keep it instead of the given one."""
+        ...
+
+    def check(self, plan: MergePlan) -> float:
+        """Bring the plan's sources to the device, try the merge and throw the result away.
+
+        Returns the share of the squared norm kept (1 where no rank is cut).  Raises PlanError where the
+        result overflows its dtype or the sources do not fit into the reserved memory: where it does not
+        raise, ``write`` cannot fail.
+        """
+        ...
+
+    def write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> None:
+        """Merge into slots, by module name; those of modules that the plan lacks are filled with zeros.
+
+        The result is rounded to the dtype of the plan first, then to that of the slot.  Returns before the
+        device has finished; the work is ordered on the current stream.
+        """
         ...
 
 

@@ -28,7 +28,7 @@ def merge(
 
     spec:     text such as ``ties(0.7*sql, 0.3*chat, density=0.5)``, or a parsed one.
     adapters: for every source name a PEFT folder or an :class:`Adapter`; further names are ignored.
-    backend:  ``numpy``, ``cpu`` or ``auto``.
+    backend:  ``triton``, ``cpu``, ``numpy`` or ``auto``.
     rank:     largest rank of the result; ``sum`` and ``slerp`` approximate beyond it, others refuse.
     progress: called with the number of modules finished since the last call.
 
@@ -61,7 +61,7 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
         "merged_lora.version": __version__,
         "merged_lora.backend": chosen.name,
         "merged_lora.spec": str(plan.spec),
-        "merged_lora.sources": json.dumps(dict(plan.digests)),
+        "merged_lora.sources": json.dumps(plan.digests),
     }
     if result.energy:
         metadata["merged_lora.kept_energy"] = repr(result.kept_energy())

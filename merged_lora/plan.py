@@ -65,10 +65,14 @@ class FactorJob:
 
 @dataclass(frozen=True, eq=False)
 class FactorModule:
-    """A module merged in ``factors`` space: one job for A, one for B."""
+    """A module merged in ``factors`` space: one job for A, one for B.
+
+    present: indices into the plan's sources of those that have the module, in the order of the inputs.
+    """
 
     a: FactorJob
     b: FactorJob
+    present: tuple[int, ...]
     embedding: bool
 
     @property
@@ -82,9 +86,11 @@ class DeltaModule:
     """A module merged in ``delta`` space: ``sum_i weights[i] * B_i A_i`` in at most ``rank`` dimensions.
 
     weights hold the sources' scalings.  slerp: position between the two sources, None elsewhere.
+    present: indices into the plan's sources of those that have the module, in the order of ``sources``.
     """
 
     sources: tuple[Factors, ...]
+    present: tuple[int, ...]
     weights: tuple[float, ...]
     rank: int
     slerp: float | None
@@ -99,14 +105,22 @@ class DeltaModule:
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
-    """A merge ready to run: its spec, its recipe, one entry per module, and what the user should know."""
+    """A merge ready to run: its spec, its recipe, one entry per module, and what the user should know.
+
+    sources: the adapters in the order of ``spec.names``.
+    """
 
     spec: MergeSpec
     recipe: Recipe
     header: Header
     modules: Mapping[str, FactorModule | DeltaModule]
-    digests: Mapping[str, str]
+    sources: tuple[Adapter, ...]
     notes: tuple[str, ...]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Content digest of every source, by name."""
+        return {name: adapter.digest for name, adapter in zip(self.spec.names, self.sources, strict=True)}
 
 
 def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | None = None) -> MergePlan:
@@ -128,8 +142,7 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
         _check_shapes(module, {spec.names[i]: sources[i].modules[module] for i in present})
         modules[module] = build(spec, module, sources, present, limit)
     notes += _missing_notes(spec, sources, len(modules))
-    digests = {name: adapter.digest for name, adapter in zip(spec.names, sources, strict=True)}
-    return MergePlan(spec, recipe, header, modules, digests, tuple(notes))
+    return MergePlan(spec, recipe, header, modules, tuple(sources), tuple(notes))
 
 
 def check_names(spec: MergeSpec, known: Collection[str]) -> None:
@@ -179,7 +192,7 @@ def _factor_module(
         jobs.append(
             FactorJob(inputs, tuple(map(_float32, values)), keeps, vote, promoted([t.dtype for t in inputs]))
         )
-    return FactorModule(jobs[0], jobs[1], factors[0].embedding)
+    return FactorModule(jobs[0], jobs[1], tuple(present), factors[0].embedding)
 
 
 def _keep(spec: MergeSpec, source: int, numel: int, identity: str) -> Keep:
@@ -223,7 +236,7 @@ def _delta_module(
         if len(present) == 1:  # the other source's delta is zero here, and the path to it is a straight line
             weights, slerp = (_float32(weights[0] * (slerp if present[0] else 1.0 - slerp)),), None
     dtype = promoted([t.dtype for f in factors for t in (f.a, f.b)])
-    return DeltaModule(factors, weights, rank, slerp, dtype, factors[0].embedding)
+    return DeltaModule(factors, tuple(present), weights, rank, slerp, dtype, factors[0].embedding)
 
 
 def _header(spec: MergeSpec, sources: Sequence[Adapter]) -> tuple[Header, list[str]]:

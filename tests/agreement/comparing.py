@@ -11,7 +11,7 @@ from merged_lora.backends import Result, load_backend
 from merged_lora.cpu_kernels.kernels import BLOCK
 from merged_lora.factors import DTYPES, Factors
 from merged_lora.peft_files import Header
-from merged_lora.plan import FactorJob, FactorModule, MergePlan, make_plan
+from merged_lora.plan import FactorJob, FactorModule, Keep, MergePlan, make_plan
 from merged_lora.spec import parse
 from merged_lora.strategies import find
 
@@ -55,11 +55,15 @@ def assert_backends_agree(plan: MergePlan) -> None:
     assert_same_bits(run(plan, "cpu"), run(plan, "numpy"))
 
 
-def plan_of(job: FactorJob) -> MergePlan:
-    """A plan in which both factors of one module ``m`` are made by this job."""
+def plan_of(tensor: torch.Tensor, keep: Keep) -> MergePlan:
+    """A plan in which both factors of one module ``m`` are these entries, kept by this rule."""
     spec = parse("linear(a)")
-    recipe = find(spec.strategy).recipe
-    return MergePlan(spec, recipe, Header(), {"m": FactorModule(job, job, False)}, {}, ())
+    factors = Factors(tensor[None, :], tensor[:, None])
+    jobs = [FactorJob((x,), (1.0,), (keep,), None, x.dtype) for x in (factors.a, factors.b)]
+    module = FactorModule(jobs[0], jobs[1], (0,), False)
+    return MergePlan(
+        spec, find(spec.strategy).recipe, Header(), {"m": module}, (Adapter({"m": factors}),), ()
+    )
 
 
 def jobs(plan: MergePlan, result: Result) -> list[tuple[FactorJob, torch.Tensor]]:

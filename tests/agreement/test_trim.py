@@ -8,14 +8,13 @@ import torch
 from agreement.comparing import plan_of, run
 from merged_lora.cpu_kernels.kernels import BLOCK, TIE_BLOCK
 from merged_lora.factors import DTYPES
-from merged_lora.plan import FactorJob, Keep
+from merged_lora.plan import Keep
 
 SIZE = 3 * max(BLOCK, TIE_BLOCK) + 5
 
 
 def trimmed(tensor: torch.Tensor, count: int, backend: str) -> torch.Tensor:
-    job = FactorJob((tensor[None],), (1.0,), (Keep(count=count),), None, tensor.dtype)
-    return run(plan_of(job), backend).modules["m"].a[0]
+    return run(plan_of(tensor, Keep(count=count)), backend).modules["m"].a[0]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "numpy"])
