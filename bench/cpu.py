@@ -143,9 +143,7 @@ def _peft_factors(plan: MergePlan, sources: Mapping[str, Adapter], density: floa
 
 def _bytes(plan: MergePlan, sources: Mapping[str, Adapter]) -> int:
     """What must be read and written at least: every source once, the result once."""
-    return sum(sources[name].nbytes for name in plan.spec.names) + sum(
-        m.nbytes for m in plan.modules.values()
-    )
+    return sum(sources[name].nbytes for name in plan.spec.names) + plan.nbytes
 
 
 def _svd_work(shape: tuple[int, int]) -> float:

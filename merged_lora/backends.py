@@ -80,7 +80,7 @@ class SlotBackend(Backend, Protocol):
         ...
 
     def adopt(self, adapter: Adapter) -> Adapter:
-        """The same adapter laid out for the device in one page-locked buffer; keep it instead of the given one."""
+        """The same adapter in one page-locked buffer, ready for the device; keep it instead of the other."""
         ...
 
     def check(self, plan: MergePlan) -> float:
@@ -108,7 +108,8 @@ def load_backend(name: str) -> Backend:
     Raises BackendError where the name is unknown or what it needs is not installed.
     """
     if name == "auto":
-        for candidate in AUTO:
+        # What needs a device is no candidate without one; torch calls ROCm's devices cuda too.
+        for candidate in AUTO if torch.cuda.is_available() else AUTO[1:]:
             try:
                 backend = load_backend(candidate)
             except BackendError as error:

@@ -11,7 +11,7 @@ from . import __version__
 from .adapters import Adapter
 from .backends import Progress, load_backend
 from .errors import PlanError
-from .plan import MergePlan, check_names, make_plan
+from .plan import MergePlan, check_names, make_plan, overflow
 from .spec import MergeSpec, parse
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,5 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
         metadata["merged_lora.kept_energy"] = repr(result.kept_energy())
     merged = Adapter(result.modules, plan.header, metadata)
     if merged.nonfinite:
-        raise PlanError(
-            f"{plan.spec}: the result overflows its dtype in {merged.nonfinite}; use smaller weights"
-        )
+        raise overflow(plan.spec, merged.nonfinite)
     return merged

@@ -76,9 +76,11 @@ class FactorModule:
     embedding: bool
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the result."""
-        return sum(job.inputs[0].numel() * job.dtype.itemsize for job in (self.a, self.b))
+    def results(self) -> tuple[tuple[tuple[int, int], torch.dtype], ...]:
+        """Shape and dtype of the merged A and B."""
+        return tuple(
+            ((job.inputs[0].shape[0], job.inputs[0].shape[1]), job.dtype) for job in (self.a, self.b)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +100,10 @@ class DeltaModule:
     embedding: bool
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the result."""
-        return self.rank * sum(self.sources[0].shape) * self.dtype.itemsize
+    def results(self) -> tuple[tuple[tuple[int, int], torch.dtype], ...]:
+        """Shape and dtype of the merged A and B."""
+        rows, columns = self.sources[0].shape
+        return ((self.rank, columns), self.dtype), ((rows, self.rank), self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +119,12 @@ class MergePlan:
     modules: Mapping[str, FactorModule | DeltaModule]
     sources: tuple[Adapter, ...]
     notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        results = [result for module in self.modules.values() for result in module.results]
+        return sum(rows * columns * dtype.itemsize for (rows, columns), dtype in results)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -143,6 +152,11 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
         modules[module] = build(spec, module, sources, present, limit)
     notes += _missing_notes(spec, sources, len(modules))
     return MergePlan(spec, recipe, header, modules, tuple(sources), tuple(notes))
+
+
+def overflow(spec: MergeSpec, module: str) -> PlanError:
+    """What to raise where a module's merged factors are larger than their dtype can hold."""
+    return PlanError(f"{spec}: the result overflows its dtype in {module}; use smaller weights")
 
 
 def check_names(spec: MergeSpec, known: Collection[str]) -> None:

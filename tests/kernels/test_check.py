@@ -1,0 +1,59 @@
+"""A check tells beforehand whether a merge will succeed, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agreement.comparing import run
+from making import random_adapter
+from merged_lora.adapters import Adapter
+from merged_lora.backends import SlotBackend, load_backend
+from merged_lora.errors import PlanError
+from merged_lora.factors import DTYPES, Factors
+from merged_lora.plan import make_plan
+from merged_lora.spec import parse
+
+SHAPES = {"m.q": (24, 40), "m.down": (40, 24)}
+
+
+def check(spec: str, adapters: dict[str, Adapter]) -> float:
+    backend = load_backend("triton")
+    assert isinstance(backend, SlotBackend)
+    return backend.check(make_plan(parse(spec), adapters))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("spec", "full"),
+    [
+        ("linear(a, b)", "a"),
+        ("linear(a, b)", "b"),
+        ("ties(2*a, 2*b)", "a"),
+        ("ties(2*a, 2*b)", "b"),
+        ("cat(4*a, b)", "a"),  # a concatenation has its weights on A
+        ("svd(a, b, rank=1)", "ab"),  # singular values are split evenly
+    ],
+)
+def test_an_overflow_is_found_and_its_module_named(spec: str, full: str, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    a = torch.full((1, 9), largest if "a" in full else 1.0, dtype=dtype)
+    b = torch.full((9, 1), largest if "b" in full else 1.0, dtype=dtype)
+    good = random_adapter({"good": (9, 9)}, 1, dtype).modules["good"]
+    adapter = Adapter({"good": good, "up_proj": Factors(a, b)})
+    with pytest.raises(PlanError, match="overflows its dtype in up_proj; use smaller weights"):
+        check(spec, {"a": adapter, "b": adapter})
+
+
+@pytest.mark.parametrize("spec", ["linear(a, 0.5*b)", "cat(a, b)", "sum(a, b)", "dare_ties(a, b)"])
+def test_where_no_rank_is_cut_everything_is_kept(spec: str) -> None:
+    adapters = {name: random_adapter(SHAPES, 4, torch.bfloat16, i) for i, name in enumerate("ab")}
+    assert check(spec, adapters) == 1.0
+
+
+def test_the_kept_energy_is_that_of_the_merge() -> None:
+    adapters = {name: random_adapter(SHAPES, 4, torch.float32, i) for i, name in enumerate("ab")}
+    spec = "svd(a, 0.5*b, rank=3)"
+    expected = run(make_plan(parse(spec), adapters), "numpy").kept_energy()
+    assert 0.1 < expected < 0.99
+    assert check(spec, adapters) == pytest.approx(expected, rel=1e-9)  # float64 squares, 1e-14 each

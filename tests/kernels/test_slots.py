@@ -1,0 +1,125 @@
+"""Merges written into slots: any strides and ranks, nothing of the slot's last tenant left, once rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from agreement.comparing import bits, run
+from making import random_adapter
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Slot, SlotBackend, load_backend
+from merged_lora.factors import DTYPES
+from merged_lora.plan import MergePlan, make_plan
+from merged_lora.spec import parse
+from merged_lora.triton_kernels.combine import BLOCK
+
+SHAPES = {"m.wide": (24, 300), "m.tall": (BLOCK + 40, 16), "m.odd": (33, 17)}
+RULES = (
+    "linear(a, -0.5*b)",
+    "ties(a, 0.3*b, density=0.4)",
+    "dare_ties(a, b, seed=3)",
+    "svd(a, b)",
+    "cat(a, b)",
+)
+EIGHT, FIVE = 8, 5
+"""Ranks: whole groups of eight columns, and not."""
+
+
+def backend() -> SlotBackend:
+    loaded = load_backend("triton")
+    assert isinstance(loaded, SlotBackend)
+    return loaded
+
+
+def pair(rank: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Adapter]:
+    return {name: random_adapter(SHAPES, rank, dtype, seed) for seed, name in enumerate("ab")}
+
+
+def slots(rank: int, dtype: torch.dtype, layout: str = "plain") -> dict[str, Slot]:
+    """Slots full of NaN, of a rank, beside others in larger tensors."""
+    made = {}
+    device = backend().device
+    for name, (rows, columns) in SHAPES.items():
+        if layout == "plain":  # as vLLM's: (slot, 1, rank, in) and (slot, 1, out, rank)
+            a = torch.full((3, 1, rank, columns), torch.nan, dtype=dtype, device=device)[1, 0]
+            b = torch.full((3, 1, rows, rank), torch.nan, dtype=dtype, device=device)[1, 0]
+        elif layout == "strided":
+            a = torch.full((rank, columns + 7), torch.nan, dtype=dtype, device=device)[:, 3 : columns + 3]
+            b = torch.full((rows, rank + 5), torch.nan, dtype=dtype, device=device)[:, :rank]
+        else:
+            a = torch.full((columns, rank), torch.nan, dtype=dtype, device=device).T
+            b = torch.full((rank, rows), torch.nan, dtype=dtype, device=device).T
+        made[name] = Slot(a, b)
+    return made
+
+
+def assert_written(slots: Mapping[str, Slot], plan: MergePlan) -> None:
+    """Each slot holds the merge that the backend returns, and zeros beyond its rank."""
+    expected = run(plan, "triton").modules
+    for name, slot in slots.items():
+        rank = expected[name].rank
+        for got, want in ((slot.a[:rank], expected[name].a), (slot.b[:, :rank], expected[name].b)):
+            assert torch.equal(bits(got.cpu()), bits(want.to(got.dtype))), name
+        for rest in (slot.a[rank:], slot.b[:, rank:]):
+            assert torch.equal(bits(rest.cpu()), bits(torch.zeros_like(rest).cpu())), name
+
+
+@pytest.mark.parametrize("layout", ["plain", "strided", "transposed"])
+@pytest.mark.parametrize("rank", [EIGHT, FIVE])
+@pytest.mark.parametrize("spec", RULES)
+def test_a_slot_of_larger_rank_holds_the_merge_and_zeros(spec: str, rank: int, layout: str) -> None:
+    plan = make_plan(parse(spec), pair(rank))
+    written = slots(16, torch.bfloat16, layout)
+    backend().write(plan, written)
+    assert_written(written, plan)
+
+
+@pytest.mark.parametrize("rank", [EIGHT, FIVE])
+@pytest.mark.parametrize("spec", RULES[:4])
+def test_a_slot_of_the_same_rank_holds_the_merge(spec: str, rank: int) -> None:
+    plan = make_plan(parse(spec), pair(rank))
+    written = slots(rank, torch.bfloat16)
+    backend().write(plan, written)
+    assert_written(written, plan)
+
+
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_result_is_rounded_to_the_plans_dtype_before_the_slots(
+    dtype: torch.dtype, target: torch.dtype
+) -> None:
+    plan = make_plan(parse("ties(a, 0.3*b)"), pair(EIGHT, dtype))
+    written = slots(16, target)
+    backend().write(plan, written)
+    assert_written(written, plan)
+
+
+def test_modules_that_the_merge_lacks_become_zero() -> None:
+    less = {name: Adapter({"m.wide": a.modules["m.wide"]}) for name, a in pair(EIGHT).items()}
+    plan = make_plan(parse("ties(a, b)"), less)
+    written = slots(16, torch.float32)
+    backend().write(plan, written)
+    for name in ("m.tall", "m.odd"):
+        assert not written[name].a.any()
+        assert not written[name].b.any()
+    assert_written({"m.wide": written["m.wide"]}, plan)
+
+
+@pytest.mark.parametrize("spec", RULES)
+def test_only_the_slots_that_are_given_are_written(spec: str) -> None:
+    plan = make_plan(parse(spec), pair(EIGHT))
+    written = slots(16, torch.bfloat16)
+    for name in SHAPES:
+        backend().write(plan, {name: written[name]})
+    assert_written(written, plan)
+
+
+def test_what_lies_around_a_slot_is_left_alone() -> None:
+    around = torch.full((3, 1, 300, 16), 7.0, device=backend().device)
+    plan = make_plan(parse("linear(a, b)"), {k: random_adapter({"m": (300, 40)}, EIGHT) for k in "ab"})
+    backend().write(plan, {"m": Slot(torch.zeros(16, 40, device=backend().device), around[1, 0])})
+    assert bool((around[[0, 2]] == 7.0).all())
+    assert not bool((around[1] == 7.0).any())

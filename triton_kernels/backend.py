@@ -1,0 +1,257 @@
+"""The backend ``triton``: what is on the device, what goes to which stream, and what comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Progress, Result, Slot
+from merged_lora.errors import BackendError
+from merged_lora.factors import Factors
+from merged_lora.plan import DeltaModule, MergePlan, overflow
+
+from . import delta
+from .launch import EVERYTHING, NOTHING, find_pairs, launch, source_addresses
+from .layout import Integers, Layout, copies, lay_out
+from .packed import ALIGNMENT, DeviceSources, Resident
+from .tables import target_rows
+from .words import KINDS
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Modules of one kind in delta space, merged together."""
+
+    names: tuple[str, ...]
+    modules: tuple[DeltaModule, ...]
+
+    def only(self, names: Collection[str]) -> Group:
+        """Those of them that have one of these names."""
+        pairs = [(name, m) for name, m in zip(self.names, self.modules, strict=True) if name in names]
+        return Group(tuple(name for name, _ in pairs), tuple(m for _, m in pairs))
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What follows from a plan alone; kept as long as the plan is."""
+
+    layout: Layout
+    groups: tuple[Group, ...]
+
+
+class TritonBackend:
+    """Merges on a GPU, or under Triton's interpreter; a :class:`merged_lora.backends.SlotBackend`.
+
+    Sources stay on the device from merge to merge, and with them the trimming thresholds found so far.
+    """
+
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._side = _new_stream(device)
+        self._main: torch.cuda.Stream | None = None  # set while work goes to the side stream
+        self._sources = DeviceSources(device, self._wait_for_main)
+        self._prepared: weakref.WeakKeyDictionary[MergePlan, Prepared] = weakref.WeakKeyDictionary()
+        self._constants = torch.tensor([EVERYTHING, NOTHING], dtype=torch.int32).to(device)
+        self._turn = threading.Lock()
+
+    def reserve(self, nbytes: int) -> None:
+        """See :class:`merged_lora.backends.SlotBackend`."""
+        with self._turn:
+            self._sources.reserve(nbytes)
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        """See :class:`merged_lora.backends.SlotBackend`."""
+        with self._turn:
+            return self._sources.adopt(adapter)
+
+    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+        """See :class:`merged_lora.backends.Backend`; the result lies in host memory."""
+        with self._turn:
+            buffer = torch.empty(_length(plan), dtype=torch.uint8, device=self.device)
+            energy = self._write(plan, {name: Slot(a, b) for name, a, b in _views(buffer, plan)})
+            host = buffer.cpu()
+            modules = {
+                name: Factors(a, b, 1.0, plan.modules[name].embedding) for name, a, b in _views(host, plan)
+            }
+            result = Result(modules, _on_host(energy))
+        progress(len(modules))
+        return result
+
+    def check(self, plan: MergePlan) -> float:
+        """See :class:`merged_lora.backends.SlotBackend`; on a GPU beside the work of the current stream."""
+        with self._turn, self._beside():
+            residents, prepared = self._bring(plan)
+            layout = prepared.layout
+            energy: dict[str, torch.Tensor] = {}
+            verdicts: list[tuple[Sequence[str], torch.Tensor]] = []
+            if layout.modules:
+                nowhere = [torch.empty(shape, device="meta") for shape in layout.shapes.tolist()]
+                rows = target_rows(nowhere, layout.shapes)
+                every = np.arange(len(nowhere))
+                flags = self._launch(layout, residents, every, rows, layout.rounds, check=True)
+                verdicts.append((layout.modules, flags.view(-1, 2).amax(1) > 0))
+            for group in prepared.groups:
+                merged = self._merge_group(group, residents)
+                sides = [x.isfinite().flatten(1).all(1) for x in (merged.a, merged.b)]
+                verdicts.append((group.names, ~(sides[0] & sides[1])))
+                energy |= _energy(group, merged)
+            for names, wrong in verdicts:
+                for name, is_wrong in zip(names, wrong.tolist(), strict=True):
+                    if is_wrong:
+                        raise overflow(plan.spec, name)
+            return Result({}, _on_host(energy)).kept_energy()
+
+    def write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> None:
+        """See :class:`merged_lora.backends.SlotBackend`."""
+        with self._turn:
+            self._write(plan, slots)
+
+    def _write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> dict[str, torch.Tensor]:
+        """Merge into slots.  Returns what each module whose rank was cut has kept, still on the device."""
+        residents, prepared = self._bring(plan)
+        energy: dict[str, torch.Tensor] = {}
+        layout = prepared.layout
+        here = [i for i, name in enumerate(layout.modules) if name in slots]
+        if here:
+            chosen = np.array([2 * i + side for i in here for side in (0, 1)])
+            tensors = _tensors(slots[layout.modules[i]] for i in here)
+            rows = target_rows(tensors, layout.shapes[chosen])
+            self._launch(layout, residents, chosen, rows, _kinds(tensors))
+        for group in (whole.only(slots) for whole in prepared.groups):
+            if group.names:
+                merged = self._merge_group(group, residents)
+                self._copy(
+                    [x for pair in zip(merged.a, merged.b, strict=True) for x in pair],
+                    _tensors(slots[name] for name in group.names),
+                )
+                energy |= _energy(group, merged)
+        rest = _tensors(slot for name, slot in slots.items() if name not in plan.modules)
+        if rest:
+            self._copy([torch.empty(0, 0, dtype=t.dtype) for t in rest], rest)
+        return energy
+
+    def _bring(self, plan: MergePlan) -> tuple[list[Resident], Prepared]:
+        """The plan's sources on the device, and what follows from the plan."""
+        residents = self._sources.load(plan.sources)
+        prepared = self._prepared.get(plan)
+        if prepared is None:
+            kinds: dict[Hashable, dict[str, DeltaModule]] = {}
+            for name, module in plan.modules.items():
+                if isinstance(module, DeltaModule):
+                    kinds.setdefault(delta.kind(module), {})[name] = module
+            groups = tuple(Group(tuple(group), tuple(group.values())) for group in kinds.values())
+            prepared = Prepared(lay_out(plan, [resident.packed for resident in residents]), groups)
+            self._prepared[plan] = prepared
+        return residents, prepared
+
+    def _launch(
+        self,
+        layout: Layout,
+        residents: Sequence[Resident],
+        chosen: Integers,
+        rows: Integers,
+        kinds: Integers,
+        check: bool = False,
+    ) -> torch.Tensor:
+        addresses = source_addresses(layout, residents)
+        pairs = find_pairs(layout, residents, self._constants)
+        return launch(layout, chosen, addresses, pairs, rows, kinds, self.device, check)
+
+    def _copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """Copy tensors into the first rows and columns of targets, and zeros into the rest."""
+        layout = copies(_kinds(sources))
+        filled = np.array([t.shape for t in sources], np.int64)
+        addresses = np.array([[t.data_ptr()] for t in sources], np.int64)
+        pairs, every = np.zeros_like(addresses), np.arange(len(targets))
+        launch(layout, every, addresses, pairs, target_rows(targets, filled), _kinds(targets), self.device)
+
+    def _merge_group(self, group: Group, residents: Sequence[Resident]) -> delta.MergedStack:
+        first = group.modules[0]
+        a, b = (tuple(residents[i].stack(group.names, side) for i in first.present) for side in (0, 1))
+        weights = torch.tensor([module.weights for module in group.modules], dtype=torch.float64)
+        on_device = weights.to(self.device, non_blocking=True)
+        return delta.merge_stack(delta.Stack(a, b, on_device, first.rank, first.slerp, first.dtype))
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Send work to the side stream, beside what runs on the current one, and wait for it at the end."""
+        if self._side is None:
+            yield
+            return
+        self._main = torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.stream(self._side):
+                yield
+                self._side.synchronize()
+        finally:
+            self._main = None
+
+    def _wait_for_main(self) -> None:
+        if self._side is not None and self._main is not None:
+            self._side.wait_stream(self._main)
+
+
+def load() -> TritonBackend:
+    """The backend on the current CUDA or ROCm device, or under the interpreter; else raises BackendError."""
+    if triton.knobs.runtime.interpret:
+        return TritonBackend(torch.device("cpu"))
+    if not torch.cuda.is_available():
+        raise BackendError(
+            "backend triton needs a CUDA or ROCm device; "
+            "with TRITON_INTERPRET=1 in the environment it runs without one, very slowly"
+        )
+    return TritonBackend(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _views(buffer: torch.Tensor, plan: MergePlan) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """A and B of every result, one after the other in a buffer of :func:`_length` bytes."""
+    start = 0
+    for name, module in plan.modules.items():
+        pair = []
+        for shape, dtype in module.results:
+            nbytes = shape[0] * shape[1] * dtype.itemsize
+            pair.append(buffer[start : start + nbytes].view(dtype).view(shape))
+            start += _padded(nbytes)
+        yield name, pair[0], pair[1]
+
+
+def _length(plan: MergePlan) -> int:
+    results = [result for module in plan.modules.values() for result in module.results]
+    return sum(_padded(rows * columns * dtype.itemsize) for (rows, columns), dtype in results)
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _tensors(slots: Iterable[Slot]) -> list[torch.Tensor]:
+    return [tensor for slot in slots for tensor in (slot.a, slot.b)]
+
+
+def _kinds(tensors: Sequence[torch.Tensor]) -> Integers:
+    return np.array([KINDS[t.dtype] for t in tensors], np.int64)
+
+
+def _energy(group: Group, merged: delta.MergedStack) -> dict[str, torch.Tensor]:
+    return {} if merged.energy is None else dict(zip(group.names, merged.energy, strict=True))
+
+
+def _on_host(energy: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    if not energy:
+        return {}
+    pairs = torch.stack(list(energy.values())).tolist()
+    return {name: (kept, asked) for name, (kept, asked) in zip(energy, pairs, strict=True)}

@@ -1,0 +1,117 @@
+"""From a layout and addresses to launches: one for each combination of dtypes, in practice one in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .combine import BLOCK, KEEP_RANDOM, Tables, Variant, combine
+from .layout import Integers, Layout
+from .packed import Resident
+from .tables import aligned, block_items, upload
+from .trim import find_thresholds
+from .words import MIXED
+
+KEPT_THRESHOLDS = 8  # per adapter, one for each density it was last merged with
+EVERYTHING, NOTHING = (0, 0x7FFFFFFF), (0x7F800000, 0)
+"""Pairs ``(thr, cut)`` that need no search; nothing finite lies above infinity."""
+
+
+def source_addresses(layout: Layout, residents: Sequence[Resident]) -> Integers:
+    """Address of every tensor in every source, ``[T, N]``; 0 where a source lacks it."""
+    table = np.zeros(layout.weights.shape, np.int64)
+    for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
+        table[place.tensors, i] = resident.addresses[place.rows, place.sides]
+    return table
+
+
+def find_pairs(layout: Layout, residents: Sequence[Resident], constants: torch.Tensor) -> Integers:
+    """Address of the pair ``(thr, cut)`` of every tensor in every source, ``[T, N]``.
+
+    Finds what is not known yet, in one launch for all sources, and keeps it with the source.
+    constants: int32 ``[2, 2]`` on the device, EVERYTHING and NOTHING.
+    """
+    everything, nothing = constants.data_ptr(), constants.data_ptr() + 8
+    table = np.full(layout.weights.shape, everything, np.int64)
+    tasks, kinds = [], []
+    for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
+        counts = layout.counts[place.tensors, i]
+        sizes = layout.shapes[place.tensors].prod(1)
+        key = counts.tobytes()
+        pairs = resident.thresholds.get(key)
+        target = np.arange(counts.size) * 8
+        wanted = (counts > 0) & (counts < sizes)
+        if pairs is None:
+            pairs = torch.empty(counts.size, 2, dtype=torch.int32, device=constants.device)
+            address = resident.addresses[place.rows, place.sides]
+            tasks.append(np.stack([address, sizes, counts, target + pairs.data_ptr()], axis=1)[wanted])
+            kinds.append(layout.kinds[place.tensors, i][wanted])
+            resident.thresholds[key] = pairs
+            while len(resident.thresholds) > max(KEPT_THRESHOLDS, len(residents)):
+                resident.thresholds.popitem(last=False)
+        resident.thresholds.move_to_end(key)
+        if pairs.is_cuda:  # it may have been found on another stream than the one that will read it
+            pairs.record_stream(torch.cuda.current_stream(pairs.device))
+        unsearched = np.where(counts == 0, nothing, everything)
+        table[place.tensors, i] = np.where(wanted, target + pairs.data_ptr(), unsearched)
+    if tasks:
+        find_thresholds(np.concatenate(tasks), np.concatenate(kinds), constants.device)
+    return table
+
+
+def launch(
+    layout: Layout,
+    chosen: Integers,
+    addresses: Integers,
+    pairs: Integers,
+    targets: Integers,
+    kinds: Integers,
+    device: torch.device,
+    check: bool = False,
+) -> torch.Tensor:
+    """Merge tensors of a layout into targets.
+
+    chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 8]``, see
+    ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing.
+
+    Returns int32 ``[n]`` on the device: 1 where a result is not finite, with ``check``; else zeros.
+    """
+    same = (layout.kinds == layout.kinds[:, :1]).all(1)
+    source = np.where(same, layout.kinds[:, 0], MIXED.value)[chosen]
+    keeps = layout.keys if layout.keep == KEEP_RANDOM.value else pairs
+    variants = np.stack([source, layout.rounds[chosen], kinds, aligned(targets)], axis=1)
+    order, flags = [], []
+    for variant in np.unique(variants, axis=0):
+        where = np.flatnonzero((variants == variant).all(1))
+        at = chosen[where]
+        arrays = [
+            block_items(targets[where, 3] * targets[where, 4], BLOCK),
+            targets[where],
+            addresses[at],
+            keeps[at],
+            layout.weights[at],
+            layout.shares[at].astype(np.int32),
+            layout.rescales[at],
+            layout.kinds[at].astype(np.int32),
+            np.zeros(where.size, np.int32),
+        ]
+        tables = Tables(*upload(arrays, device))
+        combine(
+            tables,
+            Variant(
+                kind=int(variant[0]),
+                round=int(variant[1]),
+                target=int(variant[2]),
+                keep=layout.keep,
+                rule=layout.rule,
+                weighted=layout.weighted,
+                aligned=bool(variant[3]),
+                check=check,
+            ),
+        )
+        order.append(where)
+        flags.append(tables.flags)
+    back = torch.from_numpy(np.argsort(np.concatenate(order)))
+    return torch.cat(flags)[back.to(device)] if check else torch.cat(flags)

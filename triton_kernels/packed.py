@@ -1,0 +1,194 @@
+"""Sources in device memory: each adapter one buffer, within a budget. Knows nothing of merging."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from merged_lora.adapters import Adapter
+from merged_lora.errors import PlanError
+from merged_lora.factors import Factors
+
+ALIGNMENT = 64  # bytes; tensors begin at a multiple of it and are filled up with zeros
+UNRESERVED = (
+    1 << 30
+)  # bytes kept for sources where nobody has reserved any; grows for a merge that needs more
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The tensors of an adapter as views of one buffer in host memory, page-locked where there is a GPU.
+
+    Modules of one kind (shape, rank, dtypes) lie side by side, so that they can be seen as one stack.
+
+    host: uint8 ``[nbytes]``.  modules: the views.  index: row of each module in the arrays.  offsets: int64
+    ``[modules, 2]``, the bytes where A and B begin.  sizes: int64 ``[modules, 2]``, entries of A and B.
+    """
+
+    host: torch.Tensor
+    modules: dict[str, Factors]
+    index: dict[str, int]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+def pack(adapter: Adapter, pin: bool) -> Packed:
+    """A copy of the adapter's tensors in one buffer."""
+    order = sorted(adapter.modules, key=lambda name: (*_kind(adapter.modules[name]), name))
+    pairs = [(f.a, f.b) for f in (adapter.modules[name] for name in order)]
+    lengths = np.array([[-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in pair] for pair in pairs], np.int64)
+    offsets = np.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
+    host = torch.zeros(int(lengths.sum()), dtype=torch.uint8, pin_memory=pin)
+    modules = {}
+    for name, pair, starts in zip(order, pairs, offsets.tolist(), strict=True):
+        a, b = (_view(host, start, t).copy_(t) for start, t in zip(starts, pair, strict=True))
+        f = adapter.modules[name]
+        modules[name] = Factors(a, b, f.scaling, f.embedding)
+    sizes = np.array([[t.numel() for t in pair] for pair in pairs], np.int64)
+    return Packed(host, modules, {name: i for i, name in enumerate(order)}, offsets, sizes)
+
+
+def _kind(f: Factors) -> tuple[int, int, int, str, str]:
+    return *f.shape, f.rank, str(f.a.dtype), str(f.b.dtype)
+
+
+def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """The bytes from ``start`` on as a tensor of that shape and dtype."""
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+@dataclass(eq=False)
+class Resident:
+    """An adapter on the device.
+
+    buffer: uint8, the packed bytes, ``start`` bytes into the budget.  thresholds: int32 pairs ``(thr, cut)``
+    ``[tensors, 2]``, by the counts of entries that they keep.
+    """
+
+    packed: Packed
+    buffer: torch.Tensor
+    start: int
+    thresholds: OrderedDict[bytes, torch.Tensor] = field(default_factory=OrderedDict)
+
+    @property
+    def addresses(self) -> NDArray[np.int64]:
+        """Addresses of A and B, ``[modules, 2]``."""
+        return self.packed.offsets + self.buffer.data_ptr()
+
+    def stack(self, modules: Sequence[str], side: int) -> torch.Tensor:
+        """A (side 0) or B (side 1) of modules of one kind, ``[modules, rows, columns]``.
+
+        A view of the buffer where the modules lie in it at even distances.
+        """
+        starts = self.packed.offsets[[self.packed.index[name] for name in modules], side].tolist()
+        f = self.packed.modules[modules[0]]
+        like = f.b if side else f.a
+        first = _view(self.buffer, starts[0], like)
+        steps = {after - before for before, after in pairwise(starts)}
+        if len(steps) > 1:
+            return torch.stack([_view(self.buffer, start, like) for start in starts])
+        step = steps.pop() // like.element_size() if steps else like.numel()
+        return first.as_strided((len(modules), *like.shape), (step, like.shape[1], 1))
+
+
+class DeviceSources:
+    """Adapters on a device; where the budget is full, the least recently used of them are evicted.
+
+    The budget is one buffer, cut first fit.  Uploads are ordered on the current stream; ``before_reuse`` is
+    called before one overwrites bytes that earlier work may still read.
+    """
+
+    def __init__(self, device: torch.device, before_reuse: Callable[[], None] = lambda: None) -> None:
+        self._device = device
+        self._before_reuse = before_reuse
+        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self._touched = 0  # bytes of the arena that have ever held an adapter
+        self._reserved = False
+        self._residents: OrderedDict[str, Resident] = OrderedDict()  # by content digest, oldest first
+        self._packed: weakref.WeakKeyDictionary[Adapter, Packed] = weakref.WeakKeyDictionary()
+
+    def reserve(self, nbytes: int) -> None:
+        """Take the whole budget now; it never grows."""
+        self._renew(nbytes)
+        self._reserved = True
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Digests of the adapters on the device, the least recently used first."""
+        return tuple(self._residents)
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        """The adapter in packed form, which :meth:`load` uploads without another copy in host memory."""
+        packed = self._pack(adapter)
+        twin = Adapter(
+            {name: packed.modules[name] for name in adapter.modules}, adapter.header, adapter.metadata
+        )
+        self._packed[twin] = packed
+        return twin
+
+    def load(self, adapters: Sequence[Adapter]) -> list[Resident]:
+        """The adapters on the device, all at a time, in their order; uploads those that are missing.
+
+        Raises PlanError where they need more than the reserved budget.
+        """
+        needed = {adapter.digest: self._pack(adapter) for adapter in adapters}
+        total = sum(packed.host.numel() for packed in needed.values())
+        if total > self._arena.numel():
+            if self._reserved:
+                raise PlanError(
+                    f"the sources of this merge take {total / 2**30:.3g} GiB of device memory, "
+                    f"{self._arena.numel() / 2**30:.3g} GiB are reserved; merge fewer sources or reserve more"
+                )
+            self._renew(max(total, UNRESERVED))
+        for digest in needed.keys() & self._residents.keys():
+            self._residents.move_to_end(digest)
+        missing = {digest: packed for digest, packed in needed.items() if digest not in self._residents}
+        if not all(self._place(digest, packed, needed) for digest, packed in missing.items()):
+            # There is room, but in pieces: begin anew, one beside the other.
+            self._residents.clear()
+            for digest, packed in needed.items():
+                self._place(digest, packed, needed)
+        return [self._residents[adapter.digest] for adapter in adapters]
+
+    def _place(self, digest: str, packed: Packed, wanted: Collection[str]) -> bool:
+        """Upload one adapter into the first gap; makes one by evicting, oldest first, all but the wanted."""
+        size = packed.host.numel()
+        evictable = [other for other in self._residents if other not in wanted]
+        while (start := self._gap(size)) is None:
+            if not evictable:
+                return False
+            del self._residents[evictable.pop(0)]
+        if start < self._touched:
+            self._before_reuse()
+        self._touched = max(self._touched, start + size)
+        buffer = self._arena[start : start + size]
+        buffer.copy_(packed.host, non_blocking=True)
+        self._residents[digest] = Resident(packed, buffer, start)
+        return True
+
+    def _gap(self, size: int) -> int | None:
+        end = 0
+        for resident in sorted(self._residents.values(), key=lambda r: r.start):
+            if resident.start - end >= size:
+                return end
+            end = resident.start + resident.buffer.numel()
+        return end if self._arena.numel() - end >= size else None
+
+    def _renew(self, nbytes: int) -> None:
+        self._residents.clear()
+        self._touched = 0
+        self._arena = torch.empty(0, dtype=torch.uint8, device=self._device)  # free before taking more
+        self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def _pack(self, adapter: Adapter) -> Packed:
+        known = self._packed.get(adapter)
+        if known is None:
+            known = self._packed[adapter] = pack(adapter, pin=self._device.type == "cuda")
+        return known

@@ -1,0 +1,57 @@
+"""Stored words and the float32 values they stand for, inside kernels. Knows nothing of merging.
+
+bfloat16 travels as an integer: Triton's interpreter truncates where the hardware rounds, and trimming looks
+at the words anyway.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+import torch
+import triton
+import triton.language as tl
+
+BF16: tl.constexpr = tl.constexpr(0)
+FP16: tl.constexpr = tl.constexpr(1)
+FP32: tl.constexpr = tl.constexpr(2)
+MIXED: tl.constexpr = tl.constexpr(3)  # every source says for itself
+KINDS = {torch.bfloat16: BF16.value, torch.float16: FP16.value, torch.float32: FP32.value}
+
+MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def pointer(address, KIND: tl.constexpr):
+    """A pointer to the words at an address, 16-byte aligned; float16 as float16, the others as integers."""
+    if KIND == BF16:
+        typed = address.to(tl.pointer_type(tl.int16))
+    elif KIND == FP16:
+        typed = address.to(tl.pointer_type(tl.float16))
+    else:
+        typed = address.to(tl.pointer_type(tl.int32))
+    return typed
+
+
+@triton.jit
+def widen(word, KIND: tl.constexpr):
+    """float32 bits (int32) of loaded words, exact."""
+    if KIND == BF16:
+        bits = word.to(tl.int32) << 16
+    elif KIND == FP16:
+        bits = word.to(tl.float32).to(tl.int32, bitcast=True)
+    else:
+        bits = word
+    return bits
+
+
+@triton.jit
+def narrow(x, KIND: tl.constexpr):
+    """The words that store float32 values, rounded to nearest, ties to even."""
+    if KIND == BF16:
+        bits = x.to(tl.uint32, bitcast=True)
+        odd = (bits >> 16) & 1
+        word = ((bits + 0x7FFF + odd) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+    elif KIND == FP16:
+        word = x.to(tl.float16)
+    else:
+        word = x.to(tl.int32, bitcast=True)
+    return word
