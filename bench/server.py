@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,16 @@ class Server:
     """A running server; use it in a ``with`` statement.
 
     log: the file that holds its output.  waiting: called every half second until it answers.
+    environment: variables for it over this process's own and ENVIRONMENT.
     """
 
     def __init__(
-        self, model: Path, *arguments: str, log: Path, waiting: Callable[[], None] = lambda: None
+        self,
+        model: Path,
+        *arguments: str,
+        log: Path,
+        waiting: Callable[[], None] = lambda: None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -45,6 +51,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self._waiting = waiting
+        self._environment = os.environ | ENVIRONMENT | dict(environment or {})
         self._command = [
             *(
                 str(Path(sys.executable).with_name("vllm")),
@@ -63,7 +70,7 @@ class Server:
                 self._command,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=os.environ | ENVIRONMENT,
+                env=self._environment,
                 start_new_session=True,
             )
         try:

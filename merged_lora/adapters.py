@@ -67,6 +67,12 @@ class Adapter:
             raise AdapterError("an adapter's path holds a NUL character")
         write_folder(Path(path), self.modules, self.header, self.metadata, overwrite)
 
+    def moved(self, modules: Mapping[str, Factors]) -> Adapter:
+        """The same adapter with its tensors elsewhere in memory; what is known of their content stays."""
+        twin = Adapter(modules, self.header, self.metadata)
+        vars(twin).update({name: vars(self)[name] for name in ("digest", "nonfinite") if name in vars(self)})
+        return twin
+
     @cached_property
     def digest(self) -> str:
         """blake2b of all that decides the deltas: names, kinds, scalings, shapes, dtypes and values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast, runtime_checkable
@@ -92,8 +92,8 @@ class SlotBackend(Backend, Protocol):
         """
         ...
 
-    def write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> None:
-        """Merge into slots, by module name; those of modules that the plan lacks are filled with zeros.
+    def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
+        """Merge modules of the plan into slots, by module name, and fill the empty ones with zeros.
 
         The result is rounded to the dtype of the plan first, then to that of the slot.  Returns before the
         device has finished; the work is ordered on the current stream.

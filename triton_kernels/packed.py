@@ -92,7 +92,7 @@ class Resident:
         like = f.b if side else f.a
         first = _view(self.buffer, starts[0], like)
         steps = {after - before for before, after in pairwise(starts)}
-        if len(steps) > 1:
+        if len(steps) > 1 or any(step < 0 for step in steps):
             return torch.stack([_view(self.buffer, start, like) for start in starts])
         step = steps.pop() // like.element_size() if steps else like.numel()
         return first.as_strided((len(modules), *like.shape), (step, like.shape[1], 1))
@@ -127,9 +127,7 @@ class DeviceSources:
     def adopt(self, adapter: Adapter) -> Adapter:
         """The adapter in packed form, which :meth:`load` uploads without another copy in host memory."""
         packed = self._pack(adapter)
-        twin = Adapter(
-            {name: packed.modules[name] for name in adapter.modules}, adapter.header, adapter.metadata
-        )
+        twin = adapter.moved({name: packed.modules[name] for name in adapter.modules})
         self._packed[twin] = packed
         return twin
 
@@ -144,7 +142,8 @@ class DeviceSources:
             if self._reserved:
                 raise PlanError(
                     f"the sources of this merge take {total / 2**30:.3g} GiB of device memory, "
-                    f"{self._arena.numel() / 2**30:.3g} GiB are reserved; merge fewer sources or reserve more"
+                    f"{self._arena.numel() / 2**30:.3g} GiB are reserved; merge fewer sources, or reserve "
+                    "more (vllm serve: --merged-lora-gpu-gib)"
                 )
             self._renew(max(total, UNRESERVED))
         for digest in needed.keys() & self._residents.keys():

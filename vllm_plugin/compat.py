@@ -1,6 +1,7 @@
-"""Every touch with vLLM: what is imported from it, which of its methods are wrapped, and on which versions.
+"""What is wrapped of vLLM, and on which versions; the wrappers of the command line and of the API server.
 
-Each wrapper calls the original unchanged unless the plugin is enabled, so that an installed but unused plugin
+Those of the workers stand in ``compat_worker.py``; no other file touches vLLM but the offline helper.  Each
+wrapper calls the original unchanged unless the plugin is enabled, so that an installed but unused plugin
 changes nothing.  A method whose parameters are not the known ones is a reason to refuse, not to guess.
 """
 
@@ -22,31 +23,33 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 from vllm.entrypoints.serve.engine.serving import BaseServing
-from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.v1.worker.worker_base import WorkerBase
 
-from merged_lora.adapters import Adapter
-from merged_lora.errors import MergeError, PlanError, UnknownAdapterError, listed
-from merged_lora.peft_files import config_of, tensors_of
+from merged_lora.errors import MergeError, UnknownAdapterError
 from merged_lora.spec import MergeSpec
 
-from .identity import MergeIdentity, is_merge_path
+from .compat_worker import (
+    ATTRIBUTE,
+    CAPTURE,
+    PREPARE,
+    filling_slots,
+    or_merge,
+    rpc_capture,
+    rpc_prepare,
+    with_worker,
+)
+from .identity import MergeIdentity
 from .server import MergeGate
-from .settings import KEY, Settings, parse_alias
-from .worker import MergeWorker, Reply, agreed
+from .settings import BACKENDS, KEY, Settings, parse_alias, parse_gib
+from .worker import Reply, agreed
 
 logger = logging.getLogger("vllm.merged_lora")
 
 VERSIONS = ("0.32",)
 """Releases on which the tests run the plugin; the parameters in HOOKS were read there."""
-
-CAPTURE, PREPARE = "merged_lora_capture", "merged_lora_prepare"
-_ATTRIBUTE = "merged_lora"
 
 
 @dataclass(frozen=True)
@@ -83,44 +86,72 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--merged-lora-modules",
             nargs="+",
-            type=_alias_argument,
+            type=_checked(parse_alias),
             metavar="NAME=SPEC",
             help="Names that stand for a merge, such as 'mix=ties(sql, chat, density=0.5)'.",
+        )
+        group.add_argument(
+            "--merged-lora-backend",
+            choices=BACKENDS,
+            help="What merges; auto, the default, takes triton where there is a GPU, else cpu.",
+        )
+        group.add_argument(
+            "--merged-lora-gpu-gib",
+            type=_checked(parse_gib),
+            metavar="GIB",
+            help="Device memory for the adapters that are merged on a GPU; 1 by default.",
         )
         return parser
 
     return add_cli_args
 
 
-def _alias_argument(text: str) -> tuple[str, str]:
-    try:
-        return parse_alias(text)
-    except MergeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except MergeError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return argument
 
 
 def _with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_cli_args(cls: Any, args: Any) -> Any:
-        enable = getattr(args, "enable_merged_lora", False)
-        aliases = getattr(args, "merged_lora_modules", None) or []
-        if aliases and not enable:
-            raise ValueError("--merged-lora-modules needs --enable-merged-lora")
-        if enable:
+        given = {
+            key: value
+            for key in ("modules", "backend", "gpu_gib")
+            if (value := getattr(args, f"merged_lora_{key}", None)) is not None
+        }
+        if getattr(args, "enable_merged_lora", False):
             if getattr(args, "grpc", False):
                 raise ValueError("--enable-merged-lora does not work with --grpc, which bypasses its hooks")
-            configured = Settings.of(args.additional_config).to_config(aliases=True).get("aliases", {})
-            names = [*configured, *(name for name, _ in aliases)]
+            configured = Settings.of(args.additional_config).to_config(aliases=True)
+            aliases = given.pop("modules", [])
+            names = [*configured.get("aliases", {}), *(name for name, _ in aliases)]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"--merged-lora-modules gives {twice[0]!r} twice")
-            settings = {"enable": True, "aliases": configured | dict(aliases)}
+            for key, value in given.items():
+                if configured.get(key, value) != value:
+                    raise ValueError(
+                        f"{_flag(key)} says {value}, additional_config {configured[key]}; give one of them"
+                    )
+            settings = configured | given | {"enable": True}
+            settings["aliases"] = configured.get("aliases", {}) | dict(aliases)
             # API servers of their own get these arguments pickled, before the plugin is loaded there.
             args.additional_config = {**(args.additional_config or {}), KEY: settings}
             args.enable_lora = True
+        elif given:
+            raise ValueError(f"{_flag(next(iter(given)))} needs --enable-merged-lora")
         return original(cls, args)
 
     return from_cli_args
+
+
+def _flag(key: str) -> str:
+    return f"--merged-lora-{key.replace('_', '-')}"
 
 
 def _with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +180,7 @@ def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
         original(self, engine_client, *args, **kwargs)
-        setattr(self, _ATTRIBUTE, None)
+        setattr(self, ATTRIBUTE, None)
         if not Settings.of(engine_client.vllm_config.additional_config).enable:
             return
 
@@ -157,13 +188,13 @@ def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
             return agreed(await engine_client.collective_rpc(method, args=(path,)))
 
         gate = MergeGate(_aliases, functools.partial(ask, CAPTURE), functools.partial(ask, PREPARE))
-        setattr(self, _ATTRIBUTE, gate)
+        setattr(self, ATTRIBUTE, gate)
 
     return init
 
 
 def _gate(models: Any) -> MergeGate | None:
-    return getattr(models, _ATTRIBUTE, None)
+    return getattr(models, ATTRIBUTE, None)
 
 
 def _then_check_aliases(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
@@ -287,103 +318,6 @@ def _body(request: Any) -> object:
     return (request.model_extra or {}).get("merged_adapters")
 
 
-# Worker
-
-
-def _with_worker(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        worker = None
-        if Settings.of(vllm_config.additional_config).enable:
-            worker = MergeWorker(
-                self.lora_config.max_lora_rank,
-                get_adapter_absolute_path,
-                functools.partial(_lora_model, self),
-            )
-        setattr(self, _ATTRIBUTE, worker)
-
-    return init
-
-
-def _or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _load_adapter(self: Any, lora_request: Any) -> Any:
-        worker: MergeWorker[LoRAModel] | None = getattr(self, _ATTRIBUTE, None)
-        if worker is None or not is_merge_path(lora_request.lora_path):
-            return original(self, lora_request)
-        return worker.take(lora_request.lora_path)
-
-    return _load_adapter
-
-
-def _lora_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
-    """The adapter as vLLM holds it; raises PlanError where it does not fit the model."""
-    model = manager._adapter_manager.model
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    config = {k: v for k, v in config_of(adapter.modules, adapter.header).items() if v is not None}
-    helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
-    helper.validate_legal(manager.lora_config)
-    lora: LoRAModel = manager._lora_model_cls.from_lora_tensors(
-        number,
-        tensors_of(adapter.modules),
-        helper,
-        device="cpu",
-        dtype=manager.lora_config.lora_dtype,
-        model_vocab_size=manager.vocab_size,
-        weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
-        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
-    )
-    _check_fit(manager._adapter_manager, lora)
-    return lora
-
-
-def _check_fit(manager: Any, lora: LoRAModel) -> None:
-    """Raise PlanError for modules the model does not have, or has in another shape.
-
-    An adapter that vLLM itself loaded has passed its own checks; offline, sources never went that way.
-    """
-    kinds = {part for kind in manager.supported_lora_modules for part in _parts(manager, kind)}
-    strangers = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
-    if strangers:
-        raise PlanError(f"the model has no module {listed(strangers)} that takes LoRA")
-    for name, layer in manager.modules.items():
-        if not isinstance(layer, BaseLinearLayerWithLoRA) or layer.tp_size > 1:
-            continue  # a shard, or an embedding: their slots have other shapes than the adapter
-        parent, _, kind = name.rpartition(".")
-        slots = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-        for part, (slot_a, slot_b) in zip(_parts(manager, kind), slots, strict=False):
-            module = f"{parent}.{part}".removeprefix(".")
-            weights = lora.get_lora(module)
-            expected = slot_b.shape[-2], slot_a.shape[-1]
-            if weights is not None and (weights.lora_b.shape[0], weights.lora_a.shape[1]) != expected:
-                raise PlanError(f"{module} has shape {expected} in the model, another one in the adapters")
-
-
-def _parts(manager: Any, kind: str) -> list[str]:
-    """The modules of an adapter that vLLM packs into one of this kind; itself where it packs none."""
-    packed: list[str] = manager.packed_modules_mapping.get(kind, [])
-    return packed or [kind]
-
-
-def _merge_worker(worker: Any) -> tuple[MergeWorker[LoRAModel] | None, set[int]]:
-    manager = getattr(worker.model_runner, "lora_manager", None)
-    return getattr(manager, _ATTRIBUTE, None), manager.list_adapters() if manager is not None else set()
-
-
-_DISABLED: Reply = {"ok": False, "kind": "internal", "error": "merged LoRA is not enabled in this worker"}
-
-
-def _rpc_capture(self: Any, path: str) -> Reply:
-    merges, _ = _merge_worker(self)
-    return _DISABLED if merges is None else merges.capture(path)
-
-
-def _rpc_prepare(self: Any, path: str) -> Reply:
-    merges, loaded = _merge_worker(self)
-    return _DISABLED if merges is None else merges.prepare(path, loaded)
-
-
 # What is wrapped
 
 
@@ -414,9 +348,10 @@ HOOKS = (
         WorkerLoRAManager,
         "__init__",
         "self vllm_config device embedding_modules lora_model_cls",
-        _with_worker,
+        with_worker,
     ),
-    Hook(WorkerLoRAManager, "_load_adapter", "self lora_request", _or_merge),
+    Hook(WorkerLoRAManager, "_load_adapter", "self lora_request", or_merge),
+    Hook(LoRAModelManager, "activate_adapter", "self lora_id", filling_slots),
 )
 
 
@@ -443,8 +378,8 @@ def install() -> None:
         if isinstance(original, staticmethod | classmethod):
             wrapped = type(original)(wrapped)
         setattr(hook.owner, hook.name, wrapped)
-    setattr(WorkerBase, CAPTURE, _rpc_capture)
-    setattr(WorkerBase, PREPARE, _rpc_prepare)
+    setattr(WorkerBase, CAPTURE, rpc_capture)
+    setattr(WorkerBase, PREPARE, rpc_prepare)
 
 
 def _plain(method: Any) -> Callable[..., Any]:

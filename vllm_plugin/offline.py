@@ -10,7 +10,8 @@ from vllm.lora.request import LoRARequest
 from merged_lora.plan import check_names
 from merged_lora.spec import MergeSpec, parse
 
-from .compat import CAPTURE, PREPARE, lora_request
+from .compat import lora_request
+from .compat_worker import CAPTURE, PREPARE
 from .identity import MergeIdentity
 from .worker import agreed, raise_failure
 

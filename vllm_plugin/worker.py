@@ -1,33 +1,32 @@
 """In each worker: snapshots of the sources in memory, and merges made from them for vLLM's own slots.
 
-Two calls come in by RPC, ``capture`` and ``prepare``; neither ever raises, on any rank, because vLLM does not
-survive a failed RPC at tensor parallel sizes above 1.  What the step path needs later is then certain to
-succeed: it reads no disk, and the merge it may have to repeat has succeeded before.
+How a merge is made is a maker's business (``makers.py``).  Two calls come in by RPC, ``capture`` and
+``prepare``; neither ever raises, on any rank, because vLLM does not survive a failed RPC at tensor parallel
+sizes above 1.  What the step path needs later is then certain to succeed: it reads no disk, and the merge it
+may have to repeat has succeeded before.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Generic, TypedDict, TypeVar
 
-import torch
-
 from merged_lora.adapters import Adapter
-from merged_lora.backends import load_backend
-from merged_lora.engine import merge, plan, run
+from merged_lora.engine import plan
 from merged_lora.errors import MergeError, PlanError, UnknownAdapterError
-from merged_lora.factors import Factors
+from merged_lora.plan import MergePlan
 
 from .identity import NUMBER_TAKEN, MergeIdentity
+from .makers import Maker
 
 logger = logging.getLogger("vllm.merged_lora")
 
 Model = TypeVar("Model")
 
 PREPARED_AHEAD = 4  # merges kept for a slot that vLLM has not asked for yet; an older one is made again
+LIGHT_MERGES = 64  # merges without values that are kept, taken or not: about 1 MB for 500 modules
 
 
 class Reply(TypedDict, total=False):
@@ -43,26 +42,24 @@ class MergeWorker(Generic[Model]):
     """The sources that may be merged, by content digest, and merges waiting for their slot.
 
     max_rank: the engine's ``--max-lora-rank``.  resolve: turns an adapter's path or hub name into a folder.
-    build: makes of an id and an adapter what vLLM holds; it raises where vLLM would refuse the adapter.
+    maker: makes of a plan what vLLM holds.
     """
 
-    def __init__(
-        self, max_rank: int, resolve: Callable[[str], str], build: Callable[[int, Adapter], Model]
-    ) -> None:
+    def __init__(self, max_rank: int, resolve: Callable[[str], str], maker: Maker[Model]) -> None:
         self._max_rank = max_rank
         self._resolve = resolve
-        self._build = build
+        self._maker = maker
         self._snapshots: dict[str, Adapter] = {}
         self._prepared: OrderedDict[str, Model] = OrderedDict()
         self._holders: dict[int, str] = {}
-        _warm_up()
 
     def capture(self, path: str) -> Reply:
         """Read the adapter at ``path`` into memory; answers its content digest."""
 
         def work() -> Reply:
             adapter = Adapter.load(self._resolve(path))
-            self._snapshots.setdefault(adapter.digest, adapter)
+            if adapter.digest not in self._snapshots:
+                self._snapshots[adapter.digest] = self._maker.adopt(adapter)
             return {"ok": True, "digest": adapter.digest}
 
         return _never_raising(work)
@@ -83,9 +80,7 @@ class MergeWorker(Generic[Model]):
             holder = self._holders.setdefault(identity.number, identity.digest)
             if holder != identity.digest:
                 raise PlanError(NUMBER_TAKEN)
-            self._prepared[identity.digest] = self._merge(identity)
-            while len(self._prepared) > PREPARED_AHEAD:
-                self._prepared.popitem(last=False)
+            self._keep(identity, self._maker.prepare(identity.number, self._plan(identity)))
             return {"ok": True, "digest": identity.digest}
 
         return _never_raising(work)
@@ -95,33 +90,25 @@ class MergeWorker(Generic[Model]):
         identity = MergeIdentity.from_path(path)
         self._holders[identity.number] = identity.digest
         model = self._prepared.pop(identity.digest, None)
-        return self._merge(identity) if model is None else model
+        if model is None:
+            model = self._maker.again(identity.number, self._plan(identity))
+        if self._maker.light:
+            self._keep(identity, model)
+        return model
 
-    def _merge(self, identity: MergeIdentity) -> Model:
-        missing = [
-            name
-            for name, content in zip(identity.spec.names, identity.contents, strict=True)
-            if content not in self._snapshots
-        ]
+    def _keep(self, identity: MergeIdentity, model: Model) -> None:
+        self._prepared.pop(identity.digest, None)
+        self._prepared[identity.digest] = model
+        while len(self._prepared) > (LIGHT_MERGES if self._maker.light else PREPARED_AHEAD):
+            self._prepared.popitem(last=False)
+
+    def _plan(self, identity: MergeIdentity) -> MergePlan:
+        sources = dict(zip(identity.spec.names, identity.contents, strict=True))
+        missing = [name for name, content in sources.items() if content not in self._snapshots]
         if missing:
             raise UnknownAdapterError(f"no snapshot of {missing[0]!r} in this worker; register it again")
-        sources = {
-            name: self._snapshots[content]
-            for name, content in zip(identity.spec.names, identity.contents, strict=True)
-        }
-        start = time.perf_counter()
-        merged = run(plan(identity.spec, sources, self._max_rank))
-        logger.info(
-            "merged spec=%r digest=%s backend=%s rank=%d modules=%d kept_energy=%s ms=%.1f",
-            str(identity.spec),
-            identity.digest,
-            merged.metadata["merged_lora.backend"],
-            merged.rank,
-            len(merged.modules),
-            merged.metadata.get("merged_lora.kept_energy", "1"),
-            (time.perf_counter() - start) * 1e3,
-        )
-        return self._build(identity.number, merged)
+        snapshots = {name: self._snapshots[content] for name, content in sources.items()}
+        return plan(identity.spec, snapshots, self._max_rank)
 
 
 def _never_raising(work: Callable[[], Reply]) -> Reply:
@@ -134,24 +121,6 @@ def _never_raising(work: Callable[[], Reply]) -> Reply:
     except Exception as error:
         logger.exception("merging failed")
         return {"ok": False, "kind": "internal", "error": f"{type(error).__name__}: {error}"}
-
-
-def _warm_up() -> None:
-    """Let the backend compile what it compiles, so that no request waits for it."""
-    start = time.perf_counter()
-    tiny = {
-        name: Adapter(
-            {"x": Factors(torch.ones(2, 2), torch.ones(2, 2)), "y": _tiny_half(), "z": _tiny_half()}
-        )
-        for name in ("a", "b")
-    }
-    for spec in ("ties(a, b)", "dare_linear(a, b)"):
-        merge(spec, tiny)
-    logger.info("merge backend %s ready after %.1f s", load_backend("auto").name, time.perf_counter() - start)
-
-
-def _tiny_half() -> Factors:
-    return Factors(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16))
 
 
 def agreed(replies: Sequence[Reply]) -> Reply:

@@ -21,7 +21,7 @@ def adapter(seed: int, rank: int = 4) -> Adapter:
 
 def size() -> int:
     """Bytes of one adapter, packed."""
-    return pack(adapter(0), pin=False).host.numel()
+    return int(pack(adapter(0), pin=False).host.numel())
 
 
 def budget_for(count: int) -> DeviceSources:
@@ -54,7 +54,7 @@ def test_every_tensor_begins_at_an_aligned_place_and_is_filled_up_with_zeros() -
     assert (packed.offsets % ALIGNMENT == 0).all()
     used = torch.zeros_like(packed.host, dtype=torch.bool)
     for start, entries in zip(packed.offsets.reshape(-1), packed.sizes.reshape(-1), strict=True):
-        used[start : start + 4 * entries] = True
+        used[start : start + 4 * entries] = True  # float32
     assert not packed.host[~used].any()
 
 

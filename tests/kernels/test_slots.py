@@ -97,11 +97,11 @@ def test_the_result_is_rounded_to_the_plans_dtype_before_the_slots(
     assert_written(written, plan)
 
 
-def test_modules_that_the_merge_lacks_become_zero() -> None:
+def test_empty_slots_become_zero() -> None:
     less = {name: Adapter({"m.wide": a.modules["m.wide"]}) for name, a in pair(EIGHT).items()}
     plan = make_plan(parse("ties(a, b)"), less)
     written = slots(16, torch.float32)
-    backend().write(plan, written)
+    backend().write(plan, {"m.wide": written["m.wide"]}, [written["m.tall"], written["m.odd"]])
     for name in ("m.tall", "m.odd"):
         assert not written[name].a.any()
         assert not written[name].b.any()

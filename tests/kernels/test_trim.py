@@ -47,7 +47,7 @@ def kept_by_threshold(
 
 def kept_by_sorting(tensor: torch.Tensor, count: int) -> NDArray[np.bool_]:
     """The same by the reference."""
-    return kept(Source(*to_bits(tensor), 1.0, count=count))
+    return np.asarray(kept(Source(*to_bits(tensor), 1.0, count=count)))
 
 
 def assert_exact(tensors: list[torch.Tensor], counts: list[int], large: int = LARGE) -> None:

@@ -118,7 +118,7 @@ def test_a_machine_whose_nvidia_smi_lists_no_device_gets_the_cpu_build(
 ) -> None:
     machine.add_program("nvidia-smi", nvidia_smi)
     assert machine.install() == 0
-    assert f"{machine.checkout}[cpu,demo,test]" in machine.installation()
+    assert f"{machine.checkout}[cpu,interpreter,demo,test]" in machine.installation()
 
 
 def test_an_extra_asked_for_by_name_is_installed_whatever_the_machine_has(machine: Machine) -> None:

@@ -9,11 +9,13 @@ import pytest
 
 import tiny
 from merged_lora.adapters import Adapter
+from merged_lora.backends import load_backend
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.identity import FIRST_ID, MergeIdentity
+from merged_lora.vllm_plugin.makers import HostMaker
 from merged_lora.vllm_plugin.server import KNOWN_MERGES, MergeGate
-from merged_lora.vllm_plugin.settings import Settings, parse_alias
+from merged_lora.vllm_plugin.settings import Settings, parse_alias, parse_gib
 from merged_lora.vllm_plugin.worker import MergeWorker, Reply, agreed
 
 CONTENTS = ("0" * 32, "1" * 32)
@@ -21,7 +23,7 @@ CONTENTS = ("0" * 32, "1" * 32)
 
 def worker() -> MergeWorker[Adapter]:
     """A worker that takes adapters for vLLM's models."""
-    return MergeWorker(16, str, lambda _, adapter: adapter)
+    return MergeWorker(16, str, HostMaker(load_backend("auto"), lambda _, adapter: adapter))
 
 
 def gate_with(merges: MergeWorker[Adapter], calls: list[str] | None = None) -> MergeGate:
@@ -82,7 +84,8 @@ def test_a_fault_of_ours_is_answered_too() -> None:
     def broken(path: str) -> str:
         raise ZeroDivisionError("ours")
 
-    merges: MergeWorker[Adapter] = MergeWorker(16, broken, lambda _, adapter: adapter)
+    maker = HostMaker(load_backend("auto"), lambda _, adapter: adapter)
+    merges = MergeWorker(16, broken, maker)
     reply = merges.capture("x")
     assert (reply["ok"], reply["kind"]) == (False, "internal")
     assert "ZeroDivisionError" in reply["error"]
@@ -238,15 +241,32 @@ def test_settings_travel_and_leave_the_aliases_behind() -> None:
     assert str(settings.aliases["mix"]) == "ties(a, b)"
     assert settings.to_config(aliases=False) == {"enable": True}
     assert Settings.of({"merged_lora": settings.to_config(aliases=True)}) == settings
+    device = Settings.of({"merged_lora": {"enable": True, "backend": "triton", "gpu_gib": 2}})
+    assert (device.backend, device.gpu_gib) == ("triton", 2.0)
+    assert Settings.of({"merged_lora": device.to_config(aliases=False)}) == device
+    assert (settings.backend, settings.gpu_gib) == ("auto", 1.0)
     assert not Settings.of({}).enable
     assert not Settings.of(None).enable
 
 
 @pytest.mark.parametrize(
-    "given", [{"enabled": True}, {"enable": "yes"}, {"aliases": ["mix"]}, {"aliases": {"mix": 7}}, 5]
+    ("given", "words"),
+    [
+        ({"enabled": True}, "takes"),
+        ({"enable": "yes"}, "true or false"),
+        ({"aliases": ["mix"]}, "an object"),
+        ({"aliases": {"mix": 7}}, "'mix'"),
+        (5, "takes"),
+        ({"backend": "cuda"}, "one of auto, triton, cpu, numpy, got 'cuda'"),
+        ({"backend": ["triton"]}, "one of auto"),
+        ({"gpu_gib": 0}, "above 0, got '0'"),
+        ({"gpu_gib": "1"}, "a number"),
+        ({"gpu_gib": True}, "a number"),
+        ({"gpu_gib": float("nan")}, "above 0"),
+    ],
 )
-def test_malformed_settings_are_refused(given: object) -> None:
-    with pytest.raises(MergeError):
+def test_malformed_settings_are_refused(given: object, words: str) -> None:
+    with pytest.raises(MergeError, match=words):
         Settings.of({"merged_lora": given})
 
 
@@ -254,3 +274,10 @@ def test_malformed_settings_are_refused(given: object) -> None:
 def test_a_malformed_alias_is_refused(text: str) -> None:
     with pytest.raises(MergeError):
         parse_alias(text)
+
+
+def test_a_size_on_the_command_line_is_a_number_above_zero() -> None:
+    assert parse_gib("0.5") == 0.5
+    for text in ("0", "-1", "nan", "inf", "much"):
+        with pytest.raises(MergeError, match="GiB"):
+            parse_gib(text)

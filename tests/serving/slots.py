@@ -1,0 +1,174 @@
+"""vLLM's own layers without an engine, and a backend that writes into their slots by plain copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.lora import LoRAConfig
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA
+from vllm.model_executor.models.utils import WeightsMapper
+
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Progress, Result, Slot, load_backend
+from merged_lora.plan import MergePlan
+from tiny import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, MAX_RANK, VOCABULARY
+
+FUSED = (48, 32, 16)  # one module of an adapter, three slices in vLLM
+
+
+class CopyingBackend:
+    """The backend ``cpu`` behind the interface of those that write into slots; remembers what it did."""
+
+    name = "copying"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.reserved: list[int] = []
+        self.checked: list[MergePlan] = []
+        self.written: list[list[str]] = []
+
+    def reserve(self, nbytes: int) -> None:
+        self.reserved.append(nbytes)
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        return adapter
+
+    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+        return load_backend("cpu").merge(plan, progress)
+
+    def check(self, plan: MergePlan) -> float:
+        self.checked.append(plan)
+        return self.merge(plan, lambda _: None).kept_energy()
+
+    def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
+        self.written.append(sorted(slots))
+        merged = self.merge(plan, lambda _: None).modules
+        for slot in (*slots.values(), *empty):
+            slot.a.zero_()
+            slot.b.zero_()
+        for name, slot in slots.items():
+            slot.a[: merged[name].rank] = merged[name].a
+            slot.b[:, : merged[name].rank] = merged[name].b
+
+
+class Attention(nn.Module):
+    """Three modules of an adapter in one layer, and one that is alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = QKVParallelLinear(HIDDEN, HIDDEN // HEADS, HEADS, KV_HEADS, bias=False)
+        self.o_proj = RowParallelLinear(HIDDEN, HIDDEN, bias=False)
+
+
+class Mlp(nn.Module):
+    """Two modules of an adapter in one layer; one of an adapter in three slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(HIDDEN, [INTERMEDIATE] * 2, bias=False)
+        self.down_proj = RowParallelLinear(INTERMEDIATE, HIDDEN, bias=False)
+        self.fused_proj = MergedColumnParallelLinear(HIDDEN, list(FUSED), bias=False)
+
+
+class Block(nn.Module):
+    """One layer, with the names that Llama has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = Attention()
+        self.mlp = Mlp()
+
+
+class Model(nn.Module, SupportsLoRA):  # type: ignore[misc]
+    """The layers of the tiny Llama, whose names an adapter gives with ``model.`` before them."""
+
+    packed_modules_mapping = {  # noqa: RUF012
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"model.": "text."})
+    config = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Module()
+        self.text.embed_tokens = VocabParallelEmbedding(VOCABULARY, HIDDEN)
+        self.text.layers = nn.ModuleList([Block() for _ in range(LAYERS)])
+        self.lm_head = ParallelLMHead(VOCABULARY, HIDDEN)
+        self.logits_processor = LogitsProcessor(VOCABULARY)
+
+
+@contextmanager
+def distributed(folder: Path) -> Iterator[VllmConfig]:
+    """What vLLM's layers need around them, for one process."""
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{folder / 'store'}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        try:
+            yield config
+        finally:
+            cleanup_dist_env_and_memory()
+
+
+def worker_manager(config: VllmConfig, max_loras: int = 2) -> Any:
+    """What the plugin needs of vLLM's manager in a worker, around its real manager of layers."""
+    lora_config = LoRAConfig(
+        max_lora_rank=MAX_RANK, max_loras=max_loras, max_cpu_loras=4, lora_dtype=torch.float32
+    )
+    with set_current_vllm_config(config):
+        layers = LRUCacheLoRAModelManager(
+            Model(), 8, 64, VOCABULARY, lora_config, torch.device("cpu"), config
+        )
+    return SimpleNamespace(
+        _adapter_manager=layers,
+        _lora_model_cls=LoRAModel,
+        lora_config=lora_config,
+        max_position_embeddings=256,
+        vocab_size=VOCABULARY,
+        device=torch.device("cpu"),
+    )
+
+
+def activate(manager: Any, lora: LoRAModel) -> int:
+    """Hand the adapter over as vLLM's worker does; returns its slot."""
+    layers = manager._adapter_manager
+    layers.remove_adapter(lora.id)
+    if len(layers) + 1 > layers.capacity:
+        layers.remove_oldest_adapter()
+    layers.add_adapter(lora)
+    layers.activate_adapter(lora.id)
+    slot: int = layers.lora_index_to_id.index(lora.id)
+    return slot
+
+
+def contents(manager: Any, slot: int) -> dict[str, torch.Tensor]:
+    """Copies of all that the layers hold in one slot."""
+    return {
+        f"{name} {side} {i}": tensor[slot].clone()
+        for name, layer in manager._adapter_manager.modules.items()
+        for side, stacked in (("a", layer.lora_a_stacked), ("b", layer.lora_b_stacked))
+        for i, tensor in enumerate(stacked if isinstance(stacked, tuple) else (stacked,))
+    }

@@ -1,0 +1,351 @@
+"""Merges written straight into the slots of vLLM's own layers, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.lora.layers.base import BaseLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
+
+import slots
+import tiny
+from making import random_adapter
+from merged_lora.adapters import Adapter
+from merged_lora.backends import load_backend
+from merged_lora.engine import merge, plan
+from merged_lora.errors import BackendError, PlanError
+from merged_lora.peft_files import tensors_of
+from merged_lora.spec import parse
+from merged_lora.vllm_plugin import compat_worker
+from merged_lora.vllm_plugin.identity import MergeIdentity
+from merged_lora.vllm_plugin.makers import SlotMaker
+from merged_lora.vllm_plugin.settings import Settings
+from merged_lora.vllm_plugin.worker import LIGHT_MERGES, MergeWorker
+from slots import CopyingBackend, activate, contents
+from tiny import HIDDEN, MAX_RANK, SPECS, VOCABULARY
+
+OTHERS = {
+    "model.embed_tokens": (HIDDEN, VOCABULARY),
+    "model.layers.0.mlp.fused_proj": (sum(slots.FUSED), HIDDEN),
+    "lm_head": (VOCABULARY, HIDDEN),
+}
+"""Modules whose layers take whole tensors through vLLM's own code."""
+
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
+    """vLLM's configuration, with its groups of processes made for one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_HOST_IP", "127.0.0.1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        with slots.distributed(tmp_path_factory.mktemp("distributed")) as made:
+            yield made
+
+
+@pytest.fixture(autouse=True)
+def hooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one hook that activation goes through."""
+    original = vars(LoRAModelManager)["activate_adapter"]
+    monkeypatch.setattr(LoRAModelManager, "activate_adapter", compat_worker.filling_slots(original))
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, Adapter]:
+    """The adapters that SPECS names, and two of the modules in OTHERS."""
+    return {
+        "sql": tiny.make_adapter(1),
+        "chat": tiny.make_adapter(2, scaling=1.0),
+        "tone": tiny.make_adapter(3),
+        "attention": tiny.make_adapter(4, only="self_attn"),
+        "keys": tiny.make_adapter(5, only="0.self_attn.k_proj"),
+        "ends": random_adapter(OTHERS, 8, torch.bfloat16, 6, embeddings=["model.embed_tokens"]),
+        "tails": random_adapter(OTHERS, 8, torch.bfloat16, 7, embeddings=["model.embed_tokens"]),
+    }
+
+
+def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
+    """The maker of a worker."""
+    return SlotMaker(backend, lambda *args: compat_worker._slot_model(manager, backend, *args))
+
+
+def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
+    """A merge to be written into slots."""
+    return maker(manager, backend).prepare(7, plan(parse(spec), sources, MAX_RANK))
+
+
+def copied(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
+    """The same merge in host memory, which vLLM copies into slots with its own code."""
+    merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
+    return compat_worker._host_model(manager, 7, merged)
+
+
+def assert_same(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("spec", [*SPECS.values(), "ties(ends, tails)", "sum(keys, ends)"])
+def test_a_slot_holds_what_vllm_would_have_copied_into_it(
+    config: VllmConfig, sources: dict[str, Adapter], spec: str
+) -> None:
+    manager = slots.worker_manager(config)
+    expected = contents(manager, activate(manager, copied(manager, spec, sources)))
+    manager = slots.worker_manager(config)
+    got = contents(manager, activate(manager, written(manager, CopyingBackend(), spec, sources)))
+    assert_same(got, expected)
+    assert any(tensor.any() for tensor in got.values())
+
+
+@pytest.mark.parametrize("spec", ["sum(keys)", "sum(attention)", "sum(ends)"])
+def test_nothing_is_left_of_the_slots_last_tenant(
+    config: VllmConfig, sources: dict[str, Adapter], spec: str
+) -> None:
+    manager = slots.worker_manager(config, max_loras=1)
+    expected = contents(manager, activate(manager, copied(manager, spec, sources)))
+    for tensor in stacked(manager):
+        tensor.fill_(9.0)
+    slot = activate(manager, written(manager, CopyingBackend(), spec, sources))
+    assert_same(contents(manager, slot), expected)
+
+
+@pytest.mark.parametrize("spec", ["ties(sql, chat)", "ties(ends, tails)"])
+def test_each_slot_has_its_own_merge(config: VllmConfig, sources: dict[str, Adapter], spec: str) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    first = activate(manager, maker(manager, backend).prepare(8, plan(parse("sum(tone, tails)"), sources)))
+    before = contents(manager, first)
+    second = activate(manager, written(manager, backend, spec, sources))
+    assert first != second
+    assert_same(contents(manager, first), before)
+    other = slots.worker_manager(config)
+    expected = contents(other, activate(other, copied(other, spec, sources)))
+    assert_same(contents(manager, second), expected)
+
+
+def test_a_module_the_merge_lacks_is_zeroed_though_the_adapter_has_a_stranger_of_its_name(
+    config: VllmConfig,
+) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    name = "text.layers.0.self_attn.o_proj"
+    stranger = {"a": random_adapter({name: (HIDDEN, HIDDEN)}, 8)}
+    layout = compat_worker.Layout(manager._adapter_manager)
+    compat_worker.Filling(backend, plan(parse("sum(a)"), stranger), layout, {}).fill(0)
+    assert not any(tensor.any() for tensor in contents(manager, 0).values())
+
+
+def stacked(manager: Any) -> list[torch.Tensor]:
+    """Every tensor that holds slots."""
+    return [
+        tensor
+        for layer in manager._adapter_manager.modules.values()
+        for pair in (layer.lora_a_stacked, layer.lora_b_stacked)
+        for tensor in (pair if isinstance(pair, tuple) else (pair,))
+    ]
+
+
+def test_all_linear_layers_of_one_device_are_written_at_once(
+    config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    activate(manager, written(manager, backend, "sum(sql, chat)", sources))
+    assert backend.written == [sorted(tiny.MODULES)]
+
+
+def test_layers_of_another_form_are_merged_one_by_one(
+    config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    activate(manager, written(manager, backend, "sum(ends, tails)", sources))
+    assert sorted(backend.written[1:]) == sorted([name] for name in OTHERS)
+
+
+def test_a_sharded_layer_takes_its_shard_of_the_whole_merge(
+    config: VllmConfig, sources: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    name = "text.layers.0.mlp.down_proj"
+    layer = manager._adapter_manager.modules[name]
+    half = layer.input_size // 2
+    monkeypatch.setattr(layer, "tp_size", 2)
+    monkeypatch.setattr(layer, "tp_rank", 1)
+    monkeypatch.setattr(layer, "input_size", half)
+    layer.lora_a_stacked = (torch.full((2, 1, MAX_RANK, half), 9.0),)
+    slot = activate(manager, written(manager, backend, "linear(sql, chat)", sources))
+    whole = merge("linear(sql, chat)", sources, backend="cpu").modules["model.layers.0.mlp.down_proj"]
+    got = layer.lora_a_stacked[0][slot, 0]
+    assert torch.equal(got[:8], whole.a[:, half:].float())
+    assert not got[8:].any()
+    assert torch.equal(layer.lora_b_stacked[0][slot, 0, :, :8], whole.b.float())
+
+
+def test_a_prepared_merge_holds_no_values(config: VllmConfig, sources: dict[str, Adapter]) -> None:
+    manager = slots.worker_manager(config)
+    lora = written(manager, CopyingBackend(), "ties(sql, chat)", sources)
+    activate(manager, lora)  # after which vLLM has packed what it holds
+    held = [tensor for weights in lora.loras.values() for tensor in flat(weights.lora_a, weights.lora_b)]
+    assert len(held) == 2 * len(tiny.MODULES)
+    assert {tensor.device.type for tensor in held} == {"meta"}
+
+
+def flat(*given: Any) -> list[torch.Tensor]:
+    """The tensors in weights, packed or not."""
+    return [t for each in given for t in (each if isinstance(each, list) else [each]) if t is not None]
+
+
+def test_a_merge_that_was_evicted_comes_back_the_same_and_is_not_tried_again(
+    config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
+    manager, backend = slots.worker_manager(config, max_loras=1), CopyingBackend()
+    makes = maker(manager, backend)
+    merges = plan(parse("dare_ties(sql, chat, seed=3)"), sources, MAX_RANK)
+    first = contents(manager, activate(manager, makes.prepare(7, merges)))
+    activate(manager, makes.prepare(8, plan(parse("sum(attention)"), sources, MAX_RANK)))
+    manager._adapter_manager.remove_adapter(7)
+    checked = len(backend.checked)
+    assert_same(contents(manager, activate(manager, makes.again(7, merges))), first)
+    assert len(backend.checked) == checked
+
+
+def test_an_adapter_from_disk_is_left_to_vllm(config: VllmConfig, sources: dict[str, Adapter]) -> None:
+    manager = slots.worker_manager(config)
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(sources["sql"].modules).items()}
+    helper = PEFTHelper(r=8, lora_alpha=16, target_modules=[])
+    mapper = slots.Model.hf_to_vllm_mapper
+    lora = LoRAModel.from_lora_tensors(7, tensors, helper, "cpu", weights_mapper=mapper)
+    got = contents(manager, activate(manager, lora))["text.layers.0.self_attn.o_proj b 0"][0, :, :8]
+    assert torch.equal(got, 2.0 * sources["sql"].modules["model.layers.0.self_attn.o_proj"].b.float())
+
+
+@pytest.mark.parametrize(
+    ("modules", "embeddings", "words"),
+    [
+        ({QUERY: (HIDDEN, 32)}, [], f"{QUERY[5:]} has shape \\(64, 64\\) in the model"),
+        ({QUERY: (32, HIDDEN)}, [], "another one in the adapters"),
+        ({"model.layers.0.mixer": (HIDDEN, HIDDEN)}, [], "no module text.layers.0.mixer"),
+        ({"model.layers.0.mlp.fused_proj": (48, HIDDEN)}, [], "\\(96, 64\\) in the model"),
+        ({"lm_head": (VOCABULARY, 32)}, [], "lm_head has shape \\(320, 64\\)"),
+        ({"lm_head": (VOCABULARY + 1, HIDDEN)}, [], "lm_head has shape \\(320, 64\\)"),
+        ({"model.embed_tokens": (32, VOCABULARY)}, ["model.embed_tokens"], "embed_tokens has shape"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_it_is_merged(
+    config: VllmConfig, modules: dict[str, tuple[int, int]], embeddings: list[str], words: str
+) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    wrong = {"wrong": random_adapter(modules, 8, torch.bfloat16, embeddings=embeddings)}
+    with pytest.raises(PlanError, match=words):
+        written(manager, backend, "sum(wrong)", wrong)
+    assert backend.checked == []
+    with pytest.raises(PlanError, match=words):
+        copied(manager, "sum(wrong)", wrong)
+
+
+def test_an_output_head_with_fewer_tokens_is_filled_up_as_vllm_does(config: VllmConfig) -> None:
+    manager = slots.worker_manager(config)
+    short = {"short": random_adapter({"lm_head": (VOCABULARY - 20, HIDDEN)}, 8, torch.bfloat16)}
+    slot = activate(manager, written(manager, CopyingBackend(), "sum(short)", short))
+    b = contents(manager, slot)["lm_head b 0"][0]
+    assert b[: VOCABULARY - 20].any()
+    assert not b[VOCABULARY - 20 :].any()
+
+
+def test_a_shape_is_checked_on_a_sharded_layer_too(
+    config: VllmConfig, sources: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = slots.worker_manager(config)
+    layer = manager._adapter_manager.modules["text.layers.0.self_attn.qkv_proj"]
+    monkeypatch.setattr(layer, "tp_size", 2)
+    wrong = {"wrong": random_adapter({"model.layers.0.self_attn.k_proj": (64, HIDDEN)}, 8, torch.bfloat16)}
+    with pytest.raises(PlanError, match=r"k_proj has shape \(32, 64\)"):
+        written(manager, CopyingBackend(), "sum(wrong)", wrong)
+    written(manager, CopyingBackend(), "sum(keys)", sources)
+
+
+def test_experts_are_refused_with_the_way_out(config: VllmConfig, sources: dict[str, Adapter]) -> None:
+    manager = slots.worker_manager(config)
+    manager._adapter_manager.modules["text.layers.0.self_attn"] = BaseLayerWithLoRA()
+    with pytest.raises(PlanError, match=r"k_proj cannot be merged on a device.*--merged-lora-backend cpu"):
+        written(manager, CopyingBackend(), "sum(keys)", sources)
+
+
+def test_a_merge_that_the_backend_refuses_is_answered_and_not_kept(
+    config: VllmConfig, sources: dict[str, Adapter], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    merges = MergeWorker(MAX_RANK, str, maker(manager, backend))
+    sources["keys"].save(tmp_path / "keys")
+    digest = merges.capture(str(tmp_path / "keys"))["digest"]
+
+    def full(plan: Any) -> float:
+        raise PlanError("the sources need 3 GiB, 1 is reserved")
+
+    monkeypatch.setattr(backend, "check", full)
+    path = MergeIdentity(parse("sum(keys)"), (digest,)).path
+    reply = merges.prepare(path, set())
+    assert (reply["ok"], reply["kind"]) == (False, "user")
+    assert "1 is reserved" in reply["error"]
+
+
+def test_a_merge_without_values_is_kept_for_the_next_slot(
+    config: VllmConfig, sources: dict[str, Adapter], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = slots.worker_manager(config)
+    makes = maker(manager, CopyingBackend())
+    merges = MergeWorker(MAX_RANK, str, makes)
+    sources["keys"].save(tmp_path / "keys")
+    digest = merges.capture(str(tmp_path / "keys"))["digest"]
+    paths = [MergeIdentity(parse(f"sum({1 + i}*keys)"), (digest,)).path for i in range(LIGHT_MERGES + 1)]
+    assert all(merges.prepare(path, set())["ok"] for path in paths)
+    made: list[int] = []
+    monkeypatch.setattr(makes, "again", lambda number, plan: made.append(number))
+    newest = merges.take(paths[-1])
+    assert merges.take(paths[-1]) is newest
+    assert made == []
+    merges.take(paths[0])  # the oldest of more than are kept
+    assert len(made) == 1
+
+
+def start(manager: Any, backend: CopyingBackend, settings: Settings, sleeps: bool = False) -> None:
+    """What happens when a worker starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat_worker, "load_backend", lambda _: backend)
+        compat_worker._maker(manager, settings, sleeps)
+
+
+def test_device_memory_for_sources_is_reserved_when_the_worker_starts(config: VllmConfig) -> None:
+    backend = CopyingBackend()
+    start(slots.worker_manager(config), backend, Settings(enable=True, gpu_gib=0.25))
+    assert backend.reserved == [268_435_456]
+
+
+def test_a_backend_of_another_device_than_vllms_is_refused(config: VllmConfig) -> None:
+    backend = CopyingBackend()
+    backend.device = torch.device("cuda", 0)
+    with pytest.raises(
+        BackendError, match=r"merges on cuda:0, vLLM runs on cpu; .*--merged-lora-backend cpu"
+    ):
+        start(slots.worker_manager(config), backend, Settings(enable=True))
+    assert backend.reserved == []
+
+
+def test_sleep_mode_is_refused_with_a_backend_that_keeps_sources_on_the_device(config: VllmConfig) -> None:
+    with pytest.raises(BackendError, match="sleep mode"):
+        start(slots.worker_manager(config), CopyingBackend(), Settings(enable=True), sleeps=True)
+
+
+def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merged_lora.backends.MODULES", {"triton": "merged_lora.no_such_backend"})
+    load_backend.cache_clear()
+    try:
+        with pytest.raises(BackendError, match="backend triton cannot be loaded"):
+            compat_worker._maker(SimpleNamespace(), Settings(enable=True, backend="triton"), False)
+    finally:
+        load_backend.cache_clear()

@@ -1,0 +1,160 @@
+"""Two ways from the plan of a merge to what vLLM holds: host tensors that vLLM copies, or vLLM's own slots.
+
+Knows plans and backends and nothing of vLLM: what it holds is built by a function given at construction.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Backend, Slot, SlotBackend
+from merged_lora.engine import merge, plan, run
+from merged_lora.factors import Factors
+from merged_lora.plan import DeltaModule, FactorModule, MergePlan
+from merged_lora.spec import parse
+from merged_lora.strategies import TABLE
+
+logger = logging.getLogger("vllm.merged_lora")
+
+WARMED_COUNTS = (2, 3, 4, 5)
+"""Of sources: those for which a device backend has kernels of their own, and one for all the rest."""
+
+Model = TypeVar("Model")
+Made = TypeVar("Made", covariant=True)
+
+
+class Maker(Protocol[Made]):
+    """Makes of a plan what vLLM holds of a merge.
+
+    light: whether that takes next to no memory; then it is kept, for a slot or for the next one.
+    """
+
+    light: bool
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        """The adapter as this maker takes it for a source; to be kept instead of the given one."""
+        ...
+
+    def prepare(self, number: int, plan: MergePlan) -> Made:
+        """The merge under vLLM's id ``number``, made and checked.  Raises MergeError where it cannot be."""
+        ...
+
+    def again(self, number: int, plan: MergePlan) -> Made:
+        """A merge that was prepared before."""
+        ...
+
+
+class HostMaker(Generic[Model]):
+    """Merges into host tensors, which vLLM copies into a slot.
+
+    build: makes of an id and an adapter what vLLM holds; it raises where vLLM would refuse the adapter.
+    """
+
+    light = False
+
+    def __init__(self, backend: Backend, build: Callable[[int, Adapter], Model]) -> None:
+        self._backend = backend
+        self._build = build
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        """The adapter as it is."""
+        return adapter
+
+    def prepare(self, number: int, plan: MergePlan) -> Model:
+        """The merge, whole."""
+        start = time.perf_counter()
+        merged = run(plan, self._backend.name)
+        kept = float(merged.metadata.get("merged_lora.kept_energy", "1"))
+        _log(plan, self._backend, kept, start)
+        return self._build(number, merged)
+
+    again = prepare
+
+
+class SlotMaker(Generic[Model]):
+    """Merges on a device, into slots; what vLLM holds until then has shapes and no values.
+
+    build: makes of an id and a plan what vLLM holds; it raises where vLLM would refuse such an adapter.
+    """
+
+    light = True
+
+    def __init__(self, backend: SlotBackend, build: Callable[[int, MergePlan], Model]) -> None:
+        self._backend = backend
+        self._build = build
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        """The adapter in page-locked memory."""
+        return self._backend.adopt(adapter)
+
+    def prepare(self, number: int, plan: MergePlan) -> Model:
+        """The merge, tried on the device, so that writing it into a slot cannot fail."""
+        for note in plan.notes:
+            logger.warning("%s: %s", plan.spec, note)
+        model = self._build(number, plan)
+        start = time.perf_counter()
+        kept = self._backend.check(plan)
+        _log(plan, self._backend, kept, start)
+        return model
+
+    def again(self, number: int, plan: MergePlan) -> Model:
+        """A merge that was prepared before; it is not tried again, which would hold up the step it is for."""
+        return self._build(number, plan)
+
+
+def _log(plan: MergePlan, backend: Backend, kept: float, start: float) -> None:
+    logger.info(
+        "merged spec=%r digest=%s backend=%s rank=%d modules=%d kept_energy=%r ms=%.1f",
+        str(plan.spec),
+        plan.spec.digest(plan.digests),
+        backend.name,
+        max(outline(module).rank for module in plan.modules.values()),
+        len(plan.modules),
+        kept,
+        (time.perf_counter() - start) * 1e3,
+    )
+
+
+def outline(module: FactorModule | DeltaModule) -> Factors:
+    """What a module of a plan will be, without its values: tensors on the device ``meta``."""
+    a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in module.results)
+    return Factors(a, b, embedding=module.embedding)
+
+
+def warm_up(backend: Backend, slot_dtype: torch.dtype) -> None:
+    """Let the backend compile what it compiles, so that no request waits for it."""
+    start = time.perf_counter()
+    if isinstance(backend, SlotBackend):
+        for count in WARMED_COUNTS:
+            names = "abcdefgh"[:count]
+            for strategy in TABLE.values():
+                if strategy.sources_max is None or count <= strategy.sources_max:
+                    _write_once(backend, f"{strategy.name}({', '.join(names)})", names, slot_dtype)
+    else:
+        for spec in ("ties(a, b)", "dare_linear(a, b)"):
+            merge(spec, {"a": _tiny(), "b": _tiny()}, backend.name)
+    logger.info("merge backend %s ready after %.1f s", backend.name, time.perf_counter() - start)
+
+
+def _write_once(backend: SlotBackend, spec: str, names: str, dtype: torch.dtype) -> None:
+    one = torch.ones(8, 8, dtype=dtype)  # as even as the tensors of real adapters
+    adapters = {name: backend.adopt(Adapter({"x": Factors(one, one)})) for name in names}
+    merges = plan(parse(spec), adapters)
+    slots = {
+        name: Slot(*(torch.empty(shape, dtype=dtype, device=backend.device) for shape, _ in module.results))
+        for name, module in merges.modules.items()
+    }
+    backend.check(merges)
+    backend.write(merges, slots)
+
+
+def _tiny() -> Adapter:
+    """One module in float32, two in a half type: all that the CPU backend tells apart."""
+    whole, half = (torch.ones(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    return Adapter({"x": Factors(whole, whole), "y": Factors(half, half), "z": Factors(half, half)})
