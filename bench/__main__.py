@@ -19,10 +19,17 @@ def main(arguments: list[str]) -> int:
         "--quick", action="store_true", help="leave out the large SVDs, which take PEFT minutes"
     )
     on_cpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
+    of_kernels = benchmarks.add_parser("registers", help="what the GPU kernels compile to; needs no GPU")
+    of_kernels.add_argument("--target", action="append", help="sm_80, sm_90 or gfx942; all by default")
+    of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     options = parser.parse_args(arguments or ["cpu"])
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"{options.json.parent} is no folder")
     try:
+        if options.benchmark == "registers":
+            from . import registers
+
+            return registers.run(options.target, options.json)
         from . import cpu
 
         return cpu.run(options.quick, options.json)

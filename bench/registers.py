@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -15,8 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from merged_lora.errors import MergeError, listed
 from merged_lora.triton_kernels import combine, trim
-from merged_lora.triton_kernels.words import BF16, FP16, FP32, MIXED
+from merged_lora.triton_kernels.words import BF16, FP16, FP32, MIXED, THREADS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -43,22 +46,22 @@ class Case:
     name: str
     kernel: Any
     constants: Mapping[str, object]
-    warps: int
     wide: bool
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a case on a target; registers and spilled bytes only where ptxas tells them.
+    """What became of a case on a target.
 
+    registers: of a thread.  spilled: bytes, or registers on gfx942.  shared: bytes of shared memory.
     loads, stores: how many global accesses of 16 bytes the code holds.
     """
 
     case: str
     target: str
     seconds: float
-    registers: int | None
-    spilled: int | None
+    registers: int
+    spilled: int
     shared: int
     loads: int
     stores: int
@@ -82,7 +85,7 @@ def cases() -> Iterator[Case]:
             constants = {"KIND": kind, "SAMPLE": trim.SAMPLE, "BLOCK": trim.BLOCK}
             taken = {name: constants[name] for name in kernel.arg_names if name in constants}
             name = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {KINDS[kind]}"
-            yield Case(name, kernel, taken, trim.WARPS, True)
+            yield Case(name, kernel, taken, True)
 
 
 def _combine(
@@ -114,7 +117,6 @@ def _combine(
             "CHECK": check,
             "BLOCK": combine.BLOCK,
         },
-        combine.WARPS,
         aligned,
     )
 
@@ -140,22 +142,18 @@ def compile_case(case: Case, target: str) -> Compiled:
     compiled: Any = triton.compile(
         ASTSource(case.kernel, signature, constants, attributes),
         target=TARGETS[target],
-        options={"num_warps": case.warps, "enable_fp_fusion": False},
+        options={"num_warps": THREADS // TARGETS[target].warp_size, "enable_fp_fusion": False},
     )
     seconds = time.perf_counter() - start
-    registers = spilled = None
     if target == "gfx942":
         code = compiled.asm["amdgcn"]
-        found = re.search(r"\.vgpr_count:\s+(\d+)", code)
-        lost = re.search(r"\.vgpr_spill_count:\s+(\d+)", code)
-        registers, spilled = (int(m[1]) if m else None for m in (found, lost))
-        loads, stores = (
-            len(re.findall(rf"(?:global|buffer|flat)_{verb}_dwordx4", code)) for verb in ("load", "store")
-        )
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
+        spilled = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)[0])
+        loads, stores = (len(re.findall(rf"_{verb}_dwordx4", code)) for verb in ("load", "store"))
     else:
         code = compiled.asm["ptx"]
         registers, spilled = _ask_ptxas(code, TARGETS[target].arch)
-        loads, stores = (len(re.findall(rf"{verb}\.global(?:\.\w+)*\.v4", code)) for verb in ("ld", "st"))
+        loads, stores = (len(re.findall(rf"{verb}\.global\S*\.v4", code)) for verb in ("ld", "st"))
     return Compiled(case.name, target, seconds, registers, spilled, compiled.metadata.shared, loads, stores)
 
 
@@ -177,3 +175,39 @@ def _ask_ptxas(ptx: str, arch: int) -> tuple[int, int]:
     if registers is None or spills is None:
         raise RuntimeError(f"ptxas does not tell the registers: {said}")
     return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def faults(case: Case, done: Compiled) -> list[str]:
+    """What is wrong with a compiled case: spilled registers, or accesses that should be 16 bytes wide."""
+    found = []
+    if done.spilled and done.target != "gfx942":
+        found.append(f"{done.spilled} bytes of registers spilled")
+    if case.wide and not done.loads:
+        found.append("no load of 16 bytes")
+    return found
+
+
+def run(targets: Sequence[str] | None, file: Path | None) -> int:
+    """Compile every case for the targets (None: all) and print a table; 1 where one has a fault, else 0.
+
+    Raises MergeError where a target is unknown.
+    """
+    unknown = set(targets or ()) - TARGETS.keys()
+    if unknown:
+        raise MergeError(f"unknown target {listed(sorted(unknown))}; there are: {', '.join(TARGETS)}")
+    rows, wrong = [], 0
+    print(f"{'kernel':44} {'target':7} {'registers':>9} {'spilled':>7} {'shared':>6} {'ld16':>4} {'st16':>4}")
+    for target, case in ((target, case) for target in targets or TARGETS for case in cases()):
+        done = compile_case(case, target)
+        found = faults(case, done)
+        wrong += bool(found)
+        rows.append(asdict(done) | {"faults": found})
+        print(
+            f"{done.case:44} {target:7} {done.registers:9} {done.spilled:7} {done.shared:6} {done.loads:4} "
+            f"{done.stores:4}  {', '.join(found)}",
+            flush=True,
+        )
+    if file is not None:
+        file.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    print(f"{len(rows)} compiled with Triton {triton.__version__}, {wrong} with a fault")
+    return 1 if wrong else 0

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .philox import draws
-from .words import BF16, FP16, FP32, INFINITY, MAGNITUDE, MIXED, narrow, pointer, widen
+from .words import BF16, FP16, FP32, INFINITY, MAGNITUDE, MIXED, WARPS, narrow, pointer, widen
 
 COPY: tl.constexpr = tl.constexpr(3)  # of one source; a sum would turn its -0.0 into 0.0
 SUM: tl.constexpr = tl.constexpr(0)
@@ -40,7 +40,6 @@ GROUP: tl.constexpr = tl.constexpr(8)  # entries that share a Philox call
 NEGATIVE: tl.constexpr = tl.constexpr(1 << 16)  # positive entries are counted in the lower half of a word
 COLUMNS: tl.constexpr = tl.constexpr(8)  # of the table of tensors
 BLOCK = 2048  # entries of a target that one program makes
-WARPS = 8
 UNROLLED = 4  # sources up to which the loop over them is unrolled
 
 
@@ -49,15 +48,20 @@ def _load(address, kind, index, mask, KIND: tl.constexpr):
     """float32 bits of a source's entries, 0 where masked."""
     if KIND == MIXED:
         if kind == BF16:
-            bits = widen(tl.load(pointer(address, BF16) + index, mask=mask, other=0), BF16)
+            bits = _load_kind(address, index, mask, BF16)
         elif kind == FP16:
-            bits = widen(tl.load(pointer(address, FP16) + index, mask=mask, other=0.0), FP16)
+            bits = _load_kind(address, index, mask, FP16)
         else:
-            bits = widen(tl.load(pointer(address, FP32) + index, mask=mask, other=0), FP32)
+            bits = _load_kind(address, index, mask, FP32)
     else:
-        data = tl.multiple_of(pointer(address, KIND), 16)
-        bits = widen(tl.load(data + index, mask=mask, other=0), KIND)
+        bits = _load_kind(address, index, mask, KIND)
     return bits
+
+
+@triton.jit
+def _load_kind(address, index, mask, KIND: tl.constexpr):
+    data = tl.multiple_of(pointer(address, KIND), 16)
+    return widen(tl.load(data + index, mask=mask, other=0), KIND)
 
 
 @triton.jit

@@ -15,6 +15,9 @@ FP32: tl.constexpr = tl.constexpr(2)
 MIXED: tl.constexpr = tl.constexpr(3)  # every source says for itself
 KINDS = {torch.bfloat16: BF16.value, torch.float16: FP16.value, torch.float32: FP32.value}
 
+THREADS = 256  # of every program
+WARPS = THREADS // (64 if torch.version.hip else 32)
+
 MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 
