@@ -92,7 +92,9 @@ def _parser() -> Parser:
     )
     merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
     merge.add_argument(
-        "--backend", default="auto", help="cpu, numpy, or auto for the fastest that loads here (default)"
+        "--backend",
+        default="auto",
+        help="triton, cpu, numpy, or auto for the fastest that loads here (default)",
     )
     merge.add_argument(
         "--rank",

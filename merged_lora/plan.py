@@ -18,7 +18,7 @@ from .adapters import Adapter
 from .errors import PlanError, UnknownAdapterError, listed
 from .factors import Factors, promoted
 from .peft_files import Header
-from .recipe import Recipe
+from .recipe import Recipe, Value
 from .spec import MergeSpec
 from .strategies import TABLE, find
 
@@ -142,16 +142,16 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
     for name, adapter in zip(spec.names, sources, strict=True):
         if adapter.nonfinite:
             raise PlanError(f"{name}: {adapter.nonfinite} holds NaN or infinity")
-    recipe = find(spec.strategy).recipe
-    header, notes = _header(spec, sources)
-    build = _factor_module if recipe.space == "factors" else _delta_module
+    said = _Said.by(spec)
+    header, notes = _header(sources)
+    build = _factor_module if said.recipe.space == "factors" else _delta_module
     modules: dict[str, FactorModule | DeltaModule] = {}
     for module in sorted({name for adapter in sources for name in adapter.modules}):
         present = [i for i, adapter in enumerate(sources) if module in adapter.modules]
-        _check_shapes(module, {spec.names[i]: sources[i].modules[module] for i in present})
-        modules[module] = build(spec, module, sources, present, limit)
+        _check_shapes(module, {said.names[i]: sources[i].modules[module] for i in present})
+        modules[module] = build(said, module, sources, present, limit)
     notes += _missing_notes(spec, sources, len(modules))
-    return MergePlan(spec, recipe, header, modules, tuple(sources), tuple(notes))
+    return MergePlan(spec, said.recipe, header, modules, tuple(sources), tuple(notes))
 
 
 def overflow(spec: MergeSpec, module: str) -> PlanError:
@@ -167,63 +167,102 @@ def check_names(spec: MergeSpec, known: Collection[str]) -> None:
         raise UnknownAdapterError(f"unknown adapter {listed(repr(name) for name in missing)}; {way_out}")
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What a spec says, read once for all modules.  None where its strategy takes no such option."""
+
+    strategy: str
+    recipe: Recipe
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    scale: float
+    densities: tuple[float, ...] | None
+    seed: Value | None
+    rank: int | None
+    t: float | None
+    lorax: bool
+    vote: Vote | None
+
+    @classmethod
+    def by(cls, spec: MergeSpec) -> _Said:
+        strategy = find(spec.strategy)
+        rank, t = spec.option("rank"), spec.option("t")
+        vote = None
+        if strategy.recipe.blend == "agreeing_mean":
+            vote = Vote(
+                spec.option("majority_sign_method") == "frequency", spec.option("elect") == "weighted"
+            )
+        return cls(
+            strategy=strategy.name,
+            recipe=strategy.recipe,
+            names=spec.names,
+            weights=spec.weights(),
+            scale=float(spec.option("scale")),  # type: ignore[arg-type]
+            densities=spec.per_source("density") if strategy.option("density") else None,
+            seed=spec.option("seed"),
+            rank=rank if isinstance(rank, int) else None,
+            t=t if isinstance(t, float) else None,
+            lorax=spec.option("compat") == "lorax",
+            vote=vote,
+        )
+
+
 def _factor_module(
-    spec: MergeSpec, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
+    said: _Said, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
 ) -> FactorModule:
-    recipe = find(spec.strategy).recipe
     factors = [sources[i].modules[module] for i in present]
-    ranks = {spec.names[i]: f.rank for i, f in zip(present, factors, strict=True)}
-    if len(set(ranks.values())) > 1:
+    if len({f.rank for f in factors}) > 1:
+        ranks = {said.names[i]: f.rank for i, f in zip(present, factors, strict=True)}
         others = [s.name for s in TABLE.values() if s.recipe.space != "factors"]
         raise PlanError(
-            f"{spec.strategy} needs equal ranks, but {module} has "
+            f"{said.strategy} needs equal ranks, but {module} has "
             f"{listed(f'{rank} in {name}' for name, rank in ranks.items())}; "
             f"these strategies take different ranks: {', '.join(others)}"
         )
     if limit is not None and factors[0].rank > limit:
         raise PlanError(f"{module} has rank {factors[0].rank}, the limit is {limit}; svd can reduce the rank")
-    scale = float(spec.option("scale"))  # type: ignore[arg-type]
-    weights = [spec.weights()[i] for i in present]
-    if spec.option("compat") == "lorax":
+    weights = [said.weights[i] for i in present]
+    if said.lorax:
         # LoRAX puts the raw weight on each factor and applies the first adapter's scaling to the product.
-        root = _signed_root(scale * factors[0].scaling)
+        root = _signed_root(said.scale * factors[0].scaling)
         weights_a, weights_b = [w * root for w in weights], [w * abs(root) for w in weights]
     else:
         weights_a = [
-            _signed_root(_float32(scale * w * f.scaling)) for w, f in zip(weights, factors, strict=True)
+            _signed_root(_float32(said.scale * w * f.scaling)) for w, f in zip(weights, factors, strict=True)
         ]
         weights_b = [abs(w) for w in weights_a]
-    vote = None
-    if recipe.blend == "agreeing_mean":
-        vote = Vote(spec.option("majority_sign_method") == "frequency", spec.option("elect") == "weighted")
     jobs = []
     for side, values in (("a", weights_a), ("b", weights_b)):
         inputs = tuple(f.a if side == "a" else f.b for f in factors)
         keeps = tuple(
-            _keep(spec, i, tensor.numel(), f"{sources[i].digest}\0{module}\0{side}")
+            _keep(said, i, tensor.numel(), f"{sources[i].digest}\0{module}\0{side}")
             for i, tensor in zip(present, inputs, strict=True)
         )
         jobs.append(
-            FactorJob(inputs, tuple(map(_float32, values)), keeps, vote, promoted([t.dtype for t in inputs]))
+            FactorJob(
+                inputs, tuple(map(_float32, values)), keeps, said.vote, promoted([t.dtype for t in inputs])
+            )
         )
     return FactorModule(jobs[0], jobs[1], tuple(present), factors[0].embedding)
 
 
-def _keep(spec: MergeSpec, source: int, numel: int, identity: str) -> Keep:
-    rule = find(spec.strategy).recipe.keep
-    if rule == "all":
-        return Keep()
-    density = spec.per_source("density")[source]
-    if rule == "largest":
-        return Keep(count=int(density * numel)) if density < 1.0 else Keep()
-    key = hashlib.blake2b(f"{spec.option('seed')}\0{identity}".encode(), digest_size=8).digest()
+_ALL = Keep()
+
+
+def _keep(said: _Said, source: int, numel: int, identity: str) -> Keep:
+    if said.recipe.keep == "all" or said.densities is None:
+        return _ALL
+    density = said.densities[source]
+    if said.recipe.keep == "largest":
+        return Keep(count=int(density * numel)) if density < 1.0 else _ALL
+    key = hashlib.blake2b(f"{said.seed}\0{identity}".encode(), digest_size=8).digest()
     return Keep(share=max(1, round(density * SHARES)), key=int.from_bytes(key, "little"))
 
 
 def _delta_module(
-    spec: MergeSpec, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
+    said: _Said, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
 ) -> DeltaModule:
-    rule = find(spec.strategy).recipe.rank
+    rule = said.recipe.rank
     factors = tuple(sources[i].modules[module] for i in present)
     total = sum(f.rank for f in factors)
     rank = total
@@ -235,25 +274,25 @@ def _delta_module(
     if rule == "fit" and limit is not None:
         rank = min(total, limit)
     if rule == "truncate":
-        wanted = spec.option("rank")
-        if isinstance(wanted, int) and limit is not None and wanted > limit:
+        if said.rank is not None and limit is not None and said.rank > limit:
             raise PlanError(
-                f"rank={wanted} is over the limit of {limit}; ask for a smaller rank or raise the limit"
+                f"rank={said.rank} is over the limit of {limit}; ask for a smaller rank or raise the limit"
             )
         largest = max(f.rank for f in factors)
-        rank = min(total, wanted if isinstance(wanted, int) else min(largest, limit or largest))
-    scale = float(spec.option("scale"))  # type: ignore[arg-type]
-    weights = tuple(_float32(scale * spec.weights()[i] * sources[i].modules[module].scaling) for i in present)
+        rank = min(total, min(largest, limit or largest) if said.rank is None else said.rank)
+    weights = tuple(
+        _float32(said.scale * said.weights[i] * f.scaling) for i, f in zip(present, factors, strict=True)
+    )
     slerp = None
-    if find(spec.strategy).recipe.blend == "slerp":
-        slerp = float(spec.option("t"))  # type: ignore[arg-type]
+    if said.recipe.blend == "slerp" and said.t is not None:
+        slerp = said.t
         if len(present) == 1:  # the other source's delta is zero here, and the path to it is a straight line
             weights, slerp = (_float32(weights[0] * (slerp if present[0] else 1.0 - slerp)),), None
     dtype = promoted([t.dtype for f in factors for t in (f.a, f.b)])
     return DeltaModule(factors, tuple(present), weights, rank, slerp, dtype, factors[0].embedding)
 
 
-def _header(spec: MergeSpec, sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
+def _header(sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
     headers = [adapter.header for adapter in sources]
     if len({h.fan_in_fan_out for h in headers}) > 1:
         raise PlanError("the sources disagree about fan_in_fan_out: they were trained on different layouts")

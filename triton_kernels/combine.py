@@ -60,8 +60,7 @@ def _load(address, kind, index, mask, KIND: tl.constexpr):
 
 @triton.jit
 def _load_kind(address, index, mask, KIND: tl.constexpr):
-    data = tl.multiple_of(pointer(address, KIND), 16)
-    return widen(tl.load(data + index, mask=mask, other=0), KIND)
+    return widen(tl.load(pointer(address, KIND) + index, mask=mask, other=0), KIND)
 
 
 @triton.jit
@@ -139,7 +138,8 @@ def _divide(x, count, SOURCES: tl.constexpr):
     power = (0x3F800000 - ((count >> 1) << 23)).to(tl.float32, bitcast=True)
     quotient = x * power
     if SOURCES >= 3:
-        # Markstein's correction. The remainder is exact, as both its terms are multiples of the smallest
+        # Markstein's correction (the interpreter of Triton 3.6 rounds it twice, hardware and 3.9 once). The
+        # remainder is exact, as both its terms are multiples of the smallest
         # float32; a third of a number is never within 1/6 of the last place of a midpoint.
         third = x * 0.3333333432674408
         corrected = tl.fma(tl.fma(third, -3.0, x), 0.3333333432674408, third)
@@ -240,10 +240,9 @@ def _combine_kernel(
         if largest >= INFINITY:
             tl.store(flags_ptr + tensor, 1)
     else:
-        target = pointer(tl.load(row), TARGET)
+        target = pointer(tl.load(row), TARGET, ALIGNED)
         row_stride = tl.load(row + 1).to(tl.int32)
         if ALIGNED:
-            target = tl.multiple_of(target, 16)
             offset = tl.multiple_of(group_row * row_stride + group_column, [GROUP, GROUP]) + eight
         else:
             offset = group_row * row_stride + target_column * tl.load(row + 2).to(tl.int32)

@@ -148,7 +148,7 @@ def _store_threshold(target, data, size, low, above, count, KIND: tl.constexpr, 
 @triton.jit
 def _read_task(tasks_ptr, task, KIND: tl.constexpr):
     row = tasks_ptr + 4 * task
-    data = tl.multiple_of(pointer(tl.load(row), KIND), 16)
+    data = pointer(tl.load(row), KIND)
     # Whole groups of eight entries are loaded; what fills up the last one is zero.
     size = (tl.load(row + 1).to(tl.int32) + 7) // 8 * 8
     return data, size, tl.load(row + 2).to(tl.int32), tl.load(row + 3)

@@ -187,7 +187,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "two forms": (["strategies", "--json", "--markdown"], "not allowed with argument --json"),
     "a rank in words": (["--rank", "two"], "argument --rank: invalid int value: 'two'"),
     "rank 0": (["--rank", "0"], "the rank limit must be at least 1, got 0"),
-    "no such backend": (["--backend", "tpu"], "unknown backend 'tpu'; there are: auto, cpu, numpy"),
+    "no such backend": (["--backend", "tpu"], "unknown backend 'tpu'; there are: auto, triton, cpu, numpy"),
     "no such drop": (["--drop", "dora"], "cannot drop dora; these can be dropped: modules_to_save"),
     "an adapter without a name": (["--adapter", "b"], "argument --adapter: 'b' is not of the form NAME=PATH"),
     "an adapter without a path": (["--adapter", "b="], "'b=' is not of the form NAME=PATH"),
