@@ -76,7 +76,10 @@ class SlotBackend(Backend, Protocol):
     device: torch.device
 
     def reserve(self, nbytes: int) -> None:
-        """Take that much device memory for sources, now and for good, and never take more for them."""
+        """Take that much device memory for sources, and what intermediates need, now and for good.
+
+        No merge asks the device for much more from then on.
+        """
         ...
 
     def adopt(self, adapter: Adapter) -> Adapter:

@@ -25,10 +25,12 @@ from .packed import ALIGNMENT, DeviceSources, Resident
 from .tables import target_rows
 from .words import KINDS
 
+RESULTS = 64 << 20  # bytes of merged factors in delta space that wait for their slots at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Modules of one kind in delta space, merged together."""
+    """Modules of one kind in delta space, merged together; at most RESULTS bytes of them, or a single one."""
 
     names: tuple[str, ...]
     modules: tuple[DeltaModule, ...]
@@ -62,12 +64,14 @@ class TritonBackend:
         self._sources = DeviceSources(device, self._wait_for_main)
         self._prepared: weakref.WeakKeyDictionary[MergePlan, Prepared] = weakref.WeakKeyDictionary()
         self._constants = torch.tensor([EVERYTHING, NOTHING], dtype=torch.int32).to(device)
+        self._spare: torch.Tensor | None = None
         self._turn = threading.Lock()
 
     def reserve(self, nbytes: int) -> None:
         """See :class:`merged_lora.backends.SlotBackend`."""
         with self._turn:
             self._sources.reserve(nbytes)
+            self._spare = self._intermediates()
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """See :class:`merged_lora.backends.SlotBackend`."""
@@ -89,7 +93,7 @@ class TritonBackend:
 
     def check(self, plan: MergePlan) -> float:
         """See :class:`merged_lora.backends.SlotBackend`; on a GPU beside the work of the current stream."""
-        with self._turn, self._beside():
+        with self._turn, self._beside(plan):
             residents, prepared = self._bring(plan)
             layout = prepared.layout
             energy: dict[str, torch.Tensor] = {}
@@ -100,11 +104,12 @@ class TritonBackend:
                 every = np.arange(len(nowhere))
                 flags = self._launch(layout, residents, every, rows, layout.rounds, check=True)
                 verdicts.append((layout.modules, flags.view(-1, 2).amax(1) > 0))
-            for group in prepared.groups:
-                merged = self._merge_group(group, residents)
-                sides = [x.isfinite().flatten(1).all(1) for x in (merged.a, merged.b)]
-                verdicts.append((group.names, ~(sides[0] & sides[1])))
-                energy |= _energy(group, merged)
+            with self._lending():
+                for group in prepared.groups:
+                    merged = self._merge_group(group, residents)
+                    sides = [x.isfinite().flatten(1).all(1) for x in (merged.a, merged.b)]
+                    verdicts.append((group.names, ~(sides[0] & sides[1])))
+                    energy |= _energy(group, merged)
             for names, wrong in verdicts:
                 for name, is_wrong in zip(names, wrong.tolist(), strict=True):
                     if is_wrong:
@@ -130,14 +135,15 @@ class TritonBackend:
             tensors = _tensors(slots[layout.modules[i]] for i in here)
             rows = target_rows(tensors, layout.shapes[chosen])
             self._launch(layout, residents, chosen, rows, _kinds(tensors))
-        for group in (whole.only(slots) for whole in prepared.groups):
-            if group.names:
-                merged = self._merge_group(group, residents)
-                self._copy(
-                    [x for pair in zip(merged.a, merged.b, strict=True) for x in pair],
-                    _tensors(slots[name] for name in group.names),
-                )
-                energy |= _energy(group, merged)
+        with self._lending():
+            for group in (whole.only(slots) for whole in prepared.groups):
+                if group.names:
+                    merged = self._merge_group(group, residents)
+                    self._copy(
+                        [x for pair in zip(merged.a, merged.b, strict=True) for x in pair],
+                        _tensors(slots[name] for name in group.names),
+                    )
+                    energy |= _energy(group, merged)
         return energy
 
     def _bring(self, plan: MergePlan) -> tuple[list[Resident], Prepared]:
@@ -149,7 +155,7 @@ class TritonBackend:
             for name, module in plan.modules.items():
                 if isinstance(module, DeltaModule):
                     kinds.setdefault(delta.kind(module), {})[name] = module
-            groups = tuple(Group(tuple(group), tuple(group.values())) for group in kinds.values())
+            groups = tuple(part for group in kinds.values() for part in _parts(group))
             prepared = Prepared(lay_out(plan, [resident.packed for resident in residents]), groups)
             self._prepared[plan] = prepared
         return residents, prepared
@@ -182,10 +188,29 @@ class TritonBackend:
         on_device = weights.to(self.device, non_blocking=True)
         return delta.merge_stack(delta.Stack(a, b, on_device, first.rank, first.slerp, first.dtype))
 
+    def _intermediates(self) -> torch.Tensor:
+        return torch.empty(delta.WORKSPACE + RESULTS, dtype=torch.uint8, device=self.device)
+
     @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Send work to the side stream, beside what runs on the current one, and wait for it at the end."""
-        if self._side is None:
+    def _lending(self) -> Iterator[None]:
+        """Lend what was reserved for intermediates to torch's allocator, so that it asks the device for none.
+
+        The current stream must be the one it was reserved on: the allocator gives memory back to its stream.
+        """
+        reserved, self._spare = self._spare is not None, None
+        try:
+            yield
+        finally:
+            if reserved:
+                self._spare = self._intermediates()
+
+    @contextlib.contextmanager
+    def _beside(self, plan: MergePlan) -> Iterator[None]:
+        """Send work to the side stream, beside what runs on the current one, and wait for it at the end.
+
+        Merges in delta space stay on the current stream, where their intermediates are reserved.
+        """
+        if self._side is None or plan.recipe.space == "delta":
             yield
             return
         self._main = torch.cuda.current_stream(self.device)
@@ -215,6 +240,17 @@ def load() -> TritonBackend:
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _parts(modules: Mapping[str, DeltaModule]) -> Iterator[Group]:
+    """Modules of one kind in groups of a bounded size."""
+    names = list(modules)
+    (a, b) = modules[names[0]].results
+    each = sum(rows * columns * dtype.itemsize for (rows, columns), dtype in (a, b))
+    step = max(1, RESULTS // each)
+    for start in range(0, len(names), step):
+        part = names[start : start + step]
+        yield Group(tuple(part), tuple(modules[name] for name in part))
 
 
 def _views(buffer: torch.Tensor, plan: MergePlan) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -16,7 +16,7 @@ import torch
 from merged_lora.lowrank import SLERP_STRAIGHT
 from merged_lora.plan import DeltaModule
 
-WORKSPACE = 256 * 2**20
+WORKSPACE = 256 << 20
 """Bytes of intermediates that a merge takes at a time, where a single module needs no more than that."""
 
 EPS = torch.finfo(torch.float64).eps

@@ -26,8 +26,8 @@ INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 def pointer(address, KIND: tl.constexpr, ALIGNED: tl.constexpr = True):
     """A pointer to the words at an address; float16 as float16, the others as integers.
 
-    ALIGNED promises the compiler a multiple of 16 bytes; it must do so here, where the pointer is made: Triton
-    3.6 forgets what is said of a function's result.
+    ALIGNED promises the compiler a multiple of 16 bytes; it must do so here, where the pointer is made:
+    Triton 3.6 forgets what is said of a function's result.
     """
     if KIND == BF16:
         typed = address.to(tl.pointer_type(tl.int16))

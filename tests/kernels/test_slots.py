@@ -11,9 +11,11 @@ from agreement.comparing import bits, run
 from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Slot, SlotBackend, load_backend
-from merged_lora.factors import DTYPES
+from merged_lora.errors import PlanError
+from merged_lora.factors import DTYPES, Factors
 from merged_lora.plan import MergePlan, make_plan
 from merged_lora.spec import parse
+from merged_lora.triton_kernels import backend as backend_module
 from merged_lora.triton_kernels.combine import BLOCK
 
 SHAPES = {"m.wide": (24, 300), "m.tall": (BLOCK + 40, 16), "m.odd": (33, 17)}
@@ -123,3 +125,32 @@ def test_what_lies_around_a_slot_is_left_alone() -> None:
     backend().write(plan, {"m": Slot(torch.zeros(16, 40, device=backend().device), around[1, 0])})
     assert bool((around[[0, 2]] == 7.0).all())
     assert not bool((around[1] == 7.0).any())
+
+
+def test_modules_in_delta_space_are_merged_in_bounded_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = {
+        k: random_adapter({f"m{i}": (24, 40) for i in range(7)}, 4, torch.float32, i)
+        for i, k in enumerate("ab")
+    }
+    spec = parse("svd(a, 0.5*b, rank=3)")
+    whole = run(make_plan(spec, adapters), "triton")
+    monkeypatch.setattr(backend_module, "RESULTS", 2 * (24 + 40) * 3 * 4)
+    parts = run(make_plan(spec, adapters), "triton")
+    for name, f in whole.modules.items():
+        assert torch.equal(parts.modules[name].a, f.a)
+        assert torch.equal(parts.modules[name].b, f.b)
+    assert parts.energy == whole.energy
+
+
+def test_what_was_reserved_for_intermediates_is_taken_back() -> None:
+    own = backend_module.TritonBackend(backend().device)
+    own.reserve(1 << 20)
+    size = own._spare.numel() if own._spare is not None else 0
+    plan = make_plan(parse("svd(a, b)"), pair(EIGHT))
+    own.write(plan, slots(16, torch.bfloat16))
+    assert own._spare is not None
+    assert own._spare.numel() == size
+    full = {k: Adapter({"m": Factors(torch.full((1, 9), 3e38), torch.full((9, 1), 3e38))}) for k in "ab"}
+    with pytest.raises(PlanError):
+        own.check(make_plan(parse("svd(a, b)"), full))
+    assert own._spare is not None

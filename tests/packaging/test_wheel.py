@@ -77,3 +77,17 @@ def test_an_unpacked_wheel_does_not_take_its_neighbours_for_its_own_modules(
 
 def test_a_checkout_finds_the_wings_beside_the_package() -> None:
     assert find(ROOT, *WINGS) == [f"{ROOT}/{wing}/__init__.py" for wing in WINGS]
+
+
+def test_the_folder_triton_kernels_is_no_package_of_that_name() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import triton_kernels"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "ImportError: this folder is merged_lora.triton_kernels" in done.stderr
+
+
+def test_vllm_does_not_take_the_folder_for_openais_kernels() -> None:
+    ask = "from vllm.utils.import_utils import has_triton_kernels; print(has_triton_kernels())"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
