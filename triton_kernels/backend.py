@@ -19,7 +19,7 @@ from merged_lora.factors import Factors
 from merged_lora.plan import DeltaModule, MergePlan, overflow
 
 from . import delta
-from .launch import EVERYTHING, NOTHING, find_pairs, launch, source_addresses
+from .launch import EVERYTHING, NOTHING, Launch, find_pairs, prepare_launches, raised_flags, source_addresses
 from .layout import Integers, Layout, copies, lay_out
 from .packed import ALIGNMENT, DeviceSources, Resident
 from .tables import target_rows
@@ -102,8 +102,8 @@ class TritonBackend:
                 nowhere = [torch.empty(shape, device="meta") for shape in layout.shapes.tolist()]
                 rows = target_rows(nowhere, layout.shapes)
                 every = np.arange(len(nowhere))
-                flags = self._launch(layout, residents, every, rows, layout.rounds, check=True)
-                verdicts.append((layout.modules, flags.view(-1, 2).amax(1) > 0))
+                launches = self._launch(layout, residents, every, rows, layout.rounds, check=True)
+                verdicts.append((layout.modules, raised_flags(launches).view(-1, 2).amax(1) > 0))
             with self._lending():
                 for group in prepared.groups:
                     merged = self._merge_group(group, residents)
@@ -168,18 +168,22 @@ class TritonBackend:
         rows: Integers,
         kinds: Integers,
         check: bool = False,
-    ) -> torch.Tensor:
+    ) -> list[Launch]:
         addresses = source_addresses(layout, residents)
         pairs = find_pairs(layout, residents, self._constants)
-        return launch(layout, chosen, addresses, pairs, rows, kinds, self.device, check)
+        launches = prepare_launches(layout, chosen, addresses, pairs, rows, kinds, self.device, check)
+        for one in launches:
+            one.run()
+        return launches
 
     def _copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
         """Copy tensors into the first rows and columns of targets, and zeros into the rest."""
         layout = copies(_kinds(sources))
         filled = np.array([t.shape for t in sources], np.int64)
         addresses = np.array([[t.data_ptr()] for t in sources], np.int64)
-        pairs, every = np.zeros_like(addresses), np.arange(len(targets))
-        launch(layout, every, addresses, pairs, target_rows(targets, filled), _kinds(targets), self.device)
+        pairs, every, rows = np.zeros_like(addresses), np.arange(len(targets)), target_rows(targets, filled)
+        for one in prepare_launches(layout, every, addresses, pairs, rows, _kinds(targets), self.device):
+            one.run()
 
     def _merge_group(self, group: Group, residents: Sequence[Resident]) -> delta.MergedStack:
         first = group.modules[0]

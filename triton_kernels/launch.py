@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,20 @@ def find_pairs(layout: Layout, residents: Sequence[Resident], constants: torch.T
     return table
 
 
-def launch(
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One launch of the merge.  where: which of the targets it makes, ``[m]``."""
+
+    where: Integers
+    tables: Tables
+    variant: Variant
+
+    def run(self) -> None:
+        """Launch it on the current stream."""
+        combine(self.tables, self.variant)
+
+
+def prepare_launches(
     layout: Layout,
     chosen: Integers,
     addresses: Integers,
@@ -72,19 +86,17 @@ def launch(
     kinds: Integers,
     device: torch.device,
     check: bool = False,
-) -> torch.Tensor:
-    """Merge tensors of a layout into targets.
+) -> list[Launch]:
+    """What merges tensors of a layout into targets; the tables are uploaded here.
 
     chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 8]``,
-    see ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing.
-
-    Returns int32 ``[n]`` on the device: with ``check``, 1 where a result is not finite; else zeros.
+    see ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing, raise flags instead.
     """
     same = (layout.kinds == layout.kinds[:, :1]).all(1)
     source = np.where(same, layout.kinds[:, 0], MIXED.value)[chosen]
     keeps = layout.keys if layout.keep == KEEP_RANDOM.value else pairs
     variants = np.stack([source, layout.rounds[chosen], kinds, aligned(targets)], axis=1)
-    order, flags = [], []
+    launches = []
     for variant in np.unique(variants, axis=0):
         where = np.flatnonzero((variants == variant).all(1))
         at = chosen[where]
@@ -99,21 +111,22 @@ def launch(
             layout.kinds[at].astype(np.int32),
             np.zeros(where.size, np.int32),
         ]
-        tables = Tables(*upload(arrays, device))
-        combine(
-            tables,
-            Variant(
-                kind=int(variant[0]),
-                round=int(variant[1]),
-                target=int(variant[2]),
-                keep=layout.keep,
-                rule=layout.rule,
-                weighted=layout.weighted,
-                aligned=bool(variant[3]),
-                check=check,
-            ),
+        compiled = Variant(
+            kind=int(variant[0]),
+            round=int(variant[1]),
+            target=int(variant[2]),
+            keep=layout.keep,
+            rule=layout.rule,
+            weighted=layout.weighted,
+            aligned=bool(variant[3]),
+            check=check,
         )
-        order.append(where)
-        flags.append(tables.flags)
-    back = torch.from_numpy(np.argsort(np.concatenate(order)))
-    return torch.cat(flags)[back.to(device)] if check else torch.cat(flags)
+        launches.append(Launch(where, Tables(*upload(arrays, device)), compiled))
+    return launches
+
+
+def raised_flags(launches: Sequence[Launch]) -> torch.Tensor:
+    """1 for each target whose result is not finite, by checking launches: int32 ``[n]``, on the device."""
+    back = torch.from_numpy(np.argsort(np.concatenate([one.where for one in launches])))
+    flags = torch.cat([one.tables.flags for one in launches])
+    return flags[back.to(flags.device)]
