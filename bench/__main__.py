@@ -1,4 +1,4 @@
-"""``python -m merged_lora.bench cpu [--quick] [--json FILE]``."""
+"""``python -m merged_lora.bench cpu``, ``gpu`` or ``registers``."""
 
 import argparse
 import sys
@@ -19,24 +19,40 @@ def main(arguments: list[str]) -> int:
         "--quick", action="store_true", help="leave out the large SVDs, which take PEFT minutes"
     )
     on_cpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
+    on_gpu = benchmarks.add_parser("gpu", help="merges on a GPU beside copies of the same bytes and PEFT's")
+    on_gpu.add_argument(
+        "--quick", action="store_true", help="what has an aim alone, without PEFT's large SVDs"
+    )
+    on_gpu.add_argument("--layers", type=int, default=32, metavar="N", help="of Llama-3-8B; 32 by default")
+    on_gpu.add_argument(
+        "--agreement-only", action="store_true", help="time nothing; runs under Triton's interpreter too"
+    )
+    on_gpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
     of_kernels = benchmarks.add_parser("registers", help="what the GPU kernels compile to; needs no GPU")
     of_kernels.add_argument("--target", action="append", help="sm_80, sm_90 or gfx942; all by default")
     of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     options = parser.parse_args(arguments or ["cpu"])
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"{options.json.parent} is no folder")
+    if getattr(options, "layers", 1) < 1:
+        parser.error("--layers must be at least 1")
     try:
         if options.benchmark == "registers":
             from . import registers
 
             return registers.run(options.target, options.json)
+        if options.benchmark == "gpu":
+            from . import gpu
+
+            work = gpu.work(options.quick, options.layers)
+            return gpu.run(work, options.json, options.agreement_only)
         from . import cpu
 
         return cpu.run(options.quick, options.json)
     except ImportError as error:
         parser.error(f"{error.name} is not installed; `make install` brings it")
     except MergeError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

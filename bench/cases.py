@@ -63,6 +63,28 @@ def distinct_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) 
     return _adapters(shapes, count, rank, factor)
 
 
+def awkward_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) -> dict[str, Adapter]:
+    """Adapters of any bit patterns up to 2^-13 of the largest number, so that no merge of 16 overflows.
+
+    A quarter of the entries are zeros of both signs, the smallest subnormal number and ties.
+    """
+    generator = torch.Generator().manual_seed(0)
+    info = torch.finfo(dtype)
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    few = torch.tensor([0.0, -0.0, info.smallest_normal * info.eps, 0.375, -0.375], dtype=dtype)
+
+    def factor(rows: int, columns: int) -> torch.Tensor:
+        shape = (rows, columns)
+        words = torch.randint(torch.iinfo(integer).max, shape, generator=generator, dtype=integer)
+        values = words.view(dtype)
+        values = torch.where(values.abs() < info.max * 2.0**-13, values, 0.0)
+        values = values * (torch.randint(0, 2, shape, generator=generator) * 2 - 1)
+        special = few[torch.randint(len(few), shape, generator=generator)]
+        return torch.where(torch.rand(shape, generator=generator) < 0.25, special, values)
+
+    return _adapters(shapes, count, rank, factor)
+
+
 def _adapters(
     shapes: Shapes, count: int, rank: int, factor: Callable[[int, int], torch.Tensor]
 ) -> dict[str, Adapter]:

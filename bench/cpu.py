@@ -110,13 +110,13 @@ def _svd_rows(backend: Backend) -> list[dict[str, object]]:
     for name in SVD_MODULES:
         shape = cases.LLAMA3_8B_LAYER[name]
         if pace is not None:
-            print(f"  {name:18} PEFT's SVD should take {pace * _svd_work(shape):.0f} s", flush=True)
+            print(f"  {name:18} PEFT's SVD should take {pace * peers.svd_work(shape):.0f} s", flush=True)
         only = {key: Adapter({name: a.modules[f"model.layers.0.{name}"]}) for key, a in sources.items()}
         one = make_plan(plan.spec, only)
         ours = interleaved({"ours": partial(backend.merge, one, _unseen)}, ROUNDS)["ours"]
         pair = {key: adapter.modules[name] for key, adapter in only.items()}
         theirs = [once(partial(peers.merge_svd, pair, [1.0, 1.0], RANK))]
-        pace = theirs[0] / _svd_work(shape)
+        pace = theirs[0] / peers.svd_work(shape)
         times = ratio(theirs, ours)
         print(
             f"  {name:18} {'x'.join(map(str, shape)):14} {shown(ours):22} {shown(theirs):>10} {times:>7.0f} "
@@ -144,12 +144,6 @@ def _peft_factors(plan: MergePlan, sources: Mapping[str, Adapter], density: floa
 def _bytes(plan: MergePlan, sources: Mapping[str, Adapter]) -> int:
     """What must be read and written at least: every source once, the result once."""
     return sum(sources[name].nbytes for name in plan.spec.names) + plan.nbytes
-
-
-def _svd_work(shape: tuple[int, int]) -> float:
-    """Operations of a full SVD (Golub and Van Loan, 4th edition, figure 8.6.1)."""
-    n, m = sorted(shape)
-    return float(4 * m * m * n + 8 * m * n * n + 9 * n**3)
 
 
 def _unseen(_: int) -> None:

@@ -22,7 +22,7 @@ def facts() -> dict[str, object]:
         "python": platform.python_version(),
         "torch threads": torch.get_num_threads(),
     }
-    return measured | {name: _version(name) for name in ("torch", "numpy", "numba", "peft")}
+    return measured | {name: installed(name) for name in ("torch", "numpy", "numba", "peft")}
 
 
 def _cpu() -> str:
@@ -40,7 +40,8 @@ def _copy_speed() -> float:
     return 2 * COPIED / min(once(lambda: target.copy_(source)) for _ in range(3))
 
 
-def _version(name: str) -> str:
+def installed(name: str) -> str:
+    """The version of a distribution, in words where there is none."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -36,6 +36,12 @@ def merge_svd(
     return a, b
 
 
+def svd_work(shape: tuple[int, int]) -> float:
+    """Operations of the full SVD behind :func:`merge_svd` (Golub and Van Loan, 4th edition, figure 8.6.1)."""
+    n, m = sorted(shape)
+    return float(4 * m * m * n + 8 * m * n * n + 9 * n**3)
+
+
 def _layer(sources: Mapping[str, Factors]) -> SimpleNamespace:
     """What those methods read of a ``LoraLayer``."""
     return SimpleNamespace(

@@ -61,7 +61,7 @@ class TritonBackend:
         self.device = device
         self._side = _new_stream(device)
         self._main: torch.cuda.Stream | None = None  # set while work goes to the side stream
-        self._sources = DeviceSources(device, self._wait_for_main)
+        self.sources = DeviceSources(device, self._wait_for_main)
         self._prepared: weakref.WeakKeyDictionary[MergePlan, Prepared] = weakref.WeakKeyDictionary()
         self._constants = torch.tensor([EVERYTHING, NOTHING], dtype=torch.int32).to(device)
         self._spare: torch.Tensor | None = None
@@ -70,13 +70,13 @@ class TritonBackend:
     def reserve(self, nbytes: int) -> None:
         """See :class:`merged_lora.backends.SlotBackend`."""
         with self._turn:
-            self._sources.reserve(nbytes)
+            self.sources.reserve(nbytes)
             self._spare = self._intermediates()
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """See :class:`merged_lora.backends.SlotBackend`."""
         with self._turn:
-            return self._sources.adopt(adapter)
+            return self.sources.adopt(adapter)
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """See :class:`merged_lora.backends.Backend`; the result lies in host memory."""
@@ -148,7 +148,7 @@ class TritonBackend:
 
     def _bring(self, plan: MergePlan) -> tuple[list[Resident], Prepared]:
         """The plan's sources on the device, and what follows from the plan."""
-        residents = self._sources.load(plan.sources)
+        residents = self.sources.load(plan.sources)
         prepared = self._prepared.get(plan)
         if prepared is None:
             kinds: dict[Hashable, dict[str, DeltaModule]] = {}

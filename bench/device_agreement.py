@@ -1,0 +1,231 @@
+"""Whether the backend on a device gives the reference's merges: what does not agree is not worth timing.
+
+Beyond ``agreement``, which every backend must pass, what a device may get wrong: any number of sources,
+subnormal numbers, slots of any rank and stride, trims cut into spans, batched factorisations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from merged_lora import lowrank
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Result, Slot, SlotBackend, load_backend
+from merged_lora.factors import Factors
+from merged_lora.plan import DeltaModule, MergePlan, make_plan
+from merged_lora.reference import delta as dense
+from merged_lora.spec import parse
+from merged_lora.strategies import TABLE
+from merged_lora.triton_kernels.trim import LARGE
+
+from . import cases
+from .agreement import DTYPES, bits, disagreements
+
+Check = tuple[str, str | None]
+"""What was checked, and what is wrong (None where nothing is)."""
+
+COUNTS = (1, 2, 3, 4, 8, 9, 16)
+SLOT_RANK = 16
+ALIKE = {f"alike.{i}": (48, 80) for i in range(5)} | cases.SMALL
+"""Modules of one shape, so that there is a batch, and others."""
+
+RESOLUTION = 1e-7  # of the largest singular value, as ``delta.merge_stack`` promises
+EPS = 2.0**-52
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+HALF_STEP = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+"""What rounding may add to a number too small for UNIT: half of the smallest subnormal."""
+
+
+def groups(backend: SlotBackend) -> Iterator[tuple[str, Iterator[Check]]]:
+    """The checks, by what they are about."""
+    yield "small tensors: NumPy bit for bit, PEFT to rounding", disagreements(backend)
+    yield f"{_said(COUNTS)} sources of any bits, every strategy: NumPy bit for bit", _any(backend)
+    yield "slots of other rank, stride and dtype: NumPy bit for bit, zeros beyond", _slots(backend)
+    yield f"trims of more than {LARGE} entries: NumPy bit for bit", _spans(backend)
+    yield "merges in delta space: the best approximation of a float64 delta", _deltas(backend)
+    yield "torch.linalg.eigh, batched, float64: the CPU's eigenvalues", eigenvalues(backend.device)
+
+
+def _reference(plan: MergePlan) -> Result:
+    """What the NumPy backend makes of a plan."""
+    return load_backend("numpy").merge(plan, lambda _: None)
+
+
+def differing_slots(slots: Mapping[str, Slot], expected: Result) -> str | None:
+    """The first module whose slot does not hold the expected bits, and zeros beyond its rank."""
+    for name, merged in expected.modules.items():
+        slot, rank = slots[name], merged.rank
+        for got, want in ((slot.a[:rank], merged.a), (slot.b[:, :rank], merged.b)):
+            if not torch.equal(bits(got.cpu()), bits(want.to(got.dtype))):
+                return f"{name} differs"
+        if any(bool(bits(rest.cpu()).any()) for rest in (slot.a[rank:], slot.b[:, rank:])):
+            return f"{name} has more than zeros beyond its rank"
+    return None
+
+
+def _said(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts[:-1])) + f" and {counts[-1]}"
+
+
+def _spec(strategy: str, count: int, options: str = "") -> str:
+    weighted = [f"{w}*{name}" for w, name in zip((1, 0.5, -0.3, 1) * 4, cases.names(count), strict=False)]
+    return f"{strategy}({', '.join(weighted)}{options})"
+
+
+def _any(backend: SlotBackend) -> Iterator[Check]:
+    strategies = [s.name for s in TABLE.values() if s.recipe.space == "factors"]
+    for count in COUNTS:
+        for dtype in DTYPES if count == 4 else DTYPES[:1]:
+            sources = cases.awkward_sources(cases.SMALL, count, 8, dtype)
+            for strategy in strategies:
+                yield _same_bits(backend, _spec(strategy, count), sources, str(dtype))
+    one_each = [cases.awkward_sources(cases.SMALL, 3, 8, dtype) for dtype in DTYPES]
+    mixed = {name: sources[name] for name, sources in zip(cases.names(3), one_each, strict=True)}
+    for strategy in strategies:
+        yield _same_bits(backend, _spec(strategy, 3), mixed, "mixed dtypes")
+
+
+def _same_bits(backend: SlotBackend, spec: str, sources: Mapping[str, Adapter], kind: str) -> Check:
+    plan = make_plan(parse(spec), sources)
+    got, expected = backend.merge(plan, lambda _: None), _reference(plan)
+    for name, f in expected.modules.items():
+        pairs = ((got.modules[name].a, f.a), (got.modules[name].b, f.b))
+        if not all(torch.equal(bits(x), bits(y)) for x, y in pairs):
+            return f"{kind} {spec}", f"{name} differs"
+    return f"{kind} {spec}", None
+
+
+def _slots(backend: SlotBackend) -> Iterator[Check]:
+    for rank in (8, 5):  # whole groups of eight columns, and not
+        for dtype, target in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
+            sources = cases.awkward_sources(cases.SMALL, 3, rank, dtype)
+            less = {name: Adapter({"small.wide": a.modules["small.wide"]}) for name, a in sources.items()}
+            for strategy in ("linear", "ties", "dare_ties"):
+                for transposed in (False, True):
+                    spec = _spec(strategy, 3)
+                    what = f"rank {rank} {spec} into {target}{', transposed' if transposed else ''}"
+                    plan = make_plan(parse(spec), sources)
+                    slots = _poisoned(SLOT_RANK, target, backend.device, transposed)
+                    backend.write(plan, slots)
+                    yield what, differing_slots(slots, _reference(plan))
+            absent = slots.pop("small.tall")
+            backend.write(make_plan(parse(_spec("ties", 3)), less), slots, [absent])
+            left = bool(bits(absent.a.cpu()).any() or bits(absent.b.cpu()).any())
+            yield f"rank {rank}, a module that no source has", "its slot is not zero" if left else None
+
+
+def _poisoned(rank: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> dict[str, Slot]:
+    def full(*shape: int) -> torch.Tensor:
+        turned = torch.full(shape[::-1], torch.nan, dtype=dtype, device=device)
+        return turned.T if transposed else turned.T.contiguous()
+
+    return {
+        name: Slot(full(rank, columns), full(rows, rank)) for name, (rows, columns) in cases.SMALL.items()
+    }
+
+
+def _spans(backend: SlotBackend) -> Iterator[Check]:
+    for dtype in DTYPES:
+        sources = cases.random_sources({"large": (LARGE // 16 + 8, 16)}, 1, 16, dtype)
+        yield _same_bits(backend, "magnitude_prune(a, density=0.3)", sources, str(dtype))
+
+
+def _deltas(backend: SlotBackend) -> Iterator[Check]:
+    for dtype in DTYPES:
+        for count, rank, spec in (
+            (2, 8, "svd(a, 0.5*b, rank=6)"),
+            (4, 8, "svd(a, 0.5*b, -0.3*c, d, rank=8)"),
+            (4, 16, "svd(a, 0.5*b, -0.3*c, d, rank=16)"),  # 64 ranks in all: another way through cuSOLVER
+            (2, 8, "sum(a, 0.5*b)"),
+            (2, 8, "cat(a, 0.5*b)"),
+            (2, 8, "slerp(a, b, t=0.3)"),
+        ):
+            plan = make_plan(parse(spec), cases.random_sources(ALIKE, count, rank, dtype))
+            merged = backend.merge(plan, lambda _: None).modules
+            wrong = (not_best(module, merged[name]) for name, module in plan.modules.items())
+            yield f"{dtype} rank {rank} {spec}", next((text for text in wrong if text), None)
+
+
+def not_best(module: object, merged: Factors) -> str | None:
+    """What is wrong where factors are further from a module's dense float64 delta than they must be.
+
+    Eckart and Young's error, the promised resolution, and what rounding both factors adds: 2 u of the product
+    of their magnitudes.
+    """
+    assert isinstance(module, DeltaModule)
+    pairs = [(f.a.double().numpy(), f.b.double().numpy()) for f in module.sources]
+    if module.slerp is None:
+        target = dense.weighted_sum(pairs, module.weights)
+    else:
+        x, y = (dense.weighted_sum([pair], [w]) for pair, w in zip(pairs, module.weights, strict=True))
+        target = dense.slerp(x, y, module.slerp)
+    values = np.linalg.svd(target, compute_uv=False)
+    error = float(np.linalg.norm(target - merged.delta().numpy()))
+    bound = float(np.linalg.norm(values[module.rank :])) + RESOLUTION * float(values[0])
+    if not error <= bound + rounding(merged):
+        return f"an error of {error:.3g}, the best is {float(np.linalg.norm(values[module.rank :])):.3g}"
+    return None
+
+
+def rounding(merged: Factors) -> float:
+    """Norm of what rounding A and B to their dtype may change in ``B A``."""
+    unit, step = UNIT[merged.a.dtype], HALF_STEP[merged.a.dtype]
+    a, b = merged.a.double().abs(), merged.b.double().abs()
+    rows, columns = b.shape[0], a.shape[1]
+    small = step * (float(b.sum(1).norm()) * math.sqrt(columns) + float(a.sum(0).norm()) * math.sqrt(rows))
+    return 2.02 * unit * _norm(a, b) + small
+
+
+def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Frobenius norm of ``b @ a``."""
+    return float(((b.T @ b) * (a @ a.T)).sum().abs().sqrt())
+
+
+def differs_from_lowrank(plan: MergePlan, names: Sequence[str], slots: Mapping[str, Slot]) -> str | None:
+    """The first of these modules whose slot is not, to rounding, what ``merged_lora.lowrank`` makes.
+
+    Both are the best approximation, so their products differ by the resolution and by two roundings.  The
+    products are too large to be formed; norms come from the Gram matrices of their factors.
+    """
+    for name in names:
+        module = plan.modules[name]
+        assert isinstance(module, DeltaModule)
+        slot = slots[name]
+        ours = Factors(slot.a[: module.rank].cpu(), slot.b[:, : module.rank].cpu())
+        theirs = lowrank.merge_module(module).factors
+        a = torch.cat([ours.a.double(), theirs.a.double()])
+        b = torch.cat([ours.b.double(), -theirs.b.double()], dim=1)
+        apart, size = _norm(a, b), _norm(theirs.a.double(), theirs.b.double())
+        allowed = rounding(ours) + rounding(theirs) + 2 * RESOLUTION * size
+        if not apart <= allowed:
+            return f"{name} differs from the CPU's by {apart:.3g}, rounding explains {allowed:.3g}"
+    return None
+
+
+def eigenvalues(device: torch.device) -> Iterator[Check]:
+    """Eigenvalues against the CPU's, and the vectors by what defines them.
+
+    A stable method is off by ``p(n) EPS`` of the largest eigenvalue with a modest polynomial ``p`` (LAPACK
+    Users' Guide, section 4.7); ``n^2`` stands for it.
+    """
+    for n in (8, 32, 33, 64):
+        generator = torch.Generator().manual_seed(n)
+        x = torch.randn(9, n, 3 * n, generator=generator, dtype=torch.float64)
+        x[1, 1:] = x[1, :1]  # of rank one
+        x[2] *= 10.0 ** -torch.arange(n, dtype=torch.float64)[:, None].clamp(max=12)
+        gram = x @ x.mT
+        values, vectors = (y.cpu() for y in torch.linalg.eigh(gram.to(device)))
+        expected = torch.linalg.eigvalsh(gram)
+        size = expected[:, -1]
+        errors = {
+            "eigenvalues": (values - expected).abs().amax(1) / size,
+            "residual": (gram @ vectors - vectors * values[:, None, :]).flatten(1).norm(dim=1) / size,
+            "orthogonality": (vectors.mT @ vectors - torch.eye(n)).flatten(1).norm(dim=1),
+        }
+        for name, error in errors.items():
+            times = float(error.max()) / (n * n * EPS)
+            yield f"{name} of 9 matrices {n} x {n}", None if times <= 1 else f"{times:.3g} times the bound"

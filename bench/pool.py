@@ -1,0 +1,174 @@
+"""Random sources on the device, slots to merge them into, and merges of several sets of both in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from merged_lora.backends import Slot, load_backend
+from merged_lora.plan import MergePlan, make_plan
+from merged_lora.spec import parse
+from merged_lora.triton_kernels.backend import TritonBackend
+from merged_lora.triton_kernels.packed import ALIGNMENT, Resident
+
+from . import cases
+from .agreement import bits
+from .device_agreement import differing_slots, differs_from_lowrank
+from .launches import Launches
+
+
+class DisagreementError(Exception):
+    """What was about to be timed gives a wrong result."""
+
+
+class Pool:
+    """Random sources of one dtype in page-locked memory, and a backend that can hold all of them."""
+
+    def __init__(
+        self, shapes: cases.Shapes, count: int, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shapes = shapes
+        self.rank = rank
+        self.dtype = dtype
+        self.backend = TritonBackend(device)
+        adapters = cases.random_sources(shapes, count, rank, dtype)
+        self.sources = {name: self.backend.adopt(adapter) for name, adapter in adapters.items()}
+        self.reserve(count)
+
+    def reserve(self, count: int) -> None:
+        """Take room for so many of the sources; none is on the device afterwards."""
+        adapter = self.sources["a"]
+        self.backend.reserve(count * (adapter.nbytes + 2 * ALIGNMENT * len(adapter.modules)))
+
+    def merges(
+        self,
+        strategy: str,
+        count: int,
+        options: str,
+        sets: int,
+        slot_rank: int | None = None,
+        limit: int | None = None,
+    ) -> Merges:
+        """The same merge of up to ``sets`` sets of ``count`` sources, no two of which share one.
+
+        slot_rank: of the slots, the rank of the sources where None.  limit: as in ``make_plan``.
+        """
+        names = list(self.sources)
+        chosen = [names[i : i + count] for i in range(0, len(names) - count + 1, count)][:sets]
+        specs = [parse(f"{strategy}({', '.join(some)}{options})") for some in chosen]
+        slots = make_slots(self.shapes, len(chosen), slot_rank or self.rank, self.dtype, self.backend.device)
+        return Merges(self.backend, [make_plan(spec, self.sources, limit) for spec in specs], slots)
+
+
+class Merges:
+    """One merge of several sets of sources, each into slots of its own; all methods take the set's number."""
+
+    def __init__(
+        self, backend: TritonBackend, plans: Sequence[MergePlan], slots: Sequence[Mapping[str, Slot]]
+    ) -> None:
+        self.plans = plans
+        self.slots = slots
+        self._backend = backend
+        self._launches: list[Launches] = []
+        self._residents: list[list[Resident]] = []
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def upload(self, turn: int) -> None:
+        """Bring the sources to the device, where they are not there yet."""
+        self._backend.sources.load(self.plans[turn].sources)
+
+    def write(self, turn: int) -> None:
+        """The whole merge, as a server does it."""
+        self._backend.write(self.plans[turn], self.slots[turn])
+
+    def check(self, turn: int) -> None:
+        """The check that a server makes first."""
+        self._backend.check(self.plans[turn])
+
+    def prepare(self) -> None:
+        """Make ready what follows; the sources must stay on the device from here on."""
+        self._residents = [self._backend.sources.load(plan.sources) for plan in self.plans]
+        self._launches = [
+            Launches(plan, residents, slots, self._backend.device)
+            for plan, residents, slots in zip(self.plans, self._residents, self.slots, strict=True)
+        ]
+        if self.plans[0].recipe.keep == "largest":
+            for launches in self._launches:
+                launches.trim()
+
+    def write_cold(self, turn: int) -> None:
+        """The whole merge, thresholds not known."""
+        for resident in self._residents[turn]:
+            resident.thresholds.clear()
+        self.write(turn)
+
+    def trim(self, turn: int) -> None:
+        """The launches that find the thresholds, alone."""
+        self._launches[turn].trim()
+
+    def combine(self, turn: int) -> None:
+        """The launch that merges, alone, with thresholds that are known."""
+        self._launches[turn].combine()
+
+    def trim_and_combine(self, turn: int) -> None:
+        """All launches, alone."""
+        self.trim(turn)
+        self.combine(turn)
+
+    def verify(self) -> None:
+        """Raise DisagreementError unless the first set fills its slots, with what it should.
+
+        That is looked at in one module of each shape: the bits of the NumPy backend or, where matrices are
+        decomposed, the factors that the CPU computes.  Launches alone must give all bits of the whole merge.
+        """
+        plan, slots = self.plans[0], self.slots[0]
+        tensors = [x for slot in slots.values() for x in (slot.a, slot.b)]
+        _poison(tensors)
+        self.write(0)
+        if any(bool(x.isnan().any()) for x in tensors):
+            raise DisagreementError(f"{plan.spec}: the slots are not wholly written")
+        names = one_of_each({name: (slot.b.shape[0], slot.a.shape[1]) for name, slot in slots.items()})
+        if plan.recipe.space == "factors":
+            some = replace(plan, modules={name: plan.modules[name] for name in names})
+            wrong = differing_slots(slots, load_backend("numpy").merge(some, lambda _: None))
+        else:
+            wrong = differs_from_lowrank(plan, names, slots)
+        if wrong:
+            raise DisagreementError(f"{plan.spec}: {wrong}")
+        if self._launches:
+            expected = [x.clone() for x in tensors]
+            _poison(tensors)
+            self.combine(0)
+            if not all(torch.equal(bits(x), bits(y)) for x, y in zip(tensors, expected, strict=True)):
+                raise DisagreementError(f"{plan.spec}: the launch alone gives another result than the merge")
+
+
+def make_slots(
+    shapes: cases.Shapes, count: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Slot]]:
+    """That many slots of every module, full of NaN, side by side as vLLM keeps them.
+
+    A is ``[slots, 1, rank, in]``, B is ``[slots, 1, out, rank]``.
+    """
+    stacked = {
+        name: (
+            torch.full((count, 1, rank, columns), torch.nan, dtype=dtype, device=device),
+            torch.full((count, 1, rows, rank), torch.nan, dtype=dtype, device=device),
+        )
+        for name, (rows, columns) in shapes.items()
+    }
+    return [{name: Slot(a[i, 0], b[i, 0]) for name, (a, b) in stacked.items()} for i in range(count)]
+
+
+def one_of_each(shapes: cases.Shapes) -> list[str]:
+    """The first module of each distinct shape."""
+    return list({shape: name for name, shape in reversed(list(shapes.items()))}.values())
+
+
+def _poison(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        tensor.fill_(torch.nan)

@@ -1,0 +1,434 @@
+"""The GPU benchmark measures only what agrees, needs a GPU for it, and reports every time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from merged_lora.backends import Slot, SlotBackend, load_backend
+from merged_lora.bench import cases, device, device_agreement, gpu, pool
+from merged_lora.bench.__main__ import main
+from merged_lora.bench.device import Call, Copies, CudaTimer, DeviceTimes
+from merged_lora.bench.device_agreement import COUNTS, Check
+from merged_lora.factors import DTYPES
+from merged_lora.plan import MergePlan
+from merged_lora.triton_kernels.backend import TritonBackend
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (24, 40),
+    "model.layers.0.self_attn.k_proj": (16, 40),
+    "model.layers.1.self_attn.k_proj": (16, 40),
+}
+TINY = gpu.Work(
+    dict(list(SHAPES.items())[:1]),
+    rank=4,
+    counts=(4, 2),
+    sets=2,
+    rounds=2,
+    row_seconds=0.0,  # one counted round
+    peft_rounds=1,
+    large=1 << 10,
+    copied=1 << 16,
+)
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+
+
+class HostTimer:
+    """Times by the host's clock, on whatever device the backend has."""
+
+    def __init__(self) -> None:
+        loaded = load_backend("triton")
+        assert isinstance(loaded, SlotBackend)
+        self.device = loaded.device
+
+    def on_device(self, functions: Sequence[Call], held: bool = True) -> DeviceTimes:
+        return DeviceTimes([self.until_done(function)[1] for function in functions], held)
+
+    def until_done(self, function: Call) -> tuple[float, float]:
+        begin = time.perf_counter()
+        function()
+        return (time.perf_counter() - begin,) * 2
+
+    def facts(self) -> dict[str, object]:
+        return {"gpu": "none"}
+
+
+def agreeing(backend: object) -> Iterator[tuple[str, Iterator[Check]]]:
+    yield "nothing", iter([("a", None), ("b", None)])
+
+
+def disagreeing(backend: object) -> Iterator[tuple[str, Iterator[Check]]]:
+    yield "something", iter([("this", None), ("that", "differs")])
+
+
+class Untimeable(HostTimer):
+    def on_device(self, functions: Sequence[Call], held: bool = True) -> DeviceTimes:
+        raise AssertionError("timed what disagrees")
+
+
+def test_what_disagrees_is_named_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "groups", disagreeing)
+    assert gpu.run(TINY, tmp_path / "times.json", timer=Untimeable()) == 1
+    assert not (tmp_path / "times.json").exists()
+    out = capsys.readouterr().out
+    assert "WRONG" in out
+    assert "that: differs" in out
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_agreement_alone_tells_by_its_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "groups", disagreeing if code else agreeing)
+    assert main(["gpu", "--agreement-only"]) == code
+
+
+def test_every_check_of_the_device_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--agreement-only"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert all(line.strip().startswith("ok") for line in lines[1:])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the whole benchmark writes, of tiny shapes."""
+    file = tmp_path_factory.mktemp("bench") / "times.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "groups", agreeing)
+        assert gpu.run(TINY, file, timer=HostTimer()) == 0
+    read: dict[str, Any] = json.loads(file.read_text())
+    return read
+
+
+def test_every_case_is_in_the_report_with_every_time(report: dict[str, Any]) -> None:
+    rows = [(r["case"], r["sources"], r["dtype"], r["slot_rank"]) for r in report["rows"]]
+    for count in TINY.counts:
+        for case in ("linear", "ties", "ties, cold", "dare_ties"):
+            assert (case, count, "bfloat16", 4) in rows
+        assert ("trim alone", count, "bfloat16", None) in rows
+    for case in ("linear", "ties", "ties, cold", "dare_ties"):
+        assert (case, 4, "bfloat16", 16) in rows
+        assert (case, 4, "float32", 4) in rows
+    for case in (
+        "svd",
+        "sum, exact",
+        "check of ties",
+        "upload alone",
+        "ties, with upload",
+        "ties beside PEFT",
+    ):
+        assert case in [row[0] for row in rows]
+    for row in report["rows"]:
+        assert all(seconds > 0 for times in row["seconds"].values() for seconds in times)
+        if row["case"] in ("linear", "ties", "ties, cold", "dare_ties") and row["dtype"] == "bfloat16":
+            expected = dict.fromkeys(("copy", "kernels", "write", "queued", "call"), TINY.sets)
+            assert {name: len(times) for name, times in row["seconds"].items()} == expected
+
+
+def test_the_bytes_of_a_row_are_those_of_the_sources_and_of_the_slots(report: dict[str, Any]) -> None:
+    entries = 4 * sum(rows + columns for rows, columns in TINY.shapes.values())
+    found = {(r["case"], r["sources"], r["dtype"], r["slot_rank"]): r["bytes"] for r in report["rows"]}
+    assert found["linear", 2, "bfloat16", 4] == 2 * (2 + 1) * entries
+    assert found["linear", 4, "bfloat16", 16] == 2 * (4 + 4) * entries
+    assert found["linear", 4, "float32", 4] == 4 * (4 + 1) * entries
+    assert found["trim alone", 4, "bfloat16", None] == 2 * 4 * entries
+
+
+def test_every_aim_is_judged(report: dict[str, Any]) -> None:
+    aims = {aim["what"]: aim for aim in report["aims"]}
+    for case, limit in gpu.COPY_AIMS.items():
+        for name in ("kernels", "write"):
+            aim = aims[f"{case}, {name} over a copy of the same bytes"]
+            assert aim["aim"] == limit
+            assert aim["met"] == (aim["measured"] <= limit)
+    svds = [aim for what, aim in aims.items() if "times PEFT's speed" in what and what.startswith("svd of ")]
+    assert [aim["met"] for aim in svds] == [aim["measured"] >= 1000 for aim in svds] != []
+    assert any(what.startswith("ties of 4") and aim["aim"] == 100 for what, aim in aims.items())
+    assert any("milliseconds" in what and aim["aim"] == 30 for what, aim in aims.items())
+
+
+def test_the_report_says_what_was_measured_and_on_what(report: dict[str, Any]) -> None:
+    assert report["machine"] == {"gpu": "none"}
+    assert report["copy_bytes_per_second"] > 0
+    assert report["checks"] == 2
+    assert report["left_out"] == []
+    assert report["modules"] == 1
+    assert (report["work"]["rank"], report["work"]["rounds"], report["density"]) == (4, 2, 0.5)
+    assert report["date"].startswith("20")
+
+
+def test_svds_that_would_take_too_long_are_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "groups", agreeing)
+    two = dict(list(SHAPES.items())[:2])
+    quick = replace(TINY, shapes=two, counts=(4,), sets=1, svd_seconds=0.0, everything=False)
+    assert gpu.run(quick, None, timer=HostTimer()) == 0
+    out = capsys.readouterr().out
+    assert "left out: PEFT's svd of model.layers.0.self_attn.q_proj" in out
+    assert "float32\n" not in out
+
+
+def test_a_wrong_merge_is_noticed_before_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write = TritonBackend.write
+
+    def wrong(self: TritonBackend, plan: MergePlan, slots: Mapping[str, Slot]) -> None:
+        write(self, plan, slots)
+        next(iter(slots.values())).b[-1, -1] += 1
+
+    monkeypatch.setattr(TritonBackend, "write", wrong)
+    monkeypatch.setattr(gpu, "groups", agreeing)
+    assert gpu.run(TINY, tmp_path / "times.json", timer=HostTimer()) == 1
+    assert not (tmp_path / "times.json").exists()
+    assert "WRONG linear(a, b, c, d): model.layers.0.self_attn.q_proj differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["ties", "svd"])
+def test_a_slot_that_is_not_wholly_written_is_noticed(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonBackend, "write", lambda self, plan, slots: None)
+    sources = pool.Pool(SHAPES, 4, 4, torch.bfloat16, HostTimer().device)
+    with pytest.raises(pool.DisagreementError, match="not wholly written"):
+        sources.merges(strategy, 4, "", 1).verify()
+
+
+def test_a_launch_that_differs_from_the_merge_is_noticed() -> None:
+    merges = pool.Pool(SHAPES, 4, 4, torch.bfloat16, HostTimer().device).merges("ties", 4, "", 1)
+    merges.prepare()
+    merges.verify()
+    merges._launches[0]._launches[0].tables.weights[0] *= 2
+    with pytest.raises(pool.DisagreementError, match="gives another result"):
+        merges.verify()
+
+
+def test_a_wrong_truncation_is_noticed() -> None:
+    merges = pool.Pool(SHAPES, 2, 4, torch.float32, HostTimer().device).merges("svd", 2, ", rank=4", 1)
+    merges.write(0)
+    plan, slots = merges.plans[0], merges.slots[0]
+    names = pool.one_of_each(SHAPES)
+    assert names == ["model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"]
+    assert device_agreement.differs_from_lowrank(plan, names, slots) is None
+    slots[names[1]].a[0, 0] *= 1.001
+    assert str(device_agreement.differs_from_lowrank(plan, names, slots)).startswith(names[1])
+
+
+def test_sets_share_no_source_and_fill_slots_beside_each_other() -> None:
+    merges = pool.Pool(SHAPES, 8, 4, torch.bfloat16, HostTimer().device).merges("linear", 4, "", 4, 16)
+    assert [plan.spec.names for plan in merges.plans] == [("a", "b", "c", "d"), ("e", "f", "g", "h")]
+    first, second = (slots["model.layers.0.self_attn.q_proj"].a for slots in merges.slots)
+    assert first.shape == (16, 40)
+    assert second.data_ptr() - first.data_ptr() == first.nbytes
+
+
+def test_a_merge_without_its_thresholds_searches_them_again() -> None:
+    merges = pool.Pool(SHAPES, 4, 4, torch.bfloat16, HostTimer().device).merges("ties", 4, "", 1)
+    merges.prepare()
+    merges.write(0)
+    before = [next(iter(resident.thresholds.values())) for resident in merges._residents[0]]
+    merges.write(0)
+    assert all(
+        next(iter(r.thresholds.values())) is x for r, x in zip(merges._residents[0], before, strict=True)
+    )
+    merges.write_cold(0)
+    after = [next(iter(resident.thresholds.values())) for resident in merges._residents[0]]
+    assert all(x is not y and torch.equal(x, y) for x, y in zip(after, before, strict=True))
+
+
+def test_copies_move_the_bytes_they_are_asked_for() -> None:
+    copies = Copies(torch.device("cpu"), 4096, 2)
+    copies(1)
+    copies(3)
+    assert torch.equal(copies._target[1], copies._source[1])
+    assert copies._source[1].nbytes + copies._target[1].nbytes == 4096
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_awkward_sources_hold_zeros_of_both_signs_subnormals_and_ties(dtype: torch.dtype) -> None:
+    f = cases.awkward_sources(cases.SMALL, 1, 8, dtype)["a"].modules["small.wide"]
+    info = torch.finfo(dtype)
+    assert f.b.isfinite().all()
+    assert f.b.abs().max() < info.max * 2.0**-13
+    assert ((f.b == 0) & f.b.signbit()).any()
+    assert ((f.b == 0) & ~f.b.signbit()).any()
+    assert ((f.b != 0) & (f.b.abs() < info.smallest_normal)).any()
+    assert (f.b.abs() == 0.375).sum() > 1
+
+
+def test_wrong_eigenvalues_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh = torch.linalg.eigh
+
+    def off(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, vectors = eigh(x)
+        return values * (1 + 1e-11), vectors
+
+    assert {wrong for _, wrong in device_agreement.eigenvalues(HostTimer().device)} == {None}
+    monkeypatch.setattr(torch.linalg, "eigh", off)
+    wrong = [what for what, text in device_agreement.eigenvalues(HostTimer().device) if text]
+    assert len([what for what in wrong if what.startswith("eigenvalues")]) == 4
+
+
+def test_an_approximation_that_is_not_the_best_is_noticed() -> None:
+    sources = pool.Pool(SHAPES, 2, 4, torch.float32, HostTimer().device)
+    merges = sources.merges("svd", 2, ", rank=4", 1)
+    plan = merges.plans[0]
+    result = sources.backend.merge(plan, lambda _: None)
+    name = next(iter(SHAPES))
+    assert device_agreement.not_best(plan.modules[name], result.modules[name]) is None
+    result.modules[name].b[:, 0] *= 1.01
+    assert device_agreement.not_best(plan.modules[name], result.modules[name]) is not None
+
+
+class Events:
+    """CUDA's events, its spinning kernel and its synchronisation; a log is the queue and the clock."""
+
+    def __init__(self, until_queued: float) -> None:
+        self.until_queued = until_queued  # seconds that the device must be held back
+        self.held = 0.0
+        self.log: list[str] = []
+
+    def sleep(self, cycles: int) -> None:
+        self.held = cycles / device.CYCLES
+        self.log.append("sleep")
+
+    def work(self) -> None:
+        self.log.append("work")
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(device, "_event", lambda: Event(self))
+        patch.setattr(torch.cuda, "_sleep", self.sleep)
+        patch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
+
+
+@dataclass
+class Event:
+    """One that is recorded at a place in the log, a second after the one before."""
+
+    events: Events
+    at: int = 0
+
+    def record(self) -> None:
+        self.at = len(self.events.log)
+        self.events.log.append("event")
+
+    def query(self) -> bool:
+        return self.events.held < self.events.until_queued
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def test_the_device_is_held_back_until_all_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events(until_queued=0.0)
+    events.install(monkeypatch)
+    times = CudaTimer(torch.device("cpu")).on_device([events.work] * 2)
+    assert events.log == ["wait", "sleep", *["event", "work", "event"] * 2, "wait"]
+    assert times == DeviceTimes([2.0, 2.0], True)
+
+
+def test_what_was_queued_too_late_is_measured_again_behind_a_longer_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = Events(until_queued=2 * device.FIRST_HOLD)
+    events.install(monkeypatch)
+    timer = CudaTimer(torch.device("cpu"))
+    slow = [lambda: time.sleep(1.5 * device.FIRST_HOLD)]
+    assert timer.on_device(slow).gapless
+    assert events.log.count("sleep") == 2
+    events.until_queued = float("inf")
+    assert not timer.on_device([lambda: None]).gapless
+    assert events.log.count("sleep") == 2 + device.TRIES
+
+
+def test_functions_that_wait_for_the_device_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events(until_queued=0.0)
+    events.install(monkeypatch)
+    assert not CudaTimer(torch.device("cpu")).on_device([lambda: None], held=False).gapless
+    assert "sleep" not in events.log
+
+
+def test_a_whole_call_ends_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.01))
+    queued, done = CudaTimer(torch.device("cpu")).until_done(lambda: None)
+    assert 0 <= queued < done
+    assert done >= 0.01
+
+
+@pytest.mark.parametrize("tool", ["echo 580.1", "exit 9", None])
+def test_the_facts_name_the_gpu_and_every_version(
+    tool: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = SimpleNamespace(name="X", multi_processor_count=132, total_memory=2**37, L2_cache_size=60_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: made)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if tool:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{tool}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    facts = CudaTimer(torch.device("cpu")).facts()
+    assert facts["driver"] == ("580.1" if tool == "echo 580.1" else "unknown")
+    assert (facts["gpu"], facts["memory GiB"], facts["L2 MB"]) == ("X", 128.0, 60.0)
+    assert facts["torch"] == torch.__version__
+    assert {"cuda", "rocm", "triton", "numpy", "peft"} <= facts.keys()
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_nothing_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["gpu"])  # under the interpreter
+    assert caught.value.code == 2
+    assert "no GPU to time; --agreement-only runs under the interpreter" in capsys.readouterr().err
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_and_without_the_interpreter_there_is_one_line() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "merged_lora.bench", "gpu", "--agreement-only"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "backend triton needs a CUDA or ROCm device" in line
+
+
+def test_without_layers_there_is_nothing_to_measure() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["gpu", "--layers", "0"])
+    assert caught.value.code == 2
+
+
+def test_the_command_measures_what_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[gpu.Work, Path | None, bool]] = []
+
+    def run(work: gpu.Work, file: Path | None, agreement_only: bool) -> int:
+        asked.append((work, file, agreement_only))
+        return 0
+
+    monkeypatch.setattr(gpu, "run", run)
+    assert main(["gpu", "--quick", "--layers", "2", "--json", "times.json"]) == 0
+    assert main(["gpu", "--agreement-only"]) == 0
+    (quick, file, _), (whole, _, _) = asked
+    assert (len(quick.shapes), len(whole.shapes)) == (14, 224)
+    assert (quick.everything, whole.everything) == (False, True)
+    assert file == Path("times.json")
+    assert [only for _, _, only in asked] == [False, True]
+
+
+def test_agreement_meets_every_number_of_sources_that_is_timed() -> None:
+    assert set(gpu.Work(SHAPES).counts) <= set(COUNTS)
