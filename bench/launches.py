@@ -1,7 +1,7 @@
 """The launches of a merge in factors space, with their tables on the device beforehand: to be timed alone.
 
-For plans in which every source has every module.  The benchmark compares the results with those of the backend
-before it times either.
+For plans in which every source has every module.  The benchmark compares what they make with what the backend
+makes before it times either.
 """
 
 from __future__ import annotations
