@@ -54,6 +54,7 @@ class Compiled:
     """What became of a case on a target.
 
     registers: of a thread.  spilled: bytes, or registers on gfx942.  shared: bytes of shared memory.
+    instructions: in the machine code, each counted once, loops and rare branches too; None on gfx942.
     loads, stores: how many global accesses of 16 bytes the code holds.
     """
 
@@ -63,6 +64,7 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
+    instructions: int | None
     loads: int
     stores: int
 
@@ -145,6 +147,7 @@ def compile_case(case: Case, target: str) -> Compiled:
         options={"num_warps": THREADS // TARGETS[target].warp_size, "enable_fp_fusion": False},
     )
     seconds = time.perf_counter() - start
+    instructions = None
     if target == "gfx942":
         code = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
@@ -153,8 +156,21 @@ def compile_case(case: Case, target: str) -> Compiled:
     else:
         code = compiled.asm["ptx"]
         registers, spilled = _ask_ptxas(code, TARGETS[target].arch)
+        instructions = _count_instructions(compiled.asm["cubin"])
         loads, stores = (len(re.findall(rf"{verb}\.global\S*\.v4", code)) for verb in ("ld", "st"))
-    return Compiled(case.name, target, seconds, registers, spilled, compiled.metadata.shared, loads, stores)
+    shared = compiled.metadata.shared
+    return Compiled(case.name, target, seconds, registers, spilled, shared, instructions, loads, stores)
+
+
+def _count_instructions(cubin: bytes) -> int:
+    """Instructions of the machine code, without those that only fill it up."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", said)
+    return sum(name != "NOP" for name in found)
 
 
 def _ask_ptxas(ptx: str, arch: int) -> tuple[int, int]:
@@ -196,14 +212,18 @@ def run(targets: Sequence[str] | None, file: Path | None) -> int:
     if unknown:
         raise MergeError(f"unknown target {listed(sorted(unknown))}; there are: {', '.join(TARGETS)}")
     rows, wrong = [], 0
-    print(f"{'kernel':44} {'target':7} {'registers':>9} {'spilled':>7} {'shared':>6} {'ld16':>4} {'st16':>4}")
+    print(
+        f"{'kernel':44} {'target':7} {'registers':>9} {'spilled':>7} {'shared':>6} {'code':>5} {'ld16':>4} "
+        f"{'st16':>4}"
+    )
     for target, case in ((target, case) for target in targets or TARGETS for case in cases()):
         done = compile_case(case, target)
         found = faults(case, done)
         wrong += bool(found)
         rows.append(asdict(done) | {"faults": found})
         print(
-            f"{done.case:44} {target:7} {done.registers:9} {done.spilled:7} {done.shared:6} {done.loads:4} "
+            f"{done.case:44} {target:7} {done.registers:9} {done.spilled:7} {done.shared:6} "
+            f"{done.instructions or '':5} {done.loads:4} "
             f"{done.stores:4}  {', '.join(found)}",
             flush=True,
         )

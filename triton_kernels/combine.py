@@ -125,7 +125,7 @@ def _add_source(
             total += up.to(tl.float32) - down.to(tl.float32)
         positive = tl.where(up, positive + y, positive)
         negative = tl.where(down, negative + y, negative)
-        counts += up.to(tl.int32) + tl.where(down, NEGATIVE, 0)
+        counts += tl.where(up, 1, tl.where(down, NEGATIVE, 0))
     return total, positive, negative, counts
 
 
@@ -147,7 +147,7 @@ def _divide(x, count, SOURCES: tl.constexpr):
     return quotient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # a kernel of its own for 1 and for 16 sources gains nothing
 def _combine_kernel(
     items_ptr,  # int32 [items, 2]: tensor, first entry of the block
     tensors_ptr,  # int64 [tensors, COLUMNS]: address, strides of a row and a column, rows and columns of the

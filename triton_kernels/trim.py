@@ -191,7 +191,7 @@ def _replay(counts_ptr, task, passes, tasks, count, KIND: tl.constexpr):
     return low, high, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["passes", "tasks"])
 def _count_spans_kernel(
     spans_ptr,  # int32 [spans, 2]: task, first entry
     tasks_ptr,
@@ -217,7 +217,7 @@ def _count_spans_kernel(
         tl.atomic_add(row + 2, c3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["passes", "tasks"])
 def _finish_spans_kernel(tasks_ptr, counts_ptr, passes, tasks, KIND: tl.constexpr, BLOCK: tl.constexpr):
     task = tl.program_id(0)
     data, size, count, target = _read_task(tasks_ptr, task, KIND)
