@@ -5,14 +5,20 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 
-from agreement.comparing import assert_same_bits, awkward_adapters, run
+from agreement.comparing import assert_same_bits, awkward_adapters, entries, run
 from agreement.test_bits import EXACT, plans, settings_of, spec_of
+from making import random_adapter
 from merged_lora.adapters import Adapter
+from merged_lora.engine import merge
+from merged_lora.errors import PlanError
+from merged_lora.factors import DTYPES, Factors
 from merged_lora.plan import MergePlan, make_plan
-from merged_lora.spec import MergeSpec
+from merged_lora.spec import MergeSpec, parse
 from merged_lora.strategies import TABLE
+from merged_lora.triton_kernels.combine import BLOCK
 
 COUNTS = (1, 2, 3, 4, 8, 9, 16)
 """Of sources: unrolled, looped, and with and without a correction in the division."""
@@ -64,3 +70,50 @@ def test_any_plan_gives_the_same_bits(case: tuple[MergeSpec, dict[str, Adapter]]
 
 def test_every_strategy_in_factors_space_is_tried() -> None:
     assert {s.name for s in TABLE.values() if s.recipe.space == "factors"} <= {s.name for s in EXACT}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", ["linear(a, -0.5*b, c)", "ties(a, b, 0.3*c)", "dare_ties(a, b, c)"])
+def test_every_size_around_groups_and_blocks(spec: str, dtype: torch.dtype) -> None:
+    sizes = (1, 7, 8, 9, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def adapter() -> Adapter:
+        return Adapter(
+            {
+                f"m{n}": Factors(
+                    entries("normal", n, dtype, generator)[None, :],
+                    entries("few values", n, dtype, generator)[:, None],
+                )
+                for n in sizes
+            }
+        )
+
+    assert_triton_agrees(make_plan(parse(spec), {name: adapter() for name in "abc"}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_and_unaligned_tensors_merge_like_their_copies(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    adapters = {}
+    for name in "abc":
+        wide = torch.randn(90, 33, generator=generator).to(dtype)
+        flat = torch.randn(1 + 5 * 67, generator=generator).to(dtype)
+        adapters[name] = Adapter(
+            {
+                "transposed": Factors(wide[:, :5].T, wide[:, 5:10], 2.0),
+                "strided": Factors(wide[::18, ::2], wide[::2, 3:8], 2.0),
+                "unaligned": Factors(flat[1:].view(5, 67), flat[1:].view(67, 5), 2.0),
+            }
+        )
+    assert_triton_agrees(make_plan(parse("ties(a, 0.4*b, -1*c)"), adapters))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_an_error_before_anything_is_launched(value: float) -> None:
+    good = random_adapter({"m": (8, 8)}, 2)
+    a = good.modules["m"].a.clone()
+    a[1, 3] = value
+    bad = Adapter({"m": Factors(a, good.modules["m"].b)})
+    with pytest.raises(PlanError, match="b: m holds NaN or infinity"):
+        merge("ties(a, b)", {"a": good, "b": bad}, backend="triton")
