@@ -154,3 +154,16 @@ def test_what_was_reserved_for_intermediates_is_taken_back() -> None:
     with pytest.raises(PlanError):
         own.check(make_plan(parse("svd(a, b)"), full))
     assert own._spare is not None
+
+
+def test_the_last_tie_is_found_where_a_block_begins_in_the_padding() -> None:
+    # Rows of 24 in the slot hold 8 entries of the source. The third block begins at row 170, column 16: what
+    # it holds begins with entry 171 * 8 = 1368, and of 1440 equal entries the first 1370 are kept.
+    assert divmod(2 * BLOCK, 24) == (170, 16)
+    equal = Adapter({"m": Factors(torch.full((8, 40), 0.375), torch.full((180, 8), 0.375))})
+    plan = make_plan(parse("magnitude_prune(a, density=0.9514)"), {"a": equal})
+    device = backend().device
+    slot = Slot(torch.empty(24, 40, device=device), torch.empty(180, 24, device=device))
+    backend().write(plan, {"m": slot})
+    expected = torch.where(torch.arange(1440).view(180, 8) < 1370, 0.375, 0.0)
+    assert torch.equal(slot.b[:, :8].cpu(), expected)
