@@ -79,7 +79,7 @@ class Merges:
 
     def upload(self, turn: int) -> None:
         """Bring the sources to the device, where they are not there yet."""
-        self._backend.sources.load(self.plans[turn].sources)
+        self._backend.bring(self.plans[turn])
 
     def write(self, turn: int) -> None:
         """The whole merge, as a server does it."""
@@ -91,7 +91,7 @@ class Merges:
 
     def prepare(self) -> None:
         """Make ready what follows; the sources must stay on the device from here on."""
-        self._residents = [self._backend.sources.load(plan.sources) for plan in self.plans]
+        self._residents = [self._backend.bring(plan) for plan in self.plans]
         self._launches = [
             Launches(plan, residents, slots, self._backend.device)
             for plan, residents, slots in zip(self.plans, self._residents, self.slots, strict=True)

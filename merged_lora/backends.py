@@ -76,10 +76,7 @@ class SlotBackend(Backend, Protocol):
     device: torch.device
 
     def reserve(self, nbytes: int) -> None:
-        """Take that much device memory for sources, and what intermediates need, now and for good.
-
-        No merge asks the device for much more from then on.
-        """
+        """Take that much device memory for sources, and what intermediates need, now and for good."""
         ...
 
     def adopt(self, adapter: Adapter) -> Adapter:
@@ -90,9 +87,13 @@ class SlotBackend(Backend, Protocol):
         """Bring the plan's sources to the device, try the merge and throw the result away.
 
         Returns the share of the squared norm kept (1 where no rank is cut).  Raises PlanError where the
-        result overflows its dtype or the sources do not fit into the reserved memory: where it does not
-        raise, ``write`` cannot fail.
+        result overflows the dtype of the plan or the sources do not fit into the reserved memory.  Where it
+        does not raise, and ``compile`` does not, ``write`` cannot fail.
         """
+        ...
+
+    def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
+        """Compile whatever ``write`` would launch for these, and launch nothing."""
         ...
 
     def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:

@@ -20,9 +20,9 @@ from merged_lora.plan import DeltaModule, MergePlan, overflow
 
 from . import delta
 from .launch import EVERYTHING, NOTHING, Launch, find_pairs, prepare_launches, raised_flags, source_addresses
-from .layout import Integers, Layout, copies, lay_out
+from .layout import Layout, copies, lay_out
 from .packed import ALIGNMENT, DeviceSources, Resident
-from .tables import target_rows
+from .tables import Integers, target_rows
 from .words import KINDS
 
 RESULTS = 64 << 20  # bytes of merged factors in delta space that wait for their slots at a time
@@ -52,16 +52,16 @@ class Prepared:
 class TritonBackend:
     """Merges on a GPU, or under Triton's interpreter; a :class:`merged_lora.backends.SlotBackend`.
 
-    Sources stay on the device from merge to merge, and with them the trimming thresholds found so far.
+    Sources stay on the device from merge to merge, and with them the trimming thresholds found so far.  All
+    work goes to a stream of the backend's own.
     """
 
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._side = _new_stream(device)
-        self._main: torch.cuda.Stream | None = None  # set while work goes to the side stream
-        self.sources = DeviceSources(device, self._wait_for_main)
+        self._stream = _new_stream(device)
+        self._sources = DeviceSources(device)
         self._prepared: weakref.WeakKeyDictionary[MergePlan, Prepared] = weakref.WeakKeyDictionary()
         self._constants = torch.tensor([EVERYTHING, NOTHING], dtype=torch.int32).to(device)
         self._spare: torch.Tensor | None = None
@@ -69,18 +69,23 @@ class TritonBackend:
 
     def reserve(self, nbytes: int) -> None:
         """See :class:`merged_lora.backends.SlotBackend`."""
-        with self._turn:
-            self.sources.reserve(nbytes)
+        with self._turn, self._apart():
+            self._sources.reserve(nbytes)
             self._spare = self._intermediates()
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """See :class:`merged_lora.backends.SlotBackend`."""
         with self._turn:
-            return self.sources.adopt(adapter)
+            return self._sources.adopt(adapter)
+
+    def bring(self, plan: MergePlan) -> list[Resident]:
+        """A plan's sources, brought to the device in order with the current stream's work."""
+        with self._turn, self._apart(in_order=True):
+            return self._sources.load(plan.sources)
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """See :class:`merged_lora.backends.Backend`; the result lies in host memory."""
-        with self._turn:
+        with self._turn, self._apart():
             buffer = torch.empty(_length(plan), dtype=torch.uint8, device=self.device)
             energy = self._write(plan, {name: Slot(a, b) for name, a, b in _views(buffer, plan)})
             host = buffer.cpu()
@@ -93,7 +98,7 @@ class TritonBackend:
 
     def check(self, plan: MergePlan) -> float:
         """See :class:`merged_lora.backends.SlotBackend`; on a GPU beside the work of the current stream."""
-        with self._turn, self._beside(plan):
+        with self._turn, self._apart():
             residents, prepared = self._bring(plan)
             layout = prepared.layout
             energy: dict[str, torch.Tensor] = {}
@@ -101,54 +106,60 @@ class TritonBackend:
             if layout.modules:
                 nowhere = [torch.empty(shape, device="meta") for shape in layout.shapes.tolist()]
                 rows = target_rows(nowhere, layout.shapes)
-                every = np.arange(len(nowhere))
-                launches = self._launch(layout, residents, every, rows, layout.rounds, check=True)
+                launches = self._launch(layout, residents, _every(nowhere), rows, layout.rounds, check=True)
                 verdicts.append((layout.modules, raised_flags(launches).view(-1, 2).amax(1) > 0))
-            with self._lending():
+            with self._lending(prepared.groups):
                 for group in prepared.groups:
-                    merged = self._merge_group(group, residents)
-                    sides = [x.isfinite().flatten(1).all(1) for x in (merged.a, merged.b)]
-                    verdicts.append((group.names, ~(sides[0] & sides[1])))
-                    energy |= _energy(group, merged)
+                    wrong, kept = self._try(group, residents)
+                    verdicts.append((group.names, wrong))
+                    energy |= kept
             for names, wrong in verdicts:
                 for name, is_wrong in zip(names, wrong.tolist(), strict=True):
                     if is_wrong:
                         raise overflow(plan.spec, name)
             return Result({}, _on_host(energy)).kept_energy()
 
+    def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
+        """See :class:`merged_lora.backends.SlotBackend`."""
+        with self._turn, self._apart():
+            _, prepared = self._bring(plan)
+            layout = prepared.layout
+            here, tensors = _chosen(layout, slots)
+            nothing = np.zeros(layout.weights.shape, np.int64)
+            rows = target_rows(tensors, layout.shapes[here])
+            launches = prepare_launches(layout, here, nothing, nothing, rows, _kinds(tensors), self.device)
+            for group in (whole.only(slots) for whole in prepared.groups):
+                results = [r for module in group.modules for r in module.results]
+                outlines = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in results]
+                launches += self._copies(outlines, _tensors(slots[name] for name in group.names))
+            launches += self._copies(_zeros(empty), _tensors(empty))
+            for one in launches:
+                one.compile()
+
     def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
         """See :class:`merged_lora.backends.SlotBackend`."""
-        with self._turn:
+        with self._turn, self._apart(in_order=True):
             self._write(plan, slots)
-            if empty:
-                zeros = _tensors(empty)
-                self._copy([torch.empty(0, 0, dtype=t.dtype) for t in zeros], zeros)
+            for one in self._copies(_zeros(empty), _tensors(empty)):
+                one.run()
 
     def _write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> dict[str, torch.Tensor]:
         """Merge into slots.  Returns what each module whose rank was cut has kept, still on the device."""
         residents, prepared = self._bring(plan)
+        here, tensors = _chosen(prepared.layout, slots)
+        if tensors:
+            rows = target_rows(tensors, prepared.layout.shapes[here])
+            self._launch(prepared.layout, residents, here, rows, _kinds(tensors))
         energy: dict[str, torch.Tensor] = {}
-        layout = prepared.layout
-        here = [i for i, name in enumerate(layout.modules) if name in slots]
-        if here:
-            chosen = np.array([2 * i + side for i in here for side in (0, 1)])
-            tensors = _tensors(slots[layout.modules[i]] for i in here)
-            rows = target_rows(tensors, layout.shapes[chosen])
-            self._launch(layout, residents, chosen, rows, _kinds(tensors))
-        with self._lending():
-            for group in (whole.only(slots) for whole in prepared.groups):
-                if group.names:
-                    merged = self._merge_group(group, residents)
-                    self._copy(
-                        [x for pair in zip(merged.a, merged.b, strict=True) for x in pair],
-                        _tensors(slots[name] for name in group.names),
-                    )
-                    energy |= _energy(group, merged)
+        groups = [group for group in (whole.only(slots) for whole in prepared.groups) if group.names]
+        with self._lending(groups):
+            for group in groups:
+                energy |= self._fill(group, residents, slots)
         return energy
 
     def _bring(self, plan: MergePlan) -> tuple[list[Resident], Prepared]:
         """The plan's sources on the device, and what follows from the plan."""
-        residents = self.sources.load(plan.sources)
+        residents = self._sources.load(plan.sources)
         prepared = self._prepared.get(plan)
         if prepared is None:
             kinds: dict[Hashable, dict[str, DeltaModule]] = {}
@@ -176,14 +187,34 @@ class TritonBackend:
             one.run()
         return launches
 
-    def _copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-        """Copy tensors into the first rows and columns of targets, and zeros into the rest."""
+    def _copies(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[Launch]:
+        """What copies tensors into the first rows and columns of targets, and zeros into the rest."""
         layout = copies(_kinds(sources))
-        filled = np.array([t.shape for t in sources], np.int64)
-        addresses = np.array([[t.data_ptr()] for t in sources], np.int64)
-        pairs, every, rows = np.zeros_like(addresses), np.arange(len(targets)), target_rows(targets, filled)
-        for one in prepare_launches(layout, every, addresses, pairs, rows, _kinds(targets), self.device):
+        filled = np.array([t.shape for t in sources], np.int64).reshape(-1, 2)
+        addresses = np.array([t.data_ptr() for t in sources], np.int64).reshape(-1, 1)
+        rows, kinds = target_rows(targets, filled), _kinds(targets)
+        nothing = np.zeros_like(addresses)
+        return prepare_launches(layout, _every(targets), addresses, nothing, rows, kinds, self.device)
+
+    # In functions of their own, so that what a group takes is free before the next one is merged.
+
+    def _fill(
+        self, group: Group, residents: Sequence[Resident], slots: Mapping[str, Slot]
+    ) -> dict[str, torch.Tensor]:
+        """Merge a group into its slots; what was kept of each module whose rank was cut."""
+        merged = self._merge_group(group, residents)
+        sources = [x for pair in zip(merged.a, merged.b, strict=True) for x in pair]
+        for one in self._copies(sources, _tensors(slots[name] for name in group.names)):
             one.run()
+        return _energy(group, merged)
+
+    def _try(
+        self, group: Group, residents: Sequence[Resident]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Merge a group: for each module whether the result overflows, and what was kept of it."""
+        merged = self._merge_group(group, residents)
+        a, b = (x.isfinite().flatten(1).all(1) for x in (merged.a, merged.b))
+        return ~(a & b), _energy(group, merged)
 
     def _merge_group(self, group: Group, residents: Sequence[Resident]) -> delta.MergedStack:
         first = group.modules[0]
@@ -196,12 +227,14 @@ class TritonBackend:
         return torch.empty(delta.WORKSPACE + RESULTS, dtype=torch.uint8, device=self.device)
 
     @contextlib.contextmanager
-    def _lending(self) -> Iterator[None]:
-        """Lend what was reserved for intermediates to torch's allocator, so that it asks the device for none.
+    def _lending(self, groups: Sequence[Group]) -> Iterator[None]:
+        """Lend what was reserved for intermediates to torch's allocator while groups are merged.
 
-        The current stream must be the one it was reserved on: the allocator gives memory back to its stream.
+        So it asks the device for none, and finds the memory whole again afterwards.
         """
-        reserved, self._spare = self._spare is not None, None
+        reserved = self._spare is not None and len(groups) > 0
+        if reserved:
+            self._spare = None
         try:
             yield
         finally:
@@ -209,25 +242,26 @@ class TritonBackend:
                 self._spare = self._intermediates()
 
     @contextlib.contextmanager
-    def _beside(self, plan: MergePlan) -> Iterator[None]:
-        """Send work to the side stream, beside what runs on the current one, and wait for it at the end.
+    def _apart(self, in_order: bool = False) -> Iterator[None]:
+        """Do everything on the backend's own stream, which alone touches what it keeps on the device.
 
-        Merges in delta space stay on the current stream, where their intermediates are reserved.
+        in_order: after what is queued on the current stream and before what will be; else beside it, and the
+        host waits at the end.
         """
-        if self._side is None or plan.recipe.space == "delta":
+        if self._stream is None:
             yield
             return
-        self._main = torch.cuda.current_stream(self.device)
+        main = torch.cuda.current_stream(self.device)
+        if in_order:
+            self._stream.wait_stream(main)
         try:
-            with torch.cuda.stream(self._side):
+            with torch.cuda.stream(self._stream):
                 yield
-                self._side.synchronize()
         finally:
-            self._main = None
-
-    def _wait_for_main(self) -> None:
-        if self._side is not None and self._main is not None:
-            self._side.wait_stream(self._main)
+            if in_order:
+                main.wait_stream(self._stream)
+            else:
+                self._stream.synchronize()
 
 
 def load() -> TritonBackend:
@@ -276,6 +310,22 @@ def _length(plan: MergePlan) -> int:
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _chosen(layout: Layout, slots: Mapping[str, Slot]) -> tuple[Integers, list[torch.Tensor]]:
+    """The tensors of a layout that have a slot, and where they go."""
+    here = [i for i, name in enumerate(layout.modules) if name in slots]
+    tensors = _tensors(slots[layout.modules[i]] for i in here)
+    return np.array([2 * i + side for i in here for side in (0, 1)], np.int64), tensors
+
+
+def _every(tensors: Sequence[torch.Tensor]) -> Integers:
+    return np.arange(len(tensors))
+
+
+def _zeros(slots: Sequence[Slot]) -> list[torch.Tensor]:
+    """A tensor of nothing for each of the slots' tensors."""
+    return [torch.empty(0, 0, dtype=t.dtype) for t in _tensors(slots)]
 
 
 def _tensors(slots: Iterable[Slot]) -> list[torch.Tensor]:

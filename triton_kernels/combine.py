@@ -44,23 +44,23 @@ UNROLLED = 4  # sources up to which the loop over them is unrolled
 
 
 @triton.jit
-def _load(address, kind, index, mask, KIND: tl.constexpr):
+def _load(address, kind, index, mask, KIND: tl.constexpr, ALIGNED: tl.constexpr):
     """float32 bits of a source's entries, 0 where masked."""
     if KIND == MIXED:
         if kind == BF16:
-            bits = _load_kind(address, index, mask, BF16)
+            bits = _load_kind(address, index, mask, BF16, ALIGNED)
         elif kind == FP16:
-            bits = _load_kind(address, index, mask, FP16)
+            bits = _load_kind(address, index, mask, FP16, ALIGNED)
         else:
-            bits = _load_kind(address, index, mask, FP32)
+            bits = _load_kind(address, index, mask, FP32, ALIGNED)
     else:
-        bits = _load_kind(address, index, mask, KIND)
+        bits = _load_kind(address, index, mask, KIND, ALIGNED)
     return bits
 
 
 @triton.jit
-def _load_kind(address, index, mask, KIND: tl.constexpr):
-    return widen(tl.load(pointer(address, KIND) + index, mask=mask, other=0), KIND)
+def _load_kind(address, index, mask, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+    return widen(tl.load(pointer(address, KIND, ALIGNED) + index, mask=mask, other=0), KIND)
 
 
 @triton.jit
@@ -86,6 +86,7 @@ def _add_source(
     KEEP: tl.constexpr,
     RULE: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Add one source's entries to the running sums."""
     address = tl.load(sources_ptr + at)
@@ -93,7 +94,7 @@ def _add_source(
     if KIND == MIXED:
         kind = tl.load(kinds_ptr + at)
     # `where`, not `&`: the interpreter turns an `&` with a scalar into integers.
-    bits = _load(address, kind, index, tl.where(address != 0, inside, False), KIND)
+    bits = _load(address, kind, index, tl.where(address != 0, inside, False), KIND, ALIGNED)
     x = bits.to(tl.float32, bitcast=True)
     if KEEP == KEEP_LARGEST:
         pair = tl.load(keeps_ptr + at).to(tl.pointer_type(tl.int32))
@@ -200,9 +201,9 @@ def _combine_kernel(
         counter = index // GROUP
         lane = index - counter * GROUP
         target_column = group_column
-    end = begin + BLOCK - 1
+    final = begin + BLOCK - 1
     first = begin // columns * stride + tl.minimum(begin % columns, filled_columns)
-    last = end // columns * stride + tl.minimum(end % columns, filled_columns - 1)
+    last = final // columns * stride + tl.minimum(final % columns, filled_columns - 1)
     inside = (place < rows * columns) & (group_row < filled_rows) & (group_column < filled_columns)
 
     total = tl.zeros([BLOCK // GROUP, GROUP], tl.float32)
@@ -216,7 +217,7 @@ def _combine_kernel(
             total, positive, negative, counts = _add_source(
                 at, index, counter, lane, first, last, inside, total, positive, negative, counts,
                 sources_ptr, keeps_ptr, weights_ptr, shares_ptr, rescales_ptr, kinds_ptr,
-                KIND, KEEP, RULE, WEIGHTED,
+                KIND, KEEP, RULE, WEIGHTED, ALIGNED,
             )  # fmt: skip
             at += 1
     else:
@@ -224,7 +225,7 @@ def _combine_kernel(
             total, positive, negative, counts = _add_source(
                 at + i, index, counter, lane, first, last, inside, total, positive, negative, counts,
                 sources_ptr, keeps_ptr, weights_ptr, shares_ptr, rescales_ptr, kinds_ptr,
-                KIND, KEEP, RULE, WEIGHTED,
+                KIND, KEEP, RULE, WEIGHTED, ALIGNED,
             )  # fmt: skip
 
     if RULE != SUM and RULE != COPY:
@@ -284,10 +285,13 @@ class Variant:
     check: bool = False
 
 
-def combine(tables: Tables, variant: Variant) -> None:
-    """Merge everything that the tables name, in one launch on the current stream."""
+def combine(tables: Tables, variant: Variant, programs: int) -> None:
+    """Merge what the tables name, in one launch on the current stream.
+
+    programs: as many as the tables have items; 0 compiles the kernel and launches nothing.
+    """
     count = tables.sources.shape[1]
-    _combine_kernel[(tables.items.shape[0],)](
+    _combine_kernel[(programs,)](
         items_ptr=tables.items,
         tensors_ptr=tables.tensors,
         sources_ptr=tables.sources,

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .combine import BLOCK, KEEP_RANDOM, Tables, Variant, combine
-from .layout import Integers, Layout
+from .combine import BLOCK, KEEP_LARGEST, KEEP_RANDOM, Tables, Variant, combine
+from .layout import Layout
 from .packed import Resident
-from .tables import aligned, block_items, upload
+from .tables import Integers, aligned, block_items, upload
 from .trim import find_thresholds
-from .words import MIXED
+from .words import INFINITY, MAGNITUDE, MIXED
 
 KEPT_THRESHOLDS = 8  # per adapter, one for each density it was last merged with
-EVERYTHING, NOTHING = (0, 0x7FFFFFFF), (0x7F800000, 0)
+EVERYTHING, NOTHING = (0, MAGNITUDE.value), (INFINITY.value, 0)
 """Pairs ``(thr, cut)`` that need no search; nothing finite lies above infinity."""
 
 
@@ -38,11 +38,13 @@ def find_pairs(layout: Layout, residents: Sequence[Resident], constants: torch.T
     """
     everything, nothing = constants.data_ptr(), constants.data_ptr() + 8
     table = np.full(layout.weights.shape, everything, np.int64)
-    tasks, kinds = [], []
+    if layout.keep != KEEP_LARGEST.value:
+        return table
+    tasks, kinds, found = [], [], []
     for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
         counts = layout.counts[place.tensors, i]
         sizes = layout.shapes[place.tensors].prod(1)
-        key = counts.tobytes()
+        key = place.rows.tobytes() + counts.tobytes()
         pairs = resident.thresholds.get(key)
         target = np.arange(counts.size) * 8
         wanted = (counts > 0) & (counts < sizes)
@@ -51,16 +53,16 @@ def find_pairs(layout: Layout, residents: Sequence[Resident], constants: torch.T
             address = resident.addresses[place.rows, place.sides]
             tasks.append(np.stack([address, sizes, counts, target + pairs.data_ptr()], axis=1)[wanted])
             kinds.append(layout.kinds[place.tensors, i][wanted])
-            resident.thresholds[key] = pairs
-            while len(resident.thresholds) > max(KEPT_THRESHOLDS, len(residents)):
-                resident.thresholds.popitem(last=False)
-        resident.thresholds.move_to_end(key)
-        if pairs.is_cuda:  # it may have been found on another stream than the one that will read it
-            pairs.record_stream(torch.cuda.current_stream(pairs.device))
+        found.append((resident.thresholds, key, pairs))
         unsearched = np.where(counts == 0, nothing, everything)
         table[place.tensors, i] = np.where(wanted, target + pairs.data_ptr(), unsearched)
     if tasks:
         find_thresholds(np.concatenate(tasks), np.concatenate(kinds), constants.device)
+    for thresholds, key, pairs in found:  # only now: a search that fails must leave nothing to be believed
+        thresholds[key] = pairs
+        thresholds.move_to_end(key)
+        while len(thresholds) > max(KEPT_THRESHOLDS, len(residents)):
+            thresholds.popitem(last=False)
     return table
 
 
@@ -74,7 +76,11 @@ class Launch:
 
     def run(self) -> None:
         """Launch it on the current stream."""
-        combine(self.tables, self.variant)
+        combine(self.tables, self.variant, self.tables.items.shape[0])
+
+    def compile(self) -> None:
+        """Compile what :meth:`run` would launch, where it is not yet."""
+        combine(self.tables, self.variant, 0)
 
 
 def prepare_launches(

@@ -13,9 +13,9 @@ from merged_lora.plan import FactorJob, FactorModule, MergePlan, Vote
 
 from .combine import COPY, KEEP_ALL, KEEP_LARGEST, KEEP_RANDOM, SUM, VOTE_FREQUENCY, VOTE_TOTAL
 from .packed import Packed
+from .tables import Integers
 from .words import KINDS
 
-Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 UNLIMITED = -1  # as a count: every entry is kept

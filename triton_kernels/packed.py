@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -101,15 +101,13 @@ class Resident:
 class DeviceSources:
     """Adapters on a device; where the budget is full, the least recently used of them are evicted.
 
-    The budget is one buffer, cut first fit.  Uploads are ordered on the current stream; ``before_reuse`` is
-    called before one overwrites bytes that earlier work may still read.
+    The budget is one buffer, cut first fit.  All is ordered on the current stream, which must always be
+    the same: an upload may overwrite what earlier work on it reads.
     """
 
-    def __init__(self, device: torch.device, before_reuse: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before_reuse = before_reuse
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
-        self._touched = 0  # bytes of the arena that have ever held an adapter
         self._reserved = False
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # by content digest, oldest first
         self._packed: weakref.WeakKeyDictionary[Adapter, Packed] = weakref.WeakKeyDictionary()
@@ -164,9 +162,6 @@ class DeviceSources:
             if not evictable:
                 return False
             del self._residents[evictable.pop(0)]
-        if start < self._touched:
-            self._before_reuse()
-        self._touched = max(self._touched, start + size)
         buffer = self._arena[start : start + size]
         buffer.copy_(packed.host, non_blocking=True)
         self._residents[digest] = Resident(packed, buffer, start)
@@ -182,7 +177,6 @@ class DeviceSources:
 
     def _renew(self, nbytes: int) -> None:
         self._residents.clear()
-        self._touched = 0
         self._arena = torch.empty(0, dtype=torch.uint8, device=self._device)  # free before taking more
         self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 

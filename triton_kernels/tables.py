@@ -69,7 +69,7 @@ def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[
     starts = np.cumsum([0] + [-(-array.nbytes // 16) * 16 for array in arrays]).tolist()
     host = torch.zeros(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     for array, start in zip(arrays, starts, strict=False):
-        host[start : start + array.nbytes] = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
+        host.numpy()[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     there = host.to(device, non_blocking=True)
     return [
         there[start : start + array.nbytes]

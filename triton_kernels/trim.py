@@ -28,10 +28,8 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from .tables import block_items, upload
+from .tables import Integers, block_items, upload
 from .words import FP16, FP32, INFINITY, MAGNITUDE, WARPS, pointer, widen
-
-Integers = NDArray[np.int64]
 
 BLOCK = 4096  # entries of a tensor looked at together
 SAMPLE = 4096  # entries that choose the first pivots, in runs of RUN

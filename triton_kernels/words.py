@@ -58,7 +58,9 @@ def narrow(x, KIND: tl.constexpr):
     if KIND == BF16:
         bits = x.to(tl.uint32, bitcast=True)
         odd = (bits >> 16) & 1
-        word = ((bits + 0x7FFF + odd) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+        # A NaN as NVIDIA makes it, 0x7FFFFFFF, would be rounded to -0.0.
+        rounded = tl.where((bits & MAGNITUDE) > INFINITY, bits, bits + 0x7FFF + odd)
+        word = (rounded >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
     elif KIND == FP16:
         word = x.to(tl.float16)
     else:

@@ -26,7 +26,7 @@ from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_nam
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Slot, SlotBackend, load_backend
+from merged_lora.backends import Backend, Slot, SlotBackend, load_backend
 from merged_lora.errors import BackendError, PlanError, listed
 from merged_lora.factors import Factors
 from merged_lora.peft_files import config_of, tensors_of
@@ -65,24 +65,37 @@ def with_worker(original: Callable[..., None]) -> Callable[..., None]:
 def _maker(manager: Any, settings: Settings, sleeps: bool) -> Maker[LoRAModel]:
     backend = load_backend(settings.backend)
     maker: Maker[LoRAModel]
+    unfit = _unfit(backend, manager, sleeps)
+    if unfit and settings.backend == "auto":
+        logger.warning("%s; merging on the CPU", unfit)
+        backend = load_backend("cpu")
+    elif unfit:
+        raise BackendError(f"{unfit}; start the server with --merged-lora-backend cpu")
     if isinstance(backend, SlotBackend):
-        way_out = "start the server with --merged-lora-backend cpu"
-        if backend.device.type != manager.device.type:
-            raise BackendError(
-                f"backend {backend.name} merges on {backend.device}, vLLM runs on {manager.device}; {way_out}"
-            )
-        if sleeps:
-            raise BackendError(
-                f"sleep mode takes the memory in which backend {backend.name} keeps its sources; {way_out}"
-            )
         # Now, while the model is loaded, and for good: vLLM measures afterwards what is left for the KV
         # cache, so this memory counts like weights and no merge ever has to ask for more.
         backend.reserve(int(settings.gpu_gib * GIB))
-        maker = SlotMaker(backend, functools.partial(_slot_model, manager, backend))
+        maker = SlotMaker(backend, functools.partial(_slot_model, manager, backend), _compile)
     else:
         maker = HostMaker(backend, functools.partial(_host_model, manager))
     warm_up(backend, manager.lora_config.lora_dtype)
     return maker
+
+
+def _unfit(backend: Backend, manager: Any, sleeps: bool) -> str:
+    """Why a backend cannot serve this engine; empty where it can."""
+    if not isinstance(backend, SlotBackend):
+        return ""
+    if backend.device.type != manager.device.type:
+        return f"backend {backend.name} merges on {backend.device}, vLLM runs on {manager.device}"
+    if sleeps:
+        return f"sleep mode takes the memory in which backend {backend.name} keeps its sources"
+    return ""
+
+
+def _compile(lora: LoRAModel) -> None:
+    filling: Filling = getattr(lora, ATTRIBUTE)
+    filling.compile()
 
 
 def or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -338,12 +351,7 @@ class Filling:
     def fill(self, index: int) -> None:
         """Write the merge into every layer of the model, over what the slot held before."""
         start = time.perf_counter()
-        slots, empty = {}, []
-        for part, slot in self.layout.at(index).items():
-            if part in self.modules:
-                slots[self.modules[part]] = slot
-            else:
-                empty.append(slot)
+        slots, empty = self._slots(index)
         self.backend.write(self.plan, slots, empty)
         for name, layer in self.layout.others.items():
             self._hand_over(name, layer, index)
@@ -356,12 +364,33 @@ class Filling:
             (time.perf_counter() - start) * 1e3,
         )
 
+    def compile(self) -> None:
+        """Compile what :meth:`fill` will launch, so that no step of the engine has to wait for it."""
+        self.backend.compile(self.plan, *self._slots(0))
+        for name in self.layout.others:
+            whole = {module: self._empty(module) for module in self._held(name) if module is not None}
+            if whole:
+                self.backend.compile(self.plan, whole)
+
+    def _slots(self, index: int) -> tuple[dict[str, Slot], list[Slot]]:
+        """Slots by the plan's modules, and those of modules that the merge lacks."""
+        slots, empty = {}, []
+        for part, slot in self.layout.at(index).items():
+            if part in self.modules:
+                slots[self.modules[part]] = slot
+            else:
+                empty.append(slot)
+        return slots, empty
+
+    def _held(self, name: str) -> list[str | None]:
+        """The plan's modules that one layer takes, in its order; None where the merge lacks one."""
+        return [self.modules.get(part) for part in self.layout.packed.get(name) or [name]]
+
     def _hand_over(self, name: str, layer: Any, index: int) -> None:
         """Merge one layer into tensors of its own and let vLLM take them."""
         if isinstance(layer, ClassificationHeadWithLoRA):
             layer.reset_module_to_save(index)
-        parts = self.layout.packed.get(name) or [name]
-        held = [self.modules.get(part) for part in parts]
+        held = self._held(name)
         whole = {module: self._empty(module) for module in held if module is not None}
         if not whole:
             layer.reset_lora(index)

@@ -23,7 +23,7 @@ from merged_lora.strategies import TABLE
 logger = logging.getLogger("vllm.merged_lora")
 
 WARMED_COUNTS = (2, 3, 4, 5)
-"""Of sources: those for which a device backend has kernels of their own, and one for all the rest."""
+"""Of sources: those for which a device backend has kernels of their own, and one for all that are more."""
 
 Model = TypeVar("Model")
 Made = TypeVar("Made", covariant=True)
@@ -81,13 +81,20 @@ class SlotMaker(Generic[Model]):
     """Merges on a device, into slots; what vLLM holds until then has shapes and no values.
 
     build: makes of an id and a plan what vLLM holds; it raises where vLLM would refuse such an adapter.
+    compile: compiles what filling a slot with it will launch.
     """
 
     light = True
 
-    def __init__(self, backend: SlotBackend, build: Callable[[int, MergePlan], Model]) -> None:
+    def __init__(
+        self,
+        backend: SlotBackend,
+        build: Callable[[int, MergePlan], Model],
+        compile: Callable[[Model], None],
+    ) -> None:
         self._backend = backend
         self._build = build
+        self._compile = compile
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """The adapter in page-locked memory."""
@@ -100,6 +107,7 @@ class SlotMaker(Generic[Model]):
         model = self._build(number, plan)
         start = time.perf_counter()
         kept = self._backend.check(plan)
+        self._compile(model)
         _log(plan, self._backend, kept, start)
         return model
 
@@ -128,7 +136,11 @@ def outline(module: FactorModule | DeltaModule) -> Factors:
 
 
 def warm_up(backend: Backend, slot_dtype: torch.dtype) -> None:
-    """Let the backend compile what it compiles, so that no request waits for it."""
+    """Let the backend compile what most merges need, so that few requests wait for it.
+
+    On a device that is every strategy with its defaults, for sources in the dtype of the slots; whatever else
+    a merge needs is compiled when it is prepared.
+    """
     start = time.perf_counter()
     if isinstance(backend, SlotBackend):
         for count in WARMED_COUNTS:

@@ -133,17 +133,6 @@ def test_without_a_reservation_the_budget_grows() -> None:
     assert torch.equal(stored(resident, ["x.q"], 0)[0], adapter(1).modules["x.q"].a)
 
 
-def test_earlier_readers_are_waited_for_only_where_bytes_are_overwritten() -> None:
-    waits: list[int] = []
-    sources = DeviceSources(CPU, before_reuse=lambda: waits.append(1))
-    sources.reserve(2 * size())
-    sources.load([adapter(1)])
-    sources.load([adapter(2)])
-    assert waits == []
-    sources.load([adapter(3)])
-    assert waits == [1]
-
-
 def test_adapters_nobody_holds_are_forgotten_on_the_host() -> None:
     sources = budget_for(1)
     twin = sources.adopt(adapter(1))

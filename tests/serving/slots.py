@@ -47,6 +47,7 @@ class CopyingBackend:
         self.reserved: list[int] = []
         self.checked: list[MergePlan] = []
         self.written: list[list[str]] = []
+        self.compiled: list[list[str]] = []
 
     def reserve(self, nbytes: int) -> None:
         self.reserved.append(nbytes)
@@ -60,6 +61,9 @@ class CopyingBackend:
     def check(self, plan: MergePlan) -> float:
         self.checked.append(plan)
         return self.merge(plan, lambda _: None).kept_energy()
+
+    def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
+        self.compiled.append(sorted(slots))
 
     def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
         self.written.append(sorted(slots))

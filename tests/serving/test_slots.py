@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ from merged_lora.peft_files import tensors_of
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin import compat_worker
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.makers import SlotMaker
+from merged_lora.vllm_plugin.makers import HostMaker, Maker, SlotMaker
 from merged_lora.vllm_plugin.settings import Settings
 from merged_lora.vllm_plugin.worker import LIGHT_MERGES, MergeWorker
 from slots import CopyingBackend, activate, contents
@@ -74,7 +76,8 @@ def sources() -> dict[str, Adapter]:
 
 def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
     """The maker of a worker."""
-    return SlotMaker(backend, lambda *args: compat_worker._slot_model(manager, backend, *args))
+    build = functools.partial(compat_worker._slot_model, manager, backend)
+    return SlotMaker(backend, build, compat_worker._compile)
 
 
 def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
@@ -313,11 +316,17 @@ def test_a_merge_without_values_is_kept_for_the_next_slot(
     assert len(made) == 1
 
 
-def start(manager: Any, backend: CopyingBackend, settings: Settings, sleeps: bool = False) -> None:
-    """What happens when a worker starts."""
+TRITON = Settings(enable=True, backend="triton")
+
+
+def start(
+    manager: Any, backend: CopyingBackend, settings: Settings, sleeps: bool = False
+) -> Maker[LoRAModel]:
+    """What happens when a worker starts, on a machine where the device backend is this one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compat_worker, "load_backend", lambda _: backend)
-        compat_worker._maker(manager, settings, sleeps)
+        real = load_backend
+        patch.setattr(compat_worker, "load_backend", lambda name: real("cpu") if name == "cpu" else backend)
+        return compat_worker._maker(manager, settings, sleeps)
 
 
 def test_device_memory_for_sources_is_reserved_when_the_worker_starts(config: VllmConfig) -> None:
@@ -332,13 +341,35 @@ def test_a_backend_of_another_device_than_vllms_is_refused(config: VllmConfig) -
     with pytest.raises(
         BackendError, match=r"merges on cuda:0, vLLM runs on cpu; .*--merged-lora-backend cpu"
     ):
-        start(slots.worker_manager(config), backend, Settings(enable=True))
+        start(slots.worker_manager(config), backend, TRITON)
     assert backend.reserved == []
 
 
 def test_sleep_mode_is_refused_with_a_backend_that_keeps_sources_on_the_device(config: VllmConfig) -> None:
     with pytest.raises(BackendError, match="sleep mode"):
-        start(slots.worker_manager(config), CopyingBackend(), Settings(enable=True), sleeps=True)
+        start(slots.worker_manager(config), CopyingBackend(), TRITON, sleeps=True)
+
+
+def test_where_the_device_does_not_serve_auto_takes_the_cpu_and_says_so(
+    config: VllmConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = CopyingBackend()
+    logging.getLogger("vllm.merged_lora").addHandler(caplog.handler)
+    try:
+        made = start(slots.worker_manager(config), backend, Settings(enable=True), sleeps=True)
+    finally:
+        logging.getLogger("vllm.merged_lora").removeHandler(caplog.handler)
+    assert isinstance(made, HostMaker)
+    assert backend.reserved == []
+    assert "sleep mode takes the memory" in caplog.text
+
+
+def test_what_fills_a_slot_is_compiled_when_the_merge_is_prepared(
+    config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    activate(manager, written(manager, backend, "ties(sql, ends)", sources))
+    assert backend.compiled == backend.written
 
 
 def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
