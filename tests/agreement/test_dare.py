@@ -119,7 +119,7 @@ def test_a_larger_density_keeps_what_a_smaller_one_kept() -> None:
     assert not (fewer & ~more).any()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1023, 1024, 1025, 5000])
 def test_an_entry_is_kept_or_not_whatever_follows_it(count: int, backend: str) -> None:
     def kept(size: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from agreement.comparing import WORDS, bits
+from kernels.converting import triton_narrow, triton_widen
 from merged_lora.cpu_kernels import kernels as compiled
 from merged_lora.reference import numbers as reference
 
@@ -31,8 +32,8 @@ def compiled_narrow(values: Array, dtype: str) -> Array:
     return stored
 
 
-WIDEN = {"reference": reference.widen, "compiled": compiled_widen}
-NARROW = {"reference": reference.narrow, "compiled": compiled_narrow}
+WIDEN = {"reference": reference.widen, "compiled": compiled_widen, "triton": triton_widen}
+NARROW = {"reference": reference.narrow, "compiled": compiled_narrow, "triton": triton_narrow}
 
 
 def torch_widen(stored: Array, dtype: str) -> Array:

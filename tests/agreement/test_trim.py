@@ -17,7 +17,7 @@ def trimmed(tensor: torch.Tensor, count: int, backend: str) -> torch.Tensor:
     return run(plan_of(tensor, Keep(count=count)), backend).modules["m"].a[0]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_among_equal_magnitudes_the_first_are_kept(dtype: torch.dtype, backend: str) -> None:
     equal = torch.full((SIZE,), 0.375, dtype=dtype)
@@ -30,7 +30,7 @@ def test_among_equal_magnitudes_the_first_are_kept(dtype: torch.dtype, backend: 
         assert torch.equal(trimmed(equal, count, backend), expected), count
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("larger", [1, 100, BLOCK])
 def test_larger_entries_come_before_earlier_ones(larger: int, dtype: torch.dtype, backend: str) -> None:
@@ -43,7 +43,7 @@ def test_larger_entries_come_before_earlier_ones(larger: int, dtype: torch.dtype
         assert torch.equal(trimmed(values, larger + more, backend), expected), more
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_distinct_magnitudes_are_kept_as_sorting_says(dtype: torch.dtype, backend: str) -> None:
     # 1024 bit patterns from 2^-4 on; those of float32 differ in their low halves and in their high ones.
