@@ -121,7 +121,7 @@ def _find_cut(data, size, thr, ties, KIND: tl.constexpr, BLOCK: tl.constexpr):
     start = 0
     left = ties
     here = tl.sum((_load_magnitudes(data, lanes, size, KIND) == thr).to(tl.int32))
-    while here < left:
+    while (here < left) & (start < size):  # the bound is never needed; without it a fault would be a hang
         left -= here
         start += BLOCK
         here = tl.sum((_load_magnitudes(data, start + lanes, size, KIND) == thr).to(tl.int32))
