@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments or ["cpu"])
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"{options.json.parent} is no folder")
+    if options.json is not None and options.json.is_dir():
+        parser.error(f"{options.json} is a folder, not a file to write")
     if getattr(options, "layers", 1) < 1:
         parser.error("--layers must be at least 1")
     try:

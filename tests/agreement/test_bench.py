@@ -83,6 +83,16 @@ def test_a_file_in_no_folder_is_refused_before_anything_is_measured(
     assert untimed == []
 
 
+@pytest.mark.parametrize("benchmark", ["cpu", "gpu", "registers"])
+def test_a_folder_is_refused_before_anything_is_measured(
+    untimed: list[str], tmp_path: Path, benchmark: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([benchmark, "--json", str(tmp_path)])
+    assert caught.value.code == 2
+    assert untimed == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_in_distinct_sources_no_magnitudes_tie_and_sums_are_exact(dtype: torch.dtype) -> None:
     sources = cases.distinct_sources(cases.SMALL, 8, 8, dtype)
