@@ -35,9 +35,10 @@ ALIKE = {f"alike.{i}": (48, 80) for i in range(5)} | cases.SMALL
 
 RESOLUTION = 1e-7  # of the largest singular value, as ``delta.merge_stack`` promises
 EPS = 2.0**-52
+# The unit roundoff of each dtype, and what rounding may add to a number too small for it: half of the
+# smallest subnormal.
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 HALF_STEP = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
-"""What rounding may add to a number too small for UNIT: half of the smallest subnormal."""
 
 
 def groups(backend: SlotBackend) -> Iterator[tuple[str, Iterator[Check]]]:

@@ -21,7 +21,7 @@ from merged_lora.plan import DeltaModule, MergePlan, overflow
 from . import delta
 from .launch import EVERYTHING, NOTHING, Launch, find_pairs, prepare_launches, raised_flags, source_addresses
 from .layout import Layout, copies, lay_out
-from .packed import ALIGNMENT, DeviceSources, Resident
+from .packed import DeviceSources, Resident, padded
 from .tables import Integers, target_rows
 from .words import KINDS
 
@@ -181,7 +181,7 @@ class TritonBackend:
         check: bool = False,
     ) -> list[Launch]:
         addresses = source_addresses(layout, residents)
-        pairs = find_pairs(layout, residents, self._constants)
+        pairs = find_pairs(layout, residents, addresses, self._constants)
         launches = prepare_launches(layout, chosen, addresses, pairs, rows, kinds, self.device, check)
         for one in launches:
             one.run()
@@ -299,17 +299,13 @@ def _views(buffer: torch.Tensor, plan: MergePlan) -> Iterator[tuple[str, torch.T
         for shape, dtype in module.results:
             nbytes = shape[0] * shape[1] * dtype.itemsize
             pair.append(buffer[start : start + nbytes].view(dtype).view(shape))
-            start += _padded(nbytes)
+            start += padded(nbytes)
         yield name, pair[0], pair[1]
 
 
 def _length(plan: MergePlan) -> int:
     results = [result for module in plan.modules.values() for result in module.results]
-    return sum(_padded(rows * columns * dtype.itemsize) for (rows, columns), dtype in results)
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return sum(padded(rows * columns * dtype.itemsize) for (rows, columns), dtype in results)
 
 
 def _chosen(layout: Layout, slots: Mapping[str, Slot]) -> tuple[Integers, list[torch.Tensor]]:

@@ -140,8 +140,8 @@ def _divide(x, count, SOURCES: tl.constexpr):
     quotient = x * power
     if SOURCES >= 3:
         # Markstein's correction (the interpreter of Triton 3.6 rounds it twice, hardware and 3.9 once). The
-        # remainder is exact, as both its terms are multiples of the smallest
-        # float32; a third of a number is never within 1/6 of the last place of a midpoint.
+        # remainder is exact, as both its terms are multiples of the smallest float32; a third of a number is
+        # never within 1/6 of the last place of a midpoint.
         third = x * 0.3333333432674408
         corrected = tl.fma(tl.fma(third, -3.0, x), 0.3333333432674408, third)
         quotient = tl.where(count == 3, corrected, quotient)

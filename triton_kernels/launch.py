@@ -30,11 +30,13 @@ def source_addresses(layout: Layout, residents: Sequence[Resident]) -> Integers:
     return table
 
 
-def find_pairs(layout: Layout, residents: Sequence[Resident], constants: torch.Tensor) -> Integers:
+def find_pairs(
+    layout: Layout, residents: Sequence[Resident], addresses: Integers, constants: torch.Tensor
+) -> Integers:
     """Address of the pair ``(thr, cut)`` of every tensor in every source, ``[T, N]``.
 
     Finds what is not known yet, in one launch for all sources, and keeps it with the source.
-    constants: int32 ``[2, 2]`` on the device, EVERYTHING and NOTHING.
+    addresses: of the tensors, ``[T, N]``.  constants: int32 ``[2, 2]`` on the device, EVERYTHING and NOTHING.
     """
     everything, nothing = constants.data_ptr(), constants.data_ptr() + 8
     table = np.full(layout.weights.shape, everything, np.int64)
@@ -50,7 +52,7 @@ def find_pairs(layout: Layout, residents: Sequence[Resident], constants: torch.T
         wanted = (counts > 0) & (counts < sizes)
         if pairs is None:
             pairs = torch.empty(counts.size, 2, dtype=torch.int32, device=constants.device)
-            address = resident.addresses[place.rows, place.sides]
+            address = addresses[place.tensors, i]
             tasks.append(np.stack([address, sizes, counts, target + pairs.data_ptr()], axis=1)[wanted])
             kinds.append(layout.kinds[place.tensors, i][wanted])
         found.append((resident.thresholds, key, pairs))

@@ -17,9 +17,8 @@ from merged_lora.errors import PlanError
 from merged_lora.factors import Factors
 
 ALIGNMENT = 64  # bytes; tensors begin at a multiple of it and are filled up with zeros
-UNRESERVED = (
-    1 << 30
-)  # bytes kept for sources where nobody has reserved any; grows for a merge that needs more
+UNRESERVED = 1 << 30
+"""Bytes for sources where nobody has reserved any; they grow for a merge that needs more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,22 +27,26 @@ class Packed:
 
     Modules of one kind (shape, rank, dtypes) lie side by side, so that they can be seen as one stack.
 
-    host: uint8 ``[nbytes]``.  modules: the views.  index: row of each module in the arrays.  offsets: int64
-    ``[modules, 2]``, the bytes where A and B begin.  sizes: int64 ``[modules, 2]``, entries of A and B.
+    host: uint8 ``[nbytes]``.  modules: the views.  index: row of each module in ``offsets``, int64
+    ``[modules, 2]``, the bytes where A and B begin.
     """
 
     host: torch.Tensor
     modules: dict[str, Factors]
     index: dict[str, int]
     offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
+
+
+def padded(nbytes: int) -> int:
+    """What a tensor of so many bytes takes in a buffer."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def pack(adapter: Adapter, pin: bool) -> Packed:
     """A copy of the adapter's tensors in one buffer."""
     order = sorted(adapter.modules, key=lambda name: (*_kind(adapter.modules[name]), name))
     pairs = [(f.a, f.b) for f in (adapter.modules[name] for name in order)]
-    lengths = np.array([[-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in pair] for pair in pairs], np.int64)
+    lengths = np.array([[padded(t.nbytes) for t in pair] for pair in pairs], np.int64)
     offsets = np.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
     host = torch.zeros(int(lengths.sum()), dtype=torch.uint8, pin_memory=pin)
     modules = {}
@@ -51,8 +54,7 @@ def pack(adapter: Adapter, pin: bool) -> Packed:
         a, b = (_view(host, start, t).copy_(t) for start, t in zip(starts, pair, strict=True))
         f = adapter.modules[name]
         modules[name] = Factors(a, b, f.scaling, f.embedding)
-    sizes = np.array([[t.numel() for t in pair] for pair in pairs], np.int64)
-    return Packed(host, modules, {name: i for i, name in enumerate(order)}, offsets, sizes)
+    return Packed(host, modules, {name: i for i, name in enumerate(order)}, offsets)
 
 
 def _kind(f: Factors) -> tuple[int, int, int, str, str]:

@@ -210,10 +210,9 @@ def _vllm_name(module: str, factors: Factors, mapper: Any) -> str:
     return name
 
 
-def _parts(layers: Any, name: str) -> list[str]:
+def _parts(packed: Mapping[str, list[str]], name: str) -> list[str]:
     """The modules that vLLM packs into this one, by their full names; itself where it packs none."""
-    packed: list[str] = layers.packed_modules.get(name, [])
-    return packed or [name]
+    return packed.get(name) or [name]
 
 
 def _check_fit(layers: Any, lora: LoRAModel) -> None:
@@ -227,7 +226,7 @@ def _check_fit(layers: Any, lora: LoRAModel) -> None:
     if strangers:
         raise PlanError(f"the model has no module {listed(strangers)} that takes LoRA")
     for name, layer in layers.modules.items():
-        parts = _parts(layers, name)
+        parts = _parts(layers.packed_modules, name)
         found = [layers._get_lora_layer_weights(lora, part) for part in parts]
         shapes = _shapes(layer, len(parts)) if any(weights is not None for weights in found) else None
         if shapes is None:
@@ -290,7 +289,7 @@ class Layout:
         self.dtype: torch.dtype = layers.lora_config.lora_dtype
         self._slots: dict[int, dict[str, Slot]] = {}
         for name, layer in layers.modules.items():
-            parts = _parts(layers, name)
+            parts = _parts(layers.packed_modules, name)
             self.parts |= dict.fromkeys(parts)
             if _is_direct(layer, len(parts)):
                 slots = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
@@ -384,7 +383,7 @@ class Filling:
 
     def _held(self, name: str) -> list[str | None]:
         """The plan's modules that one layer takes, in its order; None where the merge lacks one."""
-        return [self.modules.get(part) for part in self.layout.packed.get(name) or [name]]
+        return [self.modules.get(part) for part in _parts(self.layout.packed, name)]
 
     def _hand_over(self, name: str, layer: Any, index: int) -> None:
         """Merge one layer into tensors of its own and let vLLM take them."""

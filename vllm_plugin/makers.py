@@ -122,7 +122,7 @@ def _log(plan: MergePlan, backend: Backend, kept: float, start: float) -> None:
         str(plan.spec),
         plan.spec.digest(plan.digests),
         backend.name,
-        max(outline(module).rank for module in plan.modules.values()),
+        max(rank for (((rank, _), _), _) in (module.results for module in plan.modules.values())),
         len(plan.modules),
         kept,
         (time.perf_counter() - start) * 1e3,

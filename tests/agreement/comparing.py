@@ -50,9 +50,9 @@ def assert_same_bits(got: Result, expected: Result) -> None:
             assert differing == 0, f"{side} of {module}: {differing} of {x.numel()} entries differ"
 
 
-def assert_backends_agree(plan: MergePlan) -> None:
-    """The plan gives the same bits on the CPU backend as on the NumPy backend."""
-    assert_same_bits(run(plan, "cpu"), run(plan, "numpy"))
+def assert_backends_agree(plan: MergePlan, backend: str = "cpu") -> None:
+    """The plan gives the same bits on this backend as on the NumPy backend."""
+    assert_same_bits(run(plan, backend), run(plan, "numpy"))
 
 
 def plan_of(tensor: torch.Tensor, keep: Keep) -> MergePlan:
@@ -107,6 +107,30 @@ def entries(family: str, count: int, dtype: torch.dtype, generator: torch.Genera
     words = torch.randint(0, 2**31 if dtype == torch.float32 else 2**15, (count,), generator=generator)
     anything = words.to(WORDS[dtype]).view(dtype)
     return torch.where(anything.abs() < info.max * 2.0**-13, anything, 0) * _signs(count, generator)
+
+
+def awkward_views(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Adapter]:
+    """Adapters ``a``, ``b`` and ``c`` of views: transposed, with gaps, and beginning between two words."""
+    made = {}
+    for name in "abc":
+        wide = torch.randn(90, 33, generator=generator).to(dtype)
+        flat = torch.randn(1 + 5 * 67, generator=generator).to(dtype)
+        made[name] = Adapter(
+            {
+                "transposed": Factors(wide[:, :5].T, wide[:, 5:10], 2.0),
+                "strided": Factors(wide[::18, ::2], wide[::2, 3:8], 2.0),
+                "unaligned": Factors(flat[1:].view(5, 67), flat[1:].view(67, 5), 2.0),
+            }
+        )
+    return made
+
+
+def with_gaps(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters, each without another third of their modules."""
+    return {
+        name: Adapter({k: f for j, (k, f) in enumerate(adapter.modules.items()) if (i + j) % 3})
+        for i, (name, adapter) in enumerate(adapters.items())
+    }
 
 
 FAMILIES = (

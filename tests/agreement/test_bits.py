@@ -16,7 +16,9 @@ from agreement.comparing import (
     SIZES,
     assert_backends_agree,
     awkward_adapters,
+    awkward_views,
     entries,
+    with_gaps,
 )
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
@@ -89,35 +91,15 @@ def test_every_family_meets_every_size() -> None:
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
 def test_views_and_unaligned_tensors_merge_like_their_copies(strategy: str) -> None:
     generator = torch.Generator().manual_seed(0)
-
-    def adapters(dtype: torch.dtype) -> dict[str, Adapter]:
-        made = {}
-        for name in "abc":
-            wide = torch.randn(90, 33, generator=generator).to(dtype)
-            flat = torch.randn(1 + 5 * 67, generator=generator).to(dtype)
-            made[name] = Adapter(
-                {
-                    "transposed": Factors(wide[:, :5].T, wide[:, 5:10], 2.0),
-                    "strided": Factors(wide[::18, ::2], wide[::2, 3:8], 2.0),
-                    "unaligned": Factors(flat[1:].view(5, 67), flat[1:].view(67, 5), 2.0),
-                }
-            )
-        return made
-
     for dtype in DTYPES:
-        views = adapters(dtype)
+        views = awkward_views(dtype, generator)
         spec = spec_of(strategy, {}, 3)
         assert_backends_agree(make_plan(spec, views))
 
 
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
 def test_modules_that_some_sources_lack_merge_alike(strategy: str) -> None:
-    whole = sources(5)
-    parts = {
-        name: Adapter({k: f for j, (k, f) in enumerate(adapter.modules.items()) if (i + j) % 3})
-        for i, (name, adapter) in enumerate(whole.items())
-    }
-    assert_backends_agree(make_plan(spec_of(strategy, {}, 5), parts))
+    assert_backends_agree(make_plan(spec_of(strategy, {}, 5), with_gaps(sources(5))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

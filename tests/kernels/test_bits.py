@@ -8,14 +8,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from agreement.comparing import assert_same_bits, awkward_adapters, entries, run
+from agreement.comparing import (
+    assert_backends_agree,
+    awkward_adapters,
+    awkward_views,
+    entries,
+    with_gaps,
+)
 from agreement.test_bits import EXACT, plans, settings_of, spec_of
 from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.errors import PlanError
 from merged_lora.factors import DTYPES, Factors
-from merged_lora.plan import MergePlan, make_plan
+from merged_lora.plan import make_plan
 from merged_lora.spec import MergeSpec, parse
 from merged_lora.strategies import TABLE
 from merged_lora.triton_kernels.combine import BLOCK
@@ -35,17 +41,13 @@ def sources(count: int) -> dict[str, Adapter]:
     }
 
 
-def assert_triton_agrees(plan: MergePlan) -> None:
-    assert_same_bits(run(plan, "triton"), run(plan, "numpy"))
-
-
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
 def test_triton_gives_the_bits_of_the_reference(strategy: str, count: int) -> None:
     every = settings_of(strategy)
     # The defaults with every count, everything else with one of them.
     for options in (every[0], *every[1 + COUNTS.index(count) :: len(COUNTS)]):
-        assert_triton_agrees(make_plan(spec_of(strategy, options, count), sources(count)))
+        assert_backends_agree(make_plan(spec_of(strategy, options, count), sources(count)), "triton")
 
 
 def test_all_counts_together_meet_every_module() -> None:
@@ -55,17 +57,13 @@ def test_all_counts_together_meet_every_module() -> None:
 
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
 def test_modules_that_some_sources_lack_merge_alike(strategy: str) -> None:
-    parts = {
-        name: Adapter({k: f for j, (k, f) in enumerate(adapter.modules.items()) if (i + j) % 3})
-        for i, (name, adapter) in enumerate(sources(4).items())
-    }
-    assert_triton_agrees(make_plan(spec_of(strategy, {}, 4), parts))
+    assert_backends_agree(make_plan(spec_of(strategy, {}, 4), with_gaps(sources(4))), "triton")
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(plans())
 def test_any_plan_gives_the_same_bits(case: tuple[MergeSpec, dict[str, Adapter]]) -> None:
-    assert_triton_agrees(make_plan(*case))
+    assert_backends_agree(make_plan(*case), "triton")
 
 
 def test_every_strategy_in_factors_space_is_tried() -> None:
@@ -89,24 +87,13 @@ def test_every_size_around_groups_and_blocks(spec: str, dtype: torch.dtype) -> N
             }
         )
 
-    assert_triton_agrees(make_plan(parse(spec), {name: adapter() for name in "abc"}))
+    assert_backends_agree(make_plan(parse(spec), {name: adapter() for name in "abc"}), "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_views_and_unaligned_tensors_merge_like_their_copies(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    adapters = {}
-    for name in "abc":
-        wide = torch.randn(90, 33, generator=generator).to(dtype)
-        flat = torch.randn(1 + 5 * 67, generator=generator).to(dtype)
-        adapters[name] = Adapter(
-            {
-                "transposed": Factors(wide[:, :5].T, wide[:, 5:10], 2.0),
-                "strided": Factors(wide[::18, ::2], wide[::2, 3:8], 2.0),
-                "unaligned": Factors(flat[1:].view(5, 67), flat[1:].view(67, 5), 2.0),
-            }
-        )
-    assert_triton_agrees(make_plan(parse("ties(a, 0.4*b, -1*c)"), adapters))
+    views = awkward_views(dtype, torch.Generator().manual_seed(0))
+    assert_backends_agree(make_plan(parse("ties(a, 0.4*b, -1*c)"), views), "triton")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from merged_lora import lowrank
+from merged_lora.bench.device_agreement import HALF_STEP, UNIT
 from merged_lora.factors import DTYPES, Factors
 from merged_lora.plan import DeltaModule
 from merged_lora.reference import delta as reference
@@ -20,9 +21,6 @@ from merged_lora.triton_kernels.delta import MergedStack, Stack, kind, merge_sta
 
 EPS = 2.0**-52
 RESOLUTION = 1e-7  # of the largest singular value: the square root of float64's rounding, times the rank
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-HALF_STEP = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
-"""What rounding may add to a number too small for UNIT: half of the smallest subnormal."""
 
 Source = tuple[torch.Tensor, torch.Tensor]
 """Factors of one source, ``A [modules, rank, in]`` and ``B [modules, out, rank]``."""

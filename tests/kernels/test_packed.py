@@ -53,8 +53,10 @@ def test_every_tensor_begins_at_an_aligned_place_and_is_filled_up_with_zeros() -
     packed = pack(random_adapter({"m": (3, 5), "n": (7, 11)}, 1), pin=False)
     assert (packed.offsets % ALIGNMENT == 0).all()
     used = torch.zeros_like(packed.host, dtype=torch.bool)
-    for start, entries in zip(packed.offsets.reshape(-1), packed.sizes.reshape(-1), strict=True):
-        used[start : start + 4 * entries] = True  # float32
+    for name, i in packed.index.items():
+        f = packed.modules[name]
+        for start, tensor in zip(packed.offsets[i], (f.a, f.b), strict=True):
+            used[start : start + tensor.nbytes] = True
     assert not packed.host[~used].any()
 
 

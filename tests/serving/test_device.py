@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 
 from making import random_adapter
 from merged_lora.bench.server import Server, ServerDiedError
+from promises import assert_together_as_alone
 from tiny import FLAGS, HIDDEN, MAX_RANK, SPECS, VOCABULARY, Place
 
 pytestmark = pytest.mark.engine
@@ -126,12 +126,7 @@ def test_a_merge_is_made_again_from_memory_after_its_sources_are_gone(
 
 
 def test_more_merges_at_a_time_than_slots_are_all_served(device: Server) -> None:
-    specs = [f"linear({weight}*sql, chat)" for weight in (0.1, 0.2, 0.3, 0.4, 0.5)]
-    alone = [device.logprobs(spec) for spec in specs]
-    with ThreadPoolExecutor(5) as pool:
-        together = list(pool.map(device.logprobs, specs))
-    for one, other in zip(alone, together, strict=True):
-        assert other == pytest.approx(one, abs=1e-4)  # another batch, another order of float32 sums
+    assert_together_as_alone(device)
 
 
 @pytest.mark.parametrize(

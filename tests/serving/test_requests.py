@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from merged_lora.bench.server import Server
+from promises import assert_together_as_alone
 from tiny import SPECS, Place
 
 pytestmark = pytest.mark.engine
@@ -97,12 +98,7 @@ def test_many_requests_for_one_new_merge_get_one_answer(server: Server) -> None:
 
 
 def test_more_merges_at_a_time_than_slots_are_all_served(server: Server) -> None:
-    specs = [f"linear({weight}*sql, chat)" for weight in (0.1, 0.2, 0.3, 0.4, 0.5)]
-    alone = [server.logprobs(spec) for spec in specs]
-    with ThreadPoolExecutor(5) as pool:
-        together = list(pool.map(server.logprobs, specs))
-    for one, other in zip(alone, together, strict=True):
-        assert other == pytest.approx(one, abs=1e-4)  # another batch, another order of float32 sums
+    assert_together_as_alone(server)
 
 
 def test_a_merge_is_made_from_memory_after_its_sources_are_gone(server: Server, place: Place) -> None:
