@@ -5,16 +5,20 @@ The table of what is wrapped, and all that happens in the API server, stands in 
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora import layers as lora_layers
 from vllm.lora.layers import (
-    ClassificationHeadWithLoRA,
     LogitsProcessorWithLoRA,
     MergedColumnParallelLinearWithLoRA,
     VocabParallelEmbeddingWithLoRA,
@@ -22,12 +26,13 @@ from vllm.lora.layers import (
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Backend, Slot, SlotBackend, load_backend
-from merged_lora.errors import BackendError, PlanError, listed
+from merged_lora.errors import AdapterError, BackendError, PlanError, UnknownAdapterError, listed
 from merged_lora.factors import Factors
 from merged_lora.peft_files import config_of, tensors_of
 from merged_lora.plan import MergePlan
@@ -35,15 +40,16 @@ from merged_lora.plan import MergePlan
 from .identity import is_merge_path
 from .makers import HostMaker, Maker, SlotMaker, outline, warm_up
 from .settings import Settings
+from .snapshots import GIB
 from .worker import MergeWorker, Reply
 
 logger = logging.getLogger("vllm.merged_lora")
 
-CAPTURE, PREPARE = "merged_lora_capture", "merged_lora_prepare"
+CAPTURE, RELEASE, PREPARE = "merged_lora_capture", "merged_lora_release", "merged_lora_prepare"
 ATTRIBUTE = "merged_lora"
 """Under this name each object of vLLM keeps what belongs to it: a manager its worker, a merge its filling."""
 
-GIB = 1 << 30
+ClassificationHead: Any = getattr(lora_layers, "ClassificationHeadWithLoRA", ())  # vLLM 0.32 brought it
 
 
 def with_worker(original: Callable[..., None]) -> Callable[..., None]:
@@ -56,7 +62,8 @@ def with_worker(original: Callable[..., None]) -> Callable[..., None]:
         settings = Settings.of(vllm_config.additional_config)
         if settings.enable:
             maker = _maker(self, settings, vllm_config.model_config.enable_sleep_mode)
-            worker = MergeWorker(self.lora_config.max_lora_rank, get_adapter_absolute_path, maker)
+            limit = int(settings.cache_gib * GIB)
+            worker = MergeWorker(self.lora_config.max_lora_rank, limit, VllmShelf(self), maker)
         setattr(self, ATTRIBUTE, worker)
 
     return init
@@ -104,9 +111,12 @@ def or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         worker: MergeWorker[LoRAModel] | None = getattr(self, ATTRIBUTE, None)
-        if worker is None or not is_merge_path(lora_request.lora_path):
+        if worker is None:
             return original(self, lora_request)
-        return worker.take(lora_request.lora_path)
+        if is_merge_path(lora_request.lora_path):
+            return worker.take(lora_request.lora_path)
+        lora = worker.plain(lora_request.lora_path, lora_request.lora_int_id)
+        return original(self, lora_request) if lora is None else lora
 
     return _load_adapter
 
@@ -131,10 +141,18 @@ def filling_slots(original: Callable[..., bool]) -> Callable[..., bool]:
     return activate_adapter
 
 
-def rpc_capture(self: Any, path: str) -> Reply:
+def rpc_capture(
+    self: Any, owner: str, needed: Collection[str] | None, path: str, options: Mapping[str, Any] | None
+) -> Reply:
     """The worker's method ``CAPTURE``."""
     merges, _ = _merge_worker(self)
-    return _DISABLED if merges is None else merges.capture(path)
+    return _DISABLED if merges is None else merges.capture(owner, needed, path, options)
+
+
+def rpc_release(self: Any, owner: str, needed: Collection[str]) -> Reply:
+    """The worker's method ``RELEASE``."""
+    merges, _ = _merge_worker(self)
+    return _DISABLED if merges is None else merges.release(owner, needed)
 
 
 def rpc_prepare(self: Any, path: str) -> Reply:
@@ -149,6 +167,65 @@ _DISABLED: Reply = {"ok": False, "kind": "internal", "error": "merged LoRA is no
 def _merge_worker(worker: Any) -> tuple[MergeWorker[LoRAModel] | None, set[int]]:
     manager = getattr(worker.model_runner, "lora_manager", None)
     return getattr(manager, ATTRIBUTE, None), manager.list_adapters() if manager is not None else set()
+
+
+class VllmShelf:
+    """How vLLM's manager in a worker reads and holds plain adapters."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def find(self, path: str) -> Path:
+        """The folder that an adapter's path or hub name means."""
+        return Path(get_adapter_absolute_path(path))
+
+    def read(self, path: str, options: Mapping[str, Any]) -> LoRAModel:
+        """The adapter as vLLM reads it from disk.  Raises MergeError with vLLM's own message, or ours."""
+        try:
+            load = inspect.unwrap(type(self._manager)._load_adapter)
+            lora: LoRAModel = load(self._manager, LoRARequest("captured", 1, path, **options))
+        except LoRAAdapterNotFoundError as error:
+            raise UnknownAdapterError(str(error)) from None
+        except Exception as error:
+            raise AdapterError(str(error)) from error
+        _check_fit(self._manager._adapter_manager, lora)
+        return lora
+
+    def size(self, model: LoRAModel) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in _tensors(model))
+
+    def scalings(self, model: LoRAModel) -> dict[str, float]:
+        """What vLLM scales each module by."""
+        return {name: weights.scaling for name, weights in model.loras.items()}
+
+    def build(self, number: int, adapter: Adapter, scalings: Mapping[str, float]) -> LoRAModel:
+        """The same as ``read`` gave, under another id; raises PlanError where it would not be.
+
+        B is copied, because vLLM scales it in place.
+        """
+        copies = {
+            name: Factors(factors.a, factors.b.clone(), factors.scaling, factors.embedding)
+            for name, factors in adapter.modules.items()
+        }
+        lora = _lora_model(self._manager, number, adapter.moved(copies), "cpu")
+        if lora.loras.keys() != scalings.keys():
+            raise PlanError("vLLM reads other modules of it")
+        for name, scaling in scalings.items():
+            lora.loras[name].scaling = scaling
+        return lora
+
+    def copy(self, model: LoRAModel, number: int) -> LoRAModel:
+        """A copy that shares nothing, under another id."""
+        lora = copy.deepcopy(model)
+        lora.id = number
+        return lora
+
+
+def _tensors(model: LoRAModel) -> Iterator[torch.Tensor]:
+    for weights in (*model.loras.values(), *getattr(model, "modules_to_save", {}).values()):
+        for value in vars(weights).values():
+            yield from (v for v in (value if isinstance(value, list) else [value]) if torch.is_tensor(v))
 
 
 # What vLLM holds
@@ -185,7 +262,10 @@ def _lora_model(manager: Any, number: int, adapter: Adapter, device: str) -> LoR
     layers = manager._adapter_manager
     config = {k: v for k, v in config_of(adapter.modules, adapter.header).items() if v is not None}
     helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
-    helper.validate_legal(manager.lora_config)
+    try:
+        helper.validate_legal(manager.lora_config)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
     lora: LoRAModel = manager._lora_model_cls.from_lora_tensors(
         number,
         tensors_of(adapter.modules),
@@ -324,7 +404,7 @@ def _is_direct(layer: Any, parts: int) -> bool:
     copying = (BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora)
     return (
         isinstance(layer, BaseLinearLayerWithLoRA)
-        and not isinstance(layer, ClassificationHeadWithLoRA)
+        and not isinstance(layer, ClassificationHead)
         and type(layer).set_lora in copying
         and layer.tp_size == 1
         and not layer.lora_config.fully_sharded_loras
@@ -387,7 +467,7 @@ class Filling:
 
     def _hand_over(self, name: str, layer: Any, index: int) -> None:
         """Merge one layer into tensors of its own and let vLLM take them."""
-        if isinstance(layer, ClassificationHeadWithLoRA):
+        if isinstance(layer, ClassificationHead):
             layer.reset_module_to_save(index)
         held = self._held(name)
         whole = {module: self._empty(module) for module in held if module is not None}

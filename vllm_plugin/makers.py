@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -29,6 +30,21 @@ Model = TypeVar("Model")
 Made = TypeVar("Made", covariant=True)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is worth telling of a merge that was made.
+
+    rank: the largest.  kept_energy: share of the squared norm that a cut rank left, 1 where none was cut.
+    seconds: how long it took in this worker; on a device, how long its trial took.
+    """
+
+    backend: str
+    rank: int
+    modules: int
+    kept_energy: float
+    seconds: float
+
+
 class Maker(Protocol[Made]):
     """Makes of a plan what vLLM holds of a merge.
 
@@ -41,7 +57,7 @@ class Maker(Protocol[Made]):
         """The adapter as this maker takes it for a source; to be kept instead of the given one."""
         ...
 
-    def prepare(self, number: int, plan: MergePlan) -> Made:
+    def prepare(self, number: int, plan: MergePlan) -> tuple[Made, Facts]:
         """The merge under vLLM's id ``number``, made and checked.  Raises MergeError where it cannot be."""
         ...
 
@@ -66,15 +82,17 @@ class HostMaker(Generic[Model]):
         """The adapter as it is."""
         return adapter
 
-    def prepare(self, number: int, plan: MergePlan) -> Model:
+    def prepare(self, number: int, plan: MergePlan) -> tuple[Model, Facts]:
         """The merge, whole."""
         start = time.perf_counter()
         merged = run(plan, self._backend.name)
         kept = float(merged.metadata.get("merged_lora.kept_energy", "1"))
-        _log(plan, self._backend, kept, start)
-        return self._build(number, merged)
+        facts = _facts(plan, self._backend, kept, start)
+        return self._build(number, merged), facts
 
-    again = prepare
+    def again(self, number: int, plan: MergePlan) -> Model:
+        """The merge, made once more."""
+        return self.prepare(number, plan)[0]
 
 
 class SlotMaker(Generic[Model]):
@@ -100,7 +118,7 @@ class SlotMaker(Generic[Model]):
         """The adapter in page-locked memory."""
         return self._backend.adopt(adapter)
 
-    def prepare(self, number: int, plan: MergePlan) -> Model:
+    def prepare(self, number: int, plan: MergePlan) -> tuple[Model, Facts]:
         """The merge, tried on the device, so that writing it into a slot cannot fail."""
         for note in plan.notes:
             logger.warning("%s: %s", plan.spec, note)
@@ -108,25 +126,16 @@ class SlotMaker(Generic[Model]):
         start = time.perf_counter()
         kept = self._backend.check(plan)
         self._compile(model)
-        _log(plan, self._backend, kept, start)
-        return model
+        return model, _facts(plan, self._backend, kept, start)
 
     def again(self, number: int, plan: MergePlan) -> Model:
         """A merge that was prepared before; it is not tried again, which would hold up the step it is for."""
         return self._build(number, plan)
 
 
-def _log(plan: MergePlan, backend: Backend, kept: float, start: float) -> None:
-    logger.info(
-        "merged spec=%r digest=%s backend=%s rank=%d modules=%d kept_energy=%r ms=%.1f",
-        str(plan.spec),
-        plan.spec.digest(plan.digests),
-        backend.name,
-        max(rank for (((rank, _), _), _) in (module.results for module in plan.modules.values())),
-        len(plan.modules),
-        kept,
-        (time.perf_counter() - start) * 1e3,
-    )
+def _facts(plan: MergePlan, backend: Backend, kept: float, start: float) -> Facts:
+    ranks = (module.results[0][0][0] for module in plan.modules.values())
+    return Facts(backend.name, max(ranks), len(plan.modules), kept, time.perf_counter() - start)
 
 
 def outline(module: FactorModule | DeltaModule) -> Factors:

@@ -10,9 +10,11 @@ from vllm.lora.request import LoRARequest
 from merged_lora.plan import check_names
 from merged_lora.spec import MergeSpec, parse
 
-from .compat import lora_request
+from .compat_server import lora_request
 from .compat_worker import CAPTURE, PREPARE
 from .identity import MergeIdentity
+from .makers import Facts
+from .server import log_merge
 from .worker import agreed, raise_failure
 
 
@@ -23,15 +25,19 @@ def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, 
     spec:     such as ``ties(0.7*sql, 0.3*chat, density=0.5)``.
     adapters: a folder, or a name on the hub, for every source of the spec.
 
-    The merge is made here, on every worker.  Raises MergeError where it cannot be.
+    The merge is made here, on every worker, from copies of the adapters, which stay in memory.  Raises
+    MergeError where it cannot be.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     check_names(spec, adapters)
     contents = []
     for name in spec.names:
-        reply = agreed(llm.collective_rpc(CAPTURE, args=(str(adapters[name]),)))
+        reply = agreed(llm.collective_rpc(CAPTURE, args=("offline", None, str(adapters[name]), None)))
         raise_failure(reply)
-        contents.append(reply["digest"])
+        contents.append(reply["key"])
     identity = MergeIdentity(spec, tuple(contents))
-    raise_failure(agreed(llm.collective_rpc(PREPARE, args=(identity.path,))))
+    reply = agreed(llm.collective_rpc(PREPARE, args=(identity.path,)))
+    raise_failure(reply)
+    if reply["made"]:
+        log_merge(identity, Facts(**reply["facts"]))
     return lora_request(identity)

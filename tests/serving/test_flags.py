@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from merged_lora.vllm_plugin import compat
+from merged_lora.errors import MergeError
+from merged_lora.vllm_plugin import compat_args
+from merged_lora.vllm_plugin.settings import FLAGS, Settings, parse_alias
 
 
 def parsed(*arguments: str, **more: Any) -> Namespace:
     """The arguments of ``vllm serve`` that the plugin adds, in front of those that it changes."""
-    parser = compat._with_flags(lambda parser: parser)(ArgumentParser(exit_on_error=False))
+    parser = compat_args.with_flags(lambda parser: parser)(ArgumentParser(exit_on_error=False))
     args: Namespace = parser.parse_args(list(arguments))
     for name, value in ({"additional_config": None, "grpc": False} | more).items():
         setattr(args, name, value)
@@ -22,7 +25,7 @@ def parsed(*arguments: str, **more: Any) -> Namespace:
 def configured(*arguments: str, **more: Any) -> Any:
     """What they leave in ``additional_config``."""
     args = parsed(*arguments, **more)
-    compat._with_settings(lambda cls, args: args)(None, args)
+    compat_args.with_settings(lambda cls, args: args)(None, args)
     return args.additional_config
 
 
@@ -61,3 +64,73 @@ def test_two_answers_to_one_question_are_an_error() -> None:
 def test_a_size_that_is_none_is_refused_where_it_is_read(value: str) -> None:
     with pytest.raises(Exception, match="GiB"):
         parsed("--merged-lora-gpu-gib", value)
+
+
+def test_what_was_said_once_is_not_said_again_in_another_process() -> None:
+    args = parsed(
+        "--enable-merged-lora", "--merged-lora-modules", "mix=sum(a, b)", "--merged-lora-max-sources", "3"
+    )
+    for _ in range(2):  # as in the process that starts API servers, then in each of them
+        compat_args.with_settings(lambda cls, args: args)(None, args)
+    settings = Settings.of(args.additional_config)
+    assert (list(settings.aliases), settings.max_sources) == (["mix"], 3)
+
+
+def test_api_servers_share_a_file_where_aliases_may_change() -> None:
+    config = configured("--enable-merged-lora", "--merged-lora-runtime-aliases")["merged_lora"]
+    store = Path(config["alias_store"])
+    assert store.parent.stat().st_mode & 0o777 == 0o700
+    assert Settings.of({"merged_lora": config}).alias_store == str(store)
+    assert "alias_store" not in configured("--enable-merged-lora")["merged_lora"]
+
+
+def test_every_flag_says_its_default() -> None:
+    defaults = Settings()
+    for flag in FLAGS:
+        value = getattr(defaults, flag.key)
+        if value not in (None, False):
+            assert f"{value:g}" if isinstance(value, float) else str(value) in flag.help, flag.key
+
+
+def test_settings_travel_and_leave_behind_what_is_not_for_an_engine(tmp_path: Path) -> None:
+    config = {"enable": True, "aliases": {"mix": "ties(b, a)"}, "source_dir": str(tmp_path), "cache_gib": 2}
+    settings = Settings.of({"merged_lora": config})
+    assert settings.enable
+    assert str(settings.aliases["mix"]) == "ties(a, b)"
+    assert settings.to_config(api_server=False) == {"enable": True, "cache_gib": 2.0}
+    assert Settings.of({"merged_lora": settings.to_config(api_server=True)}) == settings
+    assert not Settings.of({}).enable
+    assert not Settings.of(None).enable
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"enabled": True}, "some of: enable, aliases"),
+        ({"enable": "yes"}, "true or false"),
+        ({"aliases": ["mix"]}, "an object"),
+        ({"aliases": {"mix": 7}}, "'mix'"),
+        (5, "an object"),
+        ({"backend": "cuda"}, "one of auto, triton, cpu, numpy, got 'cuda'"),
+        ({"backend": ["triton"]}, "one of auto"),
+        ({"gpu_gib": 0}, "\"gpu_gib\" is a number of GiB above 0, got '0'"),
+        ({"cache_gib": True}, "a number"),
+        ({"cache_gib": float("nan")}, "above 0"),
+        ({"max_sources": 17}, "whole number from 1 to 16, got '17'"),
+        ({"max_ad_hoc": -1}, "whole number from 0"),
+        ({"max_waiting": 1.5}, "whole number"),
+        ({"max_spec_length": "many"}, "whole number"),
+        ({"source_dir": "/no/such/folder"}, "a folder that exists"),
+        ({"source_dir": "a\0b"}, "a folder that exists"),
+        ({"runtime_aliases": 1}, "true or false"),
+    ],
+)
+def test_malformed_settings_are_refused(given: object, words: str) -> None:
+    with pytest.raises(MergeError, match=words):
+        Settings.of({"merged_lora": given})
+
+
+@pytest.mark.parametrize("text", ["mix", "=ties(a, b)", "mix=ties(a", "../mix=ties(a, b)", "mix=nothing(a)"])
+def test_a_malformed_alias_is_refused(text: str) -> None:
+    with pytest.raises(MergeError):
+        parse_alias(text)

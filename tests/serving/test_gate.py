@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 import tiny
-from merged_lora.adapters import Adapter
-from merged_lora.backends import load_backend
+from gates import PlainShelf, gate_with, register, worker
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.identity import FIRST_ID, MergeIdentity
-from merged_lora.vllm_plugin.makers import HostMaker
-from merged_lora.vllm_plugin.server import KNOWN_MERGES, MergeGate
-from merged_lora.vllm_plugin.settings import Settings, parse_alias, parse_gib
-from merged_lora.vllm_plugin.worker import MergeWorker, Reply, agreed
+from merged_lora.vllm_plugin.server import BusyError, Holder, MergeGate
+from merged_lora.vllm_plugin.worker import Reply, agreed
 
 CONTENTS = ("0" * 32, "1" * 32)
-
-
-def worker() -> MergeWorker[Adapter]:
-    """A worker that takes adapters for vLLM's models."""
-    return MergeWorker(16, str, HostMaker(load_backend("auto"), lambda _, adapter: adapter))
-
-
-def gate_with(merges: MergeWorker[Adapter], calls: list[str] | None = None) -> MergeGate:
-    """A gate in front of one worker in this process."""
-
-    async def capture(path: str) -> Reply:
-        return agreed([merges.capture(path)])
-
-    async def prepare(path: str) -> Reply:
-        if calls is not None:
-            calls.append(path)
-        await asyncio.sleep(0)
-        return agreed([merges.prepare(path, set())])
-
-    return MergeGate({"mix": parse("ties(a, b)")}, capture, prepare)
+ME = Holder()
+"""Whoever asks, for as long as the tests run."""
 
 
 def test_name_path_and_id_hold_the_digest_and_no_text_of_the_client() -> None:
@@ -71,30 +52,36 @@ def test_a_forged_path_is_refused(change: tuple[str, str]) -> None:
         MergeIdentity.from_path(path.replace(*change))
 
 
+async def two_sources(gate: MergeGate, folder: Path) -> None:
+    """Register ``a`` and ``b``."""
+    await register(gate, "a", folder, 1)
+    await register(gate, "b", folder, 2)
+
+
 def test_the_worker_answers_instead_of_raising(tmp_path: Path) -> None:
     merges = worker()
-    lost = merges.capture(str(tmp_path / "nowhere"))
+    lost = merges.capture("one", [], str(tmp_path / "nowhere"))
     assert (lost["ok"], lost["kind"]) == (False, "user")
     unknown = merges.prepare(MergeIdentity(parse("ties(a, b)"), CONTENTS).path, set())
     assert (unknown["ok"], unknown["kind"]) == (False, "unknown")
     assert merges.prepare("nonsense", set())["ok"] is False
+    assert merges.release("one", None)["ok"] is False
 
 
 def test_a_fault_of_ours_is_answered_too() -> None:
-    def broken(path: str) -> str:
-        raise ZeroDivisionError("ours")
+    class Broken(PlainShelf):
+        def find(self, path: str) -> Path:
+            raise ZeroDivisionError("ours")
 
-    maker = HostMaker(load_backend("auto"), lambda _, adapter: adapter)
-    merges = MergeWorker(16, broken, maker)
-    reply = merges.capture("x")
+    reply = worker(shelf=Broken()).capture("one", [], "x")
     assert (reply["ok"], reply["kind"]) == (False, "internal")
     assert "ZeroDivisionError" in reply["error"]
 
 
 def test_ranks_that_disagree_fail_the_request() -> None:
-    good, other = Reply(ok=True, digest="0"), Reply(ok=True, digest="1")
+    good, other = Reply(ok=True, key="0", held=1), Reply(ok=True, key="1", held=1)
     bad = Reply(ok=False, kind="user", error="rank 1 says no")
-    assert agreed([good, good])["ok"]
+    assert agreed([good, good])["held"] == 2
     assert agreed([good, bad]) == bad
     assert not agreed([good, other])["ok"]
 
@@ -103,14 +90,11 @@ def test_a_component_reloaded_with_other_content_is_a_new_identity(tmp_path: Pat
     async def run() -> None:
         merges = worker()
         gate = gate_with(merges)
-        for name, seed in (("a", 1), ("b", 2)):
-            tiny.make_adapter(seed).save(tmp_path / name)
-            await gate.register(name, str(tmp_path / name))
-        before = await gate.ready(parse("ties(a, b)"))
+        await two_sources(gate, tmp_path)
+        before = (await gate.ready(parse("ties(a, b)"), ME)).identity
         old = merges.take(before.path)
-        tiny.make_adapter(3).save(tmp_path / "a", overwrite=True)
-        await gate.register("a", str(tmp_path / "a"))
-        after = await gate.ready(parse("ties(a, b)"))
+        await register(gate, "a", tmp_path, 3)
+        after = (await gate.ready(parse("ties(a, b)"), ME)).identity
         assert after.name != before.name
         assert merges.take(after.path).digest != old.digest
         assert merges.take(before.path).digest == old.digest  # a request in flight keeps what it began with
@@ -122,11 +106,8 @@ def test_requests_at_a_time_prepare_a_merge_once(tmp_path: Path) -> None:
     async def run() -> None:
         calls: list[str] = []
         gate = gate_with(worker(), calls)
-        for name, seed in (("a", 1), ("b", 2)):
-            tiny.make_adapter(seed).save(tmp_path / name)
-            await gate.register(name, str(tmp_path / name))
-        spec = parse("ties(a, b)")
-        await asyncio.gather(*(gate.ready(spec) for _ in range(20)))
+        await two_sources(gate, tmp_path)
+        await asyncio.gather(*(gate.ready(parse("ties(a, b)"), ME) for _ in range(20)))
         assert len(calls) == 1
 
     asyncio.run(run())
@@ -136,11 +117,10 @@ def test_all_who_wait_for_a_merge_get_its_one_failure(tmp_path: Path) -> None:
     async def run() -> None:
         calls: list[str] = []
         gate = gate_with(worker(), calls)
-        for name, rank in (("a", 4), ("b", 8)):
-            tiny.make_adapter(1, rank).save(tmp_path / name)
-            await gate.register(name, str(tmp_path / name))
-        spec = parse("ties(a, b)")
-        outcomes = await asyncio.gather(*(gate.ready(spec) for _ in range(20)), return_exceptions=True)
+        await register(gate, "a", tmp_path, 1, rank=4)
+        await register(gate, "b", tmp_path, 1, rank=8)
+        waiting = (gate.ready(parse("ties(a, b)"), ME) for _ in range(20))
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
         assert all(isinstance(outcome, MergeError) for outcome in outcomes)
         assert len(calls) == 1
 
@@ -150,14 +130,13 @@ def test_all_who_wait_for_a_merge_get_its_one_failure(tmp_path: Path) -> None:
 def test_a_client_that_leaves_does_not_take_the_merge_with_it(tmp_path: Path) -> None:
     async def run() -> None:
         gate = gate_with(worker())
-        tiny.make_adapter(1).save(tmp_path / "a")
-        await gate.register("a", str(tmp_path / "a"))
-        first = asyncio.create_task(gate.ready(parse("sum(a)")))
+        await register(gate, "a", tmp_path, 1)
+        first = asyncio.create_task(gate.ready(parse("sum(a)"), ME))
         await asyncio.sleep(0)
-        second = asyncio.create_task(gate.ready(parse("sum(a)")))
+        second = asyncio.create_task(gate.ready(parse("sum(a)"), ME))
         await asyncio.sleep(0)
         first.cancel()
-        assert (await second).spec == parse("sum(a)")
+        assert (await second).identity.spec == parse("sum(a)")
 
     asyncio.run(run())
 
@@ -168,16 +147,132 @@ def test_two_merges_never_share_an_id(tmp_path: Path, monkeypatch: pytest.Monkey
     async def run() -> None:
         merges = worker()
         gate, other = gate_with(merges), gate_with(merges)
-        tiny.make_adapter(1).save(tmp_path / "a")
         for server in (gate, other):
-            await server.register("a", str(tmp_path / "a"))
+            await register(server, "a", tmp_path, 1)
         first, second = parse("sum(a)"), parse("sum(0.5*a)")
-        outcomes = await asyncio.gather(gate.ready(first), gate.ready(second), return_exceptions=True)
+        outcomes = await asyncio.gather(gate.ready(first, ME), gate.ready(second, ME), return_exceptions=True)
         assert isinstance(outcomes[1], MergeError)
         with pytest.raises(MergeError, match="taken by another"):
-            await gate.ready(second)
+            await gate.ready(second, ME)
         with pytest.raises(MergeError, match="taken by another"):
-            await other.ready(second)  # the worker knows what the other server asked for
+            await other.ready(second, ME)  # the worker knows what the other server asked for
+
+    asyncio.run(run())
+
+
+def test_a_merge_that_another_api_server_asked_for_is_not_made_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        merges = worker()
+        for server in (gate_with(merges), gate_with(merges)):
+            await register(server, "a", tmp_path, 1)
+            live = await server.ready(parse("sum(a)"), ME)
+        assert merges.prepare(live.identity.path, {live.identity.number})["made"] is False
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_cannot_be_merged_is_served_and_says_why(tmp_path: Path) -> None:
+    async def run() -> None:
+        merges = worker()
+        gate = gate_with(merges)
+        tiny.make_adapter(1).save(tmp_path / "a")
+        config = tmp_path / "a" / "adapter_config.json"
+        config.write_text(
+            config.read_text().replace('"modules_to_save": null', '"modules_to_save": ["score"]')
+        )
+        async with gate.sources.changes:
+            await gate.sources.register("a", str(tmp_path / "a"), {})
+        with pytest.raises(MergeError, match=r"'a' is served, but cannot be merged.*modules_to_save"):
+            await gate.ready(parse("sum(a)"), ME)
+        assert merges.plain(str(tmp_path / "a"), 5) is not None
+
+    asyncio.run(run())
+
+
+def test_an_alias_must_be_new_and_its_sources_known() -> None:
+    async def run() -> None:
+        gate = gate_with(worker())
+        with pytest.raises(MergeError, match=r"mix.*unknown adapter 'a'"):
+            await gate.check_aliases([])
+        with pytest.raises(MergeError, match="mix: this name is already served"):
+            await gate.check_aliases(["mix"])
+
+    asyncio.run(run())
+
+
+def test_a_forgotten_adapter_is_unknown_and_its_copy_is_dropped(tmp_path: Path) -> None:
+    async def run() -> None:
+        gate = gate_with(worker())
+        await register(gate, "a", tmp_path, 1)
+        assert gate.sources.held == tiny.make_adapter(1).nbytes
+        async with gate.sources.changes:
+            await gate.sources.forget("a")
+        assert gate.sources.held == 0
+        with pytest.raises(UnknownAdapterError):
+            gate.identify(parse("sum(a)"))
+
+    asyncio.run(run())
+
+
+def test_the_copies_of_a_merge_under_way_stay_until_its_request_ends(tmp_path: Path) -> None:
+    async def run() -> None:
+        merges = worker()
+        gate = gate_with(merges)
+        await two_sources(gate, tmp_path)
+        request = Holder()
+        path = (await gate.ready(parse("ties(a, b)"), request)).identity.path
+        expected = merges.take(path).digest
+        async with gate.sources.changes:
+            await gate.sources.forget("a")
+        assert merges.take(path).digest == expected  # made again
+        del request
+        async with gate.sources.changes:
+            await gate.sources.forget("b")
+        assert gate.sources.held == 0
+
+    asyncio.run(run())
+
+
+def test_an_adapter_under_way_is_served_from_memory_after_it_was_unloaded(tmp_path: Path) -> None:
+    async def run() -> None:
+        merges = worker()
+        gate = gate_with(merges)
+        await register(gate, "a", tmp_path, 1)
+        request = Holder()
+        gate.sources.hold("a", request)
+        async with gate.sources.changes:
+            await gate.sources.forget("a")
+        shutil.rmtree(tmp_path / "a")
+        assert merges.plain(str(tmp_path / "a"), 5) is not None
+        del request
+        await register(gate, "b", tmp_path, 2)
+        assert merges.plain(str(tmp_path / "a"), 5) is None
+
+    asyncio.run(run())
+
+
+def test_two_names_of_one_content_share_one_copy(tmp_path: Path) -> None:
+    async def run() -> None:
+        gate = gate_with(worker())
+        await register(gate, "a", tmp_path, 1)
+        await register(gate, "b", tmp_path, 1)
+        assert gate.sources.held == tiny.make_adapter(1).nbytes
+
+    asyncio.run(run())
+
+
+# Bounds
+
+
+def test_a_copy_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    async def run() -> None:
+        size = tiny.make_adapter(1).nbytes
+        gate = gate_with(worker(limit=size + size // 2))
+        await register(gate, "a", tmp_path, 1)
+        with pytest.raises(MergeError, match="--merged-lora-cache-gib"):
+            await register(gate, "b", tmp_path, 2)
+        assert set(gate.sources.components) == {"a"}
+        assert gate.sources.held == size
 
     asyncio.run(run())
 
@@ -185,99 +280,60 @@ def test_two_merges_never_share_an_id(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_gate_remembers_a_bounded_number_of_merges(tmp_path: Path) -> None:
     async def run() -> None:
         calls: list[str] = []
-        gate = gate_with(worker(), calls)
-        tiny.make_adapter(1, only="layers.0.self_attn.k_proj").save(tmp_path / "a")
-        await gate.register("a", str(tmp_path / "a"))
-        for i in range(KNOWN_MERGES + 1):
-            await gate.ready(parse(f"sum({1 + i}*a)"))
-        await gate.ready(parse(f"sum({1 + KNOWN_MERGES}*a)"))
-        assert len(calls) == KNOWN_MERGES + 1
-        await gate.ready(parse("sum(1*a)"))  # the oldest was forgotten, and is prepared again
-        assert len(calls) == KNOWN_MERGES + 2
+        registry = CollectorRegistry()
+        gate = gate_with(worker(), calls, registry, max_ad_hoc=7)
+        await register(gate, "a", tmp_path, 1, only="layers.0.self_attn.k_proj")
+        for i in range(9):  # one more than merges without an alias and aliases together
+            await gate.ready(parse(f"sum({1 + i}*a)"), ME)
+        await gate.ready(parse("sum(9*a)"), ME)
+        assert len(calls) == 9
+        assert len(gate.report()["merges"]) == 8
+        assert registry.get_sample_value("merged_lora_evictions_total", {"what": "merge"}) == 1
+        await gate.ready(parse("sum(a)"), ME)  # the oldest was forgotten, and is prepared again
+        assert len(calls) == 10
 
     asyncio.run(run())
 
 
-def test_an_adapter_that_cannot_be_merged_says_why(tmp_path: Path) -> None:
+def test_no_ad_hoc_merges_means_aliases_alone(tmp_path: Path) -> None:
     async def run() -> None:
-        gate = gate_with(worker())
-        tiny.make_adapter(1).save(tmp_path / "a")
-        config = tmp_path / "a" / "adapter_config.json"
-        config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
-        await gate.register("a", str(tmp_path / "a"))
-        with pytest.raises(MergeError, match=r"cannot be merged.*use_dora"):
-            gate.identify(parse("sum(a)"))
+        gate = gate_with(worker(), max_ad_hoc=0)
+        await two_sources(gate, tmp_path)
+        assert gate.asked_for("mix", None, lambda name: False) == parse("ties(a, b)")
+        for model, body in (("sum(a)", None), ("base", {"ids": ["a"]})):
+            with pytest.raises(SpecError, match="but its aliases: mix"):
+                gate.asked_for(model, body, lambda name: name == "base")
 
     asyncio.run(run())
 
 
-def test_an_alias_must_be_new_and_its_sources_known(tmp_path: Path) -> None:
+def test_long_specs_and_many_sources_are_refused() -> None:
+    gate = gate_with(worker(), max_spec_length=40, max_sources=3)
+    for model, words in (
+        ("sum(" + "a" * 40 + ")", "45 characters; at most 40"),
+        ("sum(a, b, c, d)", "4 sources; this server merges at most 3"),
+        ("sum" + " " * 50 + "(a)", "at most 40"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            gate.asked_for(model, None, lambda name: False)
+    with pytest.raises(SpecError, match="4 sources"):
+        gate.asked_for("base", {"ids": ["a", "b", "c", "d"]}, lambda name: True)
+    with pytest.raises(SpecError, match="characters; at most 40"):
+        gate.asked_for("base", {"ids": ["a" * 50]}, lambda name: True)
+
+
+def test_one_new_merge_too_many_is_told_when_to_come_back(tmp_path: Path) -> None:
     async def run() -> None:
-        gate = gate_with(worker())
-        with pytest.raises(MergeError, match=r"mix.*unknown adapter 'a'"):
-            gate.check_aliases([])
-        with pytest.raises(MergeError, match="mix: this name is already served"):
-            gate.check_aliases(["mix"])
+        registry = CollectorRegistry()
+        gate = gate_with(worker(), registry=registry, max_waiting=2)
+        await register(gate, "a", tmp_path, 1)
+        asked = (gate.ready(parse(f"sum({1 + i}*a)"), ME) for i in range(5))
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        busy = [outcome for outcome in outcomes if isinstance(outcome, BusyError)]
+        assert len(busy) == 2  # one is made, two wait
+        assert all(error.seconds >= 1 for error in busy)
+        labels = {"strategy": "sum", "result": "busy"}
+        assert registry.get_sample_value("merged_lora_merges_total", labels) == 2
+        await gate.ready(parse("sum(5*a)"), ME)
 
     asyncio.run(run())
-
-
-def test_a_forgotten_adapter_is_unknown(tmp_path: Path) -> None:
-    async def run() -> None:
-        gate = gate_with(worker())
-        tiny.make_adapter(1).save(tmp_path / "a")
-        await gate.register("a", str(tmp_path / "a"))
-        gate.forget("a")
-        with pytest.raises(UnknownAdapterError):
-            gate.identify(parse("sum(a)"))
-
-    asyncio.run(run())
-
-
-def test_settings_travel_and_leave_the_aliases_behind() -> None:
-    config = {"merged_lora": {"enable": True, "aliases": {"mix": "ties(b, a)"}}}
-    settings = Settings.of(config)
-    assert settings.enable
-    assert str(settings.aliases["mix"]) == "ties(a, b)"
-    assert settings.to_config(aliases=False) == {"enable": True}
-    assert Settings.of({"merged_lora": settings.to_config(aliases=True)}) == settings
-    device = Settings.of({"merged_lora": {"enable": True, "backend": "triton", "gpu_gib": 2}})
-    assert (device.backend, device.gpu_gib) == ("triton", 2.0)
-    assert Settings.of({"merged_lora": device.to_config(aliases=False)}) == device
-    assert (settings.backend, settings.gpu_gib) == ("auto", 1.0)
-    assert not Settings.of({}).enable
-    assert not Settings.of(None).enable
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"enabled": True}, "takes"),
-        ({"enable": "yes"}, "true or false"),
-        ({"aliases": ["mix"]}, "an object"),
-        ({"aliases": {"mix": 7}}, "'mix'"),
-        (5, "takes"),
-        ({"backend": "cuda"}, "one of auto, triton, cpu, numpy, got 'cuda'"),
-        ({"backend": ["triton"]}, "one of auto"),
-        ({"gpu_gib": 0}, "above 0, got '0'"),
-        ({"gpu_gib": "1"}, "a number"),
-        ({"gpu_gib": True}, "a number"),
-        ({"gpu_gib": float("nan")}, "above 0"),
-    ],
-)
-def test_malformed_settings_are_refused(given: object, words: str) -> None:
-    with pytest.raises(MergeError, match=words):
-        Settings.of({"merged_lora": given})
-
-
-@pytest.mark.parametrize("text", ["mix", "=ties(a, b)", "mix=ties(a", "../mix=ties(a, b)", "mix=nothing(a)"])
-def test_a_malformed_alias_is_refused(text: str) -> None:
-    with pytest.raises(MergeError):
-        parse_alias(text)
-
-
-def test_a_size_on_the_command_line_is_a_number_above_zero() -> None:
-    assert parse_gib("0.5") == 0.5
-    for text in ("0", "-1", "nan", "inf", "much"):
-        with pytest.raises(MergeError, match="GiB"):
-            parse_gib(text)

@@ -82,7 +82,7 @@ def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
 
 def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
     """A merge to be written into slots."""
-    return maker(manager, backend).prepare(7, plan(parse(spec), sources, MAX_RANK))
+    return maker(manager, backend).prepare(7, plan(parse(spec), sources, MAX_RANK))[0]
 
 
 def copied(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
@@ -123,7 +123,8 @@ def test_nothing_is_left_of_the_slots_last_tenant(
 @pytest.mark.parametrize("spec", ["ties(sql, chat)", "ties(ends, tails)"])
 def test_each_slot_has_its_own_merge(config: VllmConfig, sources: dict[str, Adapter], spec: str) -> None:
     manager, backend = slots.worker_manager(config), CopyingBackend()
-    first = activate(manager, maker(manager, backend).prepare(8, plan(parse("sum(tone, tails)"), sources)))
+    other, _ = maker(manager, backend).prepare(8, plan(parse("sum(tone, tails)"), sources))
+    first = activate(manager, other)
     before = contents(manager, first)
     second = activate(manager, written(manager, backend, spec, sources))
     assert first != second
@@ -209,8 +210,8 @@ def test_a_merge_that_was_evicted_comes_back_the_same_and_is_not_tried_again(
     manager, backend = slots.worker_manager(config, max_loras=1), CopyingBackend()
     makes = maker(manager, backend)
     merges = plan(parse("dare_ties(sql, chat, seed=3)"), sources, MAX_RANK)
-    first = contents(manager, activate(manager, makes.prepare(7, merges)))
-    activate(manager, makes.prepare(8, plan(parse("sum(attention)"), sources, MAX_RANK)))
+    first = contents(manager, activate(manager, makes.prepare(7, merges)[0]))
+    activate(manager, makes.prepare(8, plan(parse("sum(attention)"), sources, MAX_RANK))[0])
     manager._adapter_manager.remove_adapter(7)
     checked = len(backend.checked)
     assert_same(contents(manager, activate(manager, makes.again(7, merges))), first)
@@ -283,9 +284,9 @@ def test_a_merge_that_the_backend_refuses_is_answered_and_not_kept(
     config: VllmConfig, sources: dict[str, Adapter], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager, backend = slots.worker_manager(config), CopyingBackend()
-    merges = MergeWorker(MAX_RANK, str, maker(manager, backend))
+    merges = MergeWorker(MAX_RANK, 1 << 30, compat_worker.VllmShelf(manager), maker(manager, backend))
     sources["keys"].save(tmp_path / "keys")
-    digest = merges.capture(str(tmp_path / "keys"))["digest"]
+    digest = merges.capture("one", None, str(tmp_path / "keys"))["key"]
 
     def full(plan: Any) -> float:
         raise PlanError("the sources need 3 GiB, 1 is reserved")
@@ -302,9 +303,9 @@ def test_a_merge_without_values_is_kept_for_the_next_slot(
 ) -> None:
     manager = slots.worker_manager(config)
     makes = maker(manager, CopyingBackend())
-    merges = MergeWorker(MAX_RANK, str, makes)
+    merges = MergeWorker(MAX_RANK, 1 << 30, compat_worker.VllmShelf(manager), makes)
     sources["keys"].save(tmp_path / "keys")
-    digest = merges.capture(str(tmp_path / "keys"))["digest"]
+    digest = merges.capture("one", None, str(tmp_path / "keys"))["key"]
     paths = [MergeIdentity(parse(f"sum({1 + i}*keys)"), (digest,)).path for i in range(LIGHT_MERGES + 1)]
     assert all(merges.prepare(path, set())["ok"] for path in paths)
     made: list[int] = []

@@ -1,0 +1,83 @@
+"""The gate of an API server in front of workers in this process: no vLLM, adapters of ours for its models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+import tiny
+from merged_lora.adapters import Adapter
+from merged_lora.backends import load_backend
+from merged_lora.spec import parse
+from merged_lora.vllm_plugin.makers import HostMaker
+from merged_lora.vllm_plugin.metrics import Metrics
+from merged_lora.vllm_plugin.server import MergeGate
+from merged_lora.vllm_plugin.settings import Settings
+from merged_lora.vllm_plugin.sources import Sources
+from merged_lora.vllm_plugin.worker import MergeWorker, Reply, agreed
+
+
+class PlainShelf:
+    """Reads adapters as ours does."""
+
+    def find(self, path: str) -> Path:
+        return Path(path)
+
+    def read(self, path: str, options: Mapping[str, Any]) -> Adapter:
+        return Adapter.load(path, drop=["modules_to_save"])
+
+    def size(self, model: Adapter) -> int:
+        return model.nbytes
+
+    def scalings(self, model: Adapter) -> dict[str, float]:
+        return {}
+
+    def build(self, number: int, adapter: Adapter, scalings: Mapping[str, float]) -> Adapter:
+        return adapter
+
+    def copy(self, model: Adapter, number: int) -> Adapter:
+        return model
+
+
+def worker(limit: int = 1 << 30, shelf: PlainShelf | None = None) -> MergeWorker[Adapter]:
+    """A worker that takes adapters for vLLM's models.  limit: bytes for copies of adapters."""
+    maker = HostMaker(load_backend("auto"), lambda _, adapter: adapter)
+    return MergeWorker(16, limit, shelf or PlainShelf(), maker)
+
+
+def gate_with(
+    merges: MergeWorker[Adapter],
+    calls: list[str] | None = None,
+    registry: CollectorRegistry | None = None,
+    **settings: Any,
+) -> MergeGate:
+    """A gate in front of one worker, with the alias ``mix``.  calls: takes the path of every merge made."""
+
+    async def capture(*arguments: Any) -> Reply:
+        await asyncio.sleep(0)
+        return agreed([merges.capture(*arguments)])
+
+    async def release(*arguments: Any) -> Reply:
+        await asyncio.sleep(0)
+        return agreed([merges.release(*arguments)])
+
+    async def prepare(path: str) -> Reply:
+        if calls is not None:
+            calls.append(path)
+        await asyncio.sleep(0)
+        return agreed([merges.prepare(path, set())])
+
+    metrics = Metrics(registry or CollectorRegistry())
+    given = Settings(enable=True, **{"aliases": {"mix": parse("ties(a, b)")}, **settings})
+    return MergeGate(given, Sources(capture, release, metrics, given.source_dir), prepare, metrics)
+
+
+async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: Any) -> None:
+    """Make an adapter, or make it anew, and load it under that name."""
+    tiny.make_adapter(seed, **make).save(folder / name, overwrite=True)
+    async with gate.sources.changes:
+        await gate.sources.register(name, str(folder / name), {})

@@ -1,0 +1,149 @@
+"""Every touch with vLLM's command line: the plugin's flags, and how they reach its processes.
+
+The table of what is wrapped stands in ``compat.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import functools
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import vllm
+from vllm.platforms import current_platform
+
+from merged_lora.errors import MergeError
+
+from .settings import FLAGS, KEY, Settings, parse_alias
+
+logger = logging.getLogger("vllm.merged_lora")
+
+settings = Settings()
+"""Those of the engine whose configuration this process made last; API servers read them."""
+
+
+def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.add_cli_args``."""
+
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group("merged LoRA", "LoRA adapters merged on demand.")
+        group.add_argument(
+            "--enable-merged-lora",
+            action="store_true",
+            help="Serve merges of LoRA adapters that a request names; implies --enable-lora.",
+        )
+        group.add_argument(
+            "--merged-lora-modules",
+            nargs="+",
+            type=_checked(parse_alias),
+            metavar="NAME=SPEC",
+            help="Names that stand for a merge, such as 'mix=ties(sql, chat, density=0.5)'.",
+        )
+        for flag in FLAGS:
+            if flag.metavar is None:
+                group.add_argument(flag.option, action="store_const", const=True, help=flag.help)
+            else:
+                group.add_argument(
+                    flag.option, type=_checked(flag.check), metavar=flag.metavar, help=flag.help
+                )
+        return parser
+
+    return add_cli_args
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except MergeError as error:
+            raise argparse.ArgumentTypeError(f"is {error}") from None
+
+    return argument
+
+
+def with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.from_cli_args``."""
+
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        names = ["modules", *(flag.key for flag in FLAGS)]
+        values = {name: getattr(args, f"merged_lora_{name}", None) for name in names}
+        given = {name: value for name, value in values.items() if value is not None}
+        if getattr(args, "enable_merged_lora", False):
+            if getattr(args, "grpc", False):
+                raise ValueError("--enable-merged-lora does not work with --grpc, which bypasses its hooks")
+            configured = Settings.of(args.additional_config).to_config(api_server=True)
+            merged = _combined(configured, dict(given)) | {"enable": True}
+            if merged.get("runtime_aliases") and "alias_store" not in merged:
+                merged["alias_store"] = _new_alias_store()
+            # API servers of their own get these arguments pickled, before the plugin is loaded there.
+            args.additional_config = {**(args.additional_config or {}), KEY: merged}
+            args.enable_lora = True
+            for name in given:
+                setattr(args, f"merged_lora_{name}", None)  # said once, or they would say it again
+        elif given:
+            raise ValueError(f"{_option(next(iter(given)))} needs --enable-merged-lora")
+        return original(cls, args)
+
+    return from_cli_args
+
+
+def _combined(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What ``additional_config`` and the command line say together; raises ValueError where they disagree."""
+    aliases = given.pop("modules", [])
+    names = [*configured.get("aliases", {}), *(name for name, _ in aliases)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--merged-lora-modules gives {twice[0]!r} twice")
+    for key, value in given.items():
+        if configured.get(key, value) != value:
+            raise ValueError(
+                f"{_option(key)} says {value}, additional_config {configured[key]}; give one of them"
+            )
+    return {**configured, **given, "aliases": configured.get("aliases", {}) | dict(aliases)}
+
+
+def _option(key: str) -> str:
+    return f"--merged-lora-{key.replace('_', '-')}"
+
+
+def _new_alias_store() -> str:
+    """A file, private to this user, by which the API servers of this server share their aliases."""
+    folder = tempfile.mkdtemp(prefix="merged-lora-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(Path(folder) / "aliases.json")
+
+
+def with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.create_engine_config``."""
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global settings
+        settings = Settings.of(self.additional_config)
+        if settings.enable:
+            if vllm.envs.VLLM_USE_RUST_FRONTEND:
+                raise ValueError(
+                    "merged LoRA does not work with the Rust front end, which bypasses its hooks"
+                )
+            # Said here because a worker's error is buried in its log; the device itself is not touched yet.
+            interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+            if settings.backend == "triton" and current_platform.is_cpu() and not interpreted:
+                raise ValueError(
+                    "--merged-lora-backend triton needs a CUDA or ROCm device, and vLLM runs on the CPU "
+                    "here; leave the flag out, or name cpu"
+                )
+            self.enable_lora = True
+            self.additional_config = {**self.additional_config, KEY: settings.to_config(api_server=False)}
+        return original(self, *args, **kwargs)
+
+    return create_engine_config

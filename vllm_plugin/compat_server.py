@@ -1,0 +1,348 @@
+"""Every touch with vLLM's API server: the gate of all requests, its routes, and what it shows.
+
+The table of what is wrapped stands in ``compat.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import weakref
+from collections.abc import Awaitable, Callable, Collection
+from contextvars import ContextVar
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.lora.request import LoRARequest
+
+from merged_lora.errors import MergeError
+
+from . import compat_args
+from .compat_worker import ATTRIBUTE, CAPTURE, PREPARE, RELEASE
+from .identity import SCHEME, MergeIdentity
+from .metrics import metrics
+from .routes import make_router
+from .server import BusyError, MergeGate, status_of
+from .settings import Settings
+from .sources import Sources
+from .worker import Reply, agreed
+
+logger = logging.getLogger("vllm.merged_lora")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one request is served with: the request itself, its adapter, and the model name it sent."""
+
+    request: weakref.ref[Any]
+    adapter: LoRARequest
+    model: str
+
+
+_served: ContextVar[Served | None] = ContextVar("merged_lora_served", default=None)
+_retry_after: ContextVar[list[int] | None] = ContextVar("merged_lora_retry_after", default=None)
+
+
+def lora_request(identity: MergeIdentity) -> LoRARequest:
+    """The request by which vLLM activates a merge."""
+    return LoRARequest(lora_name=identity.name, lora_int_id=identity.number, lora_path=identity.path)
+
+
+# The gate
+
+
+def with_gate(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``OpenAIServingModels.__init__``."""
+
+    @functools.wraps(original)
+    def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, engine_client, *args, **kwargs)
+        setattr(self, ATTRIBUTE, None)
+        if not Settings.of(engine_client.vllm_config.additional_config).enable:
+            return
+
+        async def ask(method: str, *arguments: Any) -> Reply:
+            return agreed(await _on_every_worker(engine_client, method, arguments))
+
+        settings = compat_args.settings
+        sources = Sources(
+            functools.partial(ask, CAPTURE),
+            functools.partial(ask, RELEASE),
+            metrics(),
+            settings.source_dir,
+        )
+        setattr(self, ATTRIBUTE, MergeGate(settings, sources, functools.partial(ask, PREPARE), metrics()))
+
+    return init
+
+
+async def _on_every_worker(engine_client: Any, method: str, arguments: tuple[Any, ...]) -> list[Reply]:
+    """The replies of all workers of all engines; vLLM's own call gives those of the first engine alone."""
+    core = engine_client.engine_core
+    if len(getattr(core, "core_engines", ())) < 2:
+        replies: list[Reply] = await engine_client.collective_rpc(method, args=arguments)
+        return replies
+    calls = (
+        core._call_utility_async("collective_rpc", method, None, arguments, None, engine=engine)
+        for engine in core.core_engines
+    )
+    return [reply for replies in await asyncio.gather(*calls) for reply in replies]
+
+
+def _gate(models: Any) -> MergeGate | None:
+    return getattr(models, ATTRIBUTE, None)
+
+
+def _base_names(models: Any) -> list[str]:
+    return [model.name for model in models.base_model_paths]
+
+
+def then_check_aliases(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Wrap ``OpenAIServingModels.init_static_loras``."""
+
+    @functools.wraps(original)
+    async def init_static_loras(self: Any) -> None:
+        await original(self)
+        gate = _gate(self)
+        if gate is not None:
+            try:
+                await gate.check_aliases(_base_names(self))
+            except MergeError as error:
+                raise ValueError(str(error)) from None
+
+    return init_static_loras
+
+
+# Adapters
+
+
+def after_copying(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap ``OpenAIServingModels.load_lora_adapter``: copy it first, so that vLLM's loading cannot fail.
+
+    vLLM reads an adapter in a call that raises, which it does not survive at tensor parallel sizes above 1.
+    """
+
+    @functools.wraps(original)
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        gate = _gate(self)
+        if gate is None:
+            return await original(self, request, base_model_name)
+        if request.lora_name in gate.aliases:
+            return _refusal(MergeError(f"{request.lora_name!r} is the name of a merge"), "lora_name")
+        async with gate.sources.changes:
+            refused = await self._check_load_lora_adapter_request(request)
+            if refused is not None:
+                return refused
+            options = {"is_3d_lora_weight": request.is_3d_lora_weight}
+            try:
+                await gate.sources.register(request.lora_name, request.lora_path, options)
+            except MergeError as error:
+                return _refusal(error, "lora_path")
+            result = await original(self, request, base_model_name)
+            if isinstance(result, ErrorResponse):
+                await gate.sources.forget(request.lora_name)
+        return result
+
+    return load_lora_adapter
+
+
+def then_forget(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap ``OpenAIServingModels.unload_lora_adapter``."""
+
+    @functools.wraps(original)
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        gate = _gate(self)
+        if gate is None:
+            return await original(self, request)
+        async with gate.sources.changes:
+            result = await original(self, request)
+            if not isinstance(result, ErrorResponse):
+                await gate.sources.forget(request.lora_name)
+        return result
+
+    return unload_lora_adapter
+
+
+# Requests
+
+
+def through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap ``_check_model`` of both families of routes."""
+
+    @functools.wraps(original)
+    async def _check_model(self: Any, request: Any) -> Any:
+        _served.set(None)
+        gate = _gate(self.models)
+        if gate is None:
+            return await original(self, request)
+        try:
+            spec = gate.asked_for(request.model, _body(request), self.models.is_base_model)
+            if spec is None:
+                gate.sources.hold(request.model, request)
+                return await original(self, request)
+            if getattr(self, "request_logger", None) is not None:
+                self.request_logger.log_request_body(request)
+            if isinstance(self, ServingTokenization):  # needs the name to be right, and no weights
+                await gate.sources.refresh(spec.names, request)
+                identity = gate.identify(spec)
+            else:
+                identity = (await gate.ready(spec, request)).identity
+        except MergeError as error:
+            _tell_when_to_retry(error)
+            refusal = _refusal(error, "model" if _body(request) is None else "merged_adapters")
+            if isinstance(self, PoolingBaseServing):  # its callers expect an exception
+                raise HTTPException(refusal.error.code, refusal.error.message) from None
+            return refusal
+        sent = request.model or _base_names(self.models)[0]
+        _served.set(Served(weakref.ref(request), lora_request(identity), sent))
+        return None
+
+    return _check_model
+
+
+def with_merge(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``BaseServing._maybe_get_adapters``."""
+
+    @functools.wraps(original)
+    def _maybe_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        served = _served.get()
+        if served is not None and served.request() is request:
+            return served.adapter
+        if _gate(self.models) is not None and _body(request) is not None:
+            raise RuntimeError("a request for a merge was not checked; it is not served with the base model")
+        return original(self, request, *args, **kwargs)
+
+    return _maybe_get_adapters
+
+
+def with_sent_name(original: Callable[..., str]) -> Callable[..., str]:
+    """Wrap ``OpenAIServingModels.model_name``: a reply's model is what the client sent."""
+
+    @functools.wraps(original)
+    def model_name(self: Any, lora_request: Any = None) -> str:
+        served = _served.get()
+        if served is not None and lora_request is served.adapter:
+            return served.model
+        return original(self, lora_request)
+
+    return model_name
+
+
+def _body(request: Any) -> object:
+    return (request.model_extra or {}).get("merged_adapters")
+
+
+def _refusal(error: MergeError, param: str) -> ErrorResponse:
+    status, kind = status_of(error)
+    return BaseServing.create_error_response(str(error), kind, status, param)
+
+
+def _tell_when_to_retry(error: MergeError) -> None:
+    seconds = _retry_after.get()
+    if isinstance(error, BusyError) and seconds is not None:
+        seconds.append(error.seconds)
+
+
+class RetryAfter:
+    """ASGI middleware: the header ``Retry-After`` of requests that the gate refused for being busy.
+
+    The refusal itself goes out as vLLM's routes send all errors, each in its own format, without headers.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request."""
+        seconds: list[int] = []
+        _retry_after.set(seconds)
+
+        async def sending(message: Any) -> None:
+            if seconds and message["type"] == "http.response.start":
+                header = (b"retry-after", str(seconds[0]).encode())
+                message = {**message, "headers": [*message.get("headers", ()), header]}
+            await send(message)
+
+        await self._app(scope, receive, sending)
+
+
+# What the server shows
+
+
+def with_routes(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``attach_router`` of the routes about models."""
+
+    @functools.wraps(original)
+    def attach_router(app: FastAPI) -> None:
+        original(app)
+        settings = Settings.of(app.state.args.additional_config)
+        if settings.enable:
+            app.include_router(make_router(_gate_of, settings.runtime_aliases))
+            app.add_middleware(RetryAfter)
+
+    return attach_router
+
+
+def _gate_of(request: Request) -> tuple[MergeGate, Collection[str]]:
+    models = request.app.state.openai_serving_models
+    gate = _gate(models)
+    if gate is None:
+        raise HTTPException(HTTPStatus.NOT_FOUND, "this server has no engine that merges")
+    return gate, _base_names(models)
+
+
+def with_aliases(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap ``OpenAIServingModels.show_available_models``."""
+
+    @functools.wraps(original)
+    async def show_available_models(self: Any) -> Any:
+        models = await original(self)
+        gate = _gate(self)
+        if gate is not None:
+            base = self.base_model_paths[0].name
+            models.data.extend(
+                ModelCard(id=name, root=str(spec), parent=base, permission=[ModelPermission()])
+                for name, spec in gate.aliases.items()
+            )
+        return models
+
+    return show_available_models
+
+
+def with_one_label(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``LoRARequestStates._request_update``: one label for all merges, or each would stay for good."""
+
+    @functools.wraps(original)
+    def _request_update(self: Any, req_id: str, lora_name: str | None, waiting: bool, running: bool) -> None:
+        if lora_name is not None and lora_name.startswith(SCHEME):
+            lora_name = SCHEME.rstrip(":")
+        original(self, req_id, lora_name, waiting, running)
+
+    return _request_update
+
+
+def outliving_servers(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``wait_for_completion_or_failure``: an API server that dies takes the others not with it."""
+
+    @functools.wraps(original)
+    def wait(api_server_manager: Any, *args: Any, **kwargs: Any) -> None:
+        while True:
+            try:
+                original(api_server_manager, *args, **kwargs)
+                return
+            except RuntimeError:
+                living = [process for process in api_server_manager.processes if process.is_alive()]
+                lost = len(api_server_manager.processes) - len(living)
+                if not compat_args.settings.enable or not living or not lost:
+                    raise
+                logger.error("%d API server(s) died; the %d others serve on", lost, len(living))
+                api_server_manager.processes = living
+
+    return wait

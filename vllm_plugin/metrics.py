@@ -1,0 +1,48 @@
+"""What Prometheus is told, on vLLM's own ``/metrics``.  No label holds anything that a client wrote."""
+
+from __future__ import annotations
+
+import functools
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+class Metrics:
+    """Counters of one process; where there are several API servers, vLLM adds theirs up."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.merges = Counter(
+            "merged_lora_merges",
+            "New merges, by strategy and result: made, refused (a client's mistake), busy, failed (a fault).",
+            ["strategy", "result"],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "merged_lora_merge_seconds",
+            "Time to make a new merge, from when it was its turn.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.hits = Counter(
+            "merged_lora_cache_hits", "Requests for a merge that was made before.", registry=registry
+        )
+        self.evictions = Counter(
+            "merged_lora_evictions",
+            "Merges forgotten, and copies of sources dropped, for others to take their place.",
+            ["what"],
+            registry=registry,
+        )
+        self.held = Gauge(
+            "merged_lora_bytes_held",
+            "Bytes of the copies of adapters in the workers' memory, all ranks together.",
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+
+
+@functools.cache
+def metrics() -> Metrics:
+    """Those of this process."""
+    return Metrics(REGISTRY)

@@ -1,0 +1,87 @@
+"""Copies of adapters in a worker's memory: bounded, shared by content, kept while somebody needs them.
+
+Knows nothing of vLLM or of merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from merged_lora.errors import MergeError
+
+GIB = 1 << 30
+
+Copy = TypeVar("Copy")
+
+
+class CacheFullError(MergeError):
+    """The copies that are needed leave no room for one more; ``missing`` bytes would have to go."""
+
+    def __init__(self, missing: int, limit: int) -> None:
+        super().__init__(
+            f"the adapters in memory and this one take {(limit + missing) / GIB:.3g} GiB together, "
+            f"--merged-lora-cache-gib allows {limit / GIB:.3g}"
+        )
+        self.missing = missing
+
+
+@dataclass(frozen=True)
+class _Entry(Generic[Copy]):
+    copy: Copy
+    nbytes: int
+
+
+class Snapshots(Generic[Copy]):
+    """Copies by key.  Each owner (an API server) says which it needs; one that nobody needs is dropped.
+
+    limit: bytes of all copies together.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._entries: dict[str, _Entry[Copy]] = {}
+        self._needs: dict[str, set[str]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __getitem__(self, key: str) -> Copy:
+        return self._entries[key].copy
+
+    def get(self, key: str) -> Copy | None:
+        """The copy under a key; None where there is none."""
+        entry = self._entries.get(key)
+        return entry.copy if entry is not None else None
+
+    def keep(self, owner: str, needed: Collection[str]) -> set[str]:
+        """Drop what no owner needs, now that this one needs no more than that; returns the keys dropped."""
+        self._needs[owner] = set(needed)
+        kept = set().union(*self._needs.values())
+        dropped = set(self._entries) - kept
+        for key in dropped:
+            del self._entries[key]
+        return dropped
+
+    def check_room(self, nbytes: int) -> None:
+        """Raise CacheFullError where that many more bytes are too many."""
+        missing = self.nbytes + nbytes - self.limit
+        if missing > 0:
+            raise CacheFullError(missing, self.limit)
+
+    def add(self, owner: str, key: str, copy: Copy, nbytes: int, replace: bool = False) -> None:
+        """Keep a copy for that owner too; raises CacheFullError.
+
+        replace: the copy takes the place of one that stands under this key; otherwise that one stays.
+        """
+        if key not in self._entries or replace:
+            old = self._entries[key].nbytes if key in self._entries else 0
+            self.check_room(nbytes - old)
+            self._entries[key] = _Entry(copy, nbytes)
+        self._needs.setdefault(owner, set()).add(key)

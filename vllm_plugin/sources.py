@@ -1,0 +1,209 @@
+"""In each API server: which adapters may be merged, under which names, and what the workers hold of them.
+
+Knows names, folders and keys of copies; holds no weights.  The workers are reached through functions given
+at construction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+import weakref
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from merged_lora.errors import AdapterError, MergeError
+from merged_lora.peft_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+
+from .metrics import Metrics
+from .worker import Reply, raise_failure
+
+logger = logging.getLogger("vllm.merged_lora")
+
+Capture = Callable[[str, list[str], str, Mapping[str, Any] | None], Awaitable[Reply]]
+Release = Callable[[str, list[str]], Awaitable[Reply]]
+Stamp = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """An adapter as a source.
+
+    key: of its copy in the workers; None where there is none.  refusal: why it cannot be merged; empty where
+    it can.  served: whether vLLM serves it under its name, too.  stamp: of its files when they were read.
+    """
+
+    key: str | None
+    refusal: str = ""
+    nbytes: int = 0
+    served: bool = False
+    stamp: Stamp = ()
+
+
+class Sources:
+    """The adapters that may be merged, by name.
+
+    capture, release: ask every worker for a copy, or to drop what is not needed (see ``worker.py``).
+    folder: ``--merged-lora-source-dir``, resolved; None where there is none.
+    changes: the lock under which the adapters change, so that vLLM's list and this one agree.
+    """
+
+    def __init__(
+        self, capture: Capture, release: Release, metrics: Metrics, folder: str | None = None
+    ) -> None:
+        self.changes = asyncio.Lock()
+        self.held = 0
+        self._metrics = metrics
+        self._owner = uuid.uuid4().hex
+        self._capture = capture
+        self._release = release
+        self._folder = Path(folder) if folder is not None else None
+        self._components: dict[str, Component] = {}
+        self._leases: dict[int, tuple[str, ...]] = {}
+        self._next_lease = 0
+
+    @property
+    def components(self) -> Mapping[str, Component]:
+        """All that are known, least recently used first; those of the folder once they were named."""
+        return self._components
+
+    # Adapters that vLLM serves
+
+    async def register(self, name: str, path: str, options: Mapping[str, Any]) -> None:
+        """Copy an adapter that vLLM is about to load, under ``changes``; one that cannot be merged says why.
+
+        options: how vLLM reads it.  Raises MergeError where vLLM would refuse it or the copy does not fit.
+        """
+        reply = await self._copied(path, options)
+        self._components[name] = Component(reply["key"], reply["refusal"], reply["nbytes"], served=True)
+        await self._trim()
+
+    async def forget(self, name: str) -> None:
+        """Take an adapter out of the sources, under ``changes``; merges of it that are under way go on."""
+        self._components.pop(name, None)
+        await self._trim()
+
+    # Adapters in the folder
+
+    async def refresh(self, names: Iterable[str], holder: object) -> None:
+        """Read those of the names that are adapters in the folder and new or changed since they were read.
+
+        What was read stays where its folder vanishes or breaks; that is logged.  Where nothing was read
+        before, the reason is kept beside the name.  holder: the request; see :meth:`lease`.
+        """
+        for name in names if self._folder is not None else ():
+            known = self._components.get(name)
+            if known is not None and known.served:
+                continue
+            found = await asyncio.to_thread(self._look, name)
+            if found is None:
+                if known is not None and known.stamp:
+                    logger.warning("source %r is gone from its folder; its copy in memory stays", name)
+                    self._components[name] = replace(known, stamp=())
+                continue
+            path, stamp = found
+            async with self.changes:
+                known = self._components.get(name)
+                if known is None or (not known.served and known.stamp != stamp):
+                    self._components[name] = await self._read(name, path, stamp, known)
+                    await self._trim()
+                key = self._components[name].key
+                if key is not None:  # lest the next name's copy takes its place
+                    self.lease(holder, (key,))
+
+    async def _read(self, name: str, path: str, stamp: Stamp, known: Component | None) -> Component:
+        try:
+            reply = await self._copied(path, None)
+        except MergeError as error:
+            if known is not None and known.key is not None:
+                logger.warning(
+                    "source %r changed and cannot be read (%s); its copy in memory stays", name, error
+                )
+                return replace(known, stamp=stamp)
+            return Component(None, str(error), stamp=stamp)
+        return Component(reply["key"], nbytes=reply["nbytes"], stamp=stamp)
+
+    def _look(self, name: str) -> tuple[str, Stamp] | None:
+        """Path and stamp of the adapter of that name in the folder; None where there is none."""
+        assert self._folder is not None
+        if any(part.startswith(".") for part in Path(name).parts):
+            return None
+        try:
+            folder = (self._folder / name).resolve()
+            if not folder.is_relative_to(self._folder) or not (folder / CONFIG_NAME).is_file():
+                return None
+            files = [folder / CONFIG_NAME, folder / WEIGHTS_NAME, folder / INDEX_NAME]
+            files += sorted(folder.glob("*.safetensors"))
+            found = [file for file in dict.fromkeys(files) if file.exists()]
+            outside = [file.name for file in found if not file.resolve().is_relative_to(self._folder)]
+            if outside:
+                raise AdapterError(f"{name!r}: {outside[0]} is a link out of the folder of sources")
+            return str(folder), tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, found))
+        except OSError:  # a name too long for the file system, or files that vanish while they are looked at
+            return None
+
+    # Copies
+
+    def key(self, name: str) -> str:
+        """The key of a source's copy; raises MergeError where it cannot be merged."""
+        component = self._components[name]
+        if component.key is None or component.refusal:
+            served = "is served, but cannot" if component.served else "cannot"
+            raise MergeError(f"{name!r} {served} be merged: {component.refusal}")
+        self._touch(name)
+        return component.key
+
+    def lease(self, request: object, keys: tuple[str, ...]) -> None:
+        """Keep the copies under these keys for as long as a request lives."""
+        self._next_lease += 1
+        self._leases[self._next_lease] = keys
+        weakref.finalize(request, self._leases.pop, self._next_lease).atexit = False
+
+    def hold(self, name: str | None, request: object) -> None:
+        """Lease the copy of an adapter that a request names, where it names one."""
+        component = self._components.get(name or "")
+        if component is not None and component.served and component.key is not None:
+            self.lease(request, (component.key,))
+
+    async def _copied(self, path: str, options: Mapping[str, Any] | None) -> Reply:
+        """The reply about a new copy; where the cache is full, idle copies from the folder make room."""
+        while True:
+            reply = await self._capture(self._owner, self._needed(), path, options)
+            if reply["ok"] or reply["kind"] != "full" or not self._drop_idle(reply["missing"]):
+                raise_failure(reply)
+                self._hold(reply)
+                return reply
+
+    def _drop_idle(self, missing: int) -> bool:
+        """Forget the folder's adapters that were not used for longest; whether there were any."""
+        leased = {key for keys in self._leases.values() for key in keys}
+        dropped = False
+        for name, component in list(self._components.items()):
+            if missing <= 0:
+                break
+            if component.served or component.key is None or component.key in leased:
+                continue
+            del self._components[name]
+            missing -= component.nbytes
+            self._metrics.evictions.labels("source").inc()
+            dropped = True
+        return dropped
+
+    async def _trim(self) -> None:
+        reply = await self._release(self._owner, self._needed())
+        raise_failure(reply)
+        self._hold(reply)
+
+    def _hold(self, reply: Reply) -> None:
+        self.held = reply["held"]
+        self._metrics.held.set(self.held)
+
+    def _needed(self) -> list[str]:
+        needed = {component.key for component in self._components.values() if component.key is not None}
+        return sorted(needed.union(*self._leases.values()))
+
+    def _touch(self, name: str) -> None:
+        self._components[name] = self._components.pop(name)
