@@ -25,6 +25,7 @@ from .identity import NUMBER_TAKEN, MergeIdentity
 from .makers import Facts
 from .metrics import Metrics
 from .settings import Settings, check_alias_name
+from .snapshots import CacheFullError
 from .sources import Sources
 from .worker import Reply, raise_failure
 
@@ -43,6 +44,8 @@ def status_of(error: MergeError) -> tuple[HTTPStatus, str]:
     """HTTP status of an error, and its type in OpenAI's format."""
     if isinstance(error, BusyError):
         return HTTPStatus.TOO_MANY_REQUESTS, "TooManyRequestsError"
+    if isinstance(error, CacheFullError):
+        return HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
     if isinstance(error, UnknownAdapterError):
         return HTTPStatus.NOT_FOUND, "NotFoundError"
     return HTTPStatus.BAD_REQUEST, "BadRequestError"

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from merged_lora.errors import MergeError
+from merged_lora.errors import AdapterError, MergeError
 
 GIB = 1 << 30
 
@@ -19,11 +19,8 @@ Copy = TypeVar("Copy")
 class CacheFullError(MergeError):
     """The copies that are needed leave no room for one more; ``missing`` bytes would have to go."""
 
-    def __init__(self, missing: int, limit: int) -> None:
-        super().__init__(
-            f"the adapters in memory and this one take {(limit + missing) / GIB:.3g} GiB together, "
-            f"--merged-lora-cache-gib allows {limit / GIB:.3g}"
-        )
+    def __init__(self, message: str, missing: int) -> None:
+        super().__init__(message)
         self.missing = missing
 
 
@@ -71,9 +68,21 @@ class Snapshots(Generic[Copy]):
 
     def check_room(self, nbytes: int) -> None:
         """Raise CacheFullError where that many more bytes are too many."""
-        missing = self.nbytes + nbytes - self.limit
-        if missing > 0:
-            raise CacheFullError(missing, self.limit)
+        total = self.nbytes + nbytes
+        if total > self.limit:
+            raise CacheFullError(
+                f"this adapter and those in memory take {total / GIB:.3g} GiB together, "
+                f"--merged-lora-cache-gib allows {self.limit / GIB:.3g}",
+                total - self.limit,
+            )
+
+    def check_size(self, nbytes: int) -> None:
+        """Raise AdapterError where that many bytes are too many, whatever else is dropped."""
+        if nbytes > self.limit:
+            raise AdapterError(
+                f"the adapter takes {nbytes / GIB:.3g} GiB, "
+                f"--merged-lora-cache-gib allows {self.limit / GIB:.3g}"
+            )
 
     def add(self, owner: str, key: str, copy: Copy, nbytes: int, replace: bool = False) -> None:
         """Keep a copy for that owner too; raises CacheFullError.

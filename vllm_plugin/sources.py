@@ -19,6 +19,7 @@ from merged_lora.errors import AdapterError, MergeError
 from merged_lora.peft_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 
 from .metrics import Metrics
+from .snapshots import CacheFullError
 from .worker import Reply, raise_failure
 
 logger = logging.getLogger("vllm.merged_lora")
@@ -92,7 +93,8 @@ class Sources:
         """Read those of the names that are adapters in the folder and new or changed since they were read.
 
         What was read stays where its folder vanishes or breaks; that is logged.  Where nothing was read
-        before, the reason is kept beside the name.  holder: the request; see :meth:`lease`.
+        before, the reason is kept beside the name.  holder: the request; see :meth:`lease`.  Raises
+        CacheFullError.
         """
         for name in names if self._folder is not None else ():
             known = self._components.get(name)
@@ -117,6 +119,8 @@ class Sources:
     async def _read(self, name: str, path: str, stamp: Stamp, known: Component | None) -> Component:
         try:
             reply = await self._copied(path, None)
+        except CacheFullError:  # there may be room for the next request
+            raise
         except MergeError as error:
             if known is not None and known.key is not None:
                 logger.warning(

@@ -216,9 +216,7 @@ class MergeWorker(Generic[Model]):
     def _load(self, path: str) -> Adapter:
         folder = self._shelf.find(path)
         if folder.is_dir():  # before a byte of it is in memory
-            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            if size > self._snapshots.limit:
-                raise CacheFullError(size - self._snapshots.limit, self._snapshots.limit)
+            self._snapshots.check_size(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
         return Adapter.load(folder)
 
     def _keep(self, owner: str, needed: Collection[str]) -> None:
@@ -276,9 +274,7 @@ def agreed(replies: Sequence[Reply]) -> Reply:
 def raise_failure(reply: Reply) -> None:
     """Raise what a reply reports: a MergeError for a user's mistake, a RuntimeError for a fault of ours."""
     if not reply["ok"]:
-        kinds: dict[str, type[Exception]] = {
-            "unknown": UnknownAdapterError,
-            "user": MergeError,
-            "full": MergeError,
-        }
+        if reply["kind"] == "full":
+            raise CacheFullError(reply["error"], reply["missing"])
+        kinds: dict[str, type[Exception]] = {"unknown": UnknownAdapterError, "user": MergeError}
         raise kinds.get(reply["kind"], RuntimeError)(reply["error"])
