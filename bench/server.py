@@ -121,10 +121,22 @@ class Server:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._ask(urllib.request.Request(self.url + route, data, {"Content-Type": "application/json"}))
 
+    def delete(self, route: str) -> tuple[int, Any]:
+        """Status and JSON body of a DELETE."""
+        return self._ask(urllib.request.Request(self.url + route, method="DELETE"))
+
+    def metrics(self) -> dict[str, float]:
+        """What Prometheus would read: each series with its labels, and its value."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
+            lines = reply.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {series: float(value) for series, value in pairs}
+
     def _ask(self, request: urllib.request.Request) -> tuple[int, Any]:
         try:
             with urllib.request.urlopen(request, timeout=300) as reply:
-                return reply.status, json.load(reply)
+                text = reply.read()
+                return reply.status, json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
         except urllib.error.HTTPError as error:
             text = error.read()
             return error.code, json.loads(text) if text else None

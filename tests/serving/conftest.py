@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import tiny
 from merged_lora.bench.server import Server
 from merged_lora.engine import merge
-from tiny import FLAGS, MAX_RANK, SPECS, Place
+from tiny import FLAGS, MAX_AD_HOC, MAX_RANK, SPECS, Place
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +26,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     }
     for name, adapter in adapters.items():
         adapter.save(root / name)
-    return Place(tiny.make_model(root / "model"), {name: root / name for name in adapters})
+    (root / "sources").mkdir()
+    model = tiny.make_model(root / "model")
+    return Place(model, {name: root / name for name in adapters}, root / "sources")
 
 
 @pytest.fixture(scope="session")
 def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the adapters, the offline twins of SPECS as plain adapters, and two aliases."""
+    """A server with the adapters, the offline twins of SPECS as plain adapters, and two aliases.
+
+    Aliases and adapters can be changed at run time, and its workers heed the seeds of ``faults.py``.
+    """
     root = tmp_path_factory.mktemp("offline")
     for name, spec in SPECS.items():
         merge(spec, place.adapters, rank=MAX_RANK).save(root / name)
@@ -40,6 +46,13 @@ def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         *(*FLAGS, "--enable-merged-lora", "--max-lora-rank", str(MAX_RANK), "--max-loras", "2"),
         *("--max-cpu-loras", "3", "--lora-modules", *(f"{name}={path}" for name, path in modules.items())),
         *("--merged-lora-modules", "mix=ties(sql, chat, density=0.2)", "both = 0.5*sql + 0.5*chat"),
+        *("--merged-lora-runtime-aliases", "--merged-lora-source-dir", str(place.sources)),
+        *("--merged-lora-max-ad-hoc", str(MAX_AD_HOC), "--enable-prompt-tokens-details"),
+        *("--worker-extension-cls", "faults.Faults"),
         log=root / "server.log",
+        environment={
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "PYTHONPATH": str(Path(__file__).parent),
+        },
     ) as running:
         yield running

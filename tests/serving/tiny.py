@@ -38,6 +38,7 @@ _TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor
 
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8")
 MAX_RANK = 16
+MAX_AD_HOC = 40
 
 SPECS = {
     "merged_sum": "0.7*sql + 0.3*chat - 0.2*tone",
@@ -56,10 +57,11 @@ SPECS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where the model and the adapters lie."""
+    """Where the model and the adapters lie, and the folder of further sources, empty at first."""
 
     model: Path
     adapters: dict[str, Path]
+    sources: Path
 
 
 def make_model(folder: Path) -> Path:
