@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
+MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test lint bench clean
+.PHONY: help install model demo oldest-vllm test lint bench soak clean
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -24,11 +25,18 @@ lint: install  ## ruff and mypy
 	@$(PY) -m ruff format --check --quiet --output-format concise
 	@$(PY) -m mypy
 
-test: lint model  ## lint, then every test that this machine can run
+test: lint model oldest-vllm  ## lint, then every test that this machine can run
 	@$(PY) -m pytest
+
+oldest-vllm: install
+	@$(PYTHON) tools/install.py --oldest-vllm
 
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu
+
+soak: model oldest-vllm  ## the long tests, then random load on a real server; MINUTES=30
+	@$(PY) -m pytest -m soak
+	@$(PY) -m merged_lora.bench soak --minutes $(MINUTES)
 
 clean:  ## remove builds and caches; .venv and .models stay
 	@rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,14 +1,18 @@
-"""``python -m merged_lora.bench cpu``, ``gpu`` or ``registers``."""
+"""``python -m merged_lora.bench cpu``, ``gpu``, ``registers``, ``serve`` or ``soak``."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from merged_lora.errors import MergeError
 
+from .server import ServerDiedError
+
 
 def main(arguments: list[str]) -> int:
-    """The exit code: 0, 1 where ours and the peer's disagree, 2 where something is missing to measure.
+    """The exit code: 0, 1 where ours and the peer's disagree or a server under load failed, 2 where something
+    is missing to measure.
 
     Without arguments, the benchmark of CPU cores.
     """
@@ -31,6 +35,14 @@ def main(arguments: list[str]) -> int:
     of_kernels = benchmarks.add_parser("registers", help="what the GPU kernels compile to; needs no GPU")
     of_kernels.add_argument("--target", action="append", help="sm_80, sm_90 or gfx942; all by default")
     of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    of_serving = benchmarks.add_parser("serve", help="requests to real servers: merges beside plain adapters")
+    of_serving.add_argument(
+        "--requests", type=int, default=20, metavar="N", help="of each kind; 20 by default"
+    )
+    of_serving.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
+    soaking = benchmarks.add_parser("soak", help="random load on a real server, watched for errors")
+    soaking.add_argument("--minutes", type=float, default=30, metavar="M", help="30 by default")
+    soaking.add_argument("--json", type=Path, metavar="FILE", help="write what was counted there")
     options = parser.parse_args(arguments or ["cpu"])
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"{options.json.parent} is no folder")
@@ -38,7 +50,19 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{options.json} is a folder, not a file to write")
     if getattr(options, "layers", 1) < 1:
         parser.error("--layers must be at least 1")
+    if getattr(options, "requests", 2) < 2:
+        parser.error("--requests must be at least 2")
+    if not 0 < getattr(options, "minutes", 1) < math.inf:
+        parser.error("--minutes must be above 0")
     try:
+        if options.benchmark == "serve":
+            from . import serve
+
+            return serve.run(serve.Work(options.requests), options.json)
+        if options.benchmark == "soak":
+            from . import soak
+
+            return soak.run(options.minutes, options.json)
         if options.benchmark == "registers":
             from . import registers
 
@@ -53,7 +77,7 @@ def main(arguments: list[str]) -> int:
         return cpu.run(options.quick, options.json)
     except ImportError as error:
         parser.error(f"{error.name} is not installed; `make install` brings it")
-    except MergeError as error:
+    except (MergeError, ServerDiedError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 

@@ -23,7 +23,7 @@ from . import cases, peers
 from .device import Copies, CudaTimer, Timer, copy_speed
 from .device_agreement import groups
 from .pool import DisagreementError, Merges, Pool, one_of_each
-from .timing import ratio, shown
+from .timing import Aim, ratio, shown
 
 Turn = Callable[[int], object]
 """Something to be timed, for the set of that number."""
@@ -128,21 +128,6 @@ HEADER = (
 )
 
 
-@dataclass(frozen=True)
-class Aim:
-    """What a measured number should be: at most or at least so much."""
-
-    what: str
-    measured: float
-    aim: float
-    at_most: bool
-
-    @property
-    def met(self) -> bool:
-        """Whether it is."""
-        return self.measured <= self.aim if self.at_most else self.measured >= self.aim
-
-
 def run(work: Work, file: Path | None, agreement_only: bool = False, timer: Timer | None = None) -> int:
     """Check, measure and print; the exit code, 1 where something disagrees.
 
@@ -240,8 +225,7 @@ class Bench:
         self._svd_rows()
         print("\naims")
         for aim in self.aims:
-            limit = f"at {'most' if aim.at_most else 'least'} {aim.aim:g}"
-            print(f"  {'met' if aim.met else 'MISSED':8}{aim.what}: {aim.measured:.3g}, aim {limit}")
+            print(aim.line())
         for text in self.left_out:
             print(f"  left out: {text}")
 

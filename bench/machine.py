@@ -16,13 +16,18 @@ def facts() -> dict[str, object]:
     """Name and value of everything that a time depends on."""
     measured: dict[str, object] = {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "load average": round(os.getloadavg()[0], 2),
         "copy GB/s": round(_copy_speed() / 1e9, 1),
         "python": platform.python_version(),
         "torch threads": torch.get_num_threads(),
     }
     return measured | {name: installed(name) for name in ("torch", "numpy", "numba", "peft")}
+
+
+def cores() -> int:
+    """The number that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:

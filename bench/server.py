@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Server:
     """A running server; use it in a ``with`` statement.
 
     log: the file that holds its output.  waiting: called every half second until it answers.
-    environment: variables for it over this process's own and ENVIRONMENT.
+    environment: variables for it over this process's own and ENVIRONMENT.  api_key: the key it asks for.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Server:
         log: Path,
         waiting: Callable[[], None] = lambda: None,
         environment: Mapping[str, str] | None = None,
+        api_key: str | None = None,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -62,6 +64,10 @@ class Server:
             ),
             *("--host", "127.0.0.1", "--port", str(self.port), *arguments),
         ]
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._command += ["--api-key", api_key]
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
@@ -97,6 +103,17 @@ class Server:
                 time.sleep(0.5)
         raise TimeoutError(f"no answer after {START_SECONDS:.0f} s:\n{self.tail()}")
 
+    @property
+    def pid(self) -> int:
+        """Of the server's first process, which leads the session of all of them."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether its first process is."""
+        return self._process is not None and self._process.poll() is None
+
     def stop(self) -> None:
         """End the server and its workers, which share its process group."""
         if self._process is None:
@@ -114,16 +131,22 @@ class Server:
 
     def get(self, route: str) -> tuple[int, Any]:
         """Status and JSON body of a GET."""
-        return self._ask(urllib.request.Request(self.url + route))
+        return self._ask("GET", route)
 
     def post(self, route: str, body: dict[str, Any] | bytes) -> tuple[int, Any]:
         """Status and JSON body of a POST."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self._ask(urllib.request.Request(self.url + route, data, {"Content-Type": "application/json"}))
+        return self._ask("POST", route, data)
+
+    def stream(self, route: str, body: dict[str, Any], seconds: float) -> HTTPResponse:
+        """The reply to a POST, to be read as it comes; raises OSError after so many seconds of silence."""
+        request = urllib.request.Request(self.url + route, json.dumps(body).encode(), self._headers)
+        reply: HTTPResponse = urllib.request.urlopen(request, timeout=seconds)
+        return reply
 
     def delete(self, route: str) -> tuple[int, Any]:
         """Status and JSON body of a DELETE."""
-        return self._ask(urllib.request.Request(self.url + route, method="DELETE"))
+        return self._ask("DELETE", route)
 
     def metrics(self) -> dict[str, float]:
         """What Prometheus would read: each series with its labels, and its value."""
@@ -132,7 +155,8 @@ class Server:
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {series: float(value) for series, value in pairs}
 
-    def _ask(self, request: urllib.request.Request) -> tuple[int, Any]:
+    def _ask(self, method: str, route: str, data: bytes | None = None) -> tuple[int, Any]:
+        request = urllib.request.Request(self.url + route, data, self._headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=300) as reply:
                 text = reply.read()

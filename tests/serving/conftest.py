@@ -49,6 +49,7 @@ def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         *("--merged-lora-runtime-aliases", "--merged-lora-source-dir", str(place.sources)),
         *("--merged-lora-max-ad-hoc", str(MAX_AD_HOC), "--enable-prompt-tokens-details"),
         *("--worker-extension-cls", "faults.Faults"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         log=root / "server.log",
         environment={
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

@@ -45,7 +45,7 @@ def test_the_report_tells_what_is_served(server: Server) -> None:
     assert report["bytes_held"] >= sum(source["bytes"] for source in sources.values()) / 2
 
 
-SEEDS = (("sql", 1, {}), ("chat", 2, {"scaling": 1.0}))
+SEEDS: tuple[tuple[str, int, dict[str, float]], ...] = (("sql", 1, {}), ("chat", 2, {"scaling": 1.0}))
 """As tests/serving/conftest.py makes them."""
 
 
@@ -117,7 +117,8 @@ def test_a_folder_of_sources_ends_at_its_walls(server: Server, place: Place) -> 
 
 def test_metrics_count_and_hold_no_text_of_the_client(server: Server) -> None:
     def count(name: str) -> float:
-        return server.metrics().get(name, 0.0)
+        value: float = server.metrics().get(name, 0.0)
+        return value
 
     made = 'merged_lora_merges_total{result="made",strategy="slerp"}'
     refused = 'merged_lora_merges_total{result="refused",strategy="linear"}'

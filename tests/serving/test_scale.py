@@ -1,0 +1,135 @@
+"""More than one process of a kind: tensor parallel, several API servers, data parallel; each as one alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import faults
+from merged_lora.bench.server import Server
+from merged_lora.engine import merge
+from tiny import FLAGS, MAX_RANK, SPECS, Place
+
+pytestmark = pytest.mark.engine
+
+NAMES = ("merged_sum", "merged_ties", "merged_dare_ties", "merged_svd", "merged_parts")
+KEY = "a-secret"
+
+
+def serve(place: Place, root: Path, *flags: str) -> Server:
+    """A server with the adapters and the offline twins of some merges."""
+    for name in NAMES:
+        merge(SPECS[name], place.adapters, rank=MAX_RANK).save(root / name)
+    modules = {**place.adapters, **{name: root / name for name in NAMES}}
+    return Server(
+        place.model,
+        *(*FLAGS, "--enable-merged-lora", "--max-lora-rank", str(MAX_RANK), "--max-loras", "2"),
+        *("--max-cpu-loras", "3", "--lora-modules", *(f"{name}={path}" for name, path in modules.items())),
+        *flags,
+        log=root / "server.log",
+        environment={"PYTHONPATH": str(Path(__file__).parent)},
+        api_key=KEY,
+    )
+
+
+def assert_the_same(several: Server, one: Server) -> None:
+    """Each merge gives what its twin gives there, to the last bit, and what one process alone gives."""
+    for name in NAMES:
+        got = several.logprobs(SPECS[name])
+        assert got == several.logprobs(name), name
+        assert got == pytest.approx(one.logprobs(SPECS[name]), abs=1e-5), name
+
+
+def ask(server: Server, route: str, body: dict[str, Any] | None = None, key: str | None = None) -> int:
+    """Status of a request over a connection of its own, with that key."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = json.dumps(body).encode() if body is not None else None
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(server.url + route, data, headers), timeout=60
+        ) as reply:
+            status: int = reply.status
+            return status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_two_ranks_and_two_api_servers_serve_as_one(place: Place, server: Server, tmp_path: Path) -> None:
+    flags = ("--tensor-parallel-size", "2", "--api-server-count", "2", "--merged-lora-runtime-aliases")
+    with serve(place, tmp_path, *flags, "--worker-extension-cls", "faults.Faults") as several:
+        assert_the_same(several, server)
+
+        # A fault of one rank alone answers one request, and the replies of later ones are their own.
+        before = several.logprobs("merged_sum")
+        for _ in range(2):
+            body = {"model": f"dare_linear(sql, chat, seed={faults.LAST_RANK_FAILS})", "prompt": "x"}
+            status, reply = several.post("/v1/completions", body)
+            assert (status, "a fault on demand" in reply["error"]["message"]) == (500, True)
+            status, _ = several.post("/v1/completions", {"model": "linear(sql, wide)", "prompt": "x"})
+            assert status == 400
+        assert several.logprobs("merged_sum") == several.logprobs(SPECS["merged_sum"]) == before
+
+        # The key that guards every route guards ours.
+        for route, more in (("/v1/merged_lora", None), ("/v1/merged_lora/m", {"spec": "sum(sql)"})):
+            assert ask(several, route, more) == ask(several, route, more, "wrong") == 401
+        assert several.delete("/v1/merged_lora/m")[0] == 404
+
+        # What one API server is told, the other knows, and both merge the same.
+        assert several.post("/v1/merged_lora/shared", {"spec": "0.25*sql + tone"})[0] == 201
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(several.logprobs, ["shared"] * 12))
+        for answer in answers:
+            assert answer == pytest.approx(answers[0], abs=1e-4)
+
+        # One of them dies, and the other serves on.
+        victim = api_servers(several)[0]
+        os.kill(victim, signal.SIGKILL)
+        end = time.monotonic() + 30
+        while victim in api_servers(several) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert len(api_servers(several)) == 1
+        for _ in range(8):
+            assert several.logprobs("merged_sum") == before
+        assert several.logprobs("ties(sql, tone, density=0.9)")
+        assert "serve on" in several.log.read_text()
+
+
+def api_servers(server: Server) -> list[int]:
+    """Process ids of the API servers, as the log names them, that are alive."""
+    log = server.log.read_text()
+    pids = {int(line.split("pid=", 1)[1].split(")")[0]) for line in log.splitlines() if "(ApiServer_" in line}
+    return [pid for pid in sorted(pids) if is_alive(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, dead ones that wait to be reaped aside."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.soak
+def test_two_engines_serve_as_one(place: Place, server: Server, tmp_path: Path) -> None:
+    with serve(place, tmp_path, "--data-parallel-size", "2") as several:
+        assert_the_same(several, server)
+        with ThreadPoolExecutor(8) as pool:  # so that both engines have work
+            answers = list(pool.map(several.logprobs, [SPECS["merged_sum"]] * 16))
+        for answer in answers:
+            assert answer == pytest.approx(answers[0], abs=1e-4)
+        assert (
+            several.metrics()[
+                'vllm:request_success_total{engine="1",finished_reason="length",model_name="base"}'
+            ]
+            > 0
+        )
+        assert several.post("/v1/completions", {"model": "linear(sql, wide)", "prompt": "x"})[0] == 400
