@@ -55,7 +55,7 @@ class CpuBackend:
         inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
         keeps = [keep for job in jobs for keep in job.keeps]
         counts = np.array([len(job.inputs) for job in jobs])
-        outputs = [torch.empty(job.inputs[0].shape, dtype=job.dtype) for job in jobs]
+        outputs = _new_tensors([(job.inputs[0].shape, job.dtype) for job in jobs])
         size = np.array([t.numel() for t in outputs])
 
         vote = jobs[0].vote
@@ -113,6 +113,18 @@ def _halved(progress: Progress) -> Progress:
         progress(done // 2 - before // 2)
 
     return tell
+
+
+def _new_tensors(kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> list[torch.Tensor]:
+    """Tensors without values; those of one dtype share a buffer, which takes a fraction of the time."""
+    sizes: dict[torch.dtype, list[int]] = {}
+    for shape, dtype in kinds:
+        sizes.setdefault(dtype, []).append(shape.numel())
+    parts = {
+        dtype: iter(torch.split(torch.empty(sum(counts), dtype=dtype), counts))
+        for dtype, counts in sizes.items()
+    }
+    return [next(parts[dtype]).view(shape) for shape, dtype in kinds]
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ kept counts, random keys.  Backends follow it to the letter; that is why they ca
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import struct
@@ -221,42 +222,54 @@ def _factor_module(
         )
     if limit is not None and factors[0].rank > limit:
         raise PlanError(f"{module} has rank {factors[0].rank}, the limit is {limit}; svd can reduce the rank")
-    weights = [said.weights[i] for i in present]
-    if said.lorax:
-        # LoRAX puts the raw weight on each factor and applies the first adapter's scaling to the product.
-        root = _signed_root(said.scale * factors[0].scaling)
-        weights_a, weights_b = [w * root for w in weights], [w * abs(root) for w in weights]
-    else:
-        weights_a = [
-            _signed_root(_float32(said.scale * w * f.scaling)) for w, f in zip(weights, factors, strict=True)
-        ]
-        weights_b = [abs(w) for w in weights_a]
     jobs = []
-    for side, values in (("a", weights_a), ("b", weights_b)):
+    both = _factor_weights(
+        said.lorax, said.scale, tuple(said.weights[i] for i in present), tuple(f.scaling for f in factors)
+    )
+    for side, weights in zip("ab", both, strict=True):
         inputs = tuple(f.a if side == "a" else f.b for f in factors)
         keeps = tuple(
-            _keep(said, i, tensor.numel(), f"{sources[i].digest}\0{module}\0{side}")
-            for i, tensor in zip(present, inputs, strict=True)
+            [
+                _keep(said, i, tensor, sources[i], module, side)
+                for i, tensor in zip(present, inputs, strict=True)
+            ]
         )
-        jobs.append(
-            FactorJob(
-                inputs, tuple(map(_float32, values)), keeps, said.vote, promoted([t.dtype for t in inputs])
-            )
-        )
+        jobs.append(FactorJob(inputs, weights, keeps, said.vote, promoted([t.dtype for t in inputs])))
     return FactorModule(jobs[0], jobs[1], tuple(present), factors[0].embedding)
+
+
+@functools.lru_cache(1024)  # most modules of an adapter have one scaling
+def _factor_weights(
+    lorax: bool, scale: float, weights: tuple[float, ...], scalings: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What each source's A and B are multiplied with, as float32 values."""
+    if lorax:
+        # LoRAX puts the raw weight on each factor and applies the first adapter's scaling to the product.
+        root = _signed_root(scale * scalings[0])
+        a, b = [w * root for w in weights], [w * abs(root) for w in weights]
+    else:
+        a = [_signed_root(_float32(scale * w * s)) for w, s in zip(weights, scalings, strict=True)]
+        b = [abs(w) for w in a]
+    return tuple(map(_float32, a)), tuple(map(_float32, b))
 
 
 _ALL = Keep()
 
 
-def _keep(said: _Said, source: int, numel: int, identity: str) -> Keep:
+def _keep(said: _Said, index: int, tensor: torch.Tensor, source: Adapter, module: str, side: str) -> Keep:
     if said.recipe.keep == "all" or said.densities is None:
         return _ALL
-    density = said.densities[source]
+    density = said.densities[index]
     if said.recipe.keep == "largest":
-        return Keep(count=int(density * numel)) if density < 1.0 else _ALL
-    key = hashlib.blake2b(f"{said.seed}\0{identity}".encode(), digest_size=8).digest()
+        return _largest(int(density * tensor.numel())) if density < 1.0 else _ALL
+    identity = f"{said.seed}\0{source.digest}\0{module}\0{side}"
+    key = hashlib.blake2b(identity.encode(), digest_size=8).digest()
     return Keep(share=max(1, round(density * SHARES)), key=int.from_bytes(key, "little"))
+
+
+@functools.lru_cache(1024)
+def _largest(count: int) -> Keep:
+    return Keep(count=count)
 
 
 def _delta_module(

@@ -25,7 +25,8 @@ from vllm.lora.request import LoRARequest
 from merged_lora.errors import MergeError
 
 from . import compat_args
-from .compat_worker import ATTRIBUTE, CAPTURE, PREPARE, RELEASE
+from .compat_slots import ATTRIBUTE
+from .compat_worker import CAPTURE, PREPARE, RELEASE
 from .identity import SCHEME, MergeIdentity
 from .metrics import metrics
 from .routes import make_router

@@ -30,7 +30,7 @@ def test_the_report_tells_what_is_served(server: Server) -> None:
     assert {"alias": "mix", "spec": "ties(chat, sql, density=0.2)"} in report["aliases"]
     live = merges(server)["svd(chat, 0.5*sql, rank=4)"]
     assert live["strategy"] == "svd"
-    digests = {name: tiny.make_adapter(seed, **more).digest for name, seed, more in SEEDS}
+    digests = {name: tiny.make_adapter(seed, scaling=by).digest for name, seed, by in SEEDS}
     assert live["sources"] == [
         {"name": "chat", "weight": 1.0, "digest": digests["chat"]},
         {"name": "sql", "weight": 0.5, "digest": digests["sql"]},
@@ -45,7 +45,7 @@ def test_the_report_tells_what_is_served(server: Server) -> None:
     assert report["bytes_held"] >= sum(source["bytes"] for source in sources.values()) / 2
 
 
-SEEDS: tuple[tuple[str, int, dict[str, float]], ...] = (("sql", 1, {}), ("chat", 2, {"scaling": 1.0}))
+SEEDS = (("sql", 1, 2.0), ("chat", 2, 1.0))
 """As tests/serving/conftest.py makes them."""
 
 

@@ -25,7 +25,7 @@ from merged_lora.engine import merge, plan
 from merged_lora.errors import BackendError, PlanError
 from merged_lora.peft_files import tensors_of
 from merged_lora.spec import parse
-from merged_lora.vllm_plugin import compat_worker
+from merged_lora.vllm_plugin import compat_models, compat_slots, compat_worker
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.makers import HostMaker, Maker, SlotMaker
 from merged_lora.vllm_plugin.settings import Settings
@@ -76,8 +76,8 @@ def sources() -> dict[str, Adapter]:
 
 def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
     """The maker of a worker."""
-    build = functools.partial(compat_worker._slot_model, manager, backend)
-    return SlotMaker(backend, build, compat_worker._compile)
+    build = functools.partial(compat_models.slot_model, manager, backend)
+    return SlotMaker(backend, build, compat_models.compile_filling)
 
 
 def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
@@ -88,7 +88,15 @@ def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[s
 def copied(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
     """The same merge in host memory, which vLLM copies into slots with its own code."""
     merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
-    return compat_worker._host_model(manager, 7, merged)
+    return compat_models.lora_model(manager, 7, merged, "cpu")
+
+
+def filled(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
+    """The same merge in host memory, which is copied into slots all at once."""
+    merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
+    lora = compat_models.host_model(manager, 7, merged)
+    assert isinstance(getattr(lora, compat_slots.ATTRIBUTE), compat_slots.HostFilling)
+    return lora
 
 
 def assert_same(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -102,10 +110,11 @@ def test_a_slot_holds_what_vllm_would_have_copied_into_it(
 ) -> None:
     manager = slots.worker_manager(config)
     expected = contents(manager, activate(manager, copied(manager, spec, sources)))
-    manager = slots.worker_manager(config)
-    got = contents(manager, activate(manager, written(manager, CopyingBackend(), spec, sources)))
-    assert_same(got, expected)
-    assert any(tensor.any() for tensor in got.values())
+    for make in (functools.partial(written, backend=CopyingBackend()), filled):
+        manager = slots.worker_manager(config)
+        got = contents(manager, activate(manager, make(manager, spec=spec, sources=sources)))
+        assert_same(got, expected)
+        assert any(tensor.any() for tensor in got.values())
 
 
 @pytest.mark.parametrize("spec", ["sum(keys)", "sum(attention)", "sum(ends)"])
@@ -114,10 +123,33 @@ def test_nothing_is_left_of_the_slots_last_tenant(
 ) -> None:
     manager = slots.worker_manager(config, max_loras=1)
     expected = contents(manager, activate(manager, copied(manager, spec, sources)))
-    for tensor in stacked(manager):
-        tensor.fill_(9.0)
-    slot = activate(manager, written(manager, CopyingBackend(), spec, sources))
-    assert_same(contents(manager, slot), expected)
+    for make in (functools.partial(written, backend=CopyingBackend()), filled):
+        for tensor in stacked(manager):
+            tensor.fill_(9.0)
+        slot = activate(manager, make(manager, spec=spec, sources=sources))
+        assert_same(contents(manager, slot), expected)
+
+
+def test_a_slot_that_was_filled_is_cleared_of_larger_ranks_and_other_modules(
+    config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
+    manager = slots.worker_manager(config, max_loras=1)
+    specs = (
+        "sum(sql, chat)",
+        "sum(keys)",
+        "linear(sql, chat)",
+        "",
+        "sum(keys)",
+        "sum(ends)",
+        "sum(attention)",
+    )
+    for spec in specs:
+        if not spec:  # an adapter that vLLM copies itself, of a rank larger than the last
+            activate(manager, copied(manager, "sum(sql, chat)", sources))
+            continue
+        got = contents(manager, activate(manager, filled(manager, spec, sources)))
+        clean = slots.worker_manager(config, max_loras=1)
+        assert_same(got, contents(clean, activate(clean, copied(clean, spec, sources))))
 
 
 @pytest.mark.parametrize("spec", ["ties(sql, chat)", "ties(ends, tails)"])
@@ -140,8 +172,8 @@ def test_a_module_the_merge_lacks_is_zeroed_though_the_adapter_has_a_stranger_of
     manager, backend = slots.worker_manager(config), CopyingBackend()
     name = "text.layers.0.self_attn.o_proj"
     stranger = {"a": random_adapter({name: (HIDDEN, HIDDEN)}, 8)}
-    layout = compat_worker.Layout(manager._adapter_manager)
-    compat_worker.Filling(backend, plan(parse("sum(a)"), stranger), layout, {}).fill(0)
+    layout = compat_slots.Layout(manager._adapter_manager)
+    compat_slots.DeviceFilling(backend, plan(parse("sum(a)"), stranger), layout, {}).fill(0)
     assert not any(tensor.any() for tensor in contents(manager, 0).values())
 
 
