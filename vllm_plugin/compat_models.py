@@ -131,10 +131,11 @@ def _mapper(model: Any) -> Any:
 
 
 def check_fit(layers: Any, lora: LoRAModel) -> None:
-    """Raise PlanError for modules the model does not have, or has in another shape.
+    """Raise PlanError for modules the model does not have, or has in another shape, or of too large a rank.
 
-    An adapter that vLLM itself loaded has passed its own checks; offline, sources never went that way.
+    vLLM finds most of this only when it copies an adapter into a slot, in a step.
     """
+    limit: int = layers.lora_config.max_lora_rank
     packed: Mapping[str, list[str]] = layers.packed_modules_mapping
     kinds = {part for kind in layers.supported_lora_modules for part in packed.get(kind) or [kind]}
     strangers = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
@@ -153,6 +154,11 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
         for part, weights, (out, width) in zip(parts, found, shapes, strict=True):
             if weights is None:
                 continue
+            if weights.lora_a.shape[0] > limit or weights.lora_b.shape[1] > limit:
+                raise PlanError(
+                    f"{part} has rank {weights.lora_a.shape[0]} in the adapter, the limit is {limit} "
+                    "(--max-lora-rank)"
+                )
             given = weights.lora_b.shape[0], weights.lora_a.shape[1]
             if given != (out, width) and not _is_padded(layer, given, (out, width)):
                 raise PlanError(f"{part} has shape {(out, width)} in the model, another one in the adapters")

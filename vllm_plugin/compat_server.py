@@ -143,12 +143,14 @@ def after_copying(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
                 return refused
             options = {"is_3d_lora_weight": request.is_3d_lora_weight}
             try:
-                await gate.sources.register(request.lora_name, request.lora_path, options)
+                copy = await gate.sources.copy(request.lora_path, options)
             except MergeError as error:
                 return _refusal(error, "lora_path")
             result = await original(self, request, base_model_name)
             if isinstance(result, ErrorResponse):
-                await gate.sources.forget(request.lora_name)
+                await gate.sources.drop()
+            else:
+                await gate.sources.serve(request.lora_name, copy)
         return result
 
     return load_lora_adapter
@@ -191,7 +193,7 @@ def through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Await
             log_body = getattr(getattr(self, "request_logger", None), "log_request_body", None)
             if log_body is not None:  # vLLM 0.31 brought it
                 log_body(request)
-            if isinstance(self, ServingTokenization):  # needs the name to be right, and no weights
+            if isinstance(self, ServingTokenization):  # needs the name to be right, and no merge
                 await gate.sources.refresh(spec.names, request)
                 identity = gate.identify(spec)
             else:

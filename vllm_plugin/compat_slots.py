@@ -215,11 +215,13 @@ class HostFilling:
 
     def fill(self, index: int) -> None:
         """Copy the merge into every layer of the model, over what the slot held before."""
-        used = self.layout.used.get(index)
+        used = self.layout.used.pop(index, None)  # unknown, should this fail halfway
         rests, targets, factors = [], [], []
         for part, slot in self.layout.at(index).items():
             weights = self.weights.get(part)
-            rank = weights.rank if weights is not None else 0
+            rank = (
+                weights.lora_a.shape[0] if weights is not None else 0
+            )  # vLLM's own word for it may be wrong
             if used is None or rank < used:
                 rests += [slot.a[rank:used], slot.b[:, rank:used]]
             if weights is not None:
@@ -229,7 +231,8 @@ class HostFilling:
             torch._foreach_zero_(rests)
         if targets:
             torch._foreach_copy_(targets, factors)
-        self.layout.used[index] = max((weights.rank for weights in self.weights.values()), default=0)
+        ranks = (weights.lora_a.shape[0] for weights in self.weights.values())
+        self.layout.used[index] = max(ranks, default=0)
         for name in self.layout.others:
             self.layout.set(name, index, list(self._pairs(name)))
 

@@ -25,7 +25,7 @@ from merged_lora.errors import AdapterError, BackendError, PlanError, UnknownAda
 from merged_lora.factors import Factors
 
 from .compat_models import check_fit, compile_filling, host_model, lora_model, slot_model
-from .compat_slots import ATTRIBUTE, Filling
+from .compat_slots import ATTRIBUTE, Filling, Layout
 from .identity import is_merge_path
 from .makers import HostMaker, Maker, SlotMaker, warm_up
 from .settings import Settings
@@ -108,10 +108,12 @@ def filling_slots(original: Callable[..., bool]) -> Callable[..., bool]:
     def activate_adapter(self: Any, lora_id: int) -> bool:
         filling: Filling | None = getattr(self._registered_adapters.get(lora_id), ATTRIBUTE, None)
         if filling is None:
-            activated = original(self, lora_id)
-            if activated and hasattr(self, ATTRIBUTE):
-                getattr(self, ATTRIBUTE).used.pop(self.lora_index_to_id.index(lora_id), None)
-            return activated
+            try:
+                return original(self, lora_id)
+            finally:  # vLLM may have written there even where it raises
+                layout: Layout | None = getattr(self, ATTRIBUTE, None)
+                if layout is not None and lora_id in self.lora_index_to_id:
+                    layout.used.pop(self.lora_index_to_id.index(lora_id), None)
         modules, self.modules = self.modules, {}  # so that it keeps its books and copies nothing
         try:
             activated = original(self, lora_id)

@@ -10,12 +10,13 @@ SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class Metrics:
-    """Counters of one process; where there are several API servers, vLLM adds theirs up."""
+    """Those of one process; of several API servers, vLLM adds the counters up and takes the last gauge."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.merges = Counter(
             "merged_lora_merges",
-            "New merges, by strategy and result: made, refused (a client's mistake), busy, failed (a fault).",
+            "New merges, by strategy and result: made, shared (another API server had it made), "
+            "refused (a client's mistake), busy, failed (a fault).",
             ["strategy", "result"],
             registry=registry,
         )

@@ -129,10 +129,9 @@ class MergeGate:
             return self._ad_hoc(from_json(body))
         if not model or served(model) or self._is_adapter(model):
             return None
-        if model in self._aliases.current():
-            return self._aliases.current()[model]
-        if not is_spec(model):
-            return None
+        alias = self._aliases.current().get(model)
+        if alias is not None or not is_spec(model):
+            return alias
         if len(model) > self._settings.max_spec_length:
             limit = self._settings.max_spec_length
             raise SpecError(f"the spec has {len(model)} characters; at most {limit} are taken")
@@ -258,7 +257,7 @@ class MergeGate:
                 logger.warning("not merged spec=%r digest=%s error=%r", spec, identity.digest, reply["error"])
             raise_failure(reply)
             facts = Facts(**reply["facts"])
-            result = "made"
+            result = "made" if reply["made"] else "shared"
             if reply["made"]:
                 self._seconds += (seconds - self._seconds) / 4
                 self._metrics.seconds.observe(seconds)

@@ -63,7 +63,7 @@ class Sources:
         self._release = release
         self._folder = Path(folder) if folder is not None else None
         self._components: dict[str, Component] = {}
-        self._leases: dict[int, tuple[str, ...]] = {}
+        self._leases: dict[int, tuple[str, ...]] = {}  # shrinks whenever a request dies, so copy to iterate
         self._next_lease = 0
 
     @property
@@ -73,13 +73,22 @@ class Sources:
 
     # Adapters that vLLM serves
 
-    async def register(self, name: str, path: str, options: Mapping[str, Any]) -> None:
-        """Copy an adapter that vLLM is about to load, under ``changes``; one that cannot be merged says why.
+    async def copy(self, path: str, options: Mapping[str, Any]) -> Component:
+        """Copy an adapter that vLLM is about to load, under ``changes``, and return it for :meth:`serve`.
 
-        options: how vLLM reads it.  Raises MergeError where vLLM would refuse it or the copy does not fit.
+        One that cannot be merged says why.  options: how vLLM reads it.  Raises MergeError where vLLM would
+        refuse it or the copy does not fit.
         """
         reply = await self._copied(path, options)
-        self._components[name] = Component(reply["key"], reply["refusal"], reply["nbytes"], served=True)
+        return Component(reply["key"], reply["refusal"], reply["nbytes"], served=True)
+
+    async def serve(self, name: str, component: Component) -> None:
+        """Let the adapter that vLLM has loaded be a source under its name, under ``changes``."""
+        self._components[name] = component
+        await self._trim()
+
+    async def drop(self) -> None:
+        """Drop the copy of an adapter that vLLM did not load after all, under ``changes``."""
         await self._trim()
 
     async def forget(self, name: str) -> None:
@@ -106,7 +115,8 @@ class Sources:
                     del self._components[name]
                 elif known is not None and known.stamp:
                     logger.warning("source %r is gone from its folder; its copy in memory stays", name)
-                    self._components[name] = replace(known, stamp=())
+                    known = self._components[name] = replace(known, stamp=())
+                self._lease(known, holder)
                 continue
             path, stamp = found
             if known is None or known.stamp != stamp:
@@ -115,8 +125,7 @@ class Sources:
                     if known is None or (not known.served and known.stamp != stamp):
                         known = self._components[name] = await self._read(name, path, stamp, known)
                         await self._trim()
-            if known.key is not None:  # lest the next name's copy takes its place
-                self.lease(holder, (known.key,))
+            self._lease(known, holder)
 
     async def _read(self, name: str, path: str, stamp: Stamp, known: Component | None) -> Component:
         try:
@@ -135,8 +144,8 @@ class Sources:
     def _look(self, name: str) -> tuple[str, Stamp] | None:
         """Path and stamp of the adapter of that name in the folder; None where there is none."""
         assert self._folder is not None
-        if any(part.startswith(".") for part in Path(name).parts):
-            return None
+        if name != Path(name).as_posix() or any(part.startswith(".") for part in Path(name).parts):
+            return None  # one folder has one name
         try:
             folder = (self._folder / name).resolve()
             if not folder.is_relative_to(self._folder) or not (folder / CONFIG_NAME).is_file():
@@ -148,7 +157,8 @@ class Sources:
             if outside:
                 raise AdapterError(f"{name!r}: {outside[0]} is a link out of the folder of sources")
             return str(folder), tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, found))
-        except OSError:  # a name too long for the file system, or files that vanish while they are looked at
+        except (OSError, RuntimeError):
+            # A name too long for the file system, files that vanish meanwhile, links in a circle.
             return None
 
     # Copies
@@ -171,7 +181,11 @@ class Sources:
     def hold(self, name: str | None, request: object) -> None:
         """Lease the copy of an adapter that a request names, where it names one."""
         component = self._components.get(name or "")
-        if component is not None and component.served and component.key is not None:
+        if component is not None and component.served:
+            self._lease(component, request)
+
+    def _lease(self, component: Component | None, request: object) -> None:
+        if component is not None and component.key is not None:
             self.lease(request, (component.key,))
 
     async def _copied(self, path: str, options: Mapping[str, Any] | None) -> Reply:
@@ -185,7 +199,7 @@ class Sources:
 
     def _drop_idle(self, missing: int) -> bool:
         """Forget the folder's adapters that were not used for longest; whether there were any."""
-        leased = {key for keys in self._leases.values() for key in keys}
+        leased = {key for keys in list(self._leases.values()) for key in keys}
         dropped = False
         for name, component in list(self._components.items()):
             if missing <= 0:
@@ -209,7 +223,7 @@ class Sources:
 
     def _needed(self) -> list[str]:
         needed = {component.key for component in self._components.values() if component.key is not None}
-        return sorted(needed.union(*self._leases.values()))
+        return sorted(needed.union(*list(self._leases.values())))
 
     def _touch(self, name: str) -> None:
         self._components[name] = self._components.pop(name)

@@ -215,8 +215,11 @@ class MergeWorker(Generic[Model]):
 
     def _load(self, path: str) -> Adapter:
         folder = self._shelf.find(path)
-        if folder.is_dir():  # before a byte of it is in memory
-            self._snapshots.check_size(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+        try:  # before a byte of it is in memory
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read ({error.strerror})") from None
+        self._snapshots.check_size(size)
         return Adapter.load(folder)
 
     def _keep(self, owner: str, needed: Collection[str]) -> None:

@@ -80,4 +80,4 @@ async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: 
     """Make an adapter, or make it anew, and load it under that name."""
     tiny.make_adapter(seed, **make).save(folder / name, overwrite=True)
     async with gate.sources.changes:
-        await gate.sources.register(name, str(folder / name), {})
+        await gate.sources.serve(name, await gate.sources.copy(str(folder / name), {}))

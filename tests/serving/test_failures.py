@@ -150,7 +150,7 @@ def test_an_adapter_unloaded_under_way_finishes_its_requests(
     assert status == 404
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "stranger"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "stranger", "rank"])
 def test_an_adapter_that_cannot_be_loaded_is_refused_and_the_engine_lives(
     server: Server, place: Place, tmp_path: Path, damage: str
 ) -> None:
@@ -161,6 +161,10 @@ def test_an_adapter_that_cannot_be_loaded_is_refused_and_the_engine_lives(
     if damage == "stranger":
         shapes = {"model.layers.0.self_attn.q_proj": (32, 64)}
         random_adapter(shapes, 8, torch.bfloat16).save(tmp_path / damage)
+    if damage == "rank":  # its tensors are of rank 32, and its configuration says 8
+        tiny.make_adapter(31, rank=32).save(tmp_path / damage)
+        config = tmp_path / damage / "adapter_config.json"
+        config.write_text(config.read_text().replace('"r": 32', '"r": 8'))
     before = server.logprobs("mix")
     status, reply = load(server, damage, tmp_path / damage)
     assert status == (404 if damage == "missing" else 400), reply

@@ -113,7 +113,7 @@ def gate() -> MergeGate:
     found._prepare = prepare
     found.sources._copied = copied
     for seed, name in enumerate(("sql", "chat", "tone"), 1):
-        asyncio.run(found.sources.register(name, str(seed), {}))
+        asyncio.run(found.sources.serve(name, asyncio.run(found.sources.copy(str(seed), {}))))
     return found
 
 

@@ -181,7 +181,7 @@ def test_an_adapter_that_cannot_be_merged_is_served_and_says_why(tmp_path: Path)
             config.read_text().replace('"modules_to_save": null', '"modules_to_save": ["score"]')
         )
         async with gate.sources.changes:
-            await gate.sources.register("a", str(tmp_path / "a"), {})
+            await gate.sources.serve("a", await gate.sources.copy(str(tmp_path / "a"), {}))
         with pytest.raises(MergeError, match=r"'a' is served, but cannot be merged.*modules_to_save"):
             await gate.ready(parse("sum(a)"), ME)
         assert merges.plain(str(tmp_path / "a"), 5) is not None

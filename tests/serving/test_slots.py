@@ -13,6 +13,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
 
@@ -150,6 +151,34 @@ def test_a_slot_that_was_filled_is_cleared_of_larger_ranks_and_other_modules(
         got = contents(manager, activate(manager, filled(manager, spec, sources)))
         clean = slots.worker_manager(config, max_loras=1)
         assert_same(got, contents(clean, activate(clean, copied(clean, spec, sources))))
+
+
+def test_a_slot_in_which_vllm_failed_halfway_is_cleared_by_the_next_merge(
+    config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
+    manager = slots.worker_manager(config, max_loras=1)
+    activate(manager, filled(manager, "linear(sql, chat)", sources))
+    broken = copied(manager, "sum(sql, chat)", sources)  # of rank 16
+    broken.loras["text.layers.1.mlp.down_proj"].lora_a = torch.ones(MAX_RANK + 1, 3)
+    with pytest.raises(RuntimeError):
+        activate(manager, broken)
+    got = contents(manager, activate(manager, filled(manager, "linear(sql, chat)", sources)))
+    clean = slots.worker_manager(config, max_loras=1)
+    assert_same(got, contents(clean, activate(clean, copied(clean, "linear(sql, chat)", sources))))
+
+
+def test_mixed_ranks_are_read_off_the_tensors(
+    config: VllmConfig, sources: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_one_rank(cls: type[LoRALayerWeights], name: str, helper: PEFTHelper, *_: str) -> LoRALayerWeights:
+        return cls(name, helper.r, helper.lora_alpha, None, None, 1.0)  # as vLLM did before 0.32
+
+    spec = "svd(sql, chat, ends, rank=16)"
+    manager = slots.worker_manager(config)
+    expected = contents(manager, activate(manager, copied(manager, spec, sources)))
+    monkeypatch.setattr(LoRALayerWeights, "from_config", classmethod(of_one_rank))
+    manager = slots.worker_manager(config)
+    assert_same(contents(manager, activate(manager, filled(manager, spec, sources))), expected)
 
 
 @pytest.mark.parametrize("spec", ["ties(sql, chat)", "ties(ends, tails)"])

@@ -37,10 +37,26 @@ def test_an_adapter_in_the_folder_is_a_source(folder: Path) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("name", ["c", "team", ".hidden", "team/.hidden", "a/adapter_config.json", "x" * 250])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "c",
+        "team",
+        ".hidden",
+        "team/.hidden",
+        "a/adapter_config.json",
+        "x" * 250,
+        "team//b",
+        "team/./b",
+        "a/",
+        "loop",
+        "loop/x",
+    ],
+)
 def test_what_is_no_adapter_folder_is_unknown(folder: Path, name: str) -> None:
     tiny.make_adapter(3).save(folder / ".hidden")
     tiny.make_adapter(3).save(folder / "team" / ".hidden")
+    (folder / "loop").symlink_to(folder / "loop")
 
     async def run() -> None:
         gate = gate_with(worker(), source_dir=str(folder))
