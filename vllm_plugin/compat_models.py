@@ -29,8 +29,8 @@ from .makers import outline
 def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
     """The adapter as vLLM holds it, in host memory; raises PlanError where it does not fit the model.
 
-    Where vLLM's slots are in host memory too, it also holds what fills them: all at once, in a third of the
-    time that vLLM takes layer by layer.
+    Where vLLM's slots are in host memory too, it also holds what fills them all at once, which takes less
+    time than vLLM's way, layer by layer.
     """
     if manager.device.type != "cpu":
         return lora_model(manager, number, adapter, "cpu")
@@ -46,7 +46,7 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
             )
             for name, f in adapter.modules.items()
         }
-        lora = LoRAModel(number, adapter.rank, weights)
+        lora = manager._lora_model_cls(number, adapter.rank, weights)
         check_fit(layers, lora)
     layout = _layout(layers)
     if not layout.strangers(lora):
@@ -104,6 +104,7 @@ def _skips(layers: Any) -> Any:
 
 
 def lora_model(manager: Any, number: int, adapter: Adapter, device: str) -> LoRAModel:
+    """The adapter as vLLM makes it of tensors; raises PlanError where it does not fit the model."""
     layers = manager._adapter_manager
     config = {k: v for k, v in config_of(adapter.modules, adapter.header).items() if v is not None}
     helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})

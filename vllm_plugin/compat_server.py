@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
+from multiprocessing import connection
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -342,8 +343,11 @@ def outliving_servers(original: Callable[..., None]) -> Callable[..., None]:
                 original(api_server_manager, *args, **kwargs)
                 return
             except RuntimeError:
-                living = [process for process in api_server_manager.processes if process.is_alive()]
-                lost = len(api_server_manager.processes) - len(living)
+                processes = api_server_manager.processes
+                # As vLLM itself looks: a process that ends may not have an exit code yet.
+                ended = set(connection.wait([process.sentinel for process in processes], timeout=0))
+                living = [process for process in processes if process.sentinel not in ended]
+                lost = len(processes) - len(living)
                 if not compat_args.settings.enable or not living or not lost:
                     raise
                 logger.error("%d API server(s) died; the %d others serve on", lost, len(living))

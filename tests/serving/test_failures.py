@@ -111,6 +111,17 @@ def test_an_adapter_reloaded_in_place_makes_new_merges_and_shares_no_cache_with_
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "live"})[0] == 200
 
 
+def test_an_adapter_that_vllm_loads_again_in_every_step_is_loaded_from_memory(
+    server: Server, place: Place, tmp_path: Path
+) -> None:
+    shutil.copytree(place.adapters["tone"], tmp_path / "again")
+    assert load(server, "again", tmp_path / "again", load_inplace=True)[0] == 200
+    shutil.rmtree(tmp_path / "again")
+    for _ in range(2):
+        assert server.logprobs("again", max_tokens=20) == server.logprobs("tone", max_tokens=20)
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
+
+
 def test_merges_share_the_cache_with_themselves_alone(server: Server) -> None:
     models = [f"ties(sql, chat, density={d})" for d in (0.41, 0.42)] + ["sql"]
     for model in models:
