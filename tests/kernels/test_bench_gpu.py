@@ -94,6 +94,7 @@ def test_agreement_alone_tells_by_its_exit_code(code: int, monkeypatch: pytest.M
     assert main(["gpu", "--agreement-only"]) == code
 
 
+@pytest.mark.soak
 def test_every_check_of_the_device_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpu", "--agreement-only"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -169,6 +170,7 @@ def test_the_report_says_what_was_measured_and_on_what(report: dict[str, Any]) -
     assert report["date"].startswith("20")
 
 
+@pytest.mark.soak
 def test_svds_that_would_take_too_long_are_left_out_and_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,7 @@ def test_a_merge_that_cannot_be_made_is_refused_and_the_server_lives_on(
     assert device.logprobs(SPECS["merged_sum"]) == before
 
 
+@pytest.mark.soak
 def test_two_ranks_merge_as_one_does(
     device: Server, place: Place, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
