@@ -114,11 +114,7 @@ def _servers(folder: Path) -> Iterator[Server]:
     for name, more in (("on", ["--enable-merged-lora"]), ("off", ["--enable-lora"])):
         log = folder / f"{name}.log"
         arguments = [*flags, *more]
-        yield Server(serving.MODEL, *arguments, log=log, waiting=_dot, environment=serving.threads())
-
-
-def _dot() -> None:
-    print(".", end="", flush=True)
+        yield Server(serving.MODEL, *arguments, log=log, waiting=serving.dot, environment=serving.threads())
 
 
 class Bench:

@@ -41,6 +41,11 @@ def threads() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, machine.cores() - 1))}
 
 
+def dot() -> None:
+    """A sign of life while a server starts."""
+    print(".", end="", flush=True)
+
+
 def check() -> None:
     """Raise MergeError where the model, the adapters or vLLM is missing."""
     if not Path(sys.executable).with_name("vllm").exists():

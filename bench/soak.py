@@ -117,7 +117,9 @@ def run(minutes: float, file: Path | None) -> int:
             shutil.copytree(serving.ADAPTERS / name, place / "sources" / guest)
         print("starting a server ", end="", flush=True)
         log, threads = place / "server.log", serving.threads()
-        with Server(serving.MODEL, *_flags(place), log=log, waiting=_dot, environment=threads) as server:
+        with Server(
+            serving.MODEL, *_flags(place), log=log, waiting=serving.dot, environment=threads
+        ) as server:
             print(f" ready; {minutes:g} minutes of load from {CLIENTS} clients", flush=True)
             soak = Soak(server, place)
             asyncio.run(soak.load(minutes * MINUTE))
@@ -150,10 +152,6 @@ def _flags(place: Path) -> list[str]:
         *serving.modules(serving.example_folders()),
         *("--merged-lora-modules", *(f"{alias}={spec}" for alias, spec in ALIASES.items())),
     ]
-
-
-def _dot() -> None:
-    print(".", end="", flush=True)
 
 
 class Soak:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import functools
-import logging
 import os
 import shutil
 import tempfile
@@ -21,9 +20,7 @@ from vllm.platforms import current_platform
 
 from merged_lora.errors import MergeError
 
-from .settings import FLAGS, KEY, Settings, parse_alias
-
-logger = logging.getLogger("vllm.merged_lora")
+from .settings import FLAGS, KEY, Settings, option, parse_alias
 
 settings = Settings()
 """Those of the engine whose configuration this process made last; API servers read them."""
@@ -91,7 +88,7 @@ def with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
             for name in given:
                 setattr(args, f"merged_lora_{name}", None)  # said once, or they would say it again
         elif given:
-            raise ValueError(f"{_option(next(iter(given)))} needs --enable-merged-lora")
+            raise ValueError(f"{option(next(iter(given)))} needs --enable-merged-lora")
         return original(cls, args)
 
     return from_cli_args
@@ -107,13 +104,9 @@ def _combined(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, An
     for key, value in given.items():
         if configured.get(key, value) != value:
             raise ValueError(
-                f"{_option(key)} says {value}, additional_config {configured[key]}; give one of them"
+                f"{option(key)} says {value}, additional_config {configured[key]}; give one of them"
             )
     return {**configured, **given, "aliases": configured.get("aliases", {}) | dict(aliases)}
-
-
-def _option(key: str) -> str:
-    return f"--merged-lora-{key.replace('_', '-')}"
 
 
 def _new_alias_store() -> str:

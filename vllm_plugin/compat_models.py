@@ -35,11 +35,10 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
     if manager.device.type != "cpu":
         return lora_model(manager, number, adapter, "cpu")
     layers = manager._adapter_manager
-    named = _names(layers, adapter)
     if any(factors.embedding for factors in adapter.modules.values()) or _skips(layers):
         lora = lora_model(manager, number, adapter, "cpu")
     else:  # the same, without looking at every name again
-        dtype = manager.lora_config.lora_dtype
+        named, dtype = _names(layers, adapter), manager.lora_config.lora_dtype
         weights = {
             named[name]: LoRALayerWeights(
                 named[name], f.rank, f.rank, f.a.to(dtype), f.b.to(dtype), f.scaling

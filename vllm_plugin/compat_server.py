@@ -149,7 +149,7 @@ def after_copying(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
                 return _refusal(error, "lora_path")
             result = await original(self, request, base_model_name)
             if isinstance(result, ErrorResponse):
-                await gate.sources.drop()
+                await gate.sources.trim()
             else:
                 await gate.sources.serve(request.lora_name, copy)
         return result

@@ -219,9 +219,8 @@ class HostFilling:
         rests, targets, factors = [], [], []
         for part, slot in self.layout.at(index).items():
             weights = self.weights.get(part)
-            rank = (
-                weights.lora_a.shape[0] if weights is not None else 0
-            )  # vLLM's own word for it may be wrong
+            # Read off the tensor: before 0.32, vLLM's own word for the rank may be wrong.
+            rank = weights.lora_a.shape[0] if weights is not None else 0
             if used is None or rank < used:
                 rests += [slot.a[rank:used], slot.b[:, rank:used]]
             if weights is not None:

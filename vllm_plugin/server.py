@@ -79,7 +79,6 @@ class MergeGate:
         metrics: Metrics,
     ) -> None:
         self.sources = sources
-        self.runtime_aliases = settings.runtime_aliases
         self._settings = settings
         self._aliases = Aliases(settings.aliases, settings.alias_store)
         self._prepare = prepare

@@ -20,6 +20,11 @@ KEY = "merged_lora"
 BACKENDS = ("auto", *MODULES)
 
 
+def option(key: str) -> str:
+    """The name of a setting on the command line."""
+    return f"--merged-lora-{key.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Flag:
     """A setting that takes one value: its name, its check, and what the command line says of it.
@@ -37,7 +42,7 @@ class Flag:
     @property
     def option(self) -> str:
         """Its name on the command line."""
-        return f"--merged-lora-{self.key.replace('_', '-')}"
+        return option(self.key)
 
 
 @dataclass(frozen=True)

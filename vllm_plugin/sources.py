@@ -85,16 +85,12 @@ class Sources:
     async def serve(self, name: str, component: Component) -> None:
         """Let the adapter that vLLM has loaded be a source under its name, under ``changes``."""
         self._components[name] = component
-        await self._trim()
-
-    async def drop(self) -> None:
-        """Drop the copy of an adapter that vLLM did not load after all, under ``changes``."""
-        await self._trim()
+        await self.trim()
 
     async def forget(self, name: str) -> None:
         """Take an adapter out of the sources, under ``changes``; merges of it that are under way go on."""
         self._components.pop(name, None)
-        await self._trim()
+        await self.trim()
 
     # Adapters in the folder
 
@@ -124,7 +120,7 @@ class Sources:
                     known = self._components.get(name)  # it may have been read while we waited
                     if known is None or (not known.served and known.stamp != stamp):
                         known = self._components[name] = await self._read(name, path, stamp, known)
-                        await self._trim()
+                        await self.trim()
             self._lease(known, holder)
 
     async def _read(self, name: str, path: str, stamp: Stamp, known: Component | None) -> Component:
@@ -212,7 +208,8 @@ class Sources:
             dropped = True
         return dropped
 
-    async def _trim(self) -> None:
+    async def trim(self) -> None:
+        """Let the workers drop the copies that are not needed any more, under ``changes``."""
         reply = await self._release(self._owner, self._needed())
         raise_failure(reply)
         self._hold(reply)

@@ -14,8 +14,8 @@ import pytest
 import tiny
 from merged_lora.adapters import Adapter
 from merged_lora.bench.server import Server
+from merged_lora.bench.soak import resident_bytes
 from merged_lora.engine import merge
-from processes import resident_bytes
 from tiny import MAX_RANK, Place
 
 pytestmark = pytest.mark.engine
@@ -62,7 +62,7 @@ def test_two_hundred_requests_in_chaos_get_their_own_merge_or_their_own_error(
     for name in FOLDER:
         first[name].save(place.sources / name)
     server.logprobs("sum(k0, k1, k2, d0, d1, d2)")  # from now on, all of them are in memory
-    held, resident = server.get("/v1/merged_lora")[1]["bytes_held"], resident_bytes(server)
+    held, resident = server.get("/v1/merged_lora")[1]["bytes_held"], resident_bytes(server.pid)
 
     random.seed(0)
     asked = [(spec, 200) for spec in random.choices(specs(), k=REQUESTS - 60 - 20) + specs()]
@@ -89,7 +89,7 @@ def test_two_hundred_requests_in_chaos_get_their_own_merge_or_their_own_error(
     assert not faults
     assert server.logprobs("sum(0.5*d0, 0.25*d1)") == pytest.approx(expected["0.5*d0 + 0.25*d1"][0], abs=1e-4)
     assert server.get("/v1/merged_lora")[1]["bytes_held"] <= held + 2 * tiny.make_adapter(1).nbytes
-    assert resident_bytes(server) < resident + SLACK
+    assert resident_bytes(server.pid) < resident + SLACK
     for name in LOADED:
         assert server.post("/v1/unload_lora_adapter", {"lora_name": name})[0] == 200
 
