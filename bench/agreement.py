@@ -6,7 +6,8 @@ import torch
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Backend, Result, load_backend
-from merged_lora.plan import FactorJob, FactorModule, MergePlan, make_plan
+from merged_lora.plan import FactorJob, FactorModule, MergePlan
+from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 from . import cases, peers
@@ -49,7 +50,7 @@ def allowed_difference(job: FactorJob, merged: torch.Tensor) -> torch.Tensor:
     products themselves are rounded alike; dividing by the same count shrinks what came before and rounds
     once more).  Then each rounds once to the stored dtype, subnormal numbers to a fixed spacing.
     """
-    terms = zip(job.inputs, job.weights, job.keeps, strict=True)
+    terms = zip(job.inputs, job.rule.weights, job.rule.keeps, strict=True)
     magnitude = torch.stack([x.double().abs() * abs(w) * keep.rescale for x, w, keep in terms]).sum(0)
     stored = torch.finfo(job.dtype)
     spacing = merged.double().abs().clamp(min=stored.smallest_normal) * stored.eps

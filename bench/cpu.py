@@ -11,7 +11,8 @@ import torch
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Backend, load_backend
-from merged_lora.plan import MergePlan, make_plan
+from merged_lora.plan import MergePlan
+from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 from . import cases, machine, peers

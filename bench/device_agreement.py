@@ -16,7 +16,8 @@ from merged_lora import lowrank
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Result, Slot, SlotBackend, load_backend
 from merged_lora.factors import Factors
-from merged_lora.plan import DeltaModule, MergePlan, make_plan
+from merged_lora.plan import DeltaModule, MergePlan
+from merged_lora.planning import make_plan
 from merged_lora.reference import delta as dense
 from merged_lora.spec import parse
 from merged_lora.strategies import TABLE
@@ -159,11 +160,11 @@ def not_best(module: object, merged: Factors) -> str | None:
     """
     assert isinstance(module, DeltaModule)
     pairs = [(f.a.double().numpy(), f.b.double().numpy()) for f in module.sources]
-    if module.slerp is None:
-        target = dense.weighted_sum(pairs, module.weights)
+    deltas = dense.dense(pairs, module.weights)
+    if module.mean is None:
+        target = np.asarray(np.sum(deltas, axis=0))
     else:
-        x, y = (dense.weighted_sum([pair], [w]) for pair, w in zip(pairs, module.weights, strict=True))
-        target = dense.slerp(x, y, module.slerp)
+        target = dense.MEANS[module.mean.rule](deltas, module.mean.shares, module.mean.count)
     values = np.linalg.svd(target, compute_uv=False)
     error = float(np.linalg.norm(target - merged.delta().numpy()))
     bound = float(np.linalg.norm(values[module.rank :])) + RESOLUTION * float(values[0])

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from merged_lora.backends import Slot, load_backend
-from merged_lora.plan import MergePlan, make_plan
+from merged_lora.plan import MergePlan
+from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels.backend import TritonBackend
 from merged_lora.triton_kernels.packed import ALIGNMENT, Resident

@@ -1,106 +1,167 @@
-"""The backend ``cpu``: lays a plan out as tables of addresses and runs the compiled loops on every core."""
+"""The backend ``cpu``: the compiled loops on every core, and torch's linear algebra between them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from merged_lora.backends import Progress, Result
+from merged_lora import bases
+from merged_lora.backends import Energy, Progress, Result
 from merged_lora.factors import Factors
 from merged_lora.lowrank import merge_module
-from merged_lora.plan import FactorJob, FactorModule, MergePlan
+from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan
+from merged_lora.streaming import OVERSAMPLING, completed, truncate_tiles
 
-from . import kernels
+from .combine import Combiner, Integers
+from .tiles import DeltaTiles, Pair, Visit, find_pairs
 
-_KINDS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
-_BATCHES_PER_CORE = 4  # enough to even out the load, few enough that handing them out costs nothing
+COORDINATES = 64 << 20  # bytes of coordinates that are merged at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinated:
+    """A module on its coordinates in a shared basis."""
+
+    module: EntryModule
+    coordinates: bases.Coordinates
 
 
 class CpuBackend:
-    """Merges in one compiled loop over all tensors, cut into batches for a pool of threads."""
+    """Merges in compiled loops over tensors or tiles of them, on a pool of threads."""
 
     name = "cpu"
 
     def __init__(self) -> None:
-        self._cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
-        self._pool = ThreadPoolExecutor(self._cores, thread_name_prefix="merged-lora")
+        self._combiner = Combiner()
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}
-        energy: dict[str, tuple[float, float]] = {}
-        pairs = {name: module for name, module in plan.modules.items() if isinstance(module, FactorModule)}
-        merged = self._merge_jobs([job for m in pairs.values() for job in (m.a, m.b)], progress)
+        energy: dict[str, Energy] = {}
+        repeated: list[str] = []
+        pairs = {name: m for name, m in plan.modules.items() if isinstance(m, FactorModule)}
+        jobs = [job for m in pairs.values() for job in (m.a, m.b)]
+        merged = self._combiner.merge(jobs, _halved(progress))
         for i, (name, module) in enumerate(pairs.items()):
             modules[name] = Factors(merged[2 * i], merged[2 * i + 1], 1.0, module.embedding)
         for name, other in plan.modules.items():
-            if not isinstance(other, FactorModule):
+            if isinstance(other, DeltaModule):
                 result = merge_module(other)
                 modules[name] = result.factors
                 if result.energy is not None:
                     energy[name] = result.energy
                 progress(1)
-        return Result(modules, energy)
+            elif isinstance(other, EntryModule) and other.basis is None:
+                modules[name], energy[name] = self._merge_tiles(other)
+                progress(1)
+        known = self._known(plan)
+        for batch in _batches(plan):
+            done = self._merge_coordinates(batch, known)
+            for name, (factors, kept) in done.items():
+                modules[name] = factors
+                if kept is not None:
+                    energy[name] = kept
+            repeated += [name for name, one in batch.items() if bool(one.coordinates.repeated)]
+            progress(len(batch))
+        return Result(modules, energy, tuple(repeated))
 
-    def _merge_jobs(self, jobs: Sequence[FactorJob], progress: Progress) -> list[torch.Tensor]:
-        if not jobs:
-            return []
-        inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
-        keeps = [keep for job in jobs for keep in job.keeps]
-        counts = np.array([len(job.inputs) for job in jobs])
-        outputs = _new_tensors([(job.inputs[0].shape, job.dtype) for job in jobs])
-        size = np.array([t.numel() for t in outputs])
+    def _merge_tiles(self, module: EntryModule) -> tuple[Factors, Energy]:
+        """A module whose deltas are merged entry by entry."""
+        count = min(module.rank + OVERSAMPLING, *module.entries)
+        rows = bases.shared_rows(*_stacked(module), count)
+        tiles = DeltaTiles(module, self._combiner)
+        a, b, energy = truncate_tiles(tiles, completed(rows, count), module.rank)
+        kept, asked = energy[0].tolist()
+        return _factors(a[0], b[0], module), (kept, asked)
 
-        vote = jobs[0].vote
-        rule = (
-            kernels.SUM if vote is None else kernels.VOTE_FREQUENCY if vote.frequency else kernels.VOTE_TOTAL
-        )
-        table = (
-            _addresses(outputs),
-            np.array([_KINDS[t.dtype] for t in outputs]),
-            size,
-            np.cumsum(counts) - counts,
-            counts,
-            _addresses(inputs),
-            np.array([_KINDS[t.dtype] for t in inputs]),
-            np.array([w for job in jobs for w in job.weights], np.float32),
-            np.array([kernels.KEEP_ALL if keep.count is None else keep.count for keep in keeps]),
-            np.array([kernels.NO_DRAW if keep.share is None else keep.share for keep in keeps]),
-            np.array([keep.key or 0 for keep in keeps], np.uint64),
-            np.array([keep.rescale for keep in keeps], np.float32),
-            rule,
-            vote is not None and vote.weighted,
-        )
-        self._run(size * counts, lambda some: kernels.combine_tensors(some, *table), _halved(progress))
-        return outputs
+    def _merge_coordinates(
+        self, batch: Mapping[str, Coordinated], known: Mapping[str, Integers]
+    ) -> dict[str, tuple[Factors, Energy | None]]:
+        """Modules on their coordinates.  known: thresholds, where they are those of the whole model."""
+        jobs = [
+            FactorJob(tuple([x[0] for x in one.coordinates.values]), one.module.rule, torch.float32)
+            for one in batch.values()
+        ]
+        merged = self._combiner.merge(jobs, lambda _: None, [known[name] for name in batch] if known else ())
+        done: dict[str, tuple[Factors, Energy | None]] = {}
+        for (name, one), values in zip(batch.items(), merged, strict=True):
+            module, coordinates = one.module, one.coordinates
+            a, b, cut = bases.placed(coordinates, values[None], module.rank)
+            if module.basis == "both":
+                cut = bases.kept_of(coordinates, torch.tensor([module.rule.weights]))
+            kept = None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
+            done[name] = _factors(a[0], b[0], module), kept
+        return done
 
-    def _run(
-        self, cost: NDArray[np.int64], work: Callable[[NDArray[np.int64]], None], progress: Progress
-    ) -> None:
-        """Call ``work`` on batches of item indices of about equal cost, on every core."""
-        count = min(len(cost), self._cores * _BATCHES_PER_CORE)
-        batches: list[list[int]] = [[] for _ in range(count)]
-        loads = [0] * count
-        for item in np.argsort(-cost, kind="stable").tolist():
-            lightest = loads.index(min(loads))
-            batches[lightest].append(item)
-            loads[lightest] += int(cost[item])
-        futures = {self._pool.submit(work, np.array(batch)): len(batch) for batch in batches}
-        for future in as_completed(futures):
-            future.result()
-            progress(futures[future])
+    def _known(self, plan: MergePlan) -> dict[str, Integers]:
+        """Thresholds by module where entries are counted over the whole model: ``[sources, 2]`` each."""
+        if plan.counts is None:
+            return {}
+        sizes = [0] * len(plan.counts)
+        starts: dict[str, list[int]] = {}
+        for name, module in plan.modules.items():
+            assert isinstance(module, EntryModule)
+            starts[name] = [sizes[i] for i in module.present]
+            for i in module.present:
+                sizes[i] += module.entries[0] * module.entries[1]
+
+        def scan(visit: Visit) -> None:
+            for batch in _batches(plan):
+                for name, one in batch.items():
+                    places = zip(one.module.present, one.coordinates.values, starts[name], strict=True)
+                    for i, x, begin in places:
+                        visit(0, i, x.data_ptr(), x.numel(), begin)
+
+        pairs: list[Pair] = find_pairs(scan, 1, list(enumerate(plan.counts)), sizes)
+        return {
+            name: np.array(
+                [(pairs[i][0], pairs[i][1] - begin) for i, begin in zip(m.present, starts[name], strict=True)]
+            )
+            for name, m in plan.modules.items()
+        }
 
 
 def load() -> CpuBackend:
     """The backend; numba keeps its compiled loops on disk, so only the first use ever waits for them."""
     return CpuBackend()
+
+
+def _batches(plan: MergePlan) -> Iterator[dict[str, Coordinated]]:
+    """The modules that are merged on coordinates, with at most COORDINATES bytes of those, or one module."""
+    batch: dict[str, Coordinated] = {}
+    size = 0
+    for name, module in plan.modules.items():
+        if not isinstance(module, EntryModule) or module.basis is None:
+            continue
+        nbytes = 4 * module.entries[0] * module.entries[1] * len(module.sources)
+        if batch and size + nbytes > COORDINATES:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = Coordinated(module, _coordinates(module))
+        size += nbytes
+    if batch:
+        yield batch
+
+
+def _coordinates(module: EntryModule) -> bases.Coordinates:
+    a, b, scalings = _stacked(module)
+    if module.basis == "both":
+        return bases.both_bases(a, b, scalings, module.rank)
+    return bases.output_basis(a, b, scalings)
+
+
+def _stacked(module: EntryModule) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """The factors and scalings of a module as a stack of one."""
+    a, b = [f.a[None] for f in module.sources], [f.b[None] for f in module.sources]
+    return a, b, torch.tensor([module.scalings], dtype=torch.float64)
+
+
+def _factors(a: torch.Tensor, b: torch.Tensor, module: EntryModule) -> Factors:
+    new_a, new_b = (x.to(module.dtype).contiguous() for x in (a, b))
+    return Factors(new_a, new_b, 1.0, module.embedding)
 
 
 def _halved(progress: Progress) -> Progress:
@@ -113,19 +174,3 @@ def _halved(progress: Progress) -> Progress:
         progress(done // 2 - before // 2)
 
     return tell
-
-
-def _new_tensors(kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> list[torch.Tensor]:
-    """Tensors without values; those of one dtype share a buffer, which takes a fraction of the time."""
-    sizes: dict[torch.dtype, list[int]] = {}
-    for shape, dtype in kinds:
-        sizes.setdefault(dtype, []).append(shape.numel())
-    parts = {
-        dtype: iter(torch.split(torch.empty(sum(counts), dtype=dtype), counts))
-        for dtype, counts in sizes.items()
-    }
-    return [next(parts[dtype]).view(shape) for shape, dtype in kinds]
-
-
-def _addresses(tensors: Sequence[torch.Tensor]) -> NDArray[np.int64]:
-    return np.array([tensor.data_ptr() for tensor in tensors], np.int64)

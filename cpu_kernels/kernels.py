@@ -17,7 +17,7 @@ of addresses is not.  They belong to contiguous tensors that the caller keeps al
 All of it is one file, because numba's cache on disk watches only the file of the function that is called.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,assignment"
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,assignment,arg-type"
 # numba has no type stubs, and its compiled functions take their types from the call.
 import numpy as np
 from numba import carray, njit, types
@@ -31,7 +31,7 @@ BIN_BLOCK = 256
 TIE_BLOCK = 1024
 INFINITY = 0x7F800000  # as float32 bits: no entry lies above it
 BLOCK = 1024  # entries; a multiple of 8, the entries per Philox call
-SUM, VOTE_TOTAL, VOTE_FREQUENCY = 0, 1, 2
+SUM, VOTE_TOTAL, VOTE_FREQUENCY, VOTE_ENERGY = 0, 1, 2, 3
 KEEP_ALL, NO_DRAW = -1, -1
 NEGATIVE = np.int32(1 << 16)  # positive entries are counted in the lower half of a word, negative ones above
 
@@ -258,6 +258,7 @@ def combine_tensors(
     target,
     target_kind,
     size,
+    begin,
     first,
     sources,
     address,
@@ -267,15 +268,20 @@ def combine_tensors(
     share,
     key,
     rescale,
+    coefficient,
     rule,
     weighted,
+    known,
 ):
-    """Merge the given items, each one whole tensor.
+    """Merge the given items, each one whole tensor or a part of one.
 
-    Per item (``items`` indexes these): target address, target_kind, size in entries, first row and number of
-    rows in the source tables.  Per source row: address, kind, float32 weight, count of the largest entries
-    kept (or KEEP_ALL), share of 65536 (or NO_DRAW) and key of the random mask, float32 rescale.
-    rule: SUM, VOTE_TOTAL or VOTE_FREQUENCY for all items; weighted: whether the vote counts weighted values.
+    Per item (``items`` indexes these): target address, target_kind, size in entries, flat index of its first
+    entry in the whole (a multiple of 8), first row and number of rows in the source tables.  Per source row:
+    address, kind, float32 weight, count of the largest entries kept (or KEEP_ALL), share of 65536 (or
+    NO_DRAW) and key of the random mask, float32 rescale, float32 coefficient in an energy mean.
+    rule: SUM, VOTE_TOTAL, VOTE_FREQUENCY or VOTE_ENERGY for all items; weighted: whether the vote counts
+    weighted values.  known: ``(thr, cut)`` per source row, used instead of the counts where it has rows; cut
+    counts from the item's first entry.
     """
     bits = np.empty(BLOCK, np.uint32)
     x = bits.view(np.float32)
@@ -284,6 +290,8 @@ def combine_tensors(
     positive = np.empty(BLOCK, np.float32)
     negative = np.empty(BLOCK, np.float32)
     counts = np.empty(BLOCK, np.int32)
+    pluses = np.empty(BLOCK, np.float32)
+    minuses = np.empty(BLOCK, np.float32)
     zero = np.float32(0)
     one = np.float32(1)
     bins = np.zeros(2 * BINS, np.uint32)
@@ -293,7 +301,10 @@ def combine_tensors(
         # Thresholds are found right before they are used, while the tensor is still in the cache.
         for s in range(sources[item]):
             row = first[item] + s
-            thr[s], cut[s] = find_threshold(address[row], size[item], kind[row], count[row], bins)
+            if known.size:
+                thr[s], cut[s] = known[row, 0], known[row, 1]
+            else:
+                thr[s], cut[s] = find_threshold(address[row], size[item], kind[row], count[row], bins)
         for start in range(0, size[item], BLOCK):
             n = min(BLOCK, size[item] - start)
             total[:n] = zero
@@ -301,18 +312,23 @@ def combine_tensors(
                 positive[:n] = zero
                 negative[:n] = zero
                 counts[:n] = 0
+                pluses[:n] = zero
+                minuses[:n] = zero
             for s in range(sources[item]):
                 row = first[item] + s
                 load(address[row] + start * (4 if kind[row] == FP32 else 2), n, kind[row], bits)
                 if thr[s] > 0 or cut[s] < size[item]:
                     _keep_largest(bits, n, thr[s], cut[s] - start)
                 if share[row] != NO_DRAW:
-                    _fill_draws(start, key[row], draws)
+                    _fill_draws(begin[item] + start, key[row], draws)
                     _keep_random(x, n, draws, share[row], rescale[row])
                 w = weight[row]
                 if rule == SUM:
                     for i in range(n):
                         total[i] += x[i] * w
+                    continue
+                if rule == VOTE_ENERGY:
+                    _vote_energy(x, n, w, coefficient[row], total, positive, negative, pluses, minuses)
                     continue
                 for i in range(n):
                     y = x[i] * w
@@ -326,13 +342,197 @@ def combine_tensors(
                     positive[i] += y if up else zero
                     negative[i] += y if down else zero
                     counts[i] += np.int32(up) + (NEGATIVE if down else np.int32(0))
-            if rule != SUM:
+            if rule == VOTE_ENERGY:
+                for i in range(n):
+                    elected = total[i] >= zero
+                    voters = pluses[i] if elected else minuses[i]
+                    agreeing = positive[i] if elected else negative[i]
+                    total[i] = agreeing / (voters if voters > zero else one)
+            elif rule != SUM:
                 for i in range(n):
                     # Both sides are read before one is chosen: a choice of addresses would not vectorise.
-                    plus, pluses = positive[i], np.int32(counts[i] & 0xFFFF)
-                    minus, minuses = negative[i], np.int32(counts[i] >> 16)
+                    plus, plus_count = positive[i], np.int32(counts[i] & 0xFFFF)
+                    minus, minus_count = negative[i], np.int32(counts[i] >> 16)
                     elected = total[i] >= zero
-                    voters = pluses if elected else minuses
+                    voters = plus_count if elected else minus_count
                     total[i] = (plus if elected else minus) / np.float32(max(voters, np.int32(1)))
             width = 4 if target_kind[item] == FP32 else 2
             store(target[item] + start * width, n, target_kind[item], total.view(np.uint32))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _vote_energy(x, n, w, c, total, positive, negative, pluses, minuses):
+    """Add a source of an energy mean: its sign counts unweighted, its value by its coefficient."""
+    zero = np.float32(0)
+    for i in range(n):
+        y = np.float32(x[i] * w) * c
+        up = x[i] > zero
+        down = x[i] < zero
+        total[i] += x[i]
+        positive[i] += y if up else zero
+        negative[i] += y if down else zero
+        pluses[i] += c if up else zero
+        minuses[i] += c if down else zero
+
+
+# What follows works on float32 values at an address, in place or into counters, a part of a tensor at a time.
+@njit(nogil=True, cache=True, error_model="numpy")
+def count_upper(address, size, bins):
+    """Add every magnitude to the bin (of BINS, int64) of its upper 15 bits."""
+    data = words32(address, size)
+    mask = np.uint64(0x7FFFFFFF)
+    half = np.uint64(16)
+    for i in range(size):
+        bins[(np.uint64(data[i]) & mask) >> half] += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def count_lower(address, size, upper, bins):
+    """Add the magnitudes whose upper 15 bits are these to the bin (of 2 * BINS, int64) of their lower 16."""
+    data = words32(address, size)
+    mask = np.uint64(0x7FFFFFFF)
+    half = np.uint64(16)
+    for i in range(size):
+        mag = np.uint64(data[i]) & mask
+        if mag >> half == np.uint64(upper):
+            bins[mag & np.uint64(0xFFFF)] += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def find_bin(bins, count):
+    """The highest bin from which on at least ``count`` entries lie, and how many of that bin are kept."""
+    return _find_bin(bins, count)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def find_tie(address, size, thr, ties):
+    """One past the index of the ``ties``-th entry of magnitude ``thr``; how many were met where fewer are."""
+    data = words32(address, size)
+    met = 0
+    for i in range(size):
+        if data[i] & MAGNITUDE == np.uint32(thr):
+            met += 1
+            if met == ties:
+                return i + 1, met
+    return -1, met
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def keep_between(address, size, low, low_cut, high, high_cut):
+    """Zero what ``(low, low_cut)`` does not keep, and what ``(high, high_cut)`` does."""
+    data = words32(address, size)
+    for i in range(size):
+        mag = np.int64(data[i] & MAGNITUDE)
+        inside = mag > low or (mag == low and i < low_cut)
+        outlier = mag > high or (mag == high and i < high_cut)
+        if not inside or outlier:
+            data[i] = np.uint32(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def keep_graded(address, rows, columns, begin, share, spread, key):
+    """Zero entries at random, small ones of a row more often, and rescale the rest.
+
+    begin: flat index of the first entry in the whole tensor, a multiple of 8.
+    """
+    size = rows * columns
+    bits = words32(address, size)
+    values = bits.view(np.float32)
+    draws = np.empty(-(-size // 8) * 8, np.uint16)
+    _fill_draws(begin, key, draws)
+    order = np.empty(columns, np.int32)
+    scratch = np.empty(columns, np.int32)
+    bins = np.zeros(2048, np.int32)
+    for row in range(rows):
+        start = row * columns
+        _sort_row(bits[start : start + columns], order, scratch, bins)
+        for rank in range(columns):
+            limit = np.int64(share)
+            if columns > 1:
+                limit += (2 * spread * rank + (columns - 1) // 2) // (columns - 1) - spread
+            limit = min(max(limit, 1), 65536)
+            i = start + order[rank]
+            if np.int64(draws[i]) < limit:
+                values[i] *= np.float32(np.float64(65536) / np.float64(limit))
+            else:
+                values[i] = np.float32(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sort_row(bits, order, scratch, bins):
+    """Indices by magnitude, smallest first; among equals the highest index first."""
+    n = bits.size
+    if n <= 64:  # less than the counters of a radix sort cost
+        for j in range(n):
+            i = n - 1 - j
+            mag = bits[i] & MAGNITUDE
+            at = j
+            while at > 0 and bits[order[at - 1]] & MAGNITUDE > mag:
+                order[at] = order[at - 1]
+                at -= 1
+            order[at] = i
+        return
+    for i in range(n):
+        scratch[i] = n - 1 - i
+    for digit in range(3):
+        shift = np.uint32(11 * digit)
+        source = scratch if digit % 2 == 0 else order
+        target = order if digit % 2 == 0 else scratch
+        bins[:] = 0
+        for i in range(n):
+            bins[((bits[i] & MAGNITUDE) >> shift) & np.uint32(2047)] += 1
+        end = 0
+        for b in range(2048):
+            end, bins[b] = end + bins[b], end
+        for i in range(n):
+            index = source[i]
+            b = ((bits[index] & MAGNITUDE) >> shift) & np.uint32(2047)
+            target[bins[b]] = index
+            bins[b] += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def deviations(addresses, size, out):
+    """Sum of squared deviations between the sources, entry by entry, into the float32 values at ``out``."""
+    result = words32(out, size).view(np.float32)
+    mean = np.empty(BLOCK, np.float32)
+    count = np.float32(addresses.size)
+    for start in range(0, size, BLOCK):
+        n = min(BLOCK, size - start)
+        mean[:n] = np.float32(0)
+        for address in addresses:
+            x = words32(address, size).view(np.float32)
+            for i in range(n):
+                mean[i] += x[start + i]
+        for i in range(n):
+            mean[i] /= count
+            result[start + i] = np.float32(0)
+        for address in addresses:
+            x = words32(address, size).view(np.float32)
+            for i in range(n):
+                d = np.float32(x[start + i] - mean[i])
+                result[start + i] += d * d
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def keep_where(address, size, score, thr, cut):
+    """Zero the values at ``address`` whose score, at the same place of ``score``, is not kept."""
+    data = words32(address, size)
+    scores = words32(score, size)
+    for i in range(size):
+        mag = np.int64(scores[i] & MAGNITUDE)
+        if not (mag > thr or (mag == thr and i < cut)):
+            data[i] = np.uint32(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def sum_squares(address, size, exponent, bits):
+    """Sum of squares in units of ``2 ** (2 * exponent - bits)``, rounded down entry by entry."""
+    x = words32(address, size).view(np.float32)
+    scale = np.float64(2.0) ** -exponent
+    unit = np.float64(2.0) ** bits
+    total = np.int64(0)
+    for i in range(size):
+        value = np.float64(x[i]) * scale
+        total += np.int64(value * value * unit)
+    return total

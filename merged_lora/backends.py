@@ -12,7 +12,7 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 
 from .adapters import Adapter
-from .errors import BackendError
+from .errors import BackendError, listed
 from .factors import Factors
 from .plan import MergePlan
 
@@ -30,21 +30,54 @@ AUTO = ("triton", "cpu", "numpy")
 """Fastest first; each next one is taken where the one before lacks what it needs."""
 
 
+MUCH = 0.9
+"""A merge that keeps less of the squared norm is worth a warning."""
+
+Energy = tuple[float, float]
+"""The squared norm that a cut rank kept, and the one that was asked for."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a backend returns.
 
-    modules: the merged factors, by module.
-    energy:  for each module whose rank was cut, the squared norm kept and the squared norm asked for.
+    modules:  the merged factors, by module.
+    energy:   for each module whose rank was cut, what was kept; where the sources were cut instead, before
+              they were merged, of their weighted deltas together.
+    repeated: modules in which singular values repeat, so that the basis they are merged in is one of many.
     """
 
     modules: dict[str, Factors]
-    energy: dict[str, tuple[float, float]]
+    energy: dict[str, Energy]
+    repeated: tuple[str, ...] = ()
 
     def kept_energy(self) -> float:
         """Share of the squared norm kept, over all modules whose rank was cut; 1 where none was."""
         total = sum(asked for _, asked in self.energy.values())
         return sum(kept for kept, _ in self.energy.values()) / total if total else 1.0
+
+    def kept_by_module(self) -> dict[str, float]:
+        """Share of the squared norm kept, for each module whose rank was cut."""
+        return {name: kept / asked if asked else 1.0 for name, (kept, asked) in sorted(self.energy.items())}
+
+    def notes(self) -> list[str]:
+        """What a user should know of the result."""
+        notes = []
+        kept = self.kept_energy()
+        if kept < MUCH:
+            shares = self.kept_by_module()
+            least = min(shares, key=shares.__getitem__)
+            notes.append(
+                f"only {kept:.1%} of the squared norm is kept ({shares[least]:.1%} in {least}); "
+                "a larger rank keeps more"
+            )
+        if self.repeated:
+            notes.append(
+                f"singular values repeat in {listed(self.repeated[:3])}"
+                f"{f' and {len(self.repeated) - 3} more modules' if len(self.repeated) > 3 else ''}: "
+                "the basis they are merged in is one of many, and so is the result"
+            )
+        return notes
 
 
 class Backend(Protocol):
@@ -83,10 +116,10 @@ class SlotBackend(Backend, Protocol):
         """The same adapter in one page-locked buffer, ready for the device; keep it instead of the other."""
         ...
 
-    def check(self, plan: MergePlan) -> float:
+    def check(self, plan: MergePlan) -> Result:
         """Bring the plan's sources to the device, try the merge and throw the result away.
 
-        Returns the share of the squared norm kept (1 where no rank is cut).  Raises PlanError where the
+        Returns the result without its modules.  Raises PlanError where the
         result overflows the dtype of the plan or the sources do not fit into the reserved memory.  Where it
         does not raise, and ``compile`` does not, ``write`` cannot fail.
         """

@@ -156,15 +156,21 @@ def _merge(arguments: argparse.Namespace) -> None:
             merged = run(planned, arguments.backend, bar.update)
         merged.save(arguments.output, arguments.overwrite)
 
-    kept = merged.metadata.get("merged_lora.kept_energy")
+    kept, by_module = (merged.metadata.get(f"merged_lora.kept_energy{part}") for part in ("", "_by_module"))
     parts = [
         str(spec),
         f"rank {merged.rank}",
         f"{len(merged.modules)} modules",
-        *([f"{float(kept):.2%} of the squared norm kept"] if kept else []),
+        *([f"{float(kept):.2%} of the squared norm kept{_range(by_module)}"] if kept else []),
         f"{time.perf_counter() - started:.1f} s",
     ]
     print(_printable(f"{arguments.output}: {', '.join(parts)}"))
+
+
+def _range(by_module: str | None) -> str:
+    """Between what bounds single modules lie."""
+    shares = json.loads(by_module) if by_module else {}
+    return f" ({min(shares.values()):.2%} to {max(shares.values()):.2%} by module)" if len(shares) > 1 else ""
 
 
 def _read_spec(text: str) -> MergeSpec:

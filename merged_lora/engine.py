@@ -11,7 +11,8 @@ from . import __version__
 from .adapters import Adapter
 from .backends import Progress, load_backend
 from .errors import PlanError
-from .plan import MergePlan, check_names, make_plan, overflow
+from .plan import MergePlan, overflow
+from .planning import check_names, make_plan
 from .spec import MergeSpec, parse
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ def merge(
     progress: called with the number of modules finished since the last call.
 
     Factors keep the sources' dtype (mixed: promoted).  The result's metadata tell the spec, the sources'
-    digests and, where the rank was cut, the share of the squared norm kept.  Raises MergeError.
+    digests and, where the rank was cut, the share of the squared norm kept, in all and by module; a warning
+    is logged where that is under 90 %.  Raises MergeError.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     return run(plan(spec, adapters, rank), backend, progress)
@@ -65,6 +67,10 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
     }
     if result.energy:
         metadata["merged_lora.kept_energy"] = repr(result.kept_energy())
+        shares = {name: round(share, 6) for name, share in result.kept_by_module().items()}
+        metadata["merged_lora.kept_energy_by_module"] = json.dumps(shares)
+    for note in result.notes():
+        logger.warning("%s: %s", plan.spec, note)
     merged = Adapter(result.modules, plan.header, metadata)
     if merged.nonfinite:
         raise overflow(plan.spec, merged.nonfinite)

@@ -1,4 +1,4 @@
-"""Exact linear algebra on factors: weighted sums of products, their best low-rank forms, their angles.
+"""Exact linear algebra on factors: weighted sums of products, their best low rank, their inner products.
 
 No delta ``[out, in]`` is ever formed: everything happens on Gram matrices of size R x R, R = sum of ranks,
 in float64.  Knows nothing of strategies or files; takes and returns torch tensors.
@@ -6,17 +6,15 @@ in float64.  Knows nothing of strategies or files; takes and returns torch tenso
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .bases import split
 from .factors import Factors
-from .plan import DeltaModule
-
-SLERP_STRAIGHT = 0.9995
-"""Above this |cos| the circle is a line to within rounding; the limit that mergekit uses too."""
+from .plan import DeltaModule, Mean
+from .scalars import RULES
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class Merged:
 def merge_module(module: DeltaModule) -> Merged:
     """The merged factors of one module, stored in ``module.dtype`` with scaling 1."""
     weights = module.weights
-    if module.slerp is not None:
-        weights = slerp_weights(module.sources, weights, module.slerp)
+    if module.mean is not None:
+        weights = mean_weights(module.sources, weights, module.mean)
     total = sum(f.rank for f in module.sources)
     if module.rank == total:
         a, b = concatenate(module.sources, weights, module.dtype)
@@ -95,20 +93,25 @@ def _basis(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return vectors / lengths, lengths[:, None] * vectors.T
 
 
-def inner(x: Factors, y: Factors) -> float:
-    """Frobenius inner product of ``B_x A_x`` and ``B_y A_y`` (scalings left out), from R x R products."""
-    return float(((x.b.double().T @ y.b.double()) * (x.a.double() @ y.a.double().T)).sum())
+def inner_products(
+    gram_a: torch.Tensor, gram_b: torch.Tensor, ranks: Sequence[int], weights: torch.Tensor
+) -> torch.Tensor:
+    """Frobenius inner products of ``weights[i] B_i A_i``, ``[modules, n, n]``, from Grams of stacked factors.
 
-
-def slerp_weights(sources: Sequence[Factors], weights: Sequence[float], t: float) -> tuple[float, float]:
-    """Weights on ``B_0 A_0`` and ``B_1 A_1`` that interpolate ``weights[i] B_i A_i`` on the sphere.
-
-    A straight line where a delta is zero or the two are parallel (|cos| over SLERP_STRAIGHT).
+    gram_a, gram_b: ``[modules, R, R]``, of the stacked rows of A and of the columns of B.
+    weights: ``[modules, n]``.
     """
-    (x, y), (wx, wy) = sources, weights
-    norms = math.sqrt(inner(x, x) * wx * wx) * math.sqrt(inner(y, y) * wy * wy)
-    cosine = inner(x, y) * wx * wy / norms if norms else 1.0
-    if abs(cosine) > SLERP_STRAIGHT:
-        return (1.0 - t) * wx, t * wy
-    angle = math.acos(cosine)
-    return math.sin((1.0 - t) * angle) / math.sin(angle) * wx, math.sin(t * angle) / math.sin(angle) * wy
+    rows = split(gram_a * gram_b, ranks, 1)
+    blocks = [[x.sum((1, 2)) for x in split(row, ranks, 2)] for row in rows]
+    products = torch.stack([torch.stack(row, dim=1) for row in blocks], dim=1)
+    return products * weights[:, :, None] * weights[:, None, :]
+
+
+def mean_weights(sources: Sequence[Factors], weights: Sequence[float], mean: Mean) -> tuple[float, ...]:
+    """What each product ``B_i A_i`` is multiplied by where a rule finds it from ``weights[i] B_i A_i``."""
+    a = torch.cat([f.a.double() for f in sources], dim=0)
+    b = torch.cat([f.b.double() for f in sources], dim=1)
+    given = torch.tensor([weights], dtype=torch.float64)
+    gram = inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in sources], given)
+    shares = torch.tensor([mean.shares], dtype=torch.float64)
+    return tuple((RULES[mean.rule](gram, shares, mean.count) * given)[0].tolist())

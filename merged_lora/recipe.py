@@ -14,10 +14,17 @@ from typing import Literal
 Number = int | float
 Value = Number | str | bool | tuple[float, ...]
 
-Space = Literal["factors", "delta"]
-KeepRule = Literal["all", "largest", "random"]
-Blend = Literal["sum", "agreeing_mean", "slerp"]
+Space = Literal["factors", "delta", "core"]
+KeepRule = Literal["all", "largest", "middle", "random", "graded", "varied"]
+Blend = Literal[
+    "sum", "agreeing_mean", "energy_mean", "slerp", "nuslerp", "karcher", "multislerp", "model_stock"
+]
 RankRule = Literal["equal", "fit", "exact", "truncate"]
+Basis = Literal["output", "both"]
+
+ENTRYWISE: tuple[Blend, ...] = ("sum", "agreeing_mean", "energy_mean")
+MEANS: tuple[Blend, ...] = ("nuslerp", "karcher", "multislerp", "model_stock")
+"""Blends that take the weights relative to their sum."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +46,31 @@ class Option:
 class Recipe:
     """How a strategy computes; see docs/semantics.md for the formula behind each word.
 
-    space:  ``factors`` works on A and on B apart, ``delta`` on ``dW = s B A`` (never formed).
-    keep:   which entries of a source take part: all, the ``largest`` (trim), a ``random`` share (DARE).
-    blend:  weighted ``sum``, mean of those that agree with the elected sign, or ``slerp`` scalars.
+    space:  ``factors`` works on A and on B apart, ``delta`` on ``dW = s B A`` (never held whole), ``core``
+            on the coordinates of the deltas in a basis that the sources share.
+    keep:   which entries of a source take part: all; the ``largest`` (trim); the ``middle``: the largest
+            after a few outliers (breadcrumbs); a ``random`` share (DARE), ``graded`` by rank within a row
+            (DELLA); those that ``varied`` most between the sources (SCE).
+    blend:  entry by entry the weighted ``sum``, the mean of those that agree with the elected sign, or that
+            mean weighted by each source's energy (SCE); else one scalar per source and module, from the
+            inner products of the deltas.
     rank:   ``equal`` ranks in and out; ``fit``: sum of ranks, truncated to the limit; ``exact``: sum of
             ranks, refused over the limit; ``truncate``: the option ``rank``.
+    basis:  in ``core`` space, which sides share a basis: the ``output`` side, or ``both``.
     """
 
     space: Space
     keep: KeepRule = "all"
     blend: Blend = "sum"
     rank: RankRule = "equal"
+    basis: Basis | None = None
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether each entry of the deltas, or of their coordinates, is merged on its own."""
+        return self.space == "core" or (
+            self.space == "delta" and (self.keep != "all" or self.blend in ENTRYWISE[1:])
+        )
 
 
 @dataclass(frozen=True)
@@ -140,6 +161,20 @@ ELECT = Option(
 )
 SEED = Option("seed", 0, _whole(0, 2**63 - 1), "seed of the random masks")
 RANK = Option("rank", None, _whole(1, 65536), "rank of the result; by default the largest source rank")
+GAMMA = Option("gamma", 0.01, _unit, "share of the very largest entries left out", per_source=True)
+EPSILON = Option(
+    "epsilon",
+    0.15,
+    _unit,
+    "how far the share kept rises above density for a row's largest entry and falls for its smallest",
+    per_source=True,
+)
+SELECT = Option(
+    "select_topk", 1.0, _density, "share of entries kept: those that vary most between the sources"
+)
+SCOPE = Option(
+    "scope", "module", _one_of("module", "model"), "whether density counts entries per module or in all"
+)
 T = Option("t", 0.5, _unit, "position between the first source (0) and the second (1)")
 COMPAT = Option(
     "compat",
@@ -147,4 +182,10 @@ COMPAT = Option(
     _one_of("none", "lorax"),
     'with "lorax": raw weights on both factors, the first source\'s scaling',
 )
-EVERYWHERE = (SCALE, NORMALIZE)
+WEIGHTS = Option(
+    "weights",
+    "given",
+    _one_of("given", "auto"),
+    'with "auto": weights that keep the merge from overshooting, found from the sources alone',
+)
+EVERYWHERE = (WEIGHTS, SCALE, NORMALIZE)

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import SpecError, UnknownAdapterError
-from .recipe import Option, Strategy, Value
+from .recipe import DENSITY, EPSILON, MEANS, Option, Strategy, Value
 from .strategies import TABLE, find
 
 MAX_TEXT = 2048
@@ -76,10 +76,8 @@ class MergeSpec:
                 raise SpecError(f"option {name!r} is given twice")
             options[name] = _checked_option(strategy, name, value, len(sources))
         ordered = strategy.ordered or options.get("compat") == "lorax"
-        if options.get("normalize") and _cancels([s.weight for s in sources]):
-            raise SpecError(
-                "normalize=true divides by the sum of the weights, which is 0; change the weights"
-            )
+        _check_weights(strategy, sources, options)
+        _check_epsilon(strategy, options, len(sources))
         if not ordered:
             order = sorted(range(len(sources)), key=lambda i: sources[i].name)
             sources = tuple(sources[i] for i in order)
@@ -118,8 +116,12 @@ class MergeSpec:
         return value if isinstance(value, tuple) else (float(value),) * len(self.sources)  # type: ignore[arg-type]
 
     def weights(self) -> tuple[float, ...]:
-        """The weight of each source, in order, normalised if that is asked for (``scale`` is not in it)."""
-        total = math.fsum(s.weight for s in self.sources) if self.option("normalize") else 1.0
+        """The weight of each source, in order; relative to their sum where that is asked for or implied.
+
+        ``scale`` is not in it.
+        """
+        relative = self.option("normalize") or find(self.strategy).recipe.blend in MEANS
+        total = math.fsum(s.weight for s in self.sources) if relative else 1.0
         return tuple(s.weight / total for s in self.sources)
 
     def to_json(self) -> dict[str, object]:
@@ -129,6 +131,7 @@ class MergeSpec:
             "weights": [s.weight for s in self.sources],
             "merge_strategy": self.strategy,
         }
+        # The option `weights` takes the place of the list: it is "auto" here, and the list holds ones.
         return body | {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
 
     def digest(self, contents: Mapping[str, str]) -> str:
@@ -163,22 +166,24 @@ def is_spec(text: str) -> bool:
 def from_json(body: object) -> MergeSpec:
     """The merge that a JSON object with LoRAX's field names means; raises SpecError.
 
-    ``ids`` and ``weights`` are lists of the same length (weights default to 1), ``merge_strategy``
-    defaults to ``linear``; every other field is an option of the strategy, and null means its default.
+    ``ids`` and ``weights`` are lists of the same length (weights default to 1, and may be ``"auto"``),
+    ``merge_strategy`` defaults to ``linear``; every other field is an option of the strategy, and null means
+    its default.
     """
     if not isinstance(body, Mapping):
         raise SpecError('a merge in JSON is an object like {"ids": ["a", "b"], "weights": [0.7, 0.3]}')
     ids, weights = body.get("ids"), body.get("weights")
+    automatic = weights == "auto"
     if (
         not isinstance(ids, Sequence)
         or isinstance(ids, str)
         or not all(isinstance(name, str) for name in ids)
     ):
         raise SpecError('"ids" must be a list of adapter names')
-    if weights is None or (isinstance(weights, Sequence) and not weights):
+    if weights is None or automatic or (isinstance(weights, Sequence) and not weights):
         weights = [1.0] * len(ids)
     if not isinstance(weights, Sequence) or isinstance(weights, str):
-        raise SpecError('"weights" must be a list of numbers, one per id')
+        raise SpecError('"weights" must be a list of numbers, one per id, or "auto"')
     if len(weights) != len(ids):
         raise SpecError(f'"weights" has {len(weights)} values for {len(ids)} ids')
     if any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights):
@@ -189,6 +194,8 @@ def from_json(body: object) -> MergeSpec:
     if not isinstance(strategy, str):
         raise SpecError(f'"merge_strategy" must be one of {", ".join(TABLE)}')
     given = {k: v for k, v in body.items() if k not in ("ids", "weights", "merge_strategy") and v is not None}
+    if automatic:
+        given["weights"] = "auto"
     options = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in given.items())
     return MergeSpec(strategy, tuple(Source(n, w) for n, w in zip(ids, weights, strict=True)), options)
 
@@ -231,6 +238,29 @@ def _check_sources(strategy: Strategy, sources: tuple[Source, ...]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise SpecError(f"source {twice[0]!r} is named more than once; give it one weight")
+
+
+def _check_weights(strategy: Strategy, sources: tuple[Source, ...], options: Mapping[str, Value]) -> None:
+    weights = [source.weight for source in sources]
+    if options.get("weights") == "auto" and any(weight != 1.0 for weight in weights):
+        raise SpecError('weights="auto" finds the weights; give none to the sources, or leave it out')
+    relative = strategy.recipe.blend in MEANS
+    if (relative or options.get("normalize")) and _cancels(weights):
+        who = strategy.name if relative else "normalize=true"
+        raise SpecError(f"{who} divides by the sum of the weights, which is 0; change the weights")
+
+
+def _check_epsilon(strategy: Strategy, options: Mapping[str, Value], count: int) -> None:
+    if strategy.option("epsilon") is None:
+        return
+    given = [options.get(option.name, option.default) for option in (DENSITY, EPSILON)]
+    lists = [value if isinstance(value, tuple) else (value,) * count for value in given]
+    for density, epsilon in zip(*lists, strict=True):
+        if not (density - epsilon > 0.0 and density + epsilon <= 1.0) and density < 1.0:
+            raise SpecError(
+                f"{strategy.name}: density - epsilon must be over 0 and density + epsilon at most 1, "
+                f"got density {density} and epsilon {epsilon}"
+            )
 
 
 def _checked_option(strategy: Strategy, name: str, value: object, count: int) -> Value:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
 from merged_lora.backends import Progress, Result
 from merged_lora.factors import Factors
-from merged_lora.plan import DeltaModule, FactorJob, FactorModule, MergePlan
+from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan, Rule
 
-from . import delta, factors
+from . import delta, entries
 from .numbers import STORAGE, Array, narrow, widen
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -25,11 +28,17 @@ class NumpyBackend:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}
         energy: dict[str, tuple[float, float]] = {}
+        whole = _whole_model(plan)
         for name, module in plan.modules.items():
             if isinstance(module, FactorModule):
                 modules[name] = Factors(_merge_job(module.a), _merge_job(module.b), 1.0, module.embedding)
             else:
-                modules[name], cut = _merge_delta(module)
+                merged = (
+                    _merge_delta(module)
+                    if isinstance(module, DeltaModule)
+                    else _merge_entries(module, whole.get(name))
+                )
+                modules[name], cut = merged
                 if cut is not None:
                     energy[name] = cut
             progress(1)
@@ -53,37 +62,92 @@ def from_bits(bits: Array, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _merge_job(job: FactorJob) -> torch.Tensor:
+    values = [widen(*to_bits(tensor)) for tensor in job.inputs]
+    merged = _combine(values, job.rule, np.float32)
+    return from_bits(narrow(merged, _NAMES[job.dtype]), job.dtype)
+
+
+def _combine(values: Sequence[Array], rule: Rule, number: type[Any]) -> Array:
     sources = [
-        factors.Source(*to_bits(tensor), weight, keep.count, keep.share, keep.key, keep.rescale)
-        for tensor, weight, keep in zip(job.inputs, job.weights, job.keeps, strict=True)
+        entries.Source(x, weight, keep.count, keep.share, keep.key, keep.skip, keep.spread)
+        for x, weight, keep in zip(values, rule.weights, rule.keeps, strict=True)
     ]
-    vote = None if job.vote is None else (job.vote.frequency, job.vote.weighted)
-    merged = factors.merge(sources, vote, np.float32)
-    return from_bits(narrow(merged, _NAMES[job.dtype]), job.dtype).reshape(job.inputs[0].shape)
+    vote = None if rule.vote is None else (rule.vote.frequency, rule.vote.weighted, rule.vote.energy)
+    return entries.merge(sources, vote, number, rule.select)
 
 
 def _merge_delta(module: DeltaModule) -> tuple[Factors, tuple[float, float] | None]:
-    pairs = [(widen(*to_bits(f.a)), widen(*to_bits(f.b))) for f in module.sources]
-    dtype = _NAMES[module.dtype]
-    if module.slerp is None and module.rank == sum(f.rank for f in module.sources):
+    pairs = _pairs(module)
+    exact = module.rank == sum(f.rank for f in module.sources)
+    if module.mean is None and exact:
+        dtype = _NAMES[module.dtype]
         a = np.concatenate(
             [narrow(a * np.float32(w), dtype) for (a, _), w in zip(pairs, module.weights, strict=True)]
         )
         b = np.concatenate([narrow(b, dtype) for _, b in pairs], axis=1)
         return Factors(from_bits(a, module.dtype), from_bits(b, module.dtype), 1.0, module.embedding), None
-    if module.slerp is None:
-        target = delta.weighted_sum(pairs, module.weights)
+    deltas = delta.dense(pairs, module.weights)
+    if module.mean is None:
+        target = np.asarray(np.sum(deltas, axis=0))
     else:
-        x, y = (w * (b.astype(np.float64) @ a) for (a, b), w in zip(pairs, module.weights, strict=True))
-        target = delta.slerp(x, y, module.slerp)
+        target = delta.MEANS[module.mean.rule](deltas, module.mean.shares, module.mean.count)
     new_a, new_b, energy = delta.truncate(target, module.rank)
-    exact = module.rank == sum(f.rank for f in module.sources)
-    return (
-        Factors(
-            torch.from_numpy(new_a).to(module.dtype),
-            torch.from_numpy(new_b).to(module.dtype),
-            1.0,
-            module.embedding,
-        ),
-        None if exact else energy,
-    )
+    return _factors(new_a, new_b, module), None if exact else energy
+
+
+def _merge_entries(
+    module: EntryModule, chosen: Sequence[Array] | None
+) -> tuple[Factors, tuple[float, float] | None]:
+    """chosen: which entries of each source are kept, where that is not counted in the module alone."""
+    deltas = delta.dense(_pairs(module), module.scalings)
+    if module.basis is None:
+        merged = _combine(deltas, module.rule, np.float64)
+        new_a, new_b, energy = delta.truncate(merged, module.rank)
+        return _factors(new_a, new_b, module), energy
+    if module.basis == "both":
+        left, right = delta.both_bases(deltas, module.rank)
+        coordinates = [left.T @ x @ right for x in deltas]
+        squares = np.square(module.rule.weights)
+        kept, asked = (float(squares @ [np.sum(x * x) for x in xs]) for xs in (coordinates, deltas))
+        return _factors(_combine(coordinates, module.rule, np.float64) @ right.T, left, module), (kept, asked)
+    coordinates = _in_output_basis(module)
+    if chosen is not None:
+        coordinates = [np.where(mask, x, 0.0) for mask, x in zip(chosen, coordinates, strict=True)]
+    left = delta.output_basis(deltas, module.entries[0])
+    merged = _combine(coordinates, module.rule, np.float64)
+    new_a, new_b, energy = delta.truncate(left @ merged, module.rank)
+    return _factors(new_a, new_b, module), energy if module.rank < module.entries[0] else None
+
+
+def _in_output_basis(module: EntryModule) -> list[Array]:
+    deltas = delta.dense(_pairs(module), module.scalings)
+    left = delta.output_basis(deltas, module.entries[0])
+    return [left.T @ x for x in deltas]
+
+
+def _whole_model(plan: MergePlan) -> dict[str, list[Array]]:
+    """Which entries of each source are kept, by module, where they are counted over all modules."""
+    if plan.counts is None:
+        return {}
+    modules = {name: m for name, m in plan.modules.items() if isinstance(m, EntryModule)}
+    values = {name: dict(zip(m.present, _in_output_basis(m), strict=True)) for name, m in modules.items()}
+    masks: dict[str, list[Array]] = {name: [] for name in modules}
+    for i, count in enumerate(plan.counts):
+        own = {name: x[i] for name, x in values.items() if i in x}
+        chosen = entries.largest(
+            np.concatenate([x.reshape(-1) for x in own.values()] or [np.zeros(0)]), count
+        )
+        start = 0
+        for name, x in own.items():
+            masks[name].append(chosen[start : start + x.size].reshape(x.shape))
+            start += x.size
+    return masks
+
+
+def _pairs(module: DeltaModule | EntryModule) -> list[delta.Pair]:
+    return [(widen(*to_bits(f.a)), widen(*to_bits(f.b))) for f in module.sources]
+
+
+def _factors(a: Array, b: Array, module: DeltaModule | EntryModule) -> Factors:
+    new_a, new_b = (torch.from_numpy(np.ascontiguousarray(x)).to(module.dtype) for x in (a, b))
+    return Factors(new_a, new_b, 1.0, module.embedding)

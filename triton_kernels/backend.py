@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,29 +16,15 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Progress, Result, Slot
 from merged_lora.errors import BackendError
 from merged_lora.factors import Factors
-from merged_lora.plan import DeltaModule, MergePlan, overflow
+from merged_lora.plan import MergePlan, overflow
 
-from . import delta
+from .delta import WORKSPACE, MergedStack
+from .groups import RESULTS, Group, Known, Stacks, grouped, merge_group, whole_bounds
 from .launch import EVERYTHING, NOTHING, Launch, find_pairs, prepare_launches, raised_flags, source_addresses
 from .layout import Layout, copies, lay_out
 from .packed import DeviceSources, Resident, padded
 from .tables import Integers, target_rows
 from .words import KINDS
-
-RESULTS = 64 << 20  # bytes of merged factors in delta space that wait for their slots at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Modules of one kind in delta space, merged together; at most RESULTS bytes of them, or a single one."""
-
-    names: tuple[str, ...]
-    modules: tuple[DeltaModule, ...]
-
-    def only(self, names: Collection[str]) -> Group:
-        """Those of them that have one of these names."""
-        pairs = [(name, m) for name, m in zip(self.names, self.modules, strict=True) if name in names]
-        return Group(tuple(name for name, _ in pairs), tuple(m for _, m in pairs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +33,29 @@ class Prepared:
 
     layout: Layout
     groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What is to be told of merged modules, still on the device: see :class:`merged_lora.backends.Result`."""
+
+    energy: dict[str, torch.Tensor] = field(default_factory=dict)
+    repeated: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, group: Group, merged: MergedStack) -> None:
+        """Note what a group has to tell."""
+        if merged.energy is not None:
+            self.energy.update(zip(group.names, merged.energy, strict=True))
+        if merged.repeated is not None:
+            self.repeated.update(zip(group.names, merged.repeated, strict=True))
+
+    def result(self, modules: dict[str, Factors]) -> Result:
+        """All of it, brought to the host."""
+        pairs = torch.stack(list(self.energy.values())).tolist() if self.energy else []
+        open_bases = torch.stack(list(self.repeated.values())).tolist() if self.repeated else []
+        energy = {name: (kept, asked) for name, (kept, asked) in zip(self.energy, pairs, strict=True)}
+        repeated = tuple(name for name, one in zip(self.repeated, open_bases, strict=True) if one)
+        return Result(modules, energy, repeated)
 
 
 class TritonBackend:
@@ -87,21 +96,21 @@ class TritonBackend:
         """See :class:`merged_lora.backends.Backend`; the result lies in host memory."""
         with self._turn, self._apart():
             buffer = torch.empty(_length(plan), dtype=torch.uint8, device=self.device)
-            energy = self._write(plan, {name: Slot(a, b) for name, a, b in _views(buffer, plan)})
+            told = self._write(plan, {name: Slot(a, b) for name, a, b in _views(buffer, plan)})
             host = buffer.cpu()
             modules = {
                 name: Factors(a, b, 1.0, plan.modules[name].embedding) for name, a, b in _views(host, plan)
             }
-            result = Result(modules, _on_host(energy))
+            result = told.result(modules)
         progress(len(modules))
         return result
 
-    def check(self, plan: MergePlan) -> float:
+    def check(self, plan: MergePlan) -> Result:
         """See :class:`merged_lora.backends.SlotBackend`; on a GPU beside the work of the current stream."""
         with self._turn, self._apart():
             residents, prepared = self._bring(plan)
             layout = prepared.layout
-            energy: dict[str, torch.Tensor] = {}
+            told = Told()
             verdicts: list[tuple[Sequence[str], torch.Tensor]] = []
             if layout.modules:
                 nowhere = [torch.empty(shape, device="meta") for shape in layout.shapes.tolist()]
@@ -109,15 +118,14 @@ class TritonBackend:
                 launches = self._launch(layout, residents, _every(nowhere), rows, layout.rounds, check=True)
                 verdicts.append((layout.modules, raised_flags(launches).view(-1, 2).amax(1) > 0))
             with self._lending(prepared.groups):
+                known = self._known(plan, prepared.groups, residents)
                 for group in prepared.groups:
-                    wrong, kept = self._try(group, residents)
-                    verdicts.append((group.names, wrong))
-                    energy |= kept
+                    verdicts.append((group.names, self._try(group, residents, known, told)))
             for names, wrong in verdicts:
                 for name, is_wrong in zip(names, wrong.tolist(), strict=True):
                     if is_wrong:
                         raise overflow(plan.spec, name)
-            return Result({}, _on_host(energy)).kept_energy()
+            return told.result({})
 
     def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
         """See :class:`merged_lora.backends.SlotBackend`."""
@@ -143,31 +151,27 @@ class TritonBackend:
             for one in self._copies(_zeros(empty), _tensors(empty)):
                 one.run()
 
-    def _write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> dict[str, torch.Tensor]:
-        """Merge into slots.  Returns what each module whose rank was cut has kept, still on the device."""
+    def _write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> Told:
+        """Merge into slots; what is to be told of the modules stays on the device."""
         residents, prepared = self._bring(plan)
         here, tensors = _chosen(prepared.layout, slots)
         if tensors:
             rows = target_rows(tensors, prepared.layout.shapes[here])
             self._launch(prepared.layout, residents, here, rows, _kinds(tensors))
-        energy: dict[str, torch.Tensor] = {}
+        told = Told()
         groups = [group for group in (whole.only(slots) for whole in prepared.groups) if group.names]
         with self._lending(groups):
+            known = self._known(plan, prepared.groups, residents)
             for group in groups:
-                energy |= self._fill(group, residents, slots)
-        return energy
+                self._fill(group, residents, known, slots, told)
+        return told
 
     def _bring(self, plan: MergePlan) -> tuple[list[Resident], Prepared]:
         """The plan's sources on the device, and what follows from the plan."""
         residents = self._sources.load(plan.sources)
         prepared = self._prepared.get(plan)
         if prepared is None:
-            kinds: dict[Hashable, dict[str, DeltaModule]] = {}
-            for name, module in plan.modules.items():
-                if isinstance(module, DeltaModule):
-                    kinds.setdefault(delta.kind(module), {})[name] = module
-            groups = tuple(part for group in kinds.values() for part in _parts(group))
-            prepared = Prepared(lay_out(plan, [resident.packed for resident in residents]), groups)
+            prepared = Prepared(lay_out(plan, [resident.packed for resident in residents]), grouped(plan))
             self._prepared[plan] = prepared
         return residents, prepared
 
@@ -199,32 +203,32 @@ class TritonBackend:
     # In functions of their own, so that what a group takes is free before the next one is merged.
 
     def _fill(
-        self, group: Group, residents: Sequence[Resident], slots: Mapping[str, Slot]
-    ) -> dict[str, torch.Tensor]:
-        """Merge a group into its slots; what was kept of each module whose rank was cut."""
-        merged = self._merge_group(group, residents)
+        self,
+        group: Group,
+        residents: Sequence[Resident],
+        known: Known,
+        slots: Mapping[str, Slot],
+        told: Told,
+    ) -> None:
+        """Merge a group into its slots."""
+        merged = merge_group(group, _stacks(group, residents), known)
         sources = [x for pair in zip(merged.a, merged.b, strict=True) for x in pair]
         for one in self._copies(sources, _tensors(slots[name] for name in group.names)):
             one.run()
-        return _energy(group, merged)
+        told.add(group, merged)
 
-    def _try(
-        self, group: Group, residents: Sequence[Resident]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Merge a group: for each module whether the result overflows, and what was kept of it."""
-        merged = self._merge_group(group, residents)
+    def _try(self, group: Group, residents: Sequence[Resident], known: Known, told: Told) -> torch.Tensor:
+        """Merge a group: for each module whether the result overflows."""
+        merged = merge_group(group, _stacks(group, residents), known)
         a, b = (x.isfinite().flatten(1).all(1) for x in (merged.a, merged.b))
-        return ~(a & b), _energy(group, merged)
+        told.add(group, merged)
+        return ~(a & b)
 
-    def _merge_group(self, group: Group, residents: Sequence[Resident]) -> delta.MergedStack:
-        first = group.modules[0]
-        a, b = (tuple(residents[i].stack(group.names, side) for i in first.present) for side in (0, 1))
-        weights = torch.tensor([module.weights for module in group.modules], dtype=torch.float64)
-        on_device = weights.to(self.device, non_blocking=True)
-        return delta.merge_stack(delta.Stack(a, b, on_device, first.rank, first.slerp, first.dtype))
+    def _known(self, plan: MergePlan, groups: Sequence[Group], residents: Sequence[Resident]) -> Known:
+        return whole_bounds(plan, groups, lambda group: _stacks(group, residents))
 
     def _intermediates(self) -> torch.Tensor:
-        return torch.empty(delta.WORKSPACE + RESULTS, dtype=torch.uint8, device=self.device)
+        return torch.empty(WORKSPACE + RESULTS, dtype=torch.uint8, device=self.device)
 
     @contextlib.contextmanager
     def _lending(self, groups: Sequence[Group]) -> Iterator[None]:
@@ -280,17 +284,6 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def _parts(modules: Mapping[str, DeltaModule]) -> Iterator[Group]:
-    """Modules of one kind in groups of a bounded size."""
-    names = list(modules)
-    (a, b) = modules[names[0]].results
-    each = sum(rows * columns * dtype.itemsize for (rows, columns), dtype in (a, b))
-    step = max(1, RESULTS // each)
-    for start in range(0, len(names), step):
-        part = names[start : start + step]
-        yield Group(tuple(part), tuple(modules[name] for name in part))
-
-
 def _views(buffer: torch.Tensor, plan: MergePlan) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """A and B of every result, one after the other in a buffer of :func:`_length` bytes."""
     start = 0
@@ -332,12 +325,6 @@ def _kinds(tensors: Sequence[torch.Tensor]) -> Integers:
     return np.array([KINDS[t.dtype] for t in tensors], np.int64)
 
 
-def _energy(group: Group, merged: delta.MergedStack) -> dict[str, torch.Tensor]:
-    return {} if merged.energy is None else dict(zip(group.names, merged.energy, strict=True))
-
-
-def _on_host(energy: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    if not energy:
-        return {}
-    pairs = torch.stack(list(energy.values())).tolist()
-    return {name: (kept, asked) for name, (kept, asked) in zip(energy, pairs, strict=True)}
+def _stacks(group: Group, residents: Sequence[Resident]) -> Stacks:
+    a, b = (tuple(residents[i].stack(group.names, side) for i in group.modules[0].present) for side in (0, 1))
+    return a, b

@@ -8,18 +8,18 @@ of Triton.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 
-from merged_lora.lowrank import SLERP_STRAIGHT
-from merged_lora.plan import DeltaModule
+from merged_lora.bases import EPS, inverses, joined, normalized, per_column
+from merged_lora.lowrank import inner_products
+from merged_lora.plan import DeltaModule, Mean
+from merged_lora.scalars import RULES
 
 WORKSPACE = 256 << 20
 """Bytes of intermediates that a merge takes at a time, where a single module needs no more than that."""
-
-EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Stack:
     """Modules of one :func:`kind` side by side, all tensors on one device.
 
     a: per source ``[modules, rank_i, in]``, b: per source ``[modules, out, rank_i]``; float32, float16 or
-    bfloat16, of any strides.  weights: float64 ``[modules, sources]``.  rank, slerp, dtype: see
+    bfloat16, of any strides.  weights: float64 ``[modules, sources]``.  rank, mean, dtype: see
     :class:`merged_lora.plan.DeltaModule`.
     """
 
@@ -35,7 +35,7 @@ class Stack:
     b: tuple[torch.Tensor, ...]
     weights: torch.Tensor
     rank: int
-    slerp: float | None
+    mean: Mean | None
     dtype: torch.dtype
 
     @property
@@ -46,7 +46,7 @@ class Stack:
     def part(self, modules: slice) -> Stack:
         """These modules alone, as views."""
         a, b = (tuple(x[modules] for x in side) for side in (self.a, self.b))
-        return Stack(a, b, self.weights[modules], self.rank, self.slerp, self.dtype)
+        return Stack(a, b, self.weights[modules], self.rank, self.mean, self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,18 +54,20 @@ class MergedStack:
     """The merged factors of a stack, with scaling 1.
 
     a: ``[modules, rank, in]``, b: ``[modules, out, rank]``.  energy: float64 ``[modules, 2]``, the squared
-    norm kept and the one asked for; None where no rank was cut.
+    norm kept and the one asked for; None where no rank was cut.  repeated: bool ``[modules]``, whether the
+    basis the modules were merged in is one of many; None where they were merged in none.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     energy: torch.Tensor | None
+    repeated: torch.Tensor | None = None
 
 
 def kind(module: DeltaModule) -> Hashable:
     """What two modules must have in common to go into one stack; their weights and tensors may differ."""
     factors = tuple((f.a.shape, f.a.dtype, f.b.shape, f.b.dtype) for f in module.sources)
-    return factors, module.present, module.rank, module.slerp, module.dtype, module.embedding
+    return factors, module.present, module.rank, module.mean, module.dtype, module.embedding
 
 
 def merge_stack(stack: Stack) -> MergedStack:
@@ -98,9 +100,9 @@ def merge_stack(stack: Stack) -> MergedStack:
 
 def _concatenate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor) -> None:
     weights = stack.weights
-    if stack.slerp is not None:
-        a, b = _joined(stack.a, 1), _joined(stack.b, 2)
-        weights = _slerp_weights(stack, a @ a.mT, b.mT @ b, stack.slerp)
+    if stack.mean is not None:
+        a, b = joined(stack.a, 1), joined(stack.b, 2)
+        weights = _mean_weights(stack, a @ a.mT, b.mT @ b, stack.mean)
     end = 0
     for x, y, w in zip(stack.a, stack.b, weights.float().unbind(1), strict=True):
         start, end = end, end + x.shape[1]
@@ -116,19 +118,17 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
     of ``Q = L^(-1/2) V^T A``.  So the singular values of ``B D S^T`` are those of the delta, and the
     eigenvectors of ``S D B^T B D S^T`` are its right singular vectors in the basis Q.
     """
-    a, b = _joined(stack.a, 1), _joined(stack.b, 2)
+    a, b = joined(stack.a, 1), joined(stack.b, 2)
     gram_a, gram_b = a @ a.mT, b.mT @ b
     weights = stack.weights
-    if stack.slerp is not None:
-        weights = _slerp_weights(stack, gram_a, gram_b, stack.slerp)
+    if stack.mean is not None:
+        weights = _mean_weights(stack, gram_a, gram_b, stack.mean)
     # What a Gram matrix resolves is relative to its largest entry: with unit lengths no factor hides another.
-    gram_a, length_a, inverse_a = _normalized(gram_a)
-    gram_b, length_b, inverse_b = _normalized(gram_b)
-    per_source = zip(weights.unbind(1), stack.a, strict=True)
-    diagonal = torch.cat([w[:, None].expand(-1, x.shape[1]) for w, x in per_source], dim=1)
-    diagonal = diagonal * length_a * length_b
+    gram_a, length_a, inverse_a = normalized(gram_a)
+    gram_b, length_b, inverse_b = normalized(gram_b)
+    diagonal = per_column(weights, [x.shape[1] for x in stack.a]) * length_a * length_b
     size = torch.linalg.vector_norm(diagonal, dim=1, keepdim=True)
-    diagonal = diagonal * _inverse(size)
+    diagonal = diagonal * inverses(size)
 
     squares, vectors = torch.linalg.eigh(gram_a)
     # Directions lost in rounding get a floor and are not dropped: S and its inverse agree whatever it is.
@@ -155,49 +155,11 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
     right = (w / root[:, :, None]).mT @ vectors.mT
     left = scaled.mT @ w * size[:, :, None]
     new_a[:] = (half[:, :, None] * right * inverse_a[:, None, :]) @ a
-    new_b[:] = b @ (inverse_b[:, :, None] * left * _inverse(half)[:, None, :])
+    new_b[:] = b @ (inverse_b[:, :, None] * left * inverses(half)[:, None, :])
 
 
-def _slerp_weights(stack: Stack, gram_a: torch.Tensor, gram_b: torch.Tensor, t: float) -> torch.Tensor:
-    """``lowrank.slerp_weights`` of every module, ``[modules, 2]``, from the Gram matrices of both factors."""
-    products, split = gram_a * gram_b, stack.a[0].shape[1]
-    x, y = slice(None, split), slice(split, None)
-    xx, xy, yy = (products[:, rows, columns].sum((1, 2)) for rows, columns in ((x, x), (x, y), (y, y)))
-    w_x, w_y = stack.weights.unbind(1)
-    norms = (xx * w_x * w_x).sqrt() * (yy * w_y * w_y).sqrt()
-    cosine = xy * w_x * w_y / norms
-    # Not where a delta is zero either: there the cosine is NaN or infinite.
-    curved = cosine.abs() <= SLERP_STRAIGHT
-    angle = torch.where(curved, cosine, 0.0).acos()
-    at_x = torch.where(curved, ((1.0 - t) * angle).sin() / angle.sin(), 1.0 - t)
-    at_y = torch.where(curved, (t * angle).sin() / angle.sin(), t)
-    return torch.stack([at_x * w_x, at_y * w_y], dim=1)
-
-
-def _joined(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """The factors of all sources side by side in float64, without a second copy in between."""
-    shape = list(factors[0].shape)
-    shape[dim] = sum(x.shape[dim] for x in factors)
-    joined = factors[0].new_empty(shape, dtype=torch.float64)
-    end = 0
-    for x in factors:
-        joined.narrow(dim, end, x.shape[dim]).copy_(x)
-        end += x.shape[dim]
-    return joined
-
-
-def _normalized(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The Gram matrices of the same vectors at unit length, their lengths, and 1 / lengths (0 for zeros).
-
-    A vector of zeros counts as one that is orthogonal to all others.
-    """
-    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
-    inverse = _inverse(lengths)
-    unit = gram * inverse[:, :, None] * inverse[:, None, :]
-    unit.diagonal(dim1=1, dim2=2).fill_(1.0)
-    return unit, lengths, inverse
-
-
-def _inverse(x: torch.Tensor) -> torch.Tensor:
-    """``1 / x``, and 0 where ``x`` is 0."""
-    return torch.where(x > 0, 1.0 / x, 0.0)
+def _mean_weights(stack: Stack, gram_a: torch.Tensor, gram_b: torch.Tensor, mean: Mean) -> torch.Tensor:
+    """What each product is multiplied by, ``[modules, sources]``, from the Gram matrices of both factors."""
+    gram = inner_products(gram_a, gram_b, [x.shape[1] for x in stack.a], stack.weights)
+    shares = torch.tensor(mean.shares, dtype=torch.float64).to(gram.device)
+    return RULES[mean.rule](gram, shares.expand(gram.shape[:-1]), mean.count) * stack.weights

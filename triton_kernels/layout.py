@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from merged_lora.plan import FactorJob, FactorModule, MergePlan, Vote
+from merged_lora.plan import FactorJob, FactorModule, MergePlan, Module, Vote
 
 from .combine import COPY, KEEP_ALL, KEEP_LARGEST, KEEP_RANDOM, SUM, VOTE_FREQUENCY, VOTE_TOTAL
 from .packed import Packed
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The tensors of a plan in factors space: A and B of every module, T of them, from N sources.
+    """The tensors of a plan that one launch merges: A and B of every module, T of them, from N sources.
 
     modules: names; tensors ``2 i`` and ``2 i + 1`` belong to module ``i``.  shapes: int64 ``[T, 2]``.
     rounds: kind of the result ``[T]``.  places: one per source.
@@ -56,11 +56,16 @@ class Layout:
     weighted: bool
 
 
+def is_launched(module: Module) -> TypeGuard[FactorModule]:
+    """Whether a module is merged by the kernel of ``combine.py``, with all its like in one launch."""
+    return isinstance(module, FactorModule) and module.a.rule.simple and module.b.rule.simple
+
+
 def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
-    """The layout of those of a plan's modules that are merged in factors space.  packed: of its sources."""
-    pairs = {name: module for name, module in plan.modules.items() if isinstance(module, FactorModule)}
+    """The layout of those of a plan's modules that one launch merges.  packed: of its sources."""
+    pairs = {name: module for name, module in plan.modules.items() if is_launched(module)}
     jobs = [job for module in pairs.values() for job in (module.a, module.b)]
-    keeps = [keep for job in jobs for keep in job.keeps]
+    keeps = [keep for job in jobs for keep in job.rule.keeps]
     tensor = np.repeat(np.arange(len(jobs)), [len(job.inputs) for job in jobs])
     source = np.array([i for module in pairs.values() for _ in "ab" for i in module.present], np.int64)
     rounds = np.array([KINDS[job.dtype] for job in jobs], np.int64)
@@ -77,13 +82,13 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
         row = np.array([one.index.get(name, -1) for name in pairs], np.int64)
         places.append(Place(mine, row[mine // 2], mine % 2))
     rescales = {share: keep.rescale for share, keep in {keep.share: keep for keep in keeps}.items()}
-    vote = jobs[0].vote if jobs else None
+    vote = jobs[0].rule.vote if jobs else None
     return Layout(
         modules=tuple(pairs),
         shapes=np.array([job.inputs[0].shape for job in jobs], np.int64).reshape(-1, 2),
         rounds=rounds,
         places=tuple(places),
-        weights=table([w for job in jobs for w in job.weights], np.float32, 0),
+        weights=table([w for job in jobs for w in job.rule.weights], np.float32, 0),
         kinds=table([KINDS[t.dtype] for job in jobs for t in job.inputs], np.int64, rounds[:, None]),
         counts=table([UNLIMITED if k.count is None else k.count for k in keeps], np.int64, UNLIMITED),
         shares=table([k.share or 0 for k in keeps], np.int64, 0),
@@ -96,7 +101,7 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
 
 
 def _keep_rule(jobs: Sequence[FactorJob]) -> int:
-    keeps = [keep for job in jobs for keep in job.keeps]
+    keeps = [keep for job in jobs for keep in job.rule.keeps]
     if any(keep.share is not None for keep in keeps):
         return int(KEEP_RANDOM.value)
     return int((KEEP_ALL if all(keep.count is None for keep in keeps) else KEEP_LARGEST).value)

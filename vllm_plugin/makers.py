@@ -5,6 +5,7 @@ Knows plans and backends and nothing of vLLM: what it holds is built by a functi
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Backend, Slot, SlotBackend
 from merged_lora.engine import merge, plan, run
 from merged_lora.factors import Factors
-from merged_lora.plan import DeltaModule, FactorModule, MergePlan
+from merged_lora.plan import MergePlan, Module
 from merged_lora.spec import parse
 from merged_lora.strategies import TABLE
 
@@ -34,7 +35,8 @@ Made = TypeVar("Made", covariant=True)
 class Facts:
     """What is worth telling of a merge that was made.
 
-    rank: the largest.  kept_energy: share of the squared norm that a cut rank left, 1 where none was cut.
+    rank: the largest.  kept_energy: share of the squared norm that a cut rank left, 1 where none was cut;
+    kept_by_module: the same for every module whose rank was cut.
     seconds: how long it took in this worker; on a device, how long its trial took.
     """
 
@@ -42,6 +44,7 @@ class Facts:
     rank: int
     modules: int
     kept_energy: float
+    kept_by_module: dict[str, float]
     seconds: float
 
 
@@ -87,7 +90,8 @@ class HostMaker(Generic[Model]):
         start = time.perf_counter()
         merged = run(plan, self._backend.name)
         kept = float(merged.metadata.get("merged_lora.kept_energy", "1"))
-        facts = _facts(plan, self._backend, kept, start)
+        by_module = json.loads(merged.metadata.get("merged_lora.kept_energy_by_module", "{}"))
+        facts = _facts(plan, self._backend, kept, by_module, start)
         return self._build(number, merged), facts
 
     def again(self, number: int, plan: MergePlan) -> Model:
@@ -124,21 +128,26 @@ class SlotMaker(Generic[Model]):
             logger.warning("%s: %s", plan.spec, note)
         model = self._build(number, plan)
         start = time.perf_counter()
-        kept = self._backend.check(plan)
+        result = self._backend.check(plan)
+        for note in result.notes():
+            logger.warning("%s: %s", plan.spec, note)
         self._compile(model)
-        return model, _facts(plan, self._backend, kept, start)
+        return model, _facts(plan, self._backend, result.kept_energy(), result.kept_by_module(), start)
 
     def again(self, number: int, plan: MergePlan) -> Model:
         """A merge that was prepared before; it is not tried again, which would hold up the step it is for."""
         return self._build(number, plan)
 
 
-def _facts(plan: MergePlan, backend: Backend, kept: float, start: float) -> Facts:
-    ranks = (module.results[0][0][0] for module in plan.modules.values())
-    return Facts(backend.name, max(ranks), len(plan.modules), kept, time.perf_counter() - start)
+def _facts(
+    plan: MergePlan, backend: Backend, kept: float, by_module: dict[str, float], start: float
+) -> Facts:
+    rank = max(module.results[0][0][0] for module in plan.modules.values())
+    seconds = time.perf_counter() - start
+    return Facts(backend.name, rank, len(plan.modules), kept, by_module, seconds)
 
 
-def outline(module: FactorModule | DeltaModule) -> Factors:
+def outline(module: Module) -> Factors:
     """What a module of a plan will be, without its values: tensors on the device ``meta``."""
     a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in module.results)
     return Factors(a, b, embedding=module.embedding)

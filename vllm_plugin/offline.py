@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from merged_lora.plan import check_names
+from merged_lora.planning import check_names
 from merged_lora.spec import MergeSpec, parse
 
 from .compat_server import lora_request

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
-from merged_lora.plan import check_names
+from merged_lora.planning import check_names
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
 
 from .aliases import Aliases
@@ -194,6 +194,7 @@ class MergeGate:
             "sources": [{"name": s.name, "weight": s.weight, "digest": digest} for s, digest in contents],
             "rank": live.facts.rank,
             "kept_energy": live.facts.kept_energy,
+            "kept_energy_by_module": live.facts.kept_by_module,
             "digest": live.identity.digest,
             "last_used": live.used,
             "hits": live.hits,
@@ -276,13 +277,18 @@ class MergeGate:
 
 def log_merge(identity: MergeIdentity, facts: Facts) -> None:
     """The one line that the log has of a merge that was made."""
+    lowest = ""
+    if facts.kept_by_module:
+        module, share = min(facts.kept_by_module.items(), key=lambda item: item[1])
+        lowest = f" lowest={share:.4f} lowest_in={module!r}"
     logger.info(
-        "merged spec=%r digest=%s backend=%s rank=%d modules=%d kept_energy=%r ms=%.1f",
+        "merged spec=%r digest=%s backend=%s rank=%d modules=%d kept_energy=%r%s ms=%.1f",
         str(identity.spec),
         identity.digest,
         facts.backend,
         facts.rank,
         facts.modules,
         facts.kept_energy,
+        lowest,
         facts.seconds * 1e3,
     )

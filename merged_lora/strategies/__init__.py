@@ -5,7 +5,7 @@ from __future__ import annotations
 from merged_lora.errors import UnknownStrategyError
 from merged_lora.recipe import Strategy
 
-from . import dare, exact, linear, ties
+from . import breadcrumbs, dare, della, exact, linear, means, sce, ties
 
 TABLE: dict[str, Strategy] = {
     strategy.name: strategy
@@ -14,11 +14,35 @@ TABLE: dict[str, Strategy] = {
         exact.CAT,
         exact.SVD,
         exact.SLERP,
+        means.NUSLERP,
+        means.KARCHER,
+        means.MULTISLERP,
+        means.MODEL_STOCK,
         linear.LINEAR,
         ties.TIES,
         dare.DARE_LINEAR,
         dare.DARE_TIES,
         linear.MAGNITUDE_PRUNE,
+        della.DELLA,
+        della.DELLA_LINEAR,
+        breadcrumbs.BREADCRUMBS,
+        breadcrumbs.BREADCRUMBS_TIES,
+        sce.SCE,
+        ties.TIES_SVD,
+        dare.DARE_LINEAR_SVD,
+        dare.DARE_TIES_SVD,
+        linear.MAGNITUDE_PRUNE_SVD,
+        della.DELLA_SVD,
+        della.DELLA_LINEAR_SVD,
+        breadcrumbs.BREADCRUMBS_SVD,
+        breadcrumbs.BREADCRUMBS_TIES_SVD,
+        sce.SCE_SVD,
+        ties.KNOTS,
+        linear.CORE_LINEAR,
+        ties.CORE_TIES,
+        dare.CORE_DARE_LINEAR,
+        dare.CORE_DARE_TIES,
+        linear.CORE_MAGNITUDE_PRUNE,
     )
 }
 

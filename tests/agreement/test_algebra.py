@@ -14,14 +14,14 @@ from merged_lora.adapters import Adapter
 from merged_lora.bench import cases
 from merged_lora.bench.agreement import allowed_difference
 from merged_lora.factors import Factors
-from merged_lora.plan import make_plan
+from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.strategies import TABLE
 
 U = 2.0**-24
 """Unit roundoff of float32."""
 IN_FACTORS = [strategy.name for strategy in TABLE.values() if strategy.recipe.space == "factors"]
-MASKLESS = [name for name in IN_FACTORS if "dare" not in name]
+MASKLESS = [name for name in IN_FACTORS if not TABLE[name].option("seed")]
 ONE_SOURCE = [strategy.name for strategy in TABLE.values() if strategy.sources_min == 1]
 
 
@@ -32,6 +32,23 @@ def sources(names: str = "abc") -> dict[str, Adapter]:
 def kept_whole(strategy: str) -> str:
     """An option that makes a strategy keep every entry, where it takes one."""
     return ", density=1" if TABLE[strategy].option("density") else ""
+
+
+def is_streamed(strategy: str) -> bool:
+    """Whether it merges the entries of the deltas themselves, in float32 tiles."""
+    recipe = TABLE[strategy].recipe
+    return recipe.entrywise and recipe.space == "delta"
+
+
+def assert_streamed(got: Factors, expected: Factors, times: float) -> None:
+    """As :func:`assert_delta`, by norms: tiles are products of float32, added up over rows and columns.
+
+    A product of inner dimension n is off by at most n u of its magnitudes; here that is the rank for a tile,
+    and ``in`` and ``out`` for what is multiplied with it, twice each.
+    """
+    apart = (got.delta() - times * expected.delta()).norm()
+    terms = expected.rank + 2 * sum(expected.shape)
+    assert apart <= terms * U * abs(times) * magnitudes(expected).norm()
 
 
 def magnitudes(f: Factors) -> torch.Tensor:
@@ -65,16 +82,19 @@ def test_the_weight_of_a_single_source_applies(strategy: str) -> None:
     adapters = sources("a")
     result = merged(f"{strategy}(-0.3*a{kept_whole(strategy)})", adapters).modules
     for module, f in adapters["a"].modules.items():
-        # As above; svd finds factors in float64 and rounds each once.
-        assert_delta(result[module], f, -0.3, roundings=4)
+        if is_streamed(strategy):
+            assert_streamed(result[module], f, -0.3)
+        else:
+            # As above; svd finds factors in float64 and rounds each once.
+            assert_delta(result[module], f, -0.3, roundings=4)
 
 
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in TABLE.values() if not strategy.ordered])
 def test_permuting_the_sources_of_a_spec_changes_nothing(strategy: str) -> None:
     adapters = sources()
-    assert_same_bits(
-        merged(f"{strategy}(2*a, b, -1*c)", adapters), merged(f"{strategy}(-1*c, 2*a, b)", adapters)
-    )
+    terms = ["2*a", "b", "-1*c"][: TABLE[strategy].sources_max]
+    forth, back = (f"{strategy}({', '.join(order)})" for order in (terms, terms[::-1]))
+    assert_same_bits(merged(forth, adapters), merged(back, adapters))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -24,7 +24,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.errors import PlanError
 from merged_lora.factors import DTYPES, Factors
-from merged_lora.plan import make_plan
+from merged_lora.planning import make_plan
 from merged_lora.spec import MergeSpec, Source
 from merged_lora.strategies import TABLE
 
@@ -36,6 +36,9 @@ VALUES: dict[str, tuple[object, ...]] = {
     "elect": ("unweighted", "weighted"),
     "compat": ("none", "lorax"),
     "seed": (0, 2**63 - 1),
+    "gamma": (0.01, 0.4),
+    "epsilon": (0.15, 0.049),
+    "select_topk": (1.0, 0.3),
     "scale": (1.0, -0.7),
     "normalize": (False, True),
 }
@@ -51,7 +54,7 @@ def settings_of(strategy: str) -> list[dict[str, object]]:
     found = [
         dict(zip(crossed, values, strict=True)) for values in product(*(VALUES[name] for name in crossed))
     ]
-    return found + [{name: VALUES[name][1]} for name in taken if name not in TOGETHER]
+    return found + [{name: VALUES[name][1]} for name in taken if name in VALUES and name not in TOGETHER]
 
 
 def spec_of(strategy: str, options: dict[str, object], count: int) -> MergeSpec:

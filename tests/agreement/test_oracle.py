@@ -9,9 +9,11 @@ import torch
 from agreement.comparing import NAMES, jobs, run
 from merged_lora.adapters import Adapter
 from merged_lora.factors import Factors
-from merged_lora.plan import FactorJob, make_plan
-from merged_lora.reference import factors as reference
+from merged_lora.plan import FactorJob
+from merged_lora.planning import make_plan
+from merged_lora.reference import entries as reference
 from merged_lora.reference.backend import to_bits
+from merged_lora.reference.numbers import widen
 from merged_lora.spec import parse
 
 U = 2.0**-24
@@ -25,22 +27,25 @@ WITH_NEGATIVES = WEIGHTED.replace("0.5*b", "-0.5*b").replace("0.7*e", "-0.7*e")
 
 def sources_of(job: FactorJob) -> list[reference.Source]:
     return [
-        reference.Source(*to_bits(tensor), weight, keep.count, keep.share, keep.key, keep.rescale)
-        for tensor, weight, keep in zip(job.inputs, job.weights, job.keeps, strict=True)
+        reference.Source(
+            widen(*to_bits(tensor)), weight, keep.count, keep.share, keep.key, keep.skip, keep.spread
+        )
+        for tensor, weight, keep in zip(job.inputs, job.rule.weights, job.rule.keeps, strict=True)
     ]
 
 
 def oracle(job: FactorJob) -> torch.Tensor:
     """The job in float64."""
-    vote = None if job.vote is None else (job.vote.frequency, job.vote.weighted)
-    return torch.from_numpy(reference.merge(sources_of(job), vote, np.float64)).reshape(job.inputs[0].shape)
+    vote = job.rule.vote
+    words = None if vote is None else (vote.frequency, vote.weighted, vote.energy)
+    return torch.from_numpy(reference.merge(sources_of(job), words, np.float64))
 
 
 def kept_entries(job: FactorJob) -> list[torch.Tensor]:
     """The entries of each source that take part, in float64, rescaled."""
     return [
-        torch.from_numpy(reference.kept(source)).reshape(tensor.shape) * tensor.double() * source.rescale
-        for source, tensor in zip(sources_of(job), job.inputs, strict=True)
+        torch.from_numpy(reference.kept(source)) * tensor.double() * keep.rescale
+        for source, tensor, keep in zip(sources_of(job), job.inputs, job.rule.keeps, strict=True)
     ]
 
 
@@ -53,17 +58,17 @@ def bound(job: FactorJob) -> torch.Tensor:
     makes it smaller.
     """
     roundings = (len(job.inputs) + 2) * U
-    terms = [abs(w) * x.abs() for w, x in zip(job.weights, kept_entries(job), strict=True)]
+    terms = [abs(w) * x.abs() for w, x in zip(job.rule.weights, kept_entries(job), strict=True)]
     return roundings / (1 - roundings) * torch.stack(terms).sum(0)
 
 
 def close_votes(job: FactorJob) -> torch.Tensor:
     """Entries whose total is so near zero that float32 may elect the other sign, by the same lemma."""
-    if job.vote is None or job.vote.frequency:
+    if job.rule.vote is None or job.rule.vote.frequency:
         return torch.zeros(job.inputs[0].shape, dtype=torch.bool)
     values = kept_entries(job)
-    if job.vote.weighted:
-        values = [w * x for w, x in zip(job.weights, values, strict=True)]
+    if job.rule.vote.weighted:
+        values = [w * x for w, x in zip(job.rule.weights, values, strict=True)]
     stacked = torch.stack(values)
     roundings = (len(values) + 2) * U
     total = stacked.sum(0).abs()

@@ -33,7 +33,7 @@ def test_the_markdown_has_a_row_for_every_option_and_says_who_takes_it() -> None
     found = {row[0].strip("`").split("=")[0]: row[2] for row in rows(options)}
     taken = {option.name for strategy in TABLE.values() for option in strategy.options}
     assert found.keys() == taken
-    assert found["rank"] == "svd"
+    assert found["t"] == "slerp"
     assert found["compat"] == "linear, ties"
     assert found["scale"] == "every strategy"
 

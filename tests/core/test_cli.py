@@ -114,8 +114,13 @@ def test_a_cut_rank_is_reported_with_the_share_of_the_norm_that_is_kept(run: Run
     assert Adapter.load("out").rank == 5
     a, b = Adapter.load("a"), Adapter.load("b")
     values = [torch.linalg.svdvals(a.modules[m].delta() + b.modules[m].delta()) for m in SMALL]
+    shares = [float((v[:5] ** 2).sum() / (v**2).sum()) for v in values]
     kept = sum(float((v[:5] ** 2).sum()) for v in values) / sum(float((v**2).sum()) for v in values)
-    assert f", rank 5, 4 modules, {kept:.2%} of the squared norm kept, " in out
+    by_module = f" ({min(shares):.2%} to {max(shares):.2%} by module)"
+    assert f", rank 5, 4 modules, {kept:.2%} of the squared norm kept{by_module}, " in out
+    metadata = Adapter.load("out").metadata
+    told = json.loads(metadata["merged_lora.kept_energy_by_module"])
+    assert list(told.values()) == pytest.approx(shares, abs=1e-6)
     assert "kept" not in run("merge", "a + b", *AB, "--output", "whole", "--rank", 8)[1]
 
 

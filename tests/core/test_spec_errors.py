@@ -13,10 +13,10 @@ from merged_lora.strategies import TABLE
 
 REFUSALS = {
     # unknown strategy or option: the message lists what there is
-    "tie(a, b)": "unknown strategy 'tie'; there are: sum, cat, svd, slerp, linear, ties,",
+    "tie(a, b)": "unknown strategy 'tie'; there are: sum, cat, svd, slerp, nuslerp,",
     "tie(a b": "unknown strategy 'tie'; there are:",
     "ties(a, b, desnity=0.5)": "ties takes no option 'desnity'; it takes: density, majority_sign_method,",
-    "linear(a, b, density=0.5)": "linear takes no option 'density'; it takes: compat, scale, normalize",
+    "linear(a, b, density=0.5)": "linear takes no option 'density'; it takes: compat, weights,",
     # numbers out of range
     "ties(a, density=0)": "ties: density must be over 0 and at most 1, got 0",
     "ties(a, density=1.1)": "ties: density must be over 0 and at most 1, got 1.1",
@@ -187,7 +187,10 @@ def test_every_refusal_is_a_merge_error() -> None:
         ({"ids": ["a"], "weights": [math.nan]}, "weight of 'a' must be 0 or a number"),
         ({"ids": ["a"], "weights": [10**400]}, "weight of 'a' must be 0 or a number"),
         ({"ids": ["a"], "merge_strategy": 3}, '"merge_strategy" must be one of sum, cat'),
-        ({"ids": ["a"], "density": 0.5}, "linear takes no option 'density'; it takes: compat, scale"),
+        (
+            {"ids": ["a"], "density": 0.5},
+            "linear takes no option 'density'; it takes: compat, weights, scale",
+        ),
         ({"ids": ["a"], "scale": {"x": 1}}, "scale must be a number, got {'x': 1}"),
         ({"ids": ["a"], "scale": [1]}, "scale takes one value, not a list"),
         ({"ids": ["a"], "merge_strategy": "ties", "density": [[0.5]]}, "density must be a number, got [0.5]"),

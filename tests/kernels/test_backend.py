@@ -19,7 +19,8 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Slot
 from merged_lora.errors import PlanError
 from merged_lora.factors import Factors
-from merged_lora.plan import MergePlan, make_plan
+from merged_lora.plan import MergePlan
+from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
 from merged_lora.triton_kernels import delta, launch

@@ -21,7 +21,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.errors import PlanError
 from merged_lora.factors import DTYPES, Factors
-from merged_lora.plan import make_plan
+from merged_lora.planning import make_plan
 from merged_lora.spec import MergeSpec, parse
 from merged_lora.strategies import TABLE
 from merged_lora.triton_kernels.combine import BLOCK

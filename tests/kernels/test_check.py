@@ -11,7 +11,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import SlotBackend, load_backend
 from merged_lora.errors import PlanError
 from merged_lora.factors import DTYPES, Factors
-from merged_lora.plan import make_plan
+from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 SHAPES = {"m.q": (24, 40), "m.down": (40, 24)}
@@ -20,7 +20,7 @@ SHAPES = {"m.q": (24, 40), "m.down": (40, 24)}
 def check(spec: str, adapters: dict[str, Adapter]) -> float:
     backend = load_backend("triton")
     assert isinstance(backend, SlotBackend)
-    return backend.check(make_plan(parse(spec), adapters))
+    return backend.check(make_plan(parse(spec), adapters)).kept_energy()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

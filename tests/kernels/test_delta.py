@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from merged_lora import lowrank
 from merged_lora.bench.device_agreement import HALF_STEP, UNIT
 from merged_lora.factors import DTYPES, Factors
-from merged_lora.plan import DeltaModule
+from merged_lora.plan import DeltaModule, Mean
 from merged_lora.reference import delta as reference
 from merged_lora.triton_kernels import delta
 from merged_lora.triton_kernels.delta import MergedStack, Stack, kind, merge_stack
@@ -50,7 +51,8 @@ def stacked(
 ) -> Stack:
     """The stack of these sources; in float64, which no plan asks for, errors are not hidden by rounding."""
     a, b = zip(*sources, strict=True)
-    return Stack(a, b, torch.tensor(weights, dtype=torch.float64), rank, slerp, dtype)
+    mean = None if slerp is None else Mean("slerp", (1.0 - slerp, slerp), 2)
+    return Stack(a, b, torch.tensor(weights, dtype=torch.float64), rank, mean, dtype)
 
 
 def weights_of(modules: int, sources: int, seed: int = 0) -> list[list[float]]:
@@ -67,7 +69,7 @@ def deltas(sources: Sequence[Source], weights: Sequence[Sequence[float]]) -> tor
     pairs = [(a.double().numpy(), b.double().numpy()) for a, b in sources]
     return torch.stack(
         [
-            torch.from_numpy(reference.weighted_sum([(a[m], b[m]) for a, b in pairs], row))
+            torch.from_numpy(np.sum(reference.dense([(a[m], b[m]) for a, b in pairs], row), axis=0))
             for m, row in enumerate(weights)
         ]
     )
@@ -77,7 +79,10 @@ def interpolated(x: Source, y: Source, weights: Sequence[Sequence[float]], t: fl
     """The dense interpolation of every module, ``[modules, out, in]``."""
     ends = [deltas([end], [[row[i]] for row in weights]) for i, end in enumerate((x, y))]
     return torch.stack(
-        [torch.from_numpy(reference.slerp(p.numpy(), q.numpy(), t)) for p, q in zip(*ends, strict=True)]
+        [
+            torch.from_numpy(reference.slerp([p.numpy(), q.numpy()], (1.0 - t, t), 2))
+            for p, q in zip(*ends, strict=True)
+        ]
     )
 
 
@@ -484,7 +489,7 @@ def test_modules_of_one_kind_may_differ_in_weights_and_entries_alone() -> None:
     others = [
         module(1, present=(0, 1)),
         module(1, rank=5),
-        module(1, slerp=0.5),
+        module(1, mean=Mean("slerp", (0.5, 0.5), 2)),
         module(1, dtype=torch.bfloat16),
         module(1, embedding=True),
         module(1, sources=(f,)),

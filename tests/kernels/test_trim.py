@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from agreement.comparing import FAMILIES, WORDS, entries
 from merged_lora.factors import DTYPES
 from merged_lora.reference.backend import to_bits
-from merged_lora.reference.factors import Source, kept
+from merged_lora.reference.entries import largest
+from merged_lora.reference.numbers import widen
 from merged_lora.triton_kernels.backend import load
 from merged_lora.triton_kernels.trim import BLOCK, LARGE, SAMPLE, find_thresholds
 from merged_lora.triton_kernels.words import KINDS
@@ -47,7 +48,7 @@ def kept_by_threshold(
 
 def kept_by_sorting(tensor: torch.Tensor, count: int) -> NDArray[np.bool_]:
     """The same by the reference."""
-    return np.asarray(kept(Source(*to_bits(tensor), 1.0, count=count)))
+    return np.asarray(largest(widen(*to_bits(tensor)), count))
 
 
 def assert_exact(tensors: list[torch.Tensor], counts: list[int], large: int = LARGE) -> None:

@@ -103,7 +103,9 @@ def gate() -> MergeGate:
     found = gate_with(worker(), max_ad_hoc=20)
 
     async def prepare(path: str) -> Reply:
-        facts = {"backend": "cpu", "rank": 8, "modules": 1, "kept_energy": 1.0, "seconds": 0.0}
+        facts = {"backend": "cpu", "rank": 8, "modules": 1, "kept_energy": 1.0, "seconds": 0.0} | {
+            "kept_by_module": {}
+        }
         return Reply(ok=True, key=MergeIdentity.from_path(path).digest, held=0, facts=facts, made=True)
 
     async def copied(path: str, options: object) -> Reply:

@@ -1,0 +1,84 @@
+"""The best low-rank factors of a matrix that is only ever seen tile by tile.
+
+A randomized range finder (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) that starts, not from
+random vectors, but from the directions that the sources share most: merged deltas lie close to those.
+Knows nothing of rules: a wing multiplies its tiles, see :class:`Tiles`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from .bases import EPS, inverses
+
+OVERSAMPLING = 16
+ROUNDS = 2
+"""Passes over the tiles are twice as many.  On the example adapters and on random ones the error after one
+round is up to 1.0042 times the least possible, after two up to 1.0002 times."""
+
+
+class Tiles(Protocol):
+    """Merged deltas ``T [modules, out, in]`` that can be multiplied, and are not held."""
+
+    def times(self, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``T @ right`` for ``[modules, in, n]``, and the squared norms of T, float64 ``[modules]``."""
+        ...
+
+    def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
+        """``T^T @ left`` for ``[modules, out, n]``."""
+        ...
+
+
+def truncate_tiles(
+    tiles: Tiles, start: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factors ``A [modules, rank, in]`` and ``B [modules, out, rank]`` close to the best of T, and energies.
+
+    start: float32 ``[modules, in, n]``, directions to look into first, n from rank to rank + OVERSAMPLING.
+    Returns float64, the singular values split evenly between A and B, and float64 ``[modules, 2]``: the
+    squared norms of the approximation and of T.
+    """
+    right = start
+    for _ in range(ROUNDS):
+        product, norms = tiles.times(orthonormal(right).float())
+        left = orthonormal(product)
+        right = tiles.transposed_times(left.float())
+    # T is close to left @ right^T; the eigenvectors of right^T right turn that into singular vectors.
+    squares, vectors = torch.linalg.eigh(_gram(right))
+    squares, vectors = squares[:, -rank:].flip(1).clamp(min=0.0), vectors[:, :, -rank:].flip(2)
+    half = squares.pow(0.25)[:, None, :]
+    a = (right.double() @ vectors * inverses(half)).mT
+    b = left @ vectors * half
+    return a, b, torch.stack([squares.sum(1), norms], dim=1)
+
+
+def orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns with the same span, float64 ``[modules, rows, n]``; zeros beyond its dimension."""
+    x = columns.double()
+    for _ in range(2):  # once leaves what the square of the condition loses
+        lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        x = x * inverses(lengths)
+        squares, vectors = torch.linalg.eigh(_gram(x))
+        alive = squares > 16 * EPS * squares[:, -1:]
+        x = x @ torch.where(alive[:, None, :], vectors * inverses(squares.sqrt())[:, None, :], 0.0)
+    return x
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """``x^T x`` in float64, with a trace that is not quite zero: cuSOLVER has failed on zeros."""
+    wide = x.double()
+    gram = wide.mT @ wide
+    gram.diagonal(dim1=1, dim2=2).add_(torch.finfo(torch.float64).tiny)
+    return gram
+
+
+def completed(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` columns to start with, float32 ``[modules, in, count]``: the given rows, then random ones.
+
+    rows: ``[modules, n, in]``, n at most count.  The random ones are the same every time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(rows.shape[2], count - rows.shape[1], generator=generator).to(rows.device)
+    return torch.cat([rows.mT.float(), noise.expand(rows.shape[0], -1, -1)], dim=2)

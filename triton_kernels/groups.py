@@ -1,0 +1,250 @@
+"""Modules of one kind merged together, where no single launch merges them all.
+
+Their factors come as stacks, views of packed sources; the result is a stack too.  Knows nothing of slots.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from merged_lora import bases
+from merged_lora.plan import DeltaModule, EntryModule, FactorModule, MergePlan, Rule
+from merged_lora.streaming import OVERSAMPLING, completed, truncate_tiles
+
+from . import delta, rules
+from .delta import WORKSPACE, MergedStack
+from .layout import is_launched
+from .rules import Bound
+from .tiles import DeltaTiles, count_bins, last_bin, lower_bits, upper_bits
+
+RESULTS = 64 << 20  # bytes of merged factors that wait for their slots at a time
+TEMPORARIES = 12  # as many times the bytes of what is combined does torch hold while it combines
+
+Module = DeltaModule | EntryModule | FactorModule
+Stacks = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
+"""A per source ``[modules, rank_i, in]`` and B per source ``[modules, out, rank_i]``."""
+Known = Mapping[str, list[tuple[Bound, Bound] | None]]
+"""By module, what each source keeps, where entries are counted over the whole model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Modules of one kind, merged together; at most RESULTS bytes of results, or a single module."""
+
+    names: tuple[str, ...]
+    modules: tuple[Module, ...]
+
+    def only(self, names: Collection[str]) -> Group:
+        """Those of them that have one of these names."""
+        pairs = [(name, m) for name, m in zip(self.names, self.modules, strict=True) if name in names]
+        return Group(tuple(name for name, _ in pairs), tuple(m for _, m in pairs))
+
+
+def grouped(plan: MergePlan) -> tuple[Group, ...]:
+    """The modules of a plan that are merged in groups."""
+    kinds: dict[Hashable, dict[str, Module]] = {}
+    for name, module in plan.modules.items():
+        if not is_launched(module):
+            kinds.setdefault(kind(module), {})[name] = module
+    return tuple(part for group in kinds.values() for part in _parts(group))
+
+
+def kind(module: Module) -> Hashable:
+    """What two modules must have in common to be merged together; weights, keys and tensors may differ."""
+    if isinstance(module, DeltaModule):
+        return delta.kind(module)
+    if isinstance(module, FactorModule):
+        inputs = (*module.a.inputs, *module.b.inputs)
+        ruled: tuple[Hashable, ...] = (_outline(module.a.rule), _outline(module.b.rule))
+        factors = tuple((x.shape, x.dtype) for x in inputs)
+    else:
+        ruled = (_outline(module.rule), module.basis, module.rank, module.dtype)
+        factors = tuple((x.shape, x.dtype) for f in module.sources for x in (f.a, f.b))
+    return factors, module.present, ruled, module.embedding
+
+
+def merge_group(group: Group, stacks: Stacks, known: Known) -> MergedStack:
+    """The merged factors of a group of modules, whose sources' factors are given as stacks."""
+    first = group.modules[0]
+    a, b = stacks
+    if isinstance(first, DeltaModule):
+        weights = torch.tensor([m.weights for m in group.modules if isinstance(m, DeltaModule)]).double()
+        on_device = weights.to(a[0].device, non_blocking=True)
+        return delta.merge_stack(delta.Stack(a, b, on_device, first.rank, first.mean, first.dtype))
+    parts = [_merge_part(part, _sliced(stacks, where), known) for where, part in _chunks(group)]
+    energies = [part.energy for part in parts if part.energy is not None]
+    repeated = [part.repeated for part in parts if part.repeated is not None]
+    return MergedStack(
+        torch.cat([part.a for part in parts]),
+        torch.cat([part.b for part in parts]),
+        torch.cat(energies) if energies else None,
+        torch.cat(repeated) if repeated else None,
+    )
+
+
+def whole_bounds(
+    plan: MergePlan, groups: Sequence[Group], stacks: Callable[[Group], Stacks]
+) -> dict[str, list[tuple[Bound, Bound] | None]]:
+    """What each module keeps of each source where entries are counted over the whole model."""
+    if plan.counts is None:
+        return {}
+    modules = {name: m for name, m in plan.modules.items() if isinstance(m, EntryModule)}
+
+    def values(source: int) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+        for group in groups:
+            first = group.modules[0]
+            assert isinstance(first, EntryModule)
+            if source in first.present:
+                for where, part in _chunks(group):
+                    coordinates = _coordinates(part, _sliced(stacks(group), where))
+                    yield part.names, coordinates.values[first.present.index(source)]
+
+    cuts: dict[str, dict[int, Bound]] = {name: {} for name in modules}
+    for source, count in enumerate(plan.counts):
+        thr, wanted = _whole_threshold(functools.partial(values, source), count)
+        ties = {
+            name: mags == thr
+            for names, x in values(source)
+            for name, mags in zip(names, rules.magnitudes(x), strict=True)
+        }
+        for name in modules:  # in the order of the plan, which is the order of the indices
+            if name in ties:
+                met = ties[name].cumsum(0)
+                here = int(met[-1])
+                cut = met.numel() if here <= wanted else int((met < wanted).sum()) + (wanted > 0)
+                wanted = max(0, wanted - here)
+                cuts[name][source] = Bound(*(torch.tensor([x], device=met.device) for x in (thr, cut)))
+    nothing = {
+        name: Bound(
+            *(torch.tensor([x], device=next(iter(own.values())).thr.device) for x in (rules.INFINITY, 0))
+        )
+        for name, own in cuts.items()
+    }
+    return {name: [(own[i], nothing[name]) for i in modules[name].present] for name, own in cuts.items()}
+
+
+def _whole_threshold(
+    values: Callable[[], Iterator[tuple[object, torch.Tensor]]], count: int
+) -> tuple[int, int]:
+    """The magnitude, as bits, from which on the ``count`` largest lie, and how many equal to it are kept."""
+
+    def flat() -> Iterator[torch.Tensor]:
+        return (x.reshape(1, -1) for _, x in values())
+
+    upper = count_bins(flat(), upper_bits)
+    if count == 0 or upper is None:
+        return rules.INFINITY, 0
+    wanted = torch.tensor([count], device=upper.device)
+    if int(upper.sum()) <= count:
+        return 0, count
+    bins, wanted = last_bin(upper, wanted)
+    lower = count_bins(flat(), lower_bits(bins))
+    assert lower is not None
+    low, wanted = last_bin(lower, wanted)
+    return int(bins) << 16 | int(low), int(wanted)
+
+
+def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
+    first = group.modules[0]
+    a, b = stacks
+    if isinstance(first, FactorModule):
+        pairs = [m for m in group.modules if isinstance(m, FactorModule)]
+        new_a = rules.combine([x.float() for x in a], [m.a.rule for m in pairs])
+        new_b = rules.combine([x.float() for x in b], [m.b.rule for m in pairs])
+        return MergedStack(new_a.to(first.a.dtype), new_b.to(first.b.dtype), None)
+    assert isinstance(first, EntryModule)
+    ruled = _rules(group)
+    repeated: torch.Tensor | None = None
+    energy: torch.Tensor | None
+    if first.basis is None:
+        count = min(first.rank + OVERSAMPLING, *first.entries)
+        scalings = _scalings(group, a[0].device)
+        rows = bases.shared_rows(a, b, scalings, count)
+        tiles = DeltaTiles(a, b, scalings.float(), ruled)
+        new_a, new_b, energy = truncate_tiles(tiles, completed(rows, count), first.rank)
+    else:
+        coordinates = _coordinates(group, stacks)
+        bounds = _stacked_bounds([known[name] for name in group.names]) if known else None
+        merged = rules.combine(coordinates.values, ruled, bounds)
+        new_a, new_b, energy = bases.placed(coordinates, merged, first.rank)
+        repeated = coordinates.repeated
+        if first.basis == "both":
+            energy = bases.kept_of(coordinates, torch.tensor([rule.weights for rule in ruled]))
+    return MergedStack(new_a.to(first.dtype), new_b.to(first.dtype), energy, repeated)
+
+
+def _coordinates(group: Group, stacks: Stacks) -> bases.Coordinates:
+    first = group.modules[0]
+    assert isinstance(first, EntryModule)
+    a, b = stacks
+    scalings = _scalings(group, a[0].device)
+    if first.basis == "both":
+        return bases.both_bases(a, b, scalings, first.rank)
+    return bases.output_basis(a, b, scalings)
+
+
+def _rules(group: Group) -> list[Rule]:
+    return [m.rule for m in group.modules if isinstance(m, EntryModule)]
+
+
+def _scalings(group: Group, device: torch.device) -> torch.Tensor:
+    table = [m.scalings for m in group.modules if isinstance(m, EntryModule)]
+    return torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def _stacked_bounds(
+    rows: Sequence[list[tuple[Bound, Bound] | None]],
+) -> list[tuple[Bound, Bound] | None]:
+    """Bounds of one module each as bounds of all of them."""
+
+    def stack(pairs: Sequence[tuple[Bound, Bound] | None]) -> tuple[Bound, Bound]:
+        low, high = zip(*(pair for pair in pairs if pair is not None), strict=True)
+        both = [
+            Bound(torch.cat([x.thr for x in one]), torch.cat([x.cut for x in one])) for one in (low, high)
+        ]
+        return both[0], both[1]
+
+    return [stack(column) for column in zip(*rows, strict=True)]
+
+
+def _outline(rule: Rule) -> Hashable:
+    """A rule without what may differ between the modules of a group."""
+    return tuple(replace(keep, key=None) for keep in rule.keeps), rule.vote, rule.select
+
+
+def _parts(modules: Mapping[str, Module]) -> Iterator[Group]:
+    """Modules of one kind in groups of a bounded size."""
+    names = list(modules)
+    (a, b) = modules[names[0]].results
+    each = sum(rows * columns * dtype.itemsize for (rows, columns), dtype in (a, b))
+    step = max(1, RESULTS // each)
+    for start in range(0, len(names), step):
+        part = names[start : start + step]
+        yield Group(tuple(part), tuple(modules[name] for name in part))
+
+
+def _chunks(group: Group) -> Iterator[tuple[slice, Group]]:
+    """A group in pieces whose intermediates take WORKSPACE bytes, where a single module takes no more."""
+    first = group.modules[0]
+    (_, columns), (rows, _) = (shape for shape, _ in first.results)
+    if isinstance(first, FactorModule):
+        size = 4 * max(x.numel() for x in (*first.a.inputs, *first.b.inputs)) * len(first.present)
+        each = TEMPORARIES * size
+    else:
+        assert isinstance(first, EntryModule)
+        total = sum(f.rank for f in first.sources)
+        entries = first.entries[0] * first.entries[1] if first.basis else 0
+        each = TEMPORARIES * 4 * entries * len(first.present) + 16 * (rows + columns) * (total + first.rank)
+    step = max(1, WORKSPACE // each)
+    for start in range(0, len(group.names), step):
+        where = slice(start, start + step)
+        yield where, Group(group.names[where], group.modules[where])
+
+
+def _sliced(stacks: Stacks, where: slice) -> Stacks:
+    a, b = (tuple(x[where] for x in side) for side in stacks)
+    return a, b
