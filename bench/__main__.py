@@ -23,6 +23,13 @@ def main(arguments: list[str]) -> int:
         "--quick", action="store_true", help="leave out the large SVDs, which take PEFT minutes"
     )
     on_cpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
+    on_cpu.add_argument(
+        "--space",
+        type=_spaces,
+        default=("factors",),
+        metavar="SPACE[,SPACE]",
+        help="factors (default), or of delta and core: one layer, four sources",
+    )
     on_gpu = benchmarks.add_parser("gpu", help="merges on a GPU beside copies of the same bytes and PEFT's")
     on_gpu.add_argument(
         "--quick", action="store_true", help="what has an aim alone, without PEFT's large SVDs"
@@ -72,6 +79,10 @@ def main(arguments: list[str]) -> int:
 
             work = gpu.work(options.quick, options.layers)
             return gpu.run(work, options.json, options.agreement_only)
+        if options.space != ("factors",):
+            from . import spaces
+
+            return spaces.run(options.space, options.json)
         from . import cpu
 
         return cpu.run(options.quick, options.json)
@@ -79,6 +90,14 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{error.name} is not installed; `make install` brings it")
     except (MergeError, ServerDiedError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def _spaces(text: str) -> tuple[str, ...]:
+    """The spaces to measure: ``factors`` alone, or one or both of the others."""
+    chosen = tuple(text.split(","))
+    if chosen != ("factors",) and not set(chosen) <= {"delta", "core"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not factors, delta, core or delta,core")
+    return chosen
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,6 +24,21 @@ def facts() -> dict[str, object]:
         "torch threads": torch.get_num_threads(),
     }
     return measured | {name: installed(name) for name in ("torch", "numpy", "numba", "peft")}
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """The most bytes of memory that a call takes beyond what the process has before; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    before = _status("VmRSS")
+    function()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(name)
 
 
 def cores() -> int:

@@ -27,11 +27,25 @@ def merge_factors(
 
 
 def merge_svd(
-    sources: Mapping[str, Factors], weights: Sequence[float], rank: int
+    sources: Mapping[str, Factors],
+    weights: Sequence[float],
+    rank: int,
+    strategy: str = "svd",
+    density: float | None = None,
+    majority_sign_method: str = "total",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A [rank, in]`` and ``B [out, rank]`` of one module's weighted sum, by an SVD of the dense delta."""
+    """``A [rank, in]`` and ``B [out, rank]`` of one module, by an SVD of the dense merged delta."""
     a, b = MODEL._svd_generalized_task_arithmetic_weighted_adapter(
-        None, "svd", list(sources), list(weights), rank, _layer(sources), None, None, None, None
+        None,
+        strategy,
+        list(sources),
+        list(weights),
+        rank,
+        _layer(sources),
+        None,
+        None,
+        density,
+        majority_sign_method,
     )
     return a, b
 

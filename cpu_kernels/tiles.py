@@ -107,7 +107,11 @@ def _cut_ties(
 
 
 class DeltaTiles:
-    """The merged delta of one module, as :class:`merged_lora.streaming.Tiles`."""
+    """The merged delta of one module, as :class:`merged_lora.streaming.Tiles`.
+
+    low, high: per source ``(thr, cut)`` of the largest entries with those to be skipped, and of those to be
+    skipped; empty where no entry is kept by its magnitude.
+    """
 
     def __init__(self, module: EntryModule, combiner: Combiner) -> None:
         self._rule, self._combiner = module.rule, combiner
@@ -119,7 +123,7 @@ class DeltaTiles:
         self._tiles = torch.empty(len(self._a), self._step, self._columns)
         self._merged = torch.empty(self._step, self._columns)
         self._score = torch.empty(self._step, self._columns) if module.rule.select is not None else None
-        self._low, self._high = self._thresholds()
+        self.low, self.high = self._thresholds()
         self._selected = self._selection()
         self._coefficients = [1.0] * len(self._a)
         if self._rule.vote is not None and self._rule.vote.energy:
@@ -134,8 +138,8 @@ class DeltaTiles:
         squares = 0.0
         for start, tile in self._merged_tiles():
             torch.mm(tile, right[0], out=product[0, start : start + tile.shape[0]])
-            flat = tile.view(-1)
-            squares += float(torch.dot(flat, flat))
+            # Row by row: a float32 sum over a whole tile would lose two more digits.
+            squares += float(torch.linalg.vector_norm(tile, dim=1).double().square().sum())
         return product, torch.tensor([squares], dtype=torch.float64)
 
     def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
@@ -150,7 +154,7 @@ class DeltaTiles:
         step = -(-rows // (self._combiner.cores * GROUP)) * GROUP
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
-    def _source_tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def source_tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Rows ``[sources, rows, columns]`` of every source's delta, with the index of the first."""
         for start in range(0, self._rows, self._step):
             rows = min(self._step, self._rows - start)
@@ -160,7 +164,7 @@ class DeltaTiles:
 
     def _merged_tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Rows of the merged delta, with the index of the first."""
-        for start, tile in self._source_tiles():
+        for start, tile in self.source_tiles():
             parts = self._parts(tile.shape[1])
 
             def merge(part: slice, tile: torch.Tensor = tile, start: int = start) -> None:
@@ -174,8 +178,8 @@ class DeltaTiles:
         self._keep(values, begin)
         size, count = values[0].numel(), len(values)
         known = UNKNOWN
-        if self._rule.simple and self._low:
-            known = np.array([(thr, cut - begin) for thr, cut in self._low], np.int64)
+        if self._rule.simple and self.low:
+            known = np.array([(thr, cut - begin) for thr, cut in self.low], np.int64)
         kernels.combine_tensors(
             np.zeros(1, np.int64),
             np.array([target.data_ptr()], np.int64),
@@ -202,8 +206,8 @@ class DeltaTiles:
                 kernels.keep_graded(
                     address, rows, columns, begin, keep.share, keep.spread, np.uint64(keep.key or 0)
                 )
-            elif self._low:
-                (low, low_cut), (high, high_cut) = self._low[i], self._high[i]
+            elif self.low:
+                (low, low_cut), (high, high_cut) = self.low[i], self.high[i]
                 kernels.keep_between(address, size, low, low_cut - begin, high, high_cut - begin)
         if self._score is not None and self._selected is not None:
             first = begin // self._columns % self._step
@@ -214,7 +218,7 @@ class DeltaTiles:
                 kernels.keep_where(x.data_ptr(), size, score.data_ptr(), thr, cut - begin)
 
     def _scan(self, visit: Visit) -> None:
-        for start, tile in self._source_tiles():
+        for start, tile in self.source_tiles():
 
             def each(numbered: tuple[int, slice], tile: torch.Tensor = tile, start: int = start) -> None:
                 thread, part = numbered
@@ -241,7 +245,7 @@ class DeltaTiles:
         score = self._score
 
         def scan(visit: Visit) -> None:
-            for start, tile in self._source_tiles():
+            for start, tile in self.source_tiles():
 
                 def each(numbered: tuple[int, slice], tile: torch.Tensor = tile, start: int = start) -> None:
                     thread, part = numbered
@@ -259,7 +263,7 @@ class DeltaTiles:
     def _energies(self) -> list[float]:
         """Each source's share of all squares of what is kept."""
         squares = np.zeros(len(self._a))
-        for start, tile in self._source_tiles():
+        for start, tile in self.source_tiles():
 
             def keep(part: slice, tile: torch.Tensor = tile, start: int = start) -> None:
                 self._keep(tile[:, part], (start + part.start) * self._columns)

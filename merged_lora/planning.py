@@ -29,6 +29,7 @@ from .plan import (
 from .recipe import MEANS, Recipe, Value
 from .spec import MergeSpec
 from .strategies import TABLE, find
+from .weighing import auto_weights
 
 
 def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | None = None) -> MergePlan:
@@ -41,7 +42,7 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
     for name, adapter in zip(spec.names, sources, strict=True):
         if adapter.nonfinite:
             raise PlanError(f"{name}: {adapter.nonfinite} holds NaN or infinity")
-    said = _Said.by(spec)
+    said = _Said.by(spec, sources)
     header, notes = _header(sources)
     recipe = said.recipe
     build = (
@@ -74,6 +75,7 @@ class _Said:
     recipe: Recipe
     names: tuple[str, ...]
     weights: tuple[float, ...]
+    auto: Mapping[str, tuple[float, ...]] | None
     scale: float
     densities: tuple[float, ...] | None
     gammas: tuple[float, ...] | None
@@ -86,16 +88,24 @@ class _Said:
     whole: bool
     vote: Vote | None
 
+    def weights_of(self, module: str, present: Sequence[int]) -> tuple[float, ...]:
+        """The weights of those sources that have a module."""
+        return tuple(self.weights[i] for i in present) if self.auto is None else self.auto[module]
+
     @classmethod
-    def by(cls, spec: MergeSpec) -> _Said:
+    def by(cls, spec: MergeSpec, sources: Sequence[Adapter]) -> _Said:
         strategy = find(spec.strategy)
         rank, t, select = (spec.option(name) for name in ("rank", "t", "select_topk"))
-        vote = None
-        if strategy.recipe.blend == "agreeing_mean":
+        vote, blend = None, strategy.recipe.blend
+        # Means find lengths and angles themselves; to them the sources count alike.
+        automatic = spec.option("weights") == "auto" and blend not in MEANS
+        if blend == "agreeing_mean":
             vote = Vote(
-                spec.option("majority_sign_method") == "frequency", spec.option("elect") == "weighted"
+                frequency=spec.option("majority_sign_method") == "frequency",
+                # Balanced deltas vote with their new lengths; trimming does not know the difference.
+                weighted=spec.option("elect") == "weighted" or automatic,
             )
-        if strategy.recipe.blend == "energy_mean":
+        if blend == "energy_mean":
             vote = Vote(frequency=False, weighted=False, energy=True)
 
         def shares(name: str) -> tuple[float, ...] | None:
@@ -106,6 +116,7 @@ class _Said:
             recipe=strategy.recipe,
             names=spec.names,
             weights=spec.weights(),
+            auto=auto_weights(sources, blend == "sum") if automatic else None,
             scale=float(spec.option("scale")),  # type: ignore[arg-type]
             densities=shares("density"),
             gammas=shares("gamma"),
@@ -136,7 +147,7 @@ def _factor_module(
         raise PlanError(f"{module} has rank {factors[0].rank}, the limit is {limit}; svd can reduce the rank")
     jobs = []
     both = _factor_weights(
-        said.lorax, said.scale, tuple(said.weights[i] for i in present), tuple(f.scaling for f in factors)
+        said.lorax, said.scale, said.weights_of(module, present), tuple(f.scaling for f in factors)
     )
     for side, weights in zip("ab", both, strict=True):
         inputs = tuple(f.a if side == "a" else f.b for f in factors)
@@ -218,15 +229,15 @@ def _delta_module(
         rank = min(total, limit)
     if rule == "truncate":
         rank = min(total, _rank_asked(said, factors, limit))
+    given = said.weights_of(module, present)
     relative = blend in MEANS
     weights = tuple(
-        as_float32(said.scale * (1.0 if relative else said.weights[i]) * f.scaling)
-        for i, f in zip(present, factors, strict=True)
+        as_float32(said.scale * (1.0 if relative else w) * f.scaling)
+        for w, f in zip(given, factors, strict=True)
     )
     mean = None
     if relative:
-        rule_name = "slerp" if blend == "nuslerp" else blend
-        mean = Mean(rule_name, tuple(said.weights[i] for i in present), len(sources))
+        mean = Mean("slerp" if blend == "nuslerp" else blend, given, len(sources))
     if blend == "slerp" and said.t is not None:
         shares = (1.0 - said.t, said.t)
         mean = Mean("slerp", tuple(shares[i] for i in present), len(sources))
@@ -255,12 +266,18 @@ def _entry_module(
         size = min(total, rows) * columns
     elif recipe.basis == "both":
         size = rank * rank
-    weights = tuple(as_float32(said.scale * said.weights[i]) for i in present)
+    given = said.weights_of(module, present)
+    if said.auto is None:
+        scalings, weights = tuple(f.scaling for f in factors), tuple(said.scale * w for w in given)
+    else:
+        # The deltas themselves are balanced, so that the weak ones are heard in a basis and in a vote.
+        scalings = tuple(w * f.scaling for w, f in zip(given, factors, strict=True))
+        weights = (said.scale,) * len(factors)
     return EntryModule(
         sources=factors,
         present=tuple(present),
-        scalings=tuple(as_float32(f.scaling) for f in factors),
-        rule=_rule(said, weights, sources, present, module, "delta", size),
+        scalings=tuple(map(as_float32, scalings)),
+        rule=_rule(said, tuple(map(as_float32, weights)), sources, present, module, "delta", size),
         basis=recipe.basis,
         rank=rank,
         dtype=promoted([t.dtype for f in factors for t in (f.a, f.b)]),

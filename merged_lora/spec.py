@@ -244,6 +244,8 @@ def _check_weights(strategy: Strategy, sources: tuple[Source, ...], options: Map
     weights = [source.weight for source in sources]
     if options.get("weights") == "auto" and any(weight != 1.0 for weight in weights):
         raise SpecError('weights="auto" finds the weights; give none to the sources, or leave it out')
+    if options.get("weights") == "auto" and options.get("normalize"):
+        raise SpecError('weights="auto" finds the weights; leave normalize out')
     relative = strategy.recipe.blend in MEANS
     if (relative or options.get("normalize")) and _cancels(weights):
         who = strategy.name if relative else "normalize=true"

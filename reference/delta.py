@@ -40,7 +40,7 @@ def karcher(deltas: Sequence[Matrix], shares: Sequence[float], count: int) -> Ma
     whole = sum(w for _, w in units)
     mean = np.sum([w * x for x, w in units], axis=0)
     mean = units[0][0] if np.linalg.norm(mean) < 1e-12 else mean / np.linalg.norm(mean)
-    for _ in range(500):
+    for _ in range(100):
         tangent = np.zeros_like(mean)
         for x, w in units:
             cosine = float(np.clip((mean * x).sum(), -1.0, 1.0))
@@ -49,7 +49,7 @@ def karcher(deltas: Sequence[Matrix], shares: Sequence[float], count: int) -> Ma
             if size > 1e-14:
                 tangent += w / whole * math.acos(cosine) * chord / size
         size = float(np.linalg.norm(tangent))
-        if size < 1e-14:
+        if size < 1e-13:
             break
         mean = math.cos(size) * mean + math.sin(size) * tangent / size
         mean /= np.linalg.norm(mean)

@@ -20,10 +20,11 @@ from merged_lora.engine import merge, plan, run
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan, Module
 from merged_lora.spec import parse
-from merged_lora.strategies import TABLE
 
 logger = logging.getLogger("vllm.merged_lora")
 
+WARMED = ("sum", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Strategies that a device backend has kernels for, or that first use a library of the device."""
 WARMED_COUNTS = (2, 3, 4, 5)
 """Of sources: those for which a device backend has kernels of their own, and one for all that are more."""
 
@@ -156,16 +157,15 @@ def outline(module: Module) -> Factors:
 def warm_up(backend: Backend, slot_dtype: torch.dtype) -> None:
     """Let the backend compile what most merges need, so that few requests wait for it.
 
-    On a device that is every strategy with its defaults, for sources in the dtype of the slots; whatever else
-    a merge needs is compiled when it is prepared.
+    On a device that is every strategy that has kernels of its own, with its defaults, for sources in the dtype
+    of the slots; whatever else a merge needs is compiled when it is prepared.
     """
     start = time.perf_counter()
     if isinstance(backend, SlotBackend):
         for count in WARMED_COUNTS:
             names = "abcdefgh"[:count]
-            for strategy in TABLE.values():
-                if strategy.sources_max is None or count <= strategy.sources_max:
-                    _write_once(backend, f"{strategy.name}({', '.join(names)})", names, slot_dtype)
+            for name in WARMED:
+                _write_once(backend, f"{name}({', '.join(names)})", names, slot_dtype)
     else:
         for spec in ("ties(a, b)", "dare_linear(a, b)"):
             merge(spec, {"a": _tiny(), "b": _tiny()}, backend.name)

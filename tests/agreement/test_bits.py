@@ -63,8 +63,18 @@ def spec_of(strategy: str, options: dict[str, object], count: int) -> MergeSpec:
         k: tuple(PER_SOURCE[i % len(PER_SOURCE)] for i in range(count)) if v == "per source" else v
         for k, v in options.items()
     }
+    if "epsilon" in given_options or TABLE[strategy].option("epsilon"):
+        given_options["epsilon"] = room_for(given_options)
     sources = tuple(Source(name, WEIGHTS[i % len(WEIGHTS)]) for i, name in enumerate(NAMES[:count]))
     return MergeSpec(strategy, sources, tuple(given_options.items()))  # type: ignore[arg-type]
+
+
+def room_for(options: dict[str, object]) -> object:
+    """The epsilon asked for, where density leaves room, else half of the room."""
+    density, epsilon = options.get("density", 0.5), options.get("epsilon", 0.15)
+    rooms = [min(d, 1 - d) for d in (density if isinstance(density, tuple) else (density,))]  # type: ignore[type-var]
+    chosen = tuple(epsilon if epsilon < room else room / 2 for room in rooms)  # type: ignore[operator]
+    return chosen if isinstance(density, tuple) else chosen[0]
 
 
 @cache
@@ -76,6 +86,7 @@ def sources(count: int) -> dict[str, Adapter]:
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 16])
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
 def test_both_backends_give_the_same_bits(strategy: str, count: int) -> None:
+    count = max(count, TABLE[strategy].sources_min)
     for options in settings_of(strategy):
         assert_backends_agree(make_plan(spec_of(strategy, options, count), sources(count)))
 
@@ -131,11 +142,11 @@ def test_a_result_that_overflows_is_refused_by_name(dtype: torch.dtype, backend:
 def plans(draw: st.DrawFn) -> tuple[MergeSpec, dict[str, Adapter]]:
     """A spec with its sources: any strategy, options, sizes, dtypes, families and missing modules."""
     strategy = draw(st.sampled_from(EXACT))
-    count = draw(st.integers(1, 6))
+    count = draw(st.integers(strategy.sources_min, 6))
     options = {
         option.name: draw(st.sampled_from(VALUES[option.name]))
         for option in strategy.options
-        if option.name != "normalize"
+        if option.name in VALUES and option.name != "normalize"
     }
     weights = draw(st.lists(st.floats(-2, 2, width=16), min_size=count, max_size=count))
     shapes = [draw(st.tuples(st.integers(1, 2100), st.integers(1, 1300), st.integers(1, 3))) for _ in "12"]

@@ -1,0 +1,240 @@
+"""Merges in delta and core space against dense float64, on shapes up to 1024 x 4096."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from agreement.comparing import merged
+from making import SMALL, random_adapter
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Result
+from merged_lora.cpu_kernels import tiles
+from merged_lora.cpu_kernels.combine import Combiner
+from merged_lora.engine import merge
+from merged_lora.factors import Factors
+from merged_lora.plan import EntryModule
+from merged_lora.planning import make_plan
+from merged_lora.reference import delta as dense
+from merged_lora.reference import entries
+from merged_lora.spec import parse
+from merged_lora.strategies import TABLE
+
+LARGE = {"m": (1024, 4096)}
+WEIGHTS = {2: "a, -0.5*b", 4: "a, -0.5*b, 0.7*c, 2*d"}
+EXACT = [
+    s.name
+    for s in TABLE.values()
+    if s.recipe.space == "core"
+    or s.recipe.blend in ("slerp", "nuslerp", "karcher", "multislerp", "model_stock")
+]
+STREAMED = [s.name for s in TABLE.values() if s.recipe.entrywise and s.recipe.space == "delta"]
+BACKENDS = ["cpu", "triton"]
+
+
+@functools.cache
+def adapters(large: bool) -> dict[str, Adapter]:
+    """Four of them, of different ranks where that is no matter, in float32: no rounding hides an error."""
+    shapes = LARGE if large else SMALL
+    return {name: random_adapter(shapes, 4 + i % 2, seed=i, scaling=0.5 + i) for i, name in enumerate("abcd")}
+
+
+def spec_of(strategy: str, count: int, options: str = "") -> str:
+    names = WEIGHTS[2 if TABLE[strategy].sources_max == 2 else count]
+    return f"{strategy}({names.replace('-0.5', '0.5') if strategy in MEANS else names}{options})"
+
+
+MEANS = ("nuslerp", "karcher", "multislerp", "model_stock")
+
+
+def relative_error(got: Factors, expected: Factors) -> float:
+    return float((got.delta() - expected.delta()).norm() / expected.delta().norm())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("strategy", EXACT)
+def test_core_and_mean_strategies_equal_the_oracle(strategy: str, count: int, backend: str) -> None:
+    spec = spec_of(strategy, count)
+    ours, theirs = merged(spec, adapters(False), backend), merged(spec, adapters(False), "numpy")
+    for module, expected in theirs.modules.items():
+        assert relative_error(ours.modules[module], expected) <= 1e-5, module
+    assert ours.energy.keys() == theirs.energy.keys()
+    for module, pair in theirs.energy.items():
+        assert ours.energy[module] == pytest.approx(pair, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count"),
+    [
+        ("knots", 2),
+        ("core_ties", 2),
+        ("model_stock", 4),
+        # The dense oracle takes most of a minute.
+        *(
+            pytest.param(name, 4, marks=pytest.mark.soak)
+            for name in ("knots", "core_ties", "core_dare_linear")
+        ),
+        pytest.param("karcher", 4, marks=pytest.mark.soak),
+    ],
+)
+def test_the_same_on_a_matrix_of_1024_by_4096(strategy: str, count: int) -> None:
+    spec = spec_of(strategy, count)
+    ours, theirs = merged(spec, adapters(True)), merged(spec, adapters(True), "numpy")
+    assert relative_error(ours.modules["m"], theirs.modules["m"]) <= 1e-5
+
+
+def target_of(spec: str, sources: Mapping[str, Adapter], module: str) -> np.ndarray:
+    """The merged delta before its rank is cut, dense, by the reference."""
+    one = make_plan(parse(spec), sources).modules[module]
+    assert isinstance(one, EntryModule)
+    pairs = [(f.a.numpy(), f.b.numpy()) for f in one.sources]
+    rule = one.rule
+    inputs = [
+        entries.Source(x, w, k.count, k.share, k.key, k.skip, k.spread)
+        for x, w, k in zip(dense.dense(pairs, one.scalings), rule.weights, rule.keeps, strict=True)
+    ]
+    vote = rule.vote and (rule.vote.frequency, rule.vote.weighted, rule.vote.energy)
+    return entries.merge(inputs, vote, np.float64, rule.select)
+
+
+def assert_nearly_best(result: Result, spec: str, sources: Mapping[str, Adapter]) -> None:
+    """At most 1.01 times the least possible error, and the energy that the factors have."""
+    for module, got in result.modules.items():
+        target = torch.from_numpy(target_of(spec, sources, module))
+        values = torch.linalg.svdvals(target)
+        least = float(values[got.rank :].norm())
+        error = float((target - got.delta()).norm())
+        # Tiles are float32: a relative 1e-6 of the whole where nothing has to be cut.
+        assert error <= 1.01 * least + 1e-6 * float(target.norm()), module
+        kept, asked = result.energy[module]
+        assert asked == pytest.approx(float(target.square().sum()), rel=1e-5)
+        assert kept == pytest.approx(float(got.delta().square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("strategy", STREAMED)
+def test_streamed_merges_are_as_close_as_a_rank_allows(strategy: str, count: int, backend: str) -> None:
+    for options in ("", ", rank=9, scale=-0.7"):
+        spec = spec_of(strategy, count, options)
+        assert_nearly_best(merged(spec, adapters(False), backend), spec, adapters(False))
+
+
+@pytest.mark.parametrize("strategy", ["ties_svd", "dare_ties_svd"])
+def test_the_same_on_a_streamed_matrix_of_1024_by_4096(strategy: str) -> None:
+    for count in (2, 4):
+        spec = spec_of(strategy, count)
+        assert_nearly_best(merged(spec, adapters(True)), spec, adapters(True))
+
+
+@pytest.mark.parametrize("strategy", STREAMED)
+def test_tiles_of_few_rows_give_the_merge_of_one_tile(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(strategy, 4, ", select_topk=0.4" if "sce" in strategy else "")
+    whole = merged(spec, adapters(False))
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)  # eight rows
+    assert_nearly_best(merged(spec, adapters(False)), spec, adapters(False))
+    for module, f in whole.modules.items():
+        assert relative_error(merged(spec, adapters(False)).modules[module], f) <= 1e-4
+
+
+@pytest.mark.parametrize("density", [0.5, 0.2, 1e-3, 0.999])
+def test_exactly_as_many_entries_are_kept_as_asked_and_those_of_the_oracle(density: float) -> None:
+    """But for entries whose magnitude is within the rounding of the products of the threshold's."""
+    sources = adapters(True)
+    module = make_plan(parse(f"ties_svd(a, b, density={density})"), sources).modules["m"]
+    assert isinstance(module, EntryModule)
+    mine = tiles.DeltaTiles(module, Combiner())
+    pairs = [(f.a.numpy(), f.b.numpy()) for f in module.sources]
+    streamed = torch.cat([tile.clone() for _, tile in mine.source_tiles()], dim=1).numpy()
+    for i, x in enumerate(dense.dense(pairs, module.scalings)):
+        factors, keep, (thr, cut) = module.sources[i], module.rule.keeps[i], mine.low[i]
+        assert keep.count == int(density * x.size)
+        mags = streamed[i].view(np.int32).reshape(-1).astype(np.int64) & 0x7FFFFFFF
+        kept = (mags > thr) | ((mags == thr) & (np.arange(mags.size) < cut))
+        assert kept.sum() == keep.count
+        expected = entries.largest(x, keep.count).reshape(-1)
+        magnitudes = np.abs(x).reshape(-1)
+        threshold = np.sort(magnitudes)[-keep.count]
+        scale = np.abs(factors.b.double().numpy()) @ np.abs(factors.a.double().numpy())
+        slack = 2 * (factors.rank + 2) * 2.0**-24 * factors.scaling * scale.reshape(-1)
+        assert (np.abs(magnitudes - threshold) <= slack)[kept != expected].all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("density", [0.5, 0.1, 1.0])
+def test_a_scope_of_the_whole_model_is_that_of_the_oracle(density: float, backend: str) -> None:
+    sources = dict(adapters(False))
+    first = next(iter(SMALL))
+    sources["b"] = Adapter({name: f for name, f in sources["b"].modules.items() if name != first})
+    spec = f"knots(a, -0.5*b, c, density={density}, scope=model)"
+    ours, theirs = merged(spec, sources, backend), merged(spec, sources, "numpy")
+    for module, expected in theirs.modules.items():
+        assert relative_error(ours.modules[module], expected) <= 1e-5, module
+    if density < 1.0:
+        plain = merged(spec.replace("model", "module"), sources, "numpy")
+        assert max(relative_error(plain.modules[m], f) for m, f in theirs.modules.items()) > 1e-3
+
+
+def test_the_basis_of_knots_does_not_depend_on_how_factors_are_scaled() -> None:
+    twins = {
+        name: Adapter({m: Factors(f.a * 8, f.b / 8, f.scaling) for m, f in adapter.modules.items()})
+        for name, adapter in adapters(False).items()
+    }
+    for strategy in ("knots", "core_ties", "ties_svd"):
+        spec = spec_of(strategy, 4)
+        one, other = merged(spec, adapters(False)), merged(spec, twins)
+        for module, f in one.modules.items():
+            assert relative_error(other.modules[module], f) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_singular_values_that_repeat_are_handled_and_reported(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Two sources at right angles and of one length: their basis is theirs only because one comes first.
+    eye = torch.eye(8, 20)
+    apart = {
+        "a": Adapter({"m": Factors(eye[:2] * torch.tensor([[3.0], [2.0]]), torch.eye(12)[:, :2], 1.0)}),
+        "b": Adapter({"m": Factors(eye[2:4] * torch.tensor([[3.0], [2.0]]), torch.eye(12)[:, 2:4], 1.0)}),
+    }
+    for strategy in ("knots", "core_ties"):
+        result = merged(f"{strategy}(a, b{', rank=4' if strategy == 'core_ties' else ''})", apart, backend)
+        assert result.repeated == ("m",)
+        assert any("singular values repeat in m" in note for note in result.notes())
+        oracle = merged(f"{strategy}(a, b{', rank=4' if strategy == 'core_ties' else ''})", apart, "numpy")
+        assert relative_error(result.modules["m"], oracle.modules["m"]) <= 1e-5
+    merge("knots(a, b)", apart, backend)
+    assert "the basis they are merged in is one of many" in caplog.text
+    assert merged("knots(a, b)", adapters(False), backend).repeated == ()
+
+
+def test_a_merge_that_keeps_little_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    merge("ties_svd(a, b, rank=1)", adapters(False))
+    assert "of the squared norm is kept" in caplog.text
+    caplog.clear()
+    merge("svd(a, b, rank=9)", adapters(False))
+    assert "squared norm" not in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["core_ties", "knots", "ties_svd", "della_svd", "sce_svd", "karcher"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deltas_of_zeros_merge_to_zeros(strategy: str, backend: str) -> None:
+    zeros = Adapter({"m": Factors(torch.zeros(3, 20), torch.zeros(12, 3), 1.0)})
+    for f in merged(f"{strategy}(a, b)", {"a": zeros, "b": zeros}, backend).modules.values():
+        assert not f.delta().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", [s.name for s in TABLE.values() if s.recipe.entrywise])
+def test_shapes_of_one_row_or_one_column_and_ranks_beyond_them(strategy: str, backend: str) -> None:
+    for shape in ((1, 9), (9, 1), (3, 5)):
+        few = {name: random_adapter({"m": shape}, 4, seed=i) for i, name in enumerate("ab")}
+        result = merged(f"{strategy}(a, b)", few, backend).modules["m"]
+        oracle = merged(f"{strategy}(a, b)", few, "numpy").modules["m"]
+        assert result.shape == shape
+        assert float((result.delta() - oracle.delta()).norm()) <= 1e-4 * (1 + float(oracle.delta().norm()))
