@@ -18,7 +18,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from merged_lora.errors import MergeError, listed
-from merged_lora.triton_kernels import combine, trim
+from merged_lora.triton_kernels import combine, stream, trim
 from merged_lora.triton_kernels.words import BF16, FP16, FP32, MIXED, THREADS
 
 TARGETS = {
@@ -88,6 +88,28 @@ def cases() -> Iterator[Case]:
             taken = {name: constants[name] for name in kernel.arg_names if name in constants}
             name = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {DTYPES[kind]}"
             yield Case(name, kernel, taken, True)
+    yield from _streams()
+
+
+def _streams() -> Iterator[Case]:
+    """The kernels of delta space: four sources of rank 16, a sketch of 32 columns."""
+    for precision in ("tf32", "tf32x3"):
+        shared = {
+            "RANK": 16,
+            "DEPTH": stream.DEPTH,
+            "PRECISION": precision,
+            "ROWS": stream.ROWS,
+            "COLUMNS": stream.COLUMNS,
+        }
+        yield Case(f"count {precision}", stream._count_kernel, shared | {"BINS": stream.BINS}, False)
+        for rule in ("magnitude_prune", "ties", "dare_ties"):
+            keep, blend = RULES[rule]
+            chosen = {"SOURCES": 4, "KEEP": keep.value, "RULE": blend.value, "WEIGHTED": False}
+            constants = shared | chosen | {"SKETCH": "tf32x3", "WIDTH": 32}
+            yield Case(f"{rule}_svd times {precision}", stream._times_kernel, constants, False)
+            yield Case(
+                f"{rule}_svd transposed {precision}", stream._transposed_times_kernel, constants, False
+            )
 
 
 def _combine(
@@ -124,8 +146,12 @@ def _combine(
 
 
 TYPES = {
-    **dict.fromkeys(("tasks_ptr", "tensors_ptr", "sources_ptr", "keeps_ptr"), "*i64"),
+    **dict.fromkeys(("tasks_ptr", "tensors_ptr", "sources_ptr", "keeps_ptr", "keys_ptr"), "*i64"),
     **dict.fromkeys(("weights_ptr", "rescales_ptr"), "*fp32"),
+    **dict.fromkeys(("a_ptr", "b_ptr", "scalings_ptr", "low_ptr", "high_ptr"), "*fp32"),
+    **dict.fromkeys(("left_ptr", "right_ptr", "product_ptr", "norms_ptr"), "*fp32"),
+    **dict.fromkeys(("base_ptr", "shift_ptr"), "*i32"),
+    **dict.fromkeys(("modules", "sources", "rows", "columns"), "i32"),
     **dict.fromkeys(("items_ptr", "spans_ptr", "counts_ptr", "shares_ptr", "kinds_ptr", "flags_ptr"), "*i32"),
     **dict.fromkeys(("count", "span", "passes", "tasks"), "i32"),
 }
@@ -136,7 +162,10 @@ def compile_case(case: Case, target: str) -> Compiled:
     """Compile for a target.  Raises whatever the compiler raises."""
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else TYPES[name] for name in names}
-    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    # AMD's matrix cores take float32 as it is, and know no tf32.
+    amd = target == "gfx942"
+    given = {k: "ieee" if amd and str(v).startswith("tf32") else v for k, v in case.constants.items()}
+    constants = {(names.index(name),): value for name, value in given.items()}
     # What the launcher finds in the arguments and tells the compiler.
     divisible = {i for i, name in enumerate(names) if name.endswith("_ptr") or name == "span"}
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}

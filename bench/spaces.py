@@ -134,7 +134,7 @@ def _beside_peft(backend: Backend) -> Row:
 def _median(row: Row) -> float:
     seconds = row["ours_s"]
     assert isinstance(seconds, list)
-    return statistics.median(seconds)
+    return float(statistics.median(seconds))
 
 
 def _unseen(_: int) -> None:

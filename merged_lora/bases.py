@@ -170,7 +170,7 @@ def joined(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
 
 def split(x: torch.Tensor, ranks: Sequence[int], dim: int) -> tuple[torch.Tensor, ...]:
     """What belongs to each source, as views."""
-    return torch.split(x, list(ranks), dim=dim)  # type: ignore[no-untyped-call]
+    return torch.split(x, list(ranks), dim=dim)
 
 
 def per_column(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from merged_lora.streaming import OVERSAMPLING, completed, truncate_tiles
 
 from . import delta, rules
 from .delta import WORKSPACE, MergedStack
+from .fused import FusedTiles, is_fused
 from .layout import is_launched
 from .rules import Bound
 from .tiles import DeltaTiles, count_bins, last_bin, lower_bits, upper_bits
@@ -164,7 +165,8 @@ def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
         count = min(first.rank + OVERSAMPLING, *first.entries)
         scalings = _scalings(group, a[0].device)
         rows = bases.shared_rows(a, b, scalings, count)
-        tiles = DeltaTiles(a, b, scalings.float(), ruled)
+        kind_of_tiles = FusedTiles if is_fused(ruled[0], [x.shape[1] for x in a]) else DeltaTiles
+        tiles = kind_of_tiles(a, b, scalings.float(), ruled)
         new_a, new_b, energy = truncate_tiles(tiles, completed(rows, count), first.rank)
     else:
         coordinates = _coordinates(group, stacks)

@@ -157,8 +157,8 @@ def outline(module: Module) -> Factors:
 def warm_up(backend: Backend, slot_dtype: torch.dtype) -> None:
     """Let the backend compile what most merges need, so that few requests wait for it.
 
-    On a device that is every strategy that has kernels of its own, with its defaults, for sources in the dtype
-    of the slots; whatever else a merge needs is compiled when it is prepared.
+    On a device that is every strategy that has kernels of its own, with its defaults, for sources in the
+    dtype of the slots; whatever else a merge needs is compiled when it is prepared.
     """
     start = time.perf_counter()
     if isinstance(backend, SlotBackend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -69,11 +70,11 @@ def spec_of(strategy: str, options: dict[str, object], count: int) -> MergeSpec:
     return MergeSpec(strategy, sources, tuple(given_options.items()))  # type: ignore[arg-type]
 
 
-def room_for(options: dict[str, object]) -> object:
+def room_for(options: dict[str, Any]) -> object:
     """The epsilon asked for, where density leaves room, else half of the room."""
     density, epsilon = options.get("density", 0.5), options.get("epsilon", 0.15)
-    rooms = [min(d, 1 - d) for d in (density if isinstance(density, tuple) else (density,))]  # type: ignore[type-var]
-    chosen = tuple(epsilon if epsilon < room else room / 2 for room in rooms)  # type: ignore[operator]
+    rooms = [min(d, 1 - d) for d in (density if isinstance(density, tuple) else (density,))]
+    chosen = tuple(epsilon if epsilon < room else room / 2 for room in rooms)
     return chosen if isinstance(density, tuple) else chosen[0]
 
 

@@ -99,7 +99,7 @@ def target_of(spec: str, sources: Mapping[str, Adapter], module: str) -> np.ndar
         for x, w, k in zip(dense.dense(pairs, one.scalings), rule.weights, rule.keeps, strict=True)
     ]
     vote = rule.vote and (rule.vote.frequency, rule.vote.weighted, rule.vote.energy)
-    return entries.merge(inputs, vote, np.float64, rule.select)
+    return np.asarray(entries.merge(inputs, vote, np.float64, rule.select))
 
 
 def assert_nearly_best(result: Result, spec: str, sources: Mapping[str, Adapter]) -> None:

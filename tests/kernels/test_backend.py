@@ -23,7 +23,7 @@ from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
-from merged_lora.triton_kernels import delta, launch
+from merged_lora.triton_kernels import delta, groups, launch
 
 SHAPES = {f"m{i}": (24, 40) for i in range(5)}
 
@@ -107,7 +107,7 @@ def test_one_group_is_free_before_the_next_is_merged(monkeypatch: pytest.MonkeyP
         return merged
 
     monkeypatch.setattr(delta, "merge_stack", watched)
-    monkeypatch.setattr(module, "RESULTS", 2 * (24 + 40) * 3 * 4)
+    monkeypatch.setattr(groups, "RESULTS", 2 * (24 + 40) * 3 * 4)
     backend, svd = fresh(), plan("svd(a, b, rank=3)")
     backend.check(svd)
     backend.write(svd, slots(backend))

@@ -1,0 +1,156 @@
+"""The passes of ``stream.py`` put together: exact thresholds, then products with the merged deltas.
+
+For rules that keep entries by magnitude or at random; see ``tiles.py`` for all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from merged_lora.plan import Rule
+
+from . import stream
+from .combine import KEEP_ALL, KEEP_LARGEST, KEEP_RANDOM, SUM, VOTE_FREQUENCY, VOTE_TOTAL
+from .rules import INFINITY
+from .stream import BINS, DEPTH, KEEP_BETWEEN
+
+SAMPLE = 1 << 16  # entries that tell where a threshold will be
+FULL = 20  # bits of a bin where all magnitudes are counted: 2^31 = BINS * 2^20
+MULTIPLE = 16  # of which the width of a product is one
+LARGEST_RANK = 128  # of a source; the products are unrolled
+
+
+def is_fused(rule: Rule, ranks: Sequence[int]) -> bool:
+    """Whether the kernels know such a rule, for sources of these ranks."""
+    graded = any(keep.spread for keep in rule.keeps)
+    energy = rule.vote is not None and rule.vote.energy
+    return not graded and not energy and rule.select is None and max(ranks) <= LARGEST_RANK
+
+
+class FusedTiles:
+    """Merged deltas of several modules, as :class:`merged_lora.streaming.Tiles`.
+
+    a: per source ``[modules, rank_i, in]``, b: per source ``[modules, out, rank_i]``, of any float dtype.
+    scalings: float32 ``[modules, sources]``.  given: their rules, alike but for weights and keys.
+    """
+
+    def __init__(
+        self,
+        a: Sequence[torch.Tensor],
+        b: Sequence[torch.Tensor],
+        scalings: torch.Tensor,
+        given: Sequence[Rule],
+    ) -> None:
+        device, rule = a[0].device, given[0]
+        rank = -(-max(x.shape[1] for x in a) // DEPTH) * DEPTH
+        keys = [[_signed(keep.key or 0) for keep in one.keeps] for one in given]
+        number = len(a)
+        nothing = torch.zeros(len(given), number, device=device)
+        self._size = b[0].shape[1] * a[0].shape[2]
+        vote = rule.vote
+        counted = any(keep.count is not None for keep in rule.keeps)
+        skipping = any(keep.skip for keep in rule.keeps)
+        random = any(keep.share is not None for keep in rule.keeps)
+        keep = KEEP_RANDOM if random else KEEP_BETWEEN if skipping else KEEP_LARGEST if counted else KEEP_ALL
+        blend = SUM if vote is None else VOTE_FREQUENCY if vote.frequency else VOTE_TOTAL
+        self._sources = stream.Sources(
+            a=_filled(a, 1, rank),
+            b=_filled(b, 2, rank),
+            scalings=scalings.contiguous(),
+            weights=torch.tensor([one.weights for one in given], dtype=torch.float32).to(device),
+            low=nothing,
+            high=nothing + float("inf"),
+            keys=torch.tensor(keys).to(device),
+            shares=torch.tensor([k.share or 0 for k in rule.keeps], dtype=torch.int32).to(device),
+            rescales=torch.tensor([k.rescale for k in rule.keeps], dtype=torch.float32).to(device),
+            precision=stream.precision({x.dtype for x in (*a, *b)}),
+            keep=keep.value,
+            rule=blend.value,
+            weighted=vote is not None and vote.weighted,
+        )
+        if counted:
+            self._sources.low.copy_(self._find([_count(k.count, k.skip, self._size) for k in rule.keeps]))
+        if skipping:
+            self._sources.high.copy_(self._find([k.skip for k in rule.keeps]))
+
+    def times(self, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`merged_lora.streaming.Tiles`."""
+        product, norms = stream.times(self._sources, _widened(right))
+        return product[:, :, : right.shape[2]], norms.double().sum(1)
+
+    def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
+        """See :class:`merged_lora.streaming.Tiles`."""
+        return stream.transposed_times(self._sources, _widened(left))[:, :, : left.shape[2]]
+
+    def _find(self, counts: Sequence[int]) -> torch.Tensor:
+        """The magnitudes, float32 ``[modules, sources]``, from which on that many of each source lie.
+
+        A sample tells where to look; where it misleads, all magnitudes are counted.
+        """
+        device = self._sources.a.device
+        wanted = torch.tensor(counts, device=device).expand(self._sources.scalings.shape)
+        base, shift = self._bracket(wanted)
+        open_ = (wanted > 0) & (wanted < self._size)
+        found = torch.where(wanted > 0, 0, INFINITY).int()
+        while bool(open_.any()):
+            counted = stream.count(self._sources, base, shift).long()
+            from_top = counted[..., :BINS].flip(-1).cumsum(-1) + counted[..., BINS:]
+            place = (from_top < wanted[..., None]).sum(-1)
+            missed = (place == BINS) | (counted[..., BINS] >= wanted)
+            bin_ = (BINS - 1 - place).clamp(min=0)
+            start = base + (bin_.int() << shift)
+            finished = open_ & ~missed & (shift == 0)
+            found = torch.where(finished, start, found)
+            open_ = open_ & ~finished
+            base = torch.where(missed, 0, start)
+            shift = torch.where(missed, FULL, (shift - 11).clamp(min=0)).int()
+        return found.view(torch.float32)
+
+    def _bracket(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where to look first, and in bins of how many bits: int32 ``[modules, sources]``."""
+        number, _, _, columns = self._sources.extent
+        generator = torch.Generator().manual_seed(0)
+        sampled = min(SAMPLE, self._size)
+        at = torch.randint(self._size, (sampled,), generator=generator).to(wanted.device)
+        row, column = at // columns, at % columns
+        bits = []
+        for i in range(number):
+            left, right = self._sources.b[i][:, row], self._sources.a[i][:, :, column].mT
+            x = (left * right).sum(2) * self._sources.scalings[:, i : i + 1]
+            bits.append((x.view(torch.int32) & 0x7FFFFFFF).sort(dim=1, descending=True).values)
+        ordered = torch.stack(bits, dim=1)
+        share = wanted / self._size
+        middle, spread = share * sampled, 4.0 * (share * (1.0 - share) * sampled).sqrt() + 1.0
+        ends = [(middle + sign * spread).long().clamp(0, sampled - 1) for sign in (1.0, -1.0)]
+        low, high = (ordered.gather(2, end[..., None])[..., 0] for end in ends)
+        bits_needed = torch.log2((high - low + 1).float() / BINS).ceil().clamp(0, FULL)
+        return low.int(), bits_needed.int()
+
+
+def _count(count: int | None, skip: int, size: int) -> int:
+    return size if count is None else count + skip
+
+
+def _signed(key: int) -> int:
+    """64 bits in two's complement."""
+    return key - (1 << 64) if key >> 63 else key
+
+
+def _filled(factors: Sequence[torch.Tensor], dim: int, rank: int) -> torch.Tensor:
+    """The factors of all sources in float32, ``[sources, modules, ...]``, with zeros up to a rank."""
+    shape = list(factors[0].shape)
+    shape[dim] = rank
+    result = torch.zeros(len(factors), *shape, device=factors[0].device)
+    for x, target in zip(factors, result, strict=True):
+        target.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return result
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """The columns with zeros up to a power of two that is a multiple of MULTIPLE."""
+    width = MULTIPLE
+    while width < x.shape[2]:
+        width *= 2
+    return torch.nn.functional.pad(x, (0, width - x.shape[2])).contiguous()
