@@ -9,6 +9,7 @@ from merged_lora.backends import Backend, Result, load_backend
 from merged_lora.plan import FactorJob, FactorModule, MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
+from merged_lora.strategies import TABLE
 
 from . import cases, peers
 
@@ -36,6 +37,27 @@ def disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
             if "dare" not in spec:  # PEFT draws its masks from a global generator
                 yield f"{name} {spec} = PEFT, to rounding", _beyond_rounding(plan, ours, sources)
     yield "float32 svd(a, 0.5*b, rank=6) as close as PEFT's", _worse_than_peft(backend)
+
+
+def entry_disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
+    """As :func:`disagreements`, for every strategy in core space and on the entries of deltas.
+
+    In core space to 1e-5 of the delta; where a rank is cut, an error of at most 1.01 times the least.
+    """
+    sources = cases.random_sources(cases.SMALL, 4, 6, torch.float32)
+    for strategy in (s for s in TABLE.values() if s.recipe.entrywise):
+        plan = make_plan(parse(f"{strategy.name}(a, 0.5*b, -0.3*c, d)"), sources)
+        ours, theirs = (chosen.merge(plan, _unseen) for chosen in (backend, load_backend("numpy")))
+        wrong = None
+        for module, expected in theirs.modules.items():
+            apart = float((ours.modules[module].delta() - expected.delta()).norm() / expected.delta().norm())
+            if strategy.recipe.space == "core" and apart > 1e-5:
+                wrong = f"{module} differs by {apart:.2g}"
+            if strategy.recipe.space == "delta":
+                (kept, asked), (best, _) = ours.energy[module], theirs.energy[module]
+                if asked - kept > 1.01**2 * (asked - best):
+                    wrong = f"{module} keeps {kept:.4g} of {asked:.4g}, {best:.4g} can be kept"
+        yield f"{plan.spec} as close as a rank allows", wrong
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

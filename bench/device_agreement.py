@@ -24,7 +24,7 @@ from merged_lora.strategies import TABLE
 from merged_lora.triton_kernels.trim import LARGE
 
 from . import cases
-from .agreement import DTYPES, bits, disagreements
+from .agreement import DTYPES, bits, disagreements, entry_disagreements
 
 Check = tuple[str, str | None]
 """What was checked, and what is wrong (None where nothing is)."""
@@ -49,6 +49,7 @@ def groups(backend: SlotBackend) -> Iterator[tuple[str, Iterator[Check]]]:
     yield "slots of other rank, stride and dtype: NumPy bit for bit, zeros beyond", _slots(backend)
     yield f"trims of more than {LARGE} entries: NumPy bit for bit", _spans(backend)
     yield "merges in delta space: the best approximation of a float64 delta", _deltas(backend)
+    yield "merges of entries in delta and core space: the dense reference", entry_disagreements(backend)
     yield "torch.linalg.eigh, batched, float64: the CPU's eigenvalues", eigenvalues(backend.device)
 
 
@@ -79,11 +80,12 @@ def _spec(strategy: str, count: int, options: str = "") -> str:
 
 
 def _any(backend: SlotBackend) -> Iterator[Check]:
-    strategies = [s.name for s in TABLE.values() if s.recipe.space == "factors"]
+    rows = [s for s in TABLE.values() if s.recipe.space == "factors"]
+    strategies = [s.name for s in rows]
     for count in COUNTS:
         for dtype in DTYPES if count == 4 else DTYPES[:1]:
             sources = cases.awkward_sources(cases.SMALL, count, 8, dtype)
-            for strategy in strategies:
+            for strategy in (s.name for s in rows if s.sources_min <= count):
                 yield _same_bits(backend, _spec(strategy, count), sources, str(dtype))
     one_each = [cases.awkward_sources(cases.SMALL, 3, 8, dtype) for dtype in DTYPES]
     mixed = {name: sources[name] for name, sources in zip(cases.names(3), one_each, strict=True)}

@@ -43,6 +43,8 @@ AIMED = 4
 """The number of sources that the aims are for, in bfloat16 and into slots of the sources' rank."""
 COPY_AIMS = {"linear": 1.25, "ties": 1.5, "ties, cold": 3.0, "dare_ties": 1.6}
 """Times the copy of the same bytes, at most."""
+ENTRY_AIMS = {"core_linear": 50.0, "core_ties": 50.0, "knots": None, "ties_svd": 1000.0}
+"""Milliseconds for merges of entries of all modules of 32 layers, at most."""
 SVD_AIM = 30.0
 """Milliseconds for the svd to the sources' rank of all modules of 32 layers, at most."""
 PEFT_AIMS = {"ties": 100.0, "svd": 1000.0}
@@ -213,6 +215,7 @@ class Bench:
         if work.everything:
             self._factor_rows(pool, USUAL, AIMED, 4 * work.rank)
         self._delta_rows(pool)
+        self._entry_rows(pool)
         self._eigh_rows()
         self._peft_rows(pool)
         self._first_use_rows(pool)
@@ -319,6 +322,18 @@ class Bench:
             if (case, count) == ("svd", AIMED):
                 what = f"svd of {count} sources, {len(self.work.shapes)} modules, whole call, milliseconds"
                 self.aims.append(Aim(what, 1e3 * statistics.median(row.seconds["call"]), SVD_AIM, True))
+
+    def _entry_rows(self, pool: Pool) -> None:
+        """Merges of entries of deltas, or of their coordinates."""
+        for strategy, aim in ENTRY_AIMS.items():
+            slot_rank = self.work.rank * (AIMED if strategy == "knots" else 1)
+            merges = pool.merges(strategy, AIMED, "", 2, slot_rank, slot_rank)
+            merges.verify()
+            row = self._row(strategy, merges)
+            self._time(row, len(merges), {"write": merges.write}, merges.write, held=False)
+            if aim is not None:
+                what = f"{strategy} of {AIMED} sources, {len(self.work.shapes)} modules, call, milliseconds"
+                self.aims.append(Aim(what, 1e3 * statistics.median(row.seconds["call"]), aim, True))
 
     def _eigh_rows(self) -> None:
         """What torch's batched decomposition takes of that: an svd needs two, of the sum of all ranks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 from . import cases, machine, peers
+from .agreement import entry_disagreements
 from .timing import Aim, interleaved, once, ratio, shown
 
 COUNT, RANK, ROUNDS = 4, 16, 9
@@ -40,9 +41,9 @@ Row = dict[str, object]
 def run(spaces: Collection[str], file: Path | None) -> int:
     """Check, measure and print; the exit code.  spaces: of ``delta`` and ``core``."""
     backend = load_backend("cpu")
-    print("agreement with dense float64, on small tensors")
+    print("agreement with the dense reference, on small tensors")
     failed = False
-    for what, wrong in _disagreements(backend):
+    for what, wrong in entry_disagreements(backend):
         print(f"  {'WRONG' if wrong else 'ok':6}{what}{': ' + wrong if wrong else ''}")
         failed = failed or wrong is not None
     if failed:
@@ -82,26 +83,6 @@ def run(spaces: Collection[str], file: Path | None) -> int:
         file.write_text(json.dumps(report, indent=1) + "\n")
         print(f"\nwritten: {file}")
     return 0
-
-
-def _disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
-    """For every strategy, what was checked and what is wrong (None where nothing is)."""
-    sources = cases.random_sources(cases.SMALL, COUNT, 6, torch.float32)
-    for strategy in (*CORE, *DELTA):
-        plan = make_plan(parse(f"{strategy}(a, 0.5*b, -0.3*c, d)"), sources)
-        ours, theirs = (chosen.merge(plan, _unseen) for chosen in (backend, load_backend("numpy")))
-        wrong = None
-        for module, expected in theirs.modules.items():
-            apart = float((ours.modules[module].delta() - expected.delta()).norm() / expected.delta().norm())
-            if strategy in CORE and apart > 1e-5:
-                wrong = f"{module} differs by {apart:.2g}"
-            if strategy in DELTA:
-                kept, asked = ours.energy[module]
-                best = theirs.energy[module][0]
-                lost, least = asked - kept, asked - best
-                if lost > 1.01**2 * least:
-                    wrong = f"{module} loses {lost:.4g} of its squared norm, at least {least:.4g} must go"
-        yield strategy, wrong
 
 
 def _layer(backend: Backend, strategy: str, sources: dict[str, Adapter], rounds: int) -> Row:

@@ -38,6 +38,8 @@ from train import ADAPTERS_DIR, BATCH_SIZE, STEPS
 
 DEV, TEST = 12, 32
 TOKENS = 1536  # of a batch
+COLORS = {"default": "#999999", "best": "#1f77b4", "auto": "#d95f02"}
+LABELS = {"default": "names alone", "best": "best of a small grid", "auto": 'weights="auto"'}
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,48 @@ def markdown(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, object]]) -> str:
-    """An SVG with a line per strategy: mean and worst score by default, with weights="auto" and at best."""
-    return ""
+    """An SVG: for every strategy the mean score by default, with weights="auto" and at best; ticks: worst."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    alone = []
+    for row in rows:
+        scores = row["scores"]
+        assert isinstance(scores, dict)
+        if row["kind"] == "alone":
+            alone.append(max(scores.values()))
+        else:
+            found.setdefault(str(row["strategy"]), {})[str(row["kind"])] = scores
+    order = sorted(found, key=lambda name: -max(mean(found[name][kind]) for kind in COLORS))
+    left, width, line = 190, 520, 18
+    height = line * (len(order) + 3) + 10
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 30}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{left + width + 30}" height="{height}" fill="white"/>',
+    ]
+    for x, (kind, color) in zip((left, left + 110, left + 300), COLORS.items(), strict=True):
+        parts.append(f'<circle cx="{x}" cy="14" r="5" fill="{color}"/>')
+        parts.append(f'<text x="{x + 9}" y="18">{LABELS[kind]}</text>')
+    for score in range(0, 101, 20):
+        x = left + width * score / 100
+        parts.append(f'<line x1="{x}" y1="{2 * line}" x2="{x}" y2="{height - 10}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x}" y="{2 * line - 4}" text-anchor="middle">{score} %</text>')
+    specialists = left + width * sum(alone[1:]) / max(1, len(alone) - 1)
+    parts.append(
+        f'<line x1="{specialists}" y1="{2 * line}" x2="{specialists}" y2="{height - 10}" '
+        'stroke="#555" stroke-dasharray="4 3"><title>the adapters alone, each on its own task</title></line>'
+    )
+    for i, name in enumerate(order):
+        y = line * (i + 3)
+        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{name}</text>')
+        for kind, color in COLORS.items():
+            scores = found[name][kind]
+            middle, worst = (left + width * value for value in (mean(scores), min(scores.values())))
+            parts.append(
+                f'<line x1="{worst}" y1="{y}" x2="{middle}" y2="{y}" stroke="{color}" stroke-opacity="0.35"/>'
+            )
+            parts.append(f'<line x1="{worst}" y1="{y - 5}" x2="{worst}" y2="{y + 5}" stroke="{color}"/>')
+            parts.append(f'<circle cx="{middle}" cy="{y}" r="5" fill="{color}" fill-opacity="0.8"/>')
+    return "\n".join([*parts, "</svg>", ""])
 
 
 def main() -> None:

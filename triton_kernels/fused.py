@@ -75,6 +75,11 @@ class FusedTiles:
         if skipping:
             self._sources.high.copy_(self._find([k.skip for k in rule.keeps]))
 
+    @property
+    def low(self) -> torch.Tensor:
+        """The least magnitudes that are kept, float32 ``[modules, sources]``."""
+        return self._sources.low
+
     def times(self, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`merged_lora.streaming.Tiles`."""
         product, norms = stream.times(self._sources, _widened(right))

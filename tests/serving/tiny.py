@@ -51,8 +51,14 @@ SPECS = {
     "merged_dare_ties": "dare_ties(sql, chat, density=[0.3, 0.8])",
     "merged_prune": "magnitude_prune(sql, chat)",
     "merged_parts": "sum(sql, attention)",
+    "merged_della": "della(sql, chat)",
+    "merged_karcher": "karcher(sql, chat, tone)",
+    "merged_knots": "knots(sql, 0.5*chat, tone)",
+    "merged_core": "core_ties(sql, chat, tone, weights=auto)",
+    "merged_ties_svd": "ties_svd(sql, chat, density=0.3)",
+    "merged_sce_svd": "sce_svd(sql, chat, select_topk=0.4)",
 }
-"""One merge of every strategy, by the name under which its offline twin is served."""
+"""Merges by every path that a strategy may take, by the name under which its offline twin is served."""
 
 
 @dataclass(frozen=True)

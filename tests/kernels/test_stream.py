@@ -1,0 +1,86 @@
+"""Streamed deltas on a device: thresholds, products, and tiles whose edges cut the matrix anywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from merged_lora.plan import Keep, Rule, Vote
+from merged_lora.triton_kernels import fused
+from merged_lora.triton_kernels.fused import FusedTiles, is_fused
+from merged_lora.triton_kernels.stream import COLUMNS, ROWS
+from merged_lora.triton_kernels.tiles import DeltaTiles
+
+RANKS = (3, 20)
+SHAPES = [(1, 1), (ROWS - 1, COLUMNS + 1), (ROWS, COLUMNS), (2 * ROWS + 5, COLUMNS - 1)]
+
+
+def factors(shape: tuple[int, int]) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Two sources of two modules."""
+    generator = torch.Generator().manual_seed(0)
+    a = [torch.randn(2, rank, shape[1], generator=generator) for rank in RANKS]
+    b = [torch.randn(2, shape[0], rank, generator=generator) for rank in RANKS]
+    return a, b, torch.tensor([[1.0, 0.5], [2.0, 0.3]])
+
+
+def rule(keeps: tuple[Keep, ...], vote: Vote | None = None) -> Rule:
+    return Rule((1.0, -0.5), keeps, vote)
+
+
+def rules_of(size: int) -> dict[str, Rule]:
+    half, few = Keep(count=size // 2), Keep(count=size // 5, skip=size // 10)
+    drawn = (Keep(share=40000, key=5), Keep(share=20000, key=(1 << 64) - 7))
+    return {
+        "all": rule((Keep(), Keep()), Vote(False, False)),
+        "largest": rule((half, half), Vote(True, False)),
+        "largest of one": rule((half, Keep())),
+        "between": rule((few, few), Vote(False, True)),
+        "random": rule(drawn, Vote(False, False)),
+    }
+
+
+@pytest.mark.parametrize("name", rules_of(1))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_those_of_the_tiles_that_torch_forms(shape: tuple[int, int], name: str) -> None:
+    chosen = rules_of(shape[0] * shape[1])[name]
+    a, b, scalings = factors(shape)
+    ours, theirs = (kind(a, b, scalings, [chosen, chosen]) for kind in (FusedTiles, DeltaTiles))
+    right, left = torch.randn(2, shape[1], 5), torch.randn(2, shape[0], 5)
+    (x, norms), (y, expected) = ours.times(right), theirs.times(right)
+    # Sums of up to 69 float32 products, in other orders: 69 u of their magnitudes, and 1e-5 covers that.
+    assert torch.allclose(norms, expected, rtol=1e-5)
+    assert float((x - y).norm()) <= 1e-5 * (float(y.norm()) + float(expected.sum().sqrt()))
+    x, y = ours.transposed_times(left), theirs.transposed_times(left)
+    assert float((x - y).norm()) <= 1e-5 * (float(y.norm()) + float(expected.sum().sqrt()))
+
+
+@pytest.mark.parametrize("sample", [1, 50, fused.SAMPLE])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
+def test_thresholds_keep_as_many_as_asked_whatever_the_sample_says(
+    share: float, sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "SAMPLE", sample)
+    shape = (70, 90)
+    count = int(share * 70 * 90)
+    a, b, scalings = factors(shape)
+    tiles = FusedTiles(a, b, scalings, [rule((Keep(count=count), Keep(count=count)))] * 2)
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        delta = (y.double() @ x.double()) * scalings[:, i, None, None]
+        slack = (
+            (x.shape[1] + 2) * 2.0**-24 * (y.double().abs() @ x.double().abs()) * scalings[:, i, None, None]
+        )
+        for module in range(2):
+            low = float(tiles.low[module, i])
+            surely = int((delta[module].abs() - slack[module] >= low).sum())
+            perhaps = int((delta[module].abs() + slack[module] >= low).sum())
+            assert surely <= count <= perhaps
+            assert perhaps - surely <= 3  # or the threshold would be told by nothing
+
+
+def test_what_the_kernels_know() -> None:
+    plain = rule((Keep(count=3), Keep(count=3)), Vote(False, False))
+    assert is_fused(plain, [8, 16])
+    assert not is_fused(plain, [8, 2 * fused.LARGEST_RANK])
+    assert not is_fused(rule((Keep(share=9, key=1, spread=3),) * 2), [8])
+    assert not is_fused(Rule((1.0,), (Keep(),), Vote(False, False, True)), [8])
+    assert not is_fused(Rule((1.0,), (Keep(),), None, select=4), [8])
