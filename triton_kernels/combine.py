@@ -64,6 +64,28 @@ def _load_kind(address, index, mask, KIND: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def add_entries(x, weight, total, positive, negative, counts, RULE: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Add kept entries of one source to the running sums; counts hold NEGATIVE for each negative one."""
+    y = x * weight
+    if RULE == COPY:
+        total = y
+    elif RULE == SUM:
+        total += y
+    else:
+        z = y if WEIGHTED else x
+        up = z > 0.0
+        down = z < 0.0
+        if RULE == VOTE_TOTAL:
+            total += z
+        else:
+            total += up.to(tl.float32) - down.to(tl.float32)
+        positive = tl.where(up, positive + y, positive)
+        negative = tl.where(down, negative + y, negative)
+        counts += tl.where(up, 1, tl.where(down, NEGATIVE, 0))
+    return total, positive, negative, counts
+
+
+@triton.jit
 def _add_source(
     at,  # row of the source tables
     index,  # flat index in the source, and the same as Philox counter and lane
@@ -111,23 +133,7 @@ def _add_source(
     elif KEEP == KEEP_RANDOM:
         drawn = draws(counter, lane, tl.load(keeps_ptr + at))
         x = tl.where(drawn < tl.load(shares_ptr + at), x * tl.load(rescales_ptr + at), 0.0)
-    y = x * tl.load(weights_ptr + at)
-    if RULE == COPY:
-        total = y
-    elif RULE == SUM:
-        total += y
-    else:
-        z = y if WEIGHTED else x
-        up = z > 0.0
-        down = z < 0.0
-        if RULE == VOTE_TOTAL:
-            total += z
-        else:
-            total += up.to(tl.float32) - down.to(tl.float32)
-        positive = tl.where(up, positive + y, positive)
-        negative = tl.where(down, negative + y, negative)
-        counts += tl.where(up, 1, tl.where(down, NEGATIVE, 0))
-    return total, positive, negative, counts
+    return add_entries(x, tl.load(weights_ptr + at), total, positive, negative, counts, RULE, WEIGHTED)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .combine import KEEP_LARGEST, KEEP_RANDOM, NEGATIVE, SUM, VOTE_TOTAL
+from .combine import KEEP_LARGEST, KEEP_RANDOM, SUM, add_entries
 from .philox import draws
 from .words import MAGNITUDE, WARPS
 
@@ -144,20 +144,10 @@ def _merged_tile(
             index = row.to(tl.int64)[:, None] * columns + column.to(tl.int64)[None, :]
             drawn = draws(index // 8, (index % 8).to(tl.int32), tl.load(keys_ptr + entry))
             x = tl.where(drawn < tl.load(shares_ptr + i), x * tl.load(rescales_ptr + i), 0.0)
-        y = x * tl.load(weights_ptr + entry)
-        if RULE == SUM:
-            total += y
-        else:
-            z = y if WEIGHTED else x
-            up = z > 0.0
-            down = z < 0.0
-            if RULE == VOTE_TOTAL:
-                total += z
-            else:
-                total += up.to(tl.float32) - down.to(tl.float32)
-            positive = tl.where(up, positive + y, positive)
-            negative = tl.where(down, negative + y, negative)
-            counts += tl.where(up, 1, tl.where(down, NEGATIVE, 0))
+        weight = tl.load(weights_ptr + entry)
+        total, positive, negative, counts = add_entries(
+            x, weight, total, positive, negative, counts, RULE, WEIGHTED
+        )
     if RULE != SUM:
         elected = total >= 0.0
         count = tl.where(elected, counts & 0xFFFF, counts >> 16)
