@@ -18,7 +18,7 @@ from merged_lora.streaming import OVERSAMPLING, completed, truncate_tiles
 from .combine import Combiner, Integers
 from .tiles import DeltaTiles, Pair, Visit, find_pairs
 
-COORDINATES = 64 << 20  # bytes of coordinates that are merged at a time
+COORDINATES = 64 << 20  # bytes of coordinates and their bases that are merged at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,13 +130,14 @@ def load() -> CpuBackend:
 
 
 def _batches(plan: MergePlan) -> Iterator[dict[str, Coordinated]]:
-    """The modules that are merged on coordinates, with at most COORDINATES bytes of those, or one module."""
+    """The modules that are merged on coordinates, COORDINATES bytes of those at most, or one module."""
     batch: dict[str, Coordinated] = {}
     size = 0
     for name, module in plan.modules.items():
         if not isinstance(module, EntryModule) or module.basis is None:
             continue
-        nbytes = 4 * module.entries[0] * module.entries[1] * len(module.sources)
+        (rows, columns), (out, in_) = module.entries, module.sources[0].shape
+        nbytes = 4 * rows * columns * len(module.sources) + 8 * (rows * out + columns * in_)
         if batch and size + nbytes > COORDINATES:
             yield batch
             batch, size = {}, 0

@@ -138,8 +138,7 @@ class DeltaTiles:
         squares = 0.0
         for start, tile in self._merged_tiles():
             torch.mm(tile, right[0], out=product[0, start : start + tile.shape[0]])
-            # Row by row: a float32 sum over a whole tile would lose two more digits.
-            squares += float(torch.linalg.vector_norm(tile, dim=1).double().square().sum())
+            squares += float(torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64).square().sum())
         return product, torch.tensor([squares], dtype=torch.float64)
 
     def transposed_times(self, left: torch.Tensor) -> torch.Tensor:

@@ -126,14 +126,14 @@ class SlotBackend(Backend, Protocol):
         ...
 
     def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
-        """Compile whatever ``write`` would launch for these, and launch nothing."""
+        """Compile whatever ``write`` would launch for these and ``check`` has not, and launch nothing."""
         ...
 
     def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
         """Merge modules of the plan into slots, by module name, and fill the empty ones with zeros.
 
-        The result is rounded to the dtype of the plan first, then to that of the slot.  Returns before the
-        device has finished; the work is ordered on the current stream.
+        The result is rounded to the dtype of the plan first, then to that of the slot.  The work is ordered
+        on the current stream; where nothing is decomposed, the call returns before the device has finished.
         """
         ...
 

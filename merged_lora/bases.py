@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 EPS = torch.finfo(torch.float64).eps
+NOTHING = 1e-14
+"""Of the largest squared singular value: below that, a direction counts as none."""
 ORDERING = 2.0**-30
 """By so much each source counts for more than the one before it, so that a basis is unique where singular
 values of different sources repeat; far below what any other gap notices."""
@@ -59,8 +61,8 @@ def output_basis(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings:
     squares = [block @ gram @ block.mT for block, gram in zip(blocks, grams, strict=True)]
     asked = torch.stack([s.diagonal(dim1=1, dim2=2).sum(1) for s in squares], dim=1)
     values, vectors = _leading(squares, min(sum(ranks), joined_b.shape[1]))
-    alive = (values > 16 * EPS * values[:, :1])[:, :, None]
-    vectors = torch.where(alive.mT, vectors, 0.0)
+    dead = (values <= NOTHING * values[:, :1])[:, None, :]
+    vectors = torch.where(dead, 0.0, vectors)
     coordinates = [(vectors.mT @ block) @ x for block, x in zip(blocks, rows, strict=True)]
     return Coordinates(
         values=tuple(c.float() for c in coordinates),
@@ -149,7 +151,7 @@ def placed(
         missing = rank - rows
         a = torch.nn.functional.pad(values, (0, 0, 0, missing))
         return a, torch.nn.functional.pad(coordinates.left, (0, missing)), None
-    squares, vectors = torch.linalg.eigh(values @ values.mT)
+    squares, vectors = eigh(values @ values.mT)
     squares = squares.clamp(min=0.0)
     chosen = vectors[:, :, -rank:].flip(2)
     energy = torch.stack([squares[:, -rank:].sum(1), squares.sum(1)], dim=1)
@@ -166,6 +168,19 @@ def joined(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
         result.narrow(dim, end, x.shape[dim]).copy_(x)
         end += x.shape[dim]
     return result
+
+
+def eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``torch.linalg.eigh``, with NaN as the eigenvalues of a matrix that is not finite, instead of an error.
+
+    So what has overflowed on the way comes out as NaN, and is told from there.
+    """
+    wrong = ~gram.isfinite().all(-1).all(-1)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    values, vectors = torch.linalg.eigh(torch.where(wrong[:, None, None], identity, gram))
+    return torch.where(wrong[:, None], torch.nan, values), torch.where(
+        wrong[:, None, None], torch.nan, vectors
+    )
 
 
 def split(x: torch.Tensor, ranks: Sequence[int], dim: int) -> tuple[torch.Tensor, ...]:
@@ -203,7 +218,7 @@ def _factored(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     # What a Gram matrix resolves is relative to its largest entry: with unit lengths none hides another.
     unit, lengths, inverse = normalized(gram)
-    squares, vectors = torch.linalg.eigh(unit)
+    squares, vectors = eigh(unit)
     root = squares.clamp(min=EPS * squares[:, -1:]).sqrt()
     return root[:, :, None] * vectors.mT * lengths[:, None, :], inverse[:, :, None] * vectors / root[
         :, None, :
@@ -218,12 +233,12 @@ def _leading(squares: Sequence[torch.Tensor], rank: int) -> tuple[torch.Tensor, 
     # The shift keeps matrices of zeros from cuSOLVER, which has failed on them (pytorch#94772).
     noise = EPS * total.diagonal(dim1=1, dim2=2).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
     total.diagonal(dim1=1, dim2=2).add_(noise[:, None])
-    values, vectors = torch.linalg.eigh(total)
+    values, vectors = eigh(total)
     return values[:, -rank:].flip(1) - noise[:, None], vectors[:, :, -rank:].flip(2)
 
 
 def _repeat(values: torch.Tensor) -> torch.Tensor:
     """Whether eigenvalues that are not zero are closer to the next than the basis can tell."""
     upper, lower = values[:, :-1], values[:, 1:]
-    alive = lower > 16 * EPS * values[:, :1]
+    alive = lower > NOTHING * values[:, :1]
     return (alive & (upper - lower <= REPEATED * upper)).any(1)

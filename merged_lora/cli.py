@@ -100,7 +100,8 @@ def _parser() -> Parser:
         "--rank",
         metavar="K",
         type=int,
-        help="largest rank of the result; sum and slerp approximate beyond it",
+        help="largest rank of the result; cat and strategies on factors refuse to go beyond it, "
+        "all others approximate",
     )
     merge.add_argument("--overwrite", action="store_true", help="replace the adapter that stands in DIR")
     merge.add_argument(

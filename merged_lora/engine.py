@@ -30,7 +30,8 @@ def merge(
     spec:     text such as ``ties(0.7*sql, 0.3*chat, density=0.5)``, or a parsed one.
     adapters: for every source name a PEFT folder or an :class:`Adapter`; further names are ignored.
     backend:  ``triton``, ``cpu``, ``numpy`` or ``auto``.
-    rank:     largest rank of the result; ``sum`` and ``slerp`` approximate beyond it, others refuse.
+    rank:     largest rank of the result; ``cat`` and strategies on factors refuse to go beyond it, all others
+              approximate.
     progress: called with the number of modules finished since the last call.
 
     Factors keep the sources' dtype (mixed: promoted).  The result's metadata tell the spec, the sources'

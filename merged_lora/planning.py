@@ -195,7 +195,7 @@ def _keep(said: _Said, index: int, size: int, source: Adapter, module: str, side
     if rule in ("all", "varied") or said.densities is None or said.whole:
         return _ALL
     density = said.densities[index]
-    if density == 1.0 and rule != "random":
+    if density == 1.0 and rule not in ("random", "graded"):
         return _ALL
     if rule == "largest":
         return _largest(int(density * size), 0)
@@ -204,7 +204,7 @@ def _keep(said: _Said, index: int, size: int, source: Adapter, module: str, side
         return _largest(count, min(int(said.gammas[index] * size), size - count))
     identity = f"{said.seed}\0{source.digest}\0{module}\0{side}"
     key = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
-    spread = round(said.epsilons[index] * SHARES) if said.epsilons is not None else 0
+    spread = round(said.epsilons[index] * SHARES) if said.epsilons is not None and density < 1.0 else 0
     return Keep(share=max(1, round(density * SHARES)), key=key, spread=spread)
 
 
@@ -238,6 +238,11 @@ def _delta_module(
     mean = None
     if relative:
         mean = Mean("slerp" if blend == "nuslerp" else blend, given, len(sources))
+        if blend == "karcher" and abs(math.fsum(given)) <= 1e-6 * math.fsum(map(abs, given)):
+            raise PlanError(
+                f"the weights of those sources that have {module} add up to 0, and karcher divides by that; "
+                "change the weights"
+            )
     if blend == "slerp" and said.t is not None:
         shares = (1.0 - said.t, said.t)
         mean = Mean("slerp", tuple(shares[i] for i in present), len(sources))

@@ -246,6 +246,8 @@ def _check_weights(strategy: Strategy, sources: tuple[Source, ...], options: Map
         raise SpecError('weights="auto" finds the weights; give none to the sources, or leave it out')
     if options.get("weights") == "auto" and options.get("normalize"):
         raise SpecError('weights="auto" finds the weights; leave normalize out')
+    if options.get("weights") == "auto" and options.get("compat") == "lorax":
+        raise SpecError('weights="auto" goes by the length of each delta, which compat="lorax" changes')
     relative = strategy.recipe.blend in MEANS
     if (relative or options.get("normalize")) and _cancels(weights):
         who = strategy.name if relative else "normalize=true"

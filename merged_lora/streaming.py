@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from .bases import EPS, inverses
+from .bases import EPS, eigh, inverses
 
 OVERSAMPLING = 16
 ROUNDS = 2
@@ -46,12 +46,12 @@ def truncate_tiles(
         left = orthonormal(product)
         right = tiles.transposed_times(left.float())
     # T is close to left @ right^T; the eigenvectors of right^T right turn that into singular vectors.
-    squares, vectors = torch.linalg.eigh(_gram(right))
+    squares, vectors = eigh(_gram(right))
     squares, vectors = squares[:, -rank:].flip(1).clamp(min=0.0), vectors[:, :, -rank:].flip(2)
     half = squares.pow(0.25)[:, None, :]
     a = (right.double() @ vectors * inverses(half)).mT
     b = left @ vectors * half
-    return a, b, torch.stack([squares.sum(1), norms], dim=1)
+    return a, b, torch.stack([torch.minimum(squares.sum(1), norms), norms], dim=1)
 
 
 def orthonormal(columns: torch.Tensor) -> torch.Tensor:
@@ -60,9 +60,9 @@ def orthonormal(columns: torch.Tensor) -> torch.Tensor:
     for _ in range(2):  # once leaves what the square of the condition loses
         lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         x = x * inverses(lengths)
-        squares, vectors = torch.linalg.eigh(_gram(x))
-        alive = squares > 16 * EPS * squares[:, -1:]
-        x = x @ torch.where(alive[:, None, :], vectors * inverses(squares.sqrt())[:, None, :], 0.0)
+        squares, vectors = eigh(_gram(x))
+        dead = squares <= 16 * EPS * squares[:, -1:]  # not so for NaN, which must not be lost
+        x = x @ torch.where(dead[:, None, :], 0.0, vectors / squares.sqrt()[:, None, :])
     return x
 
 

@@ -7,8 +7,9 @@ to about the size of one of its sources.  docs/quality.md tells what else was tr
 
 from __future__ import annotations
 
-import functools
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -31,30 +32,25 @@ def auto_weights(sources: Sequence[Adapter], summed: bool) -> Mapping[str, tuple
     adds deltas up instead of averaging them: then all are multiplied so that the sum has the length
     ``n / N ** SHRINK``; deltas that cancel are not blown up, they count as if at right angles.
     """
-    return _remembered(_Sources(sources), summed)
-
-
-class _Sources:
-    """Adapters that count as the same where their contents are."""
-
-    def __init__(self, sources: Sequence[Adapter]) -> None:
-        self.adapters = sources
-        self._digests = tuple(adapter.digest for adapter in sources)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Sources) and self._digests == other._digests
-
-    def __hash__(self) -> int:
-        return hash(self._digests)
-
-
-@functools.lru_cache(KEPT)
-def _remembered(sources: _Sources, summed: bool) -> Mapping[str, tuple[float, ...]]:
-    names = sorted({name for adapter in sources.adapters for name in adapter.modules})
-    return {
-        name: _weights([a.modules[name] for a in sources.adapters if name in a.modules], summed)
-        for name in names
+    key = (tuple(adapter.digest for adapter in sources), summed)
+    with _LOCK:
+        if key in _KNOWN:
+            _KNOWN.move_to_end(key)
+            return _KNOWN[key]
+    names = sorted({name for adapter in sources for name in adapter.modules})
+    weights = {
+        name: _weights([a.modules[name] for a in sources if name in a.modules], summed) for name in names
     }
+    with _LOCK:
+        _KNOWN[key] = weights
+        while len(_KNOWN) > KEPT:
+            _KNOWN.popitem(last=False)
+    return weights
+
+
+_KNOWN: OrderedDict[tuple[tuple[str, ...], bool], Mapping[str, tuple[float, ...]]] = OrderedDict()
+"""By digests and kind of rule: weights alone, so that no adapter is kept alive for them."""
+_LOCK = threading.Lock()
 
 
 def _weights(factors: Sequence[Factors], summed: bool) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ from .groups import RESULTS, Group, Known, Stacks, grouped, merge_group, whole_b
 from .launch import EVERYTHING, NOTHING, Launch, find_pairs, prepare_launches, raised_flags, source_addresses
 from .layout import Layout, copies, lay_out
 from .packed import DeviceSources, Resident, padded
+from .rules import Bound
 from .tables import Integers, target_rows
 from .words import KINDS
 
@@ -33,6 +34,7 @@ class Prepared:
 
     layout: Layout
     groups: tuple[Group, ...]
+    known: dict[str, list[tuple[Bound, Bound] | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ class TritonBackend:
                 launches = self._launch(layout, residents, _every(nowhere), rows, layout.rounds, check=True)
                 verdicts.append((layout.modules, raised_flags(launches).view(-1, 2).amax(1) > 0))
             with self._lending(prepared.groups):
-                known = self._known(plan, prepared.groups, residents)
+                known = self._known(plan, prepared, residents)
                 for group in prepared.groups:
                     verdicts.append((group.names, self._try(group, residents, known, told)))
             for names, wrong in verdicts:
@@ -161,7 +163,7 @@ class TritonBackend:
         told = Told()
         groups = [group for group in (whole.only(slots) for whole in prepared.groups) if group.names]
         with self._lending(groups):
-            known = self._known(plan, prepared.groups, residents)
+            known = self._known(plan, prepared, residents)
             for group in groups:
                 self._fill(group, residents, known, slots, told)
         return told
@@ -224,8 +226,13 @@ class TritonBackend:
         told.add(group, merged)
         return ~(a & b)
 
-    def _known(self, plan: MergePlan, groups: Sequence[Group], residents: Sequence[Resident]) -> Known:
-        return whole_bounds(plan, groups, lambda group: _stacks(group, residents))
+    def _known(self, plan: MergePlan, prepared: Prepared, residents: Sequence[Resident]) -> Known:
+        """Thresholds of the whole model, found once for each plan."""
+        if plan.counts is not None and not prepared.known:
+            prepared.known.update(
+                whole_bounds(plan, prepared.groups, lambda group: _stacks(group, residents))
+            )
+        return prepared.known
 
     def _intermediates(self) -> torch.Tensor:
         return torch.empty(WORKSPACE + RESULTS, dtype=torch.uint8, device=self.device)

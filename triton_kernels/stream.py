@@ -28,6 +28,7 @@ KEEP_BETWEEN: tl.constexpr = tl.constexpr(4)
 ROWS, COLUMNS = 32, 64  # of a tile
 DEPTH = 16  # of a product at a time; ranks are filled up with zeros to a multiple
 BINS = 2048
+VARYING = ["modules"]  # another kernel for one module than for many would be compiled within a step
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _count_kernel(
     a_ptr,  # float32 [sources, modules, rank, columns]
     b_ptr,  # float32 [sources, modules, rows, rank]
@@ -155,7 +156,7 @@ def _merged_tile(
     return tl.where((row < rows)[:, None] & (column < columns)[None, :], total, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _times_kernel(
     a_ptr, b_ptr, scalings_ptr, weights_ptr, low_ptr, high_ptr, keys_ptr, shares_ptr, rescales_ptr,
     right_ptr,  # float32 [modules, columns, WIDTH]
@@ -210,7 +211,7 @@ def _times_kernel(
     tl.store(norms_ptr + module * rows + row, norms, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _transposed_times_kernel(
     a_ptr, b_ptr, scalings_ptr, weights_ptr, low_ptr, high_ptr, keys_ptr, shares_ptr, rescales_ptr,
     left_ptr,  # float32 [modules, rows, WIDTH]

@@ -24,7 +24,7 @@ from merged_lora.spec import parse
 logger = logging.getLogger("vllm.merged_lora")
 
 WARMED = ("sum", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-"""Strategies that a device backend has kernels for, or that first use a library of the device."""
+"""The usual strategies: whatever else launches a kernel of its own is compiled when it is first asked for."""
 WARMED_COUNTS = (2, 3, 4, 5)
 """Of sources: those for which a device backend has kernels of their own, and one for all that are more."""
 

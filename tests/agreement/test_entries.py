@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from agreement.comparing import merged
+from agreement.comparing import assert_same_bits, merged
 from making import SMALL, random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Result
 from merged_lora.cpu_kernels import tiles
 from merged_lora.cpu_kernels.combine import Combiner
 from merged_lora.engine import merge
+from merged_lora.errors import PlanError
 from merged_lora.factors import Factors
 from merged_lora.plan import EntryModule
 from merged_lora.planning import make_plan
@@ -238,3 +239,37 @@ def test_shapes_of_one_row_or_one_column_and_ranks_beyond_them(strategy: str, ba
         oracle = merged(f"{strategy}(a, b)", few, "numpy").modules["m"]
         assert result.shape == shape
         assert float((result.delta() - oracle.delta()).norm()) <= 1e-4 * (1 + float(oracle.delta().norm()))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("strategy", ["ties_svd", "sce_svd", "knots", "core_ties", "core_linear"])
+def test_what_overflows_on_the_way_is_refused_by_name(strategy: str, backend: str) -> None:
+    large = Factors(torch.full((2, 9), 3e19), torch.full((8, 2), 3e19), 1.0)
+    pair = {"a": Adapter({"up_proj": large}), "b": Adapter({"up_proj": large})}
+    with pytest.raises(PlanError, match="overflows its dtype in up_proj; use smaller weights"):
+        # Of the one coordinate that core_ties has here it must keep the whole.
+        options = ", density=1" if strategy == "core_ties" else ""
+        merge(f"{strategy}(a, b{options})", pair, backend, rank=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", ["della", "della_linear"])
+def test_a_source_of_density_1_is_whole_whatever_the_others_are(strategy: str, backend: str) -> None:
+    spec = f"{strategy}(a, c, density=[1.0, 0.5], epsilon=0)"
+    assert_same_bits(merged(spec, adapters(False), backend), merged(spec, adapters(False), "numpy"))
+    spec = f"{strategy}_svd(a, c, density=[1.0, 0.5], epsilon=0)"
+    assert_nearly_best(merged(spec, adapters(False), backend), spec, adapters(False))
+
+
+def test_weights_that_cancel_among_those_that_have_a_module_are_refused() -> None:
+    sources = dict(adapters(False))
+    first = next(iter(SMALL))
+    sources["c"] = Adapter({name: f for name, f in sources["c"].modules.items() if name != first})
+    with pytest.raises(PlanError, match=f"those sources that have {first} add up to 0"):
+        merge("karcher(a, -1*b, c)", sources)
+
+
+@pytest.mark.parametrize("weight", [1e22, 1e-20])
+def test_the_energy_is_told_at_any_size(weight: float) -> None:
+    plain = merged("ties_svd(a, b)", adapters(False)).kept_energy()
+    assert merged(f"ties_svd({weight}*a, {weight}*b)", adapters(False)).kept_energy() == pytest.approx(plain)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from agreement.comparing import assert_same_bits, merged
 from making import SMALL, random_adapter
+from merged_lora import weighing
 from merged_lora.adapters import Adapter
 from merged_lora.errors import SpecError
 from merged_lora.factors import Factors
@@ -80,7 +84,18 @@ def test_rules_that_average_see_deltas_of_one_length(strategy: str) -> None:
 def test_weights_depend_on_nothing_but_the_contents() -> None:
     adapters = sources(1.0, 3.0)
     copies = {name: scaled(adapter, 1.0) for name, adapter in adapters.items()}
-    assert auto_weights(list(adapters.values()), True) == auto_weights(list(copies.values()), True)
+    first = auto_weights(list(adapters.values()), True)
+    weighing._KNOWN.clear()
+    assert auto_weights(list(copies.values()), True) == first
+
+
+def test_weights_that_are_remembered_keep_no_adapter_alive() -> None:
+    adapter = sources(1.0)["a"]
+    auto_weights([adapter], True)
+    alive = weakref.ref(adapter)
+    del adapter
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_module_of_one_source_and_a_delta_of_zeros() -> None:
@@ -117,3 +132,5 @@ def test_weights_beside_it_are_refused() -> None:
         parse("ties(0.7*a, b, weights=auto)")
     with pytest.raises(SpecError, match="leave normalize out"):
         parse("ties(a, b, weights=auto, normalize=true)")
+    with pytest.raises(SpecError, match="length of each delta"):
+        parse('linear(a, b, weights=auto, compat="lorax")')
