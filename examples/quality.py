@@ -220,9 +220,9 @@ def plot(rows: Sequence[Mapping[str, object]]) -> str:
         parts.append(f'<circle cx="{x}" cy="14" r="5" fill="{color}"/>')
         parts.append(f'<text x="{x + 9}" y="18">{LABELS[kind]}</text>')
     for score in range(0, 101, 20):
-        x = left + width * score / 100
-        parts.append(f'<line x1="{x}" y1="{2 * line}" x2="{x}" y2="{height - 10}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x}" y="{2 * line - 4}" text-anchor="middle">{score} %</text>')
+        at = left + width * score / 100
+        parts.append(f'<line x1="{at}" y1="{2 * line}" x2="{at}" y2="{height - 10}" stroke="#ddd"/>')
+        parts.append(f'<text x="{at}" y="{2 * line - 4}" text-anchor="middle">{score} %</text>')
     specialists = left + width * sum(alone[1:]) / max(1, len(alone) - 1)
     parts.append(
         f'<line x1="{specialists}" y1="{2 * line}" x2="{specialists}" y2="{height - 10}" '

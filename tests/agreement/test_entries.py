@@ -246,9 +246,9 @@ def test_shapes_of_one_row_or_one_column_and_ranks_beyond_them(strategy: str, ba
 def test_what_overflows_on_the_way_is_refused_by_name(strategy: str, backend: str) -> None:
     large = Factors(torch.full((2, 9), 3e19), torch.full((8, 2), 3e19), 1.0)
     pair = {"a": Adapter({"up_proj": large}), "b": Adapter({"up_proj": large})}
+    # Of the one coordinate that core_ties has here it must keep the whole.
+    options = ", density=1" if strategy == "core_ties" else ""
     with pytest.raises(PlanError, match="overflows its dtype in up_proj; use smaller weights"):
-        # Of the one coordinate that core_ties has here it must keep the whole.
-        options = ", density=1" if strategy == "core_ties" else ""
         merge(f"{strategy}(a, b{options})", pair, backend, rank=1)
 
 
