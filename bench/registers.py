@@ -92,7 +92,7 @@ def cases() -> Iterator[Case]:
 
 
 def _streams() -> Iterator[Case]:
-    """The kernels of delta space: four sources of rank 16, a sketch of 32 columns."""
+    """The kernels of delta space: four sources of rank 16, a sketch of 64 columns."""
     for precision in ("tf32", "tf32x3"):
         shared = {
             "RANK": 16,
@@ -105,7 +105,7 @@ def _streams() -> Iterator[Case]:
         for rule in ("magnitude_prune", "ties", "dare_ties"):
             keep, blend = RULES[rule]
             chosen = {"SOURCES": 4, "KEEP": keep.value, "RULE": blend.value, "WEIGHTED": False}
-            constants = shared | chosen | {"SKETCH": "tf32x3", "WIDTH": 32}
+            constants = shared | chosen | {"SKETCH": "tf32x3", "WIDTH": 64}
             yield Case(f"{rule}_svd times {precision}", stream._times_kernel, constants, False)
             yield Case(
                 f"{rule}_svd transposed {precision}", stream._transposed_times_kernel, constants, False

@@ -13,7 +13,7 @@ from merged_lora.backends import Energy, Progress, Result
 from merged_lora.factors import Factors
 from merged_lora.lowrank import merge_module
 from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan
-from merged_lora.streaming import OVERSAMPLING, completed, truncate_tiles
+from merged_lora.streaming import starting_columns, truncate_tiles
 
 from .combine import Combiner, Integers
 from .tiles import DeltaTiles, Pair, Visit, find_pairs
@@ -70,10 +70,8 @@ class CpuBackend:
 
     def _merge_tiles(self, module: EntryModule) -> tuple[Factors, Energy]:
         """A module whose deltas are merged entry by entry."""
-        count = min(module.rank + OVERSAMPLING, *module.entries)
-        rows = bases.shared_rows(*_stacked(module), count)
-        tiles = DeltaTiles(module, self._combiner)
-        a, b, energy = truncate_tiles(tiles, completed(rows, count), module.rank)
+        start = starting_columns(*_stacked(module), module.rank)
+        a, b, energy = truncate_tiles(DeltaTiles(module, self._combiner), start, module.rank)
         kept, asked = energy[0].tolist()
         return _factors(a[0], b[0], module), (kept, asked)
 

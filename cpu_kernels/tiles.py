@@ -17,7 +17,7 @@ from merged_lora.plan import EntryModule, Keep
 from . import kernels
 from .combine import EVERYTHING, UNKNOWN, Combiner, addresses, energy_shares, source_tables
 
-TILE_BYTES = 48 << 20  # of a tile of every source and of their merge
+TILE_BYTES = 16 << 20  # of a tile of every source and of their merge
 GROUP = 8  # rows of a tile and of its parts come in eights, so that each begins at a whole Philox call
 
 Pair = tuple[int, int]
@@ -44,13 +44,13 @@ def find_pairs(
     if not open_queries:
         return [found[at] for at in range(len(queries))]
 
-    upper = np.zeros((threads, len(sizes), kernels.BINS), np.int64)
+    upper = np.zeros((threads, len(sizes), 4, kernels.BINS), np.int64)
 
     def count_upper(thread: int, source: int, address: int, size: int, _: int) -> None:
         kernels.count_upper(address, size, upper[thread, source])
 
     scan(count_upper)
-    totals = upper.sum(0)
+    totals = upper.sum((0, 2))
     bins = {at: kernels.find_bin(totals[queries[at][0]], queries[at][1]) for at in open_queries}
 
     lower = np.zeros((threads, len(queries), 2 * kernels.BINS), np.int64)

@@ -2,21 +2,20 @@
 
 A randomized range finder (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) that starts, not from
 random vectors, but from the directions that the sources share most: merged deltas lie close to those.
+On the example adapters and on random ones, densities 0.05 to 0.5, the error is up to 1.006 times the least.
 Knows nothing of rules: a wing multiplies its tiles, see :class:`Tiles`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from .bases import EPS, eigh, inverses
+from .bases import EPS, eigh, inverses, shared_rows
 
-OVERSAMPLING = 16
-ROUNDS = 2
-"""Passes over the tiles are twice as many.  On the example adapters and on random ones the error after one
-round is up to 1.0042 times the least possible, after two up to 1.0002 times."""
+OVERSAMPLING = 48
 
 
 class Tiles(Protocol):
@@ -36,15 +35,14 @@ def truncate_tiles(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Factors ``A [modules, rank, in]`` and ``B [modules, out, rank]`` close to the best of T, and energies.
 
-    start: float32 ``[modules, in, n]``, directions to look into first, n from rank to rank + OVERSAMPLING.
+    start: float32 ``[modules, out, n]``, from :func:`starting_columns`.  Three passes over the tiles.
     Returns float64, the singular values split evenly between A and B, and float64 ``[modules, 2]``: the
     squared norms of the approximation and of T.
     """
-    right = start
-    for _ in range(ROUNDS):
-        product, norms = tiles.times(orthonormal(right).float())
-        left = orthonormal(product)
-        right = tiles.transposed_times(left.float())
+    right = orthonormal(tiles.transposed_times(orthonormal(start).float()))
+    product, norms = tiles.times(right.float())
+    left = orthonormal(product)
+    right = tiles.transposed_times(left.float())
     # T is close to left @ right^T; the eigenvectors of right^T right turn that into singular vectors.
     squares, vectors = eigh(_gram(right))
     squares, vectors = squares[:, -rank:].flip(1).clamp(min=0.0), vectors[:, :, -rank:].flip(2)
@@ -52,6 +50,24 @@ def truncate_tiles(
     a = (right.double() @ vectors * inverses(half)).mT
     b = left @ vectors * half
     return a, b, torch.stack([torch.minimum(squares.sum(1), norms), norms], dim=1)
+
+
+def starting_columns(
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings: torch.Tensor, rank: int
+) -> torch.Tensor:
+    """Where to look for the columns of a merge of these, float32 ``[modules, out, n]``, n about rank + 16.
+
+    The leading left singular vectors of the sources side by side, then random columns, the same every time.
+    a: per source ``[modules, rank_i, in]``, b: per source ``[modules, out, rank_i]``, any float dtype.
+    scalings: float64 ``[modules, sources]``.
+    """
+    out, columns = b[0].shape[1], a[0].shape[2]
+    count = min(rank + OVERSAMPLING, out, columns)
+    # Of the transposed deltas, the rows: they are the columns of these.
+    rows = shared_rows([x.mT for x in b], [x.mT for x in a], scalings, count)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(out, count - rows.shape[1], generator=generator).to(rows.device)
+    return torch.cat([rows.mT.float(), noise.expand(rows.shape[0], -1, -1)], dim=2)
 
 
 def orthonormal(columns: torch.Tensor) -> torch.Tensor:
@@ -72,13 +88,3 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
     gram = wide.mT @ wide
     gram.diagonal(dim1=1, dim2=2).add_(torch.finfo(torch.float64).tiny)
     return gram
-
-
-def completed(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` columns to start with, float32 ``[modules, in, count]``: the given rows, then random ones.
-
-    rows: ``[modules, n, in]``, n at most count.  The random ones are the same every time.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(rows.shape[2], count - rows.shape[1], generator=generator).to(rows.device)
-    return torch.cat([rows.mT.float(), noise.expand(rows.shape[0], -1, -1)], dim=2)

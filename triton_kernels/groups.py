@@ -13,7 +13,7 @@ import torch
 
 from merged_lora import bases
 from merged_lora.plan import DeltaModule, EntryModule, FactorModule, MergePlan, Rule
-from merged_lora.streaming import OVERSAMPLING, completed, truncate_tiles
+from merged_lora.streaming import starting_columns, truncate_tiles
 
 from . import delta, rules
 from .delta import WORKSPACE, MergedStack
@@ -162,12 +162,10 @@ def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
     repeated: torch.Tensor | None = None
     energy: torch.Tensor | None
     if first.basis is None:
-        count = min(first.rank + OVERSAMPLING, *first.entries)
         scalings = _scalings(group, a[0].device)
-        rows = bases.shared_rows(a, b, scalings, count)
         kind_of_tiles = FusedTiles if is_fused(ruled[0], [x.shape[1] for x in a]) else DeltaTiles
         tiles = kind_of_tiles(a, b, scalings.float(), ruled)
-        new_a, new_b, energy = truncate_tiles(tiles, completed(rows, count), first.rank)
+        new_a, new_b, energy = truncate_tiles(tiles, starting_columns(a, b, scalings, first.rank), first.rank)
     else:
         coordinates = _coordinates(group, stacks)
         bounds = _stacked_bounds([known[name] for name in group.names]) if known else None
