@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,20 @@ def sources(count: int) -> dict[str, Adapter]:
     }
 
 
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
+USUAL = ("sum", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Strategies that are one launch; the others are torch operations, and as many sources more of the same."""
+
+
+def cases() -> list[Any]:
+    """Strategy and count; those that take long and tell little are for `make soak`."""
+    return [
+        pytest.param(s.name, n, marks=() if s.name in USUAL or n in (2, 9) else pytest.mark.soak)
+        for s in EXACT
+        for n in COUNTS
+    ]
+
+
+@pytest.mark.parametrize(("strategy", "count"), cases())
 def test_triton_gives_the_bits_of_the_reference(strategy: str, count: int) -> None:
     every = settings_of(strategy)
     count = max(count, TABLE[strategy].sources_min)
