@@ -1,6 +1,6 @@
 """Whether ours, the reference and PEFT give the same merges: what does not agree is not worth timing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -30,9 +30,9 @@ def disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
             "dare_ties(a, 0.5*b, -0.3*c, d)",
         ):
             plan = make_plan(parse(spec), sources)
-            ours = backend.merge(plan, _unseen)
+            ours = backend.merge(plan, unseen)
             name = str(dtype).removeprefix("torch.")
-            theirs = load_backend("numpy").merge(plan, _unseen)
+            theirs = load_backend("numpy").merge(plan, unseen)
             yield f"{name} {spec} = NumPy, every bit", _different_bits(ours, theirs)
             if "dare" not in spec:  # PEFT draws its masks from a global generator
                 yield f"{name} {spec} = PEFT, to rounding", _beyond_rounding(plan, ours, sources)
@@ -47,7 +47,7 @@ def entry_disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
     sources = cases.random_sources(cases.SMALL, 4, 6, torch.float32)
     for strategy in (s for s in TABLE.values() if s.recipe.entrywise):
         plan = make_plan(parse(f"{strategy.name}(a, 0.5*b, -0.3*c, d)"), sources)
-        ours, theirs = (chosen.merge(plan, _unseen) for chosen in (backend, load_backend("numpy")))
+        ours, theirs = (chosen.merge(plan, unseen) for chosen in (backend, load_backend("numpy")))
         wrong = None
         for module, expected in theirs.modules.items():
             apart = float((ours.modules[module].delta() - expected.delta()).norm() / expected.delta().norm())
@@ -58,6 +58,17 @@ def entry_disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
                 if asked - kept > 1.01**2 * (asked - best):
                     wrong = f"{module} keeps {kept:.4g} of {asked:.4g}, {best:.4g} can be kept"
         yield f"{plan.spec} as close as a rank allows", wrong
+
+
+def count_agreed(checks: Iterable[tuple[str, str | None]]) -> int | None:
+    """Print every check; how many there are, or None where something is wrong and nothing is worth timing."""
+    found = list(checks)
+    for what, wrong in found:
+        print(f"  {'WRONG' if wrong else 'ok':6}{what}{': ' + wrong if wrong else ''}")
+    if any(wrong for _, wrong in found):
+        print("not timed: what disagrees must be mended first")
+        return None
+    return len(found)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,7 +135,7 @@ def _beyond_rounding(plan: MergePlan, ours: Result, sources: Mapping[str, Adapte
 
 def _worse_than_peft(backend: Backend) -> str | None:
     sources = cases.random_sources(cases.SMALL, 2, 8, torch.float32)
-    merged = backend.merge(make_plan(parse("svd(a, 0.5*b, rank=6)"), sources), _unseen)
+    merged = backend.merge(make_plan(parse("svd(a, 0.5*b, rank=6)"), sources), unseen)
     for module, got in merged.modules.items():
         pair = {name: adapter.modules[module] for name, adapter in sources.items()}
         target = pair["a"].delta() + 0.5 * pair["b"].delta()
@@ -135,5 +146,5 @@ def _worse_than_peft(backend: Backend) -> str | None:
     return None
 
 
-def _unseen(_: int) -> None:
+def unseen(_: int) -> None:
     """Progress that nobody watches."""

@@ -16,7 +16,7 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 from . import cases, machine, peers
-from .agreement import disagreements
+from .agreement import count_agreed, disagreements, unseen
 from .timing import interleaved, once, ratio, shown
 
 LAYERS, RANK, DENSITY, ROUNDS = 4, 16, 0.5, 9
@@ -32,22 +32,17 @@ def run(quick: bool, file: Path | None) -> int:
     quick: without PEFT's large SVDs.  file: gets every measured time as JSON.
     """
     backend = load_backend("cpu")
-    agreement = list(disagreements(backend))
     print("agreement, on small tensors")
-    for what, wrong in agreement:
-        print(f"  {'WRONG' if wrong else 'ok':6}{what}{': ' + wrong if wrong else ''}")
-    if any(wrong for _, wrong in agreement):
-        print("not timed: what disagrees must be mended first")
+    checks = count_agreed(disagreements(backend))
+    if checks is None:
         return 1
     facts = machine.facts()
-    print("\nmachine")
-    for name, value in facts.items():
-        print(f"  {name:14}{value}")
+    machine.show(facts)
     rows = _factor_rows(backend)
     if not quick:
         rows += _svd_rows(backend)
     if file is not None:
-        report = {"date": date.today().isoformat(), "machine": facts, "checks": len(agreement), "rows": rows}
+        report = {"date": date.today().isoformat(), "machine": facts, "checks": checks, "rows": rows}
         file.write_text(json.dumps(report, indent=1) + "\n")
         print(f"\nwritten: {file}")
     return 0
@@ -68,7 +63,7 @@ def _factor_rows(backend: Backend) -> list[dict[str, object]]:
         planned = [once(partial(make_plan, plan.spec, sources)) for _ in range(ROUNDS)]
         seconds = interleaved(
             {
-                "ours": partial(backend.merge, plan, _unseen),
+                "ours": partial(backend.merge, plan, unseen),
                 "peft": partial(_peft_factors, plan, sources, None if strategy == "linear" else DENSITY),
             },
             ROUNDS,
@@ -99,7 +94,7 @@ def _svd_rows(backend: Backend) -> list[dict[str, object]]:
     SVD of bfloat16."""
     sources = cases.random_sources(cases.llama3_8b(LAYERS), 2, RANK, torch.float32)
     plan = make_plan(parse(f"svd(a, b, rank={RANK})"), sources)
-    whole = interleaved({"ours": partial(backend.merge, plan, _unseen)}, ROUNDS)["ours"]
+    whole = interleaved({"ours": partial(backend.merge, plan, unseen)}, ROUNDS)["ours"]
     print(f"\nsvd, N = 2, rank {RANK}, float32; milliseconds")
     print(f"  ours, all {len(plan.modules)} modules of {LAYERS} layers: {shown(whole)}")
     print("  one module of each shape, PEFT once, ours as above")
@@ -114,7 +109,7 @@ def _svd_rows(backend: Backend) -> list[dict[str, object]]:
             print(f"  {name:18} PEFT's SVD should take {pace * peers.svd_work(shape):.0f} s", flush=True)
         only = {key: Adapter({name: a.modules[f"model.layers.0.{name}"]}) for key, a in sources.items()}
         one = make_plan(plan.spec, only)
-        ours = interleaved({"ours": partial(backend.merge, one, _unseen)}, ROUNDS)["ours"]
+        ours = interleaved({"ours": partial(backend.merge, one, unseen)}, ROUNDS)["ours"]
         pair = {key: adapter.modules[name] for key, adapter in only.items()}
         theirs = [once(partial(peers.merge_svd, pair, [1.0, 1.0], RANK))]
         pace = theirs[0] / peers.svd_work(shape)
@@ -145,7 +140,3 @@ def _peft_factors(plan: MergePlan, sources: Mapping[str, Adapter], density: floa
 def _bytes(plan: MergePlan, sources: Mapping[str, Adapter]) -> int:
     """What must be read and written at least: every source once, the result once."""
     return sum(sources[name].nbytes for name in plan.spec.names) + plan.nbytes
-
-
-def _unseen(_: int) -> None:
-    """Progress that nobody watches."""

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +24,13 @@ def facts() -> dict[str, object]:
         "torch threads": torch.get_num_threads(),
     }
     return measured | {name: installed(name) for name in ("torch", "numpy", "numba", "peft")}
+
+
+def show(facts: Mapping[str, object]) -> None:
+    """Print them."""
+    print("\nmachine")
+    for name, value in facts.items():
+        print(f"  {name:14}{value}")
 
 
 def peak_memory(function: Callable[[], object]) -> int:

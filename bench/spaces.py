@@ -19,7 +19,7 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 from . import cases, machine, peers
-from .agreement import entry_disagreements
+from .agreement import count_agreed, entry_disagreements, unseen
 from .timing import Aim, interleaved, once, ratio, shown
 
 COUNT, RANK, ROUNDS = 4, 16, 9
@@ -37,17 +37,10 @@ def run(spaces: Collection[str], file: Path | None) -> int:
     """Check, measure and print; the exit code.  spaces: of ``delta`` and ``core``."""
     backend = load_backend("cpu")
     print("agreement with the dense reference, on small tensors")
-    failed = False
-    for what, wrong in entry_disagreements(backend):
-        print(f"  {'WRONG' if wrong else 'ok':6}{what}{': ' + wrong if wrong else ''}")
-        failed = failed or wrong is not None
-    if failed:
-        print("not timed: what disagrees must be mended first")
+    if count_agreed(entry_disagreements(backend)) is None:
         return 1
     facts = machine.facts()
-    print("\nmachine")
-    for name, value in facts.items():
-        print(f"  {name:14}{value}")
+    machine.show(facts)
     rows: list[Row] = []
     aims: list[Aim] = []
     sources = cases.random_sources(cases.llama3_8b(1), COUNT, RANK, torch.bfloat16)
@@ -82,7 +75,7 @@ def run(spaces: Collection[str], file: Path | None) -> int:
 
 def _layer(backend: Backend, strategy: str, sources: dict[str, Adapter], rounds: int) -> Row:
     plan = make_plan(parse(f"{strategy}({', '.join(cases.names(COUNT))})"), sources)
-    seconds = interleaved({"ours": partial(backend.merge, plan, _unseen)}, rounds)["ours"]
+    seconds = interleaved({"ours": partial(backend.merge, plan, unseen)}, rounds)["ours"]
     # In a process of its own: here, memory that an earlier merge has freed would hide what the next takes.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         peak = pool.apply(_peak_memory, (strategy,))
@@ -96,8 +89,8 @@ def _peak_memory(strategy: str) -> int:
     sources = cases.random_sources(cases.llama3_8b(1), COUNT, RANK, torch.bfloat16)
     text = f"{strategy}({', '.join(cases.names(COUNT))})"
     small = cases.random_sources(cases.SMALL, COUNT, RANK, torch.bfloat16)
-    backend.merge(make_plan(parse(text), small), _unseen)
-    return machine.peak_memory(partial(backend.merge, make_plan(parse(text), sources), _unseen))
+    backend.merge(make_plan(parse(text), small), unseen)
+    return machine.peak_memory(partial(backend.merge, make_plan(parse(text), sources), unseen))
 
 
 def _beside_peft(backend: Backend) -> Row:
@@ -109,9 +102,9 @@ def _beside_peft(backend: Backend) -> Row:
     weights = [1.0] * COUNT
     ours: list[float] = []
     theirs: list[float] = []
-    backend.merge(plan, _unseen)
+    backend.merge(plan, unseen)
     for _ in range(DELTA_ROUNDS):
-        ours.append(once(partial(backend.merge, plan, _unseen)))
+        ours.append(once(partial(backend.merge, plan, unseen)))
         theirs.append(once(partial(peers.merge_svd, layer, weights, RANK, "ties_svd", 0.5)))
     times = ratio(theirs, ours)
     print(f"\nties_svd of {PEER_MODULE} alone, {'x'.join(map(str, shape))}, float32; milliseconds")
@@ -123,7 +116,3 @@ def _median(row: Row) -> float:
     seconds = row["ours_s"]
     assert isinstance(seconds, list)
     return float(statistics.median(seconds))
-
-
-def _unseen(_: int) -> None:
-    """Progress that nobody watches."""

@@ -87,9 +87,8 @@ class CpuBackend:
         done: dict[str, tuple[Factors, Energy | None]] = {}
         for (name, one), values in zip(batch.items(), merged, strict=True):
             module, coordinates = one.module, one.coordinates
-            a, b, cut = bases.placed(coordinates, values[None], module.rank)
-            if module.basis == "both":
-                cut = bases.kept_of(coordinates, torch.tensor([module.rule.weights]))
+            weights = torch.tensor([module.rule.weights])
+            a, b, cut = bases.placed(coordinates, values[None], weights, module.rank)
             kept = None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
             done[name] = _factors(a[0], b[0], module), kept
         return done
@@ -139,17 +138,11 @@ def _batches(plan: MergePlan) -> Iterator[dict[str, Coordinated]]:
         if batch and size + nbytes > COORDINATES:
             yield batch
             batch, size = {}, 0
-        batch[name] = Coordinated(module, _coordinates(module))
+        coordinates = bases.coordinates_in(module.basis, *_stacked(module), module.rank)
+        batch[name] = Coordinated(module, coordinates)
         size += nbytes
     if batch:
         yield batch
-
-
-def _coordinates(module: EntryModule) -> bases.Coordinates:
-    a, b, scalings = _stacked(module)
-    if module.basis == "both":
-        return bases.both_bases(a, b, scalings, module.rank)
-    return bases.output_basis(a, b, scalings)
 
 
 def _stacked(module: EntryModule) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:

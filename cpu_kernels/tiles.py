@@ -24,6 +24,8 @@ Pair = tuple[int, int]
 Visit = Callable[[int, int, int, int, int], None]
 """Called with the number of a thread, that of a source, and address, size and flat index of a part of it."""
 Scan = Callable[[Visit], None]
+Look = Callable[[int, slice, torch.Tensor, int], None]
+"""Called with the number of a thread, and the rows, values and first flat index of its part of a tile."""
 
 
 def find_pairs(
@@ -161,15 +163,24 @@ class DeltaTiles:
                 torch.mm(b[start : start + rows], a, out=x[:rows])
             yield start, self._tiles[:, :rows]
 
+    def _seen(self, look: Look) -> Iterator[tuple[int, torch.Tensor]]:
+        """The tiles of all sources, each after a function has looked at all its parts, on every core."""
+        for start, tile in self.source_tiles():
+
+            def each(numbered: tuple[int, slice], tile: torch.Tensor = tile, start: int = start) -> None:
+                thread, part = numbered
+                look(thread, part, tile[:, part], (start + part.start) * self._columns)
+
+            self._combiner.each(each, list(enumerate(self._parts(tile.shape[1]))))
+            yield start, tile
+
     def _merged_tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Rows of the merged delta, with the index of the first."""
-        for start, tile in self.source_tiles():
-            parts = self._parts(tile.shape[1])
 
-            def merge(part: slice, tile: torch.Tensor = tile, start: int = start) -> None:
-                self._merge_part(tile[:, part], self._merged[part], (start + part.start) * self._columns)
+        def merge(_: int, part: slice, values: torch.Tensor, begin: int) -> None:
+            self._merge_part(values, self._merged[part], begin)
 
-            self._combiner.each(merge, parts)
+        for start, tile in self._seen(merge):
             yield start, self._merged[: tile.shape[1]]
 
     def _merge_part(self, values: torch.Tensor, target: torch.Tensor, begin: int) -> None:
@@ -217,15 +228,12 @@ class DeltaTiles:
                 kernels.keep_where(x.data_ptr(), size, score.data_ptr(), thr, cut - begin)
 
     def _scan(self, visit: Visit) -> None:
-        for start, tile in self.source_tiles():
+        def each(thread: int, _: slice, values: torch.Tensor, begin: int) -> None:
+            for source, x in enumerate(values):
+                visit(thread, source, x.data_ptr(), x.numel(), begin)
 
-            def each(numbered: tuple[int, slice], tile: torch.Tensor = tile, start: int = start) -> None:
-                thread, part = numbered
-                begin = (start + part.start) * self._columns
-                for source, x in enumerate(tile[:, part]):
-                    visit(thread, source, x.data_ptr(), x.numel(), begin)
-
-            self._combiner.each(each, list(enumerate(self._parts(tile.shape[1]))))
+        for _ in self._seen(each):
+            pass
 
     def _thresholds(self) -> tuple[list[Pair], list[Pair]]:
         """Of each source, what keeps the largest with the skipped ones, and what keeps the skipped ones."""
@@ -244,17 +252,13 @@ class DeltaTiles:
         score = self._score
 
         def scan(visit: Visit) -> None:
-            for start, tile in self.source_tiles():
+            def each(thread: int, part: slice, values: torch.Tensor, begin: int) -> None:
+                out, size = score[part].data_ptr(), values[0].numel()
+                kernels.deviations(addresses(list(values)), size, out)
+                visit(thread, 0, out, size, begin)
 
-                def each(numbered: tuple[int, slice], tile: torch.Tensor = tile, start: int = start) -> None:
-                    thread, part = numbered
-                    out = score[part]
-                    values = list(tile[:, part])
-                    kernels.deviations(addresses(values), values[0].numel(), out.data_ptr())
-                    begin = (start + part.start) * self._columns
-                    visit(thread, 0, out.data_ptr(), values[0].numel(), begin)
-
-                self._combiner.each(each, list(enumerate(self._parts(tile.shape[1]))))
+            for _ in self._seen(each):
+                pass
 
         size = self._rows * self._columns
         return find_pairs(scan, self._combiner.cores, [(0, self._rule.select)], [size])[0]
@@ -262,11 +266,6 @@ class DeltaTiles:
     def _energies(self) -> list[float]:
         """Each source's share of all squares of what is kept."""
         squares = np.zeros(len(self._a))
-        for start, tile in self.source_tiles():
-
-            def keep(part: slice, tile: torch.Tensor = tile, start: int = start) -> None:
-                self._keep(tile[:, part], (start + part.start) * self._columns)
-
-            self._combiner.each(keep, self._parts(tile.shape[1]))
+        for _, tile in self._seen(lambda _thread, _part, values, begin: self._keep(values, begin)):
             squares += [float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tile]
         return energy_shares(squares.tolist())

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .recipe import Basis
+
 EPS = torch.finfo(torch.float64).eps
 NOTHING = 1e-14
 """Of the largest squared singular value: below that, a direction counts as none."""
@@ -42,6 +44,13 @@ class Coordinates:
     kept: torch.Tensor
     asked: torch.Tensor
     repeated: torch.Tensor
+
+
+def coordinates_in(
+    basis: Basis, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings: torch.Tensor, rank: int
+) -> Coordinates:
+    """The deltas in the basis that a recipe names; rank: of the bases, where both sides share one."""
+    return both_bases(a, b, scalings, rank) if basis == "both" else output_basis(a, b, scalings)
 
 
 def output_basis(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings: torch.Tensor) -> Coordinates:
@@ -109,15 +118,6 @@ def both_bases(
     )
 
 
-def kept_of(coordinates: Coordinates, weights: torch.Tensor) -> torch.Tensor:
-    """The summed squared norms of the weighted deltas in the basis and as they are, float64 ``[modules, 2]``.
-
-    weights: ``[modules, sources]``.
-    """
-    squares = weights.double().square().to(coordinates.kept.device)
-    return torch.stack([(squares * x).sum(1) for x in (coordinates.kept, coordinates.asked)], dim=1)
-
-
 def shared_rows(
     a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings: torch.Tensor, count: int
 ) -> torch.Tensor:
@@ -136,16 +136,20 @@ def shared_rows(
 
 
 def placed(
-    coordinates: Coordinates, merged: torch.Tensor, rank: int
+    coordinates: Coordinates, merged: torch.Tensor, weights: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """``A [modules, rank, in]`` and ``B [modules, out, rank]``, float64, of merged coordinates.
 
-    merged: ``[modules, rows, columns]``.  Where the rank is below the rows of an output basis, the best
-    approximation; then the squared norms kept and asked for come third, ``[modules, 2]``.
+    merged: ``[modules, rows, columns]``.  weights: ``[modules, sources]``.  Where the rank is below the rows
+    of an output basis, the best approximation.  Third come the squared norms kept and asked for, float64
+    ``[modules, 2]``: of the merged delta, or where both sides share a basis of the weighted sources together;
+    None where nothing was cut.
     """
     values = merged.double()
     if coordinates.right is not None:
-        return values @ coordinates.right, coordinates.left, None
+        squares = weights.double().square().to(coordinates.kept.device)
+        sums = [(squares * x).sum(1) for x in (coordinates.kept, coordinates.asked)]
+        return values @ coordinates.right, coordinates.left, torch.stack(sums, dim=1)
     rows = values.shape[1]
     if rank >= rows:
         missing = rank - rows

@@ -12,7 +12,7 @@ import torch
 from merged_lora.plan import Rule
 
 from . import stream
-from .combine import KEEP_ALL, KEEP_LARGEST, KEEP_RANDOM, SUM, VOTE_FREQUENCY, VOTE_TOTAL
+from .layout import blend_rule, keep_rule
 from .rules import INFINITY
 from .stream import BINS, DEPTH, KEEP_BETWEEN
 
@@ -52,9 +52,6 @@ class FusedTiles:
         vote = rule.vote
         counted = any(keep.count is not None for keep in rule.keeps)
         skipping = any(keep.skip for keep in rule.keeps)
-        random = any(keep.share is not None for keep in rule.keeps)
-        keep = KEEP_RANDOM if random else KEEP_BETWEEN if skipping else KEEP_LARGEST if counted else KEEP_ALL
-        blend = SUM if vote is None else VOTE_FREQUENCY if vote.frequency else VOTE_TOTAL
         self._sources = stream.Sources(
             a=_filled(a, 1, rank),
             b=_filled(b, 2, rank),
@@ -66,8 +63,8 @@ class FusedTiles:
             shares=torch.tensor([k.share or 0 for k in rule.keeps], dtype=torch.int32).to(device),
             rescales=torch.tensor([k.rescale for k in rule.keeps], dtype=torch.float32).to(device),
             precision=stream.precision({x.dtype for x in (*a, *b)}),
-            keep=keep.value,
-            rule=blend.value,
+            keep=KEEP_BETWEEN.value if skipping else keep_rule(rule.keeps),
+            rule=blend_rule(vote),
             weighted=vote is not None and vote.weighted,
         )
         if counted:

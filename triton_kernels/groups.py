@@ -5,7 +5,6 @@ Their factors come as stacks, views of packed sources; the result is a stack too
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -73,7 +72,8 @@ def merge_group(group: Group, stacks: Stacks, known: Known) -> MergedStack:
     first = group.modules[0]
     a, b = stacks
     if isinstance(first, DeltaModule):
-        weights = torch.tensor([m.weights for m in group.modules if isinstance(m, DeltaModule)]).double()
+        table = [m.weights for m in group.modules if isinstance(m, DeltaModule)]
+        weights = torch.tensor(table, dtype=torch.float64)
         on_device = weights.to(a[0].device, non_blocking=True)
         return delta.merge_stack(delta.Stack(a, b, on_device, first.rank, first.mean, first.dtype))
     parts = [_merge_part(part, _sliced(stacks, where), known) for where, part in _chunks(group)]
@@ -95,58 +95,64 @@ def whole_bounds(
         return {}
     modules = {name: m for name, m in plan.modules.items() if isinstance(m, EntryModule)}
 
-    def values(source: int) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    def magnitudes() -> Iterator[tuple[tuple[str, ...], int, torch.Tensor]]:
+        """Names of modules, number of a source, and its ``[modules, entries]``: source after source."""
         for group in groups:
-            first = group.modules[0]
-            assert isinstance(first, EntryModule)
-            if source in first.present:
-                for where, part in _chunks(group):
-                    coordinates = _coordinates(part, _sliced(stacks(group), where))
-                    yield part.names, coordinates.values[first.present.index(source)]
+            for where, part in _chunks(group):
+                coordinates = _coordinates(part, _sliced(stacks(group), where))
+                for source, x in zip(group.modules[0].present, coordinates.values, strict=True):
+                    yield part.names, source, rules.magnitudes(x)
 
-    cuts: dict[str, dict[int, Bound]] = {name: {} for name in modules}
-    for source, count in enumerate(plan.counts):
-        thr, wanted = _whole_threshold(functools.partial(values, source), count)
-        ties = {
-            name: mags == thr
-            for names, x in values(source)
-            for name, mags in zip(names, rules.magnitudes(x), strict=True)
-        }
-        for name in modules:  # in the order of the plan, which is the order of the indices
-            if name in ties:
-                met = ties[name].cumsum(0)
-                here = int(met[-1])
-                cut = met.numel() if here <= wanted else int((met < wanted).sum()) + (wanted > 0)
-                wanted = max(0, wanted - here)
-                cuts[name][source] = Bound(*(torch.tensor([x], device=met.device) for x in (thr, cut)))
-    nothing = {
-        name: Bound(
-            *(torch.tensor([x], device=next(iter(own.values())).thr.device) for x in (rules.INFINITY, 0))
-        )
-        for name, own in cuts.items()
-    }
-    return {name: [(own[i], nothing[name]) for i in modules[name].present] for name, own in cuts.items()}
+    thresholds = _whole_thresholds(lambda: ((i, x) for _, i, x in magnitudes()), plan.counts)
+    ties: dict[tuple[str, int], torch.Tensor] = {}
+    for names, source, mags in magnitudes():
+        for name, row in zip(names, mags, strict=True):
+            ties[name, source] = (row == thresholds[source][0]).nonzero()[:, 0]
+    found: dict[str, list[tuple[Bound, Bound] | None]] = {}
+    wanted = [ties_kept for _, ties_kept in thresholds]
+    for name, module in modules.items():  # in the order of the plan, which is the order of the indices
+        found[name] = []
+        for source in module.present:
+            places = ties[name, source]
+            kept = min(wanted[source], places.numel())
+            cut = int(places[kept - 1]) + 1 if kept else 0
+            wanted[source] -= kept
+            low, high = (
+                Bound(*(torch.tensor([x], device=places.device) for x in pair))
+                for pair in ((thresholds[source][0], cut), (rules.INFINITY, 0))
+            )
+            found[name].append((low, high))
+    return found
 
 
-def _whole_threshold(
-    values: Callable[[], Iterator[tuple[object, torch.Tensor]]], count: int
-) -> tuple[int, int]:
-    """The magnitude, as bits, from which on the ``count`` largest lie, and how many equal to it are kept."""
+def _whole_thresholds(
+    magnitudes: Callable[[], Iterator[tuple[int, torch.Tensor]]], wanted: Sequence[int]
+) -> list[tuple[int, int]]:
+    """For each source the magnitude, as bits, from which on the largest lie, and how many equal it and count.
 
-    def flat() -> Iterator[torch.Tensor]:
-        return (x.reshape(1, -1) for _, x in values())
+    magnitudes: goes through all of them, with the number of their source.  wanted: of each source.
+    """
 
-    upper = count_bins(flat(), upper_bits)
-    if count == 0 or upper is None:
-        return rules.INFINITY, 0
-    wanted = torch.tensor([count], device=upper.device)
-    if int(upper.sum()) <= count:
-        return 0, count
-    bins, wanted = last_bin(upper, wanted)
-    lower = count_bins(flat(), lower_bits(bins))
-    assert lower is not None
-    low, wanted = last_bin(lower, wanted)
-    return int(bins) << 16 | int(low), int(wanted)
+    def counted(places: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> dict[int, torch.Tensor]:
+        totals: dict[int, torch.Tensor] = {}
+        for source, mags in magnitudes():
+            here = count_bins(mags.reshape(1, -1), places[source])
+            totals[source] = totals[source] + here if source in totals else here
+        return totals
+
+    upper = counted([upper_bits] * len(wanted))
+    counts = {i: upper[i].new_tensor([min(wanted[i], int(upper[i].sum()))]) for i in upper}
+    first = {i: last_bin(upper[i], counts[i]) for i in upper}
+    lower = counted([lower_bits(first[i][0]) if i in first else upper_bits for i in range(len(wanted))])
+    found = []
+    for i, count in enumerate(wanted):
+        if i not in upper or count == 0:
+            found.append((rules.INFINITY, 0))
+            continue
+        bins, left = first[i]
+        low, left = last_bin(lower[i], left)
+        found.append((int(bins) << 16 | int(low), int(left)))
+    return found
 
 
 def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
@@ -170,21 +176,18 @@ def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
         coordinates = _coordinates(group, stacks)
         bounds = _stacked_bounds([known[name] for name in group.names]) if known else None
         merged = rules.combine(coordinates.values, ruled, bounds)
-        new_a, new_b, energy = bases.placed(coordinates, merged, first.rank)
+        weights = torch.tensor([rule.weights for rule in ruled])
+        new_a, new_b, energy = bases.placed(coordinates, merged, weights, first.rank)
         repeated = coordinates.repeated
-        if first.basis == "both":
-            energy = bases.kept_of(coordinates, torch.tensor([rule.weights for rule in ruled]))
     return MergedStack(new_a.to(first.dtype), new_b.to(first.dtype), energy, repeated)
 
 
 def _coordinates(group: Group, stacks: Stacks) -> bases.Coordinates:
     first = group.modules[0]
     assert isinstance(first, EntryModule)
+    assert first.basis is not None
     a, b = stacks
-    scalings = _scalings(group, a[0].device)
-    if first.basis == "both":
-        return bases.both_bases(a, b, scalings, first.rank)
-    return bases.output_basis(a, b, scalings)
+    return bases.coordinates_in(first.basis, a, b, _scalings(group, a[0].device), first.rank)
 
 
 def _rules(group: Group) -> list[Rule]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from merged_lora.plan import FactorJob, FactorModule, MergePlan, Module, Vote
+from merged_lora.plan import FactorModule, Keep, MergePlan, Module, Vote
 
 from .combine import COPY, KEEP_ALL, KEEP_LARGEST, KEEP_RANDOM, SUM, VOTE_FREQUENCY, VOTE_TOTAL
 from .packed import Packed
@@ -94,20 +94,21 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
         shares=table([k.share or 0 for k in keeps], np.int64, 0),
         rescales=table([rescales[k.share] for k in keeps], np.float32, 0),
         keys=table([k.key or 0 for k in keeps], np.uint64, 0).view(np.int64),
-        keep=_keep_rule(jobs),
-        rule=_blend_rule(vote),
+        keep=keep_rule(keeps),
+        rule=blend_rule(vote),
         weighted=vote is not None and vote.weighted,
     )
 
 
-def _keep_rule(jobs: Sequence[FactorJob]) -> int:
-    keeps = [keep for job in jobs for keep in job.rule.keeps]
+def keep_rule(keeps: Collection[Keep]) -> int:
+    """The word of ``combine.Variant`` for how entries are kept."""
     if any(keep.share is not None for keep in keeps):
         return int(KEEP_RANDOM.value)
     return int((KEEP_ALL if all(keep.count is None for keep in keeps) else KEEP_LARGEST).value)
 
 
-def _blend_rule(vote: Vote | None) -> int:
+def blend_rule(vote: Vote | None) -> int:
+    """The word of ``combine.Variant`` for how entries are blended."""
     if vote is None:
         return int(SUM.value)
     return int((VOTE_FREQUENCY if vote.frequency else VOTE_TOTAL).value)

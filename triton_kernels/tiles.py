@@ -6,6 +6,7 @@ every pass.  Thresholds are exact: two histograms, of the upper and then of the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -139,28 +140,21 @@ def lower_bits(upper: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda mags: torch.where(mags >> 16 == upper[:, None], mags & 0xFFFF, BINS)
 
 
-def count_bins(
-    tiles: Iterator[torch.Tensor], place: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor | None:
-    """How many entries of all tiles lie in each bin, int64 ``[modules, BINS]``; None where there is no tile.
+def count_bins(mags: torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """How many magnitudes ``[modules, entries]`` lie in each bin, int64 ``[modules, BINS]``.
 
     What is placed at BINS is left out.
     """
-    total: torch.Tensor | None = None
-    for x in tiles:
-        places = place(rules.magnitudes(x)).long()
-        modules = places.shape[0]
-        offsets = torch.arange(modules, device=x.device)[:, None] * (BINS + 1)
-        counted = torch.bincount((places + offsets).view(-1), minlength=modules * (BINS + 1))
-        counted = counted.view(modules, BINS + 1)[:, :BINS]
-        total = counted if total is None else total + counted
-    return total
+    places = place(mags).long()
+    modules = places.shape[0]
+    offsets = torch.arange(modules, device=mags.device)[:, None] * (BINS + 1)
+    counted = torch.bincount((places + offsets).view(-1), minlength=modules * (BINS + 1))
+    return counted.view(modules, BINS + 1)[:, :BINS]
 
 
 def _counted(tiles: Iterator[torch.Tensor], place: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    counted = count_bins(tiles, place)
-    assert counted is not None
-    return counted
+    """The same of the entries of all tiles."""
+    return functools.reduce(torch.add, (count_bins(rules.magnitudes(x), place) for x in tiles))
 
 
 def last_bin(counts: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

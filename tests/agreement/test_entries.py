@@ -181,6 +181,19 @@ def test_a_scope_of_the_whole_model_is_that_of_the_oracle(density: float, backen
         assert max(relative_error(plain.modules[m], f) for m, f in theirs.modules.items()) > 1e-3
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("density", [0.1, 0.37, 0.9])
+def test_equal_entries_of_several_modules_are_kept_in_the_order_of_the_modules(
+    density: float, backend: str
+) -> None:
+    same = {name: random_adapter({"m": (12, 20)}, 3, seed=i).modules["m"] for i, name in enumerate("ab")}
+    sources = {name: Adapter(dict.fromkeys(("m0", "m1", "m2"), f)) for name, f in same.items()}
+    spec = f"knots(a, b, density={density}, scope=model)"
+    ours, theirs = merged(spec, sources, backend), merged(spec, sources, "numpy")
+    for module, expected in theirs.modules.items():
+        assert relative_error(ours.modules[module], expected) <= 1e-5, module
+
+
 def test_the_basis_of_knots_does_not_depend_on_how_factors_are_scaled() -> None:
     twins = {
         name: Adapter({m: Factors(f.a * 8, f.b / 8, f.scaling) for m, f in adapter.modules.items()})
