@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,8 @@ from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, 
 from merged_lora.streaming import starting_columns, truncate_tiles
 
 from .combine import Combiner, Integers
-from .tiles import DeltaTiles, Pair, Visit, find_pairs
+from .thresholds import Pair, Visit, find_pairs
+from .tiles import DeltaTiles
 
 COORDINATES = 64 << 20  # bytes of coordinates and their bases that are merged at a time
 
@@ -105,12 +106,13 @@ class CpuBackend:
             for i in module.present:
                 sizes[i] += module.entries[0] * module.entries[1]
 
-        def scan(visit: Visit) -> None:
+        def scan(visit: Visit, begins: Collection[int] | None) -> None:
             for batch in _batches(plan):
                 for name, one in batch.items():
                     places = zip(one.module.present, one.coordinates.values, starts[name], strict=True)
                     for i, x, begin in places:
-                        visit(0, i, x.data_ptr(), x.numel(), begin)
+                        if begins is None or begin in begins:
+                            visit(0, i, x.data_ptr(), x.numel(), begin)
 
         pairs: list[Pair] = find_pairs(scan, 1, list(enumerate(plan.counts)), sizes)
         return {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ Made = TypeVar("Made")
 
 KINDS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
 BATCHES_PER_CORE = 4  # enough to even out the load, few enough that handing them out costs nothing
+COPY_BYTES = 64 << 20  # of the float32 copies that rules which are not simple work on
 UNKNOWN = np.zeros((0, 2), np.int64)
 EVERYTHING = (0, 1 << 62)
 """The pair ``(thr, cut)`` that keeps every entry."""
@@ -33,7 +35,7 @@ class Combiner:
 
     def __init__(self) -> None:
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(self.cores, thread_name_prefix="merged-lora")
+        self._pool = _start_pool(self.cores)
 
     def merge(
         self, jobs: Sequence[FactorJob], progress: Progress, known: Sequence[Integers] = ()
@@ -44,11 +46,23 @@ class Combiner:
         """
         if not jobs:
             return []
-        coefficients = [1.0] * sum(len(job.inputs) for job in jobs)
-        if not all(job.rule.simple for job in jobs):
-            prepared = self.each(prepare, jobs)
-            jobs = [job for job, _ in prepared]
+        if all(job.rule.simple for job in jobs):
+            return self._merge(jobs, [1.0] * sum(len(job.inputs) for job in jobs), progress, known)
+        outputs: list[torch.Tensor] = []
+        for some in _batches(jobs):
+            prepared = self.each(prepare, some)
             coefficients = [c for _, given in prepared for c in given]
+            outputs += self._merge([job for job, _ in prepared], coefficients, progress, ())
+        return outputs
+
+    def _merge(
+        self,
+        jobs: Sequence[FactorJob],
+        coefficients: Sequence[float],
+        progress: Progress,
+        known: Sequence[Integers],
+    ) -> list[torch.Tensor]:
+        """The same in one go.  coefficients: in an energy mean, of every input of every job."""
         inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
         counts = np.array([len(job.inputs) for job in jobs])
         outputs = _new_tensors([(job.inputs[0].shape, job.dtype) for job in jobs])
@@ -85,6 +99,39 @@ class Combiner:
         for future in as_completed(futures):
             future.result()
             progress(futures[future])
+
+
+def _start_pool(cores: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch uses one core, as they are one for each core already.
+
+    With more, torch's helpers of every one would spin on the cores that the others need.
+    """
+    started = threading.Barrier(cores)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread's first question would undo what was set before it
+        started.wait()
+
+    pool = ThreadPoolExecutor(cores, "merged-lora", start)
+    wait([pool.submit(int) for _ in range(cores)])
+    # torch keeps the number for each thread, but gives the last one set to threads that come later.
+    torch.set_num_threads(torch.get_num_threads())
+    return pool
+
+
+def _batches(jobs: Sequence[FactorJob]) -> Iterator[list[FactorJob]]:
+    """Jobs whose inputs take COPY_BYTES at most as float32, or one."""
+    batch: list[FactorJob] = []
+    size = 0
+    for job in jobs:
+        nbytes = 4 * sum(x.numel() for x in job.inputs)
+        if batch and size + nbytes > COPY_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(job)
+        size += nbytes
+    yield batch
 
 
 def source_tables(rules: Sequence[Rule], coefficients: Sequence[float]) -> tuple[Any, ...]:

@@ -1,13 +1,14 @@
 """Deltas merged entry by entry, a tile of rows at a time: exact thresholds over the whole, then products.
 
 Each pass forms the tiles anew, by the same products of the same shapes, so that an entry has the same bits in
-every pass and exactly as many are kept as are asked for.
+every pass and exactly as many are kept as are asked for.  Every core walks over tiles of its own, which stay
+in its cache, and waits for no other before the end of a pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -15,97 +16,25 @@ import torch
 from merged_lora.plan import EntryModule, Keep
 
 from . import kernels
-from .combine import EVERYTHING, UNKNOWN, Combiner, addresses, energy_shares, source_tables
+from .combine import UNKNOWN, Combiner, addresses, energy_shares, source_tables
+from .thresholds import Pair, Visit, find_pairs
 
-TILE_BYTES = 16 << 20  # of a tile of every source and of their merge
-GROUP = 8  # rows of a tile and of its parts come in eights, so that each begins at a whole Philox call
-
-Pair = tuple[int, int]
-Visit = Callable[[int, int, int, int, int], None]
-"""Called with the number of a thread, that of a source, and address, size and flat index of a part of it."""
-Scan = Callable[[Visit], None]
-Look = Callable[[int, slice, torch.Tensor, int], None]
-"""Called with the number of a thread, and the rows, values and first flat index of its part of a tile."""
+TILE_BYTES = 4 << 20  # of a tile of every source, of their merge and of a score
+GROUP = 8  # rows of a tile come in eights, so that each begins at a whole Philox call
 
 
-def find_pairs(
-    scan: Scan, threads: int, queries: Sequence[tuple[int, int]], sizes: Sequence[int]
-) -> list[Pair]:
-    """``(thr, cut)`` that keep exactly ``count`` of a source's magnitudes, for queries ``(source, count)``.
+class Room:
+    """What one core works in.  tile: ``[sources, rows, columns]``; merged, score: ``[rows, columns]``."""
 
-    Exact in two passes over float32 values, and a third where entries of equal magnitude straddle the count.
-    scan: visits all parts of all sources, those of one in the order of their indices.  sizes: of the sources.
-    """
-    found: dict[int, Pair] = {}
-    for at, (source, count) in enumerate(queries):
-        if count >= sizes[source]:
-            found[at] = EVERYTHING
-        elif count == 0:
-            found[at] = (kernels.INFINITY, 0)
-    open_queries = [at for at in range(len(queries)) if at not in found]
-    if not open_queries:
-        return [found[at] for at in range(len(queries))]
-
-    upper = np.zeros((threads, len(sizes), 4, kernels.BINS), np.int64)
-
-    def count_upper(thread: int, source: int, address: int, size: int, _: int) -> None:
-        kernels.count_upper(address, size, upper[thread, source])
-
-    scan(count_upper)
-    totals = upper.sum((0, 2))
-    bins = {at: kernels.find_bin(totals[queries[at][0]], queries[at][1]) for at in open_queries}
-
-    lower = np.zeros((threads, len(queries), 2 * kernels.BINS), np.int64)
-
-    def count_lower(thread: int, source: int, address: int, size: int, _: int) -> None:
-        for at in open_queries:
-            if queries[at][0] == source:
-                kernels.count_lower(address, size, bins[at][0], lower[thread, at])
-
-    scan(count_lower)
-    ties: dict[int, tuple[int, int]] = {}
-    for at in open_queries:
-        counts = lower[:, at].sum(0)
-        low, wanted = kernels.find_bin(counts, bins[at][1])
-        thr = bins[at][0] << 16 | low
-        if wanted == counts[low]:
-            found[at] = (thr, EVERYTHING[1])
-        else:
-            ties[at] = (thr, wanted)
-    if ties:
-        found |= _cut_ties(scan, queries, ties)
-    return [found[at] for at in range(len(queries))]
+    def __init__(self, sources: int, rows: int, columns: int) -> None:
+        self.tile = torch.empty(sources, rows, columns)
+        self.merged = torch.empty(rows, columns)
+        self.score = torch.empty(rows, columns)
 
 
-def _cut_ties(
-    scan: Scan, queries: Sequence[tuple[int, int]], ties: dict[int, tuple[int, int]]
-) -> dict[int, Pair]:
-    """Where the last of the ties that are kept lies: parts are counted, then the right one looked into."""
-    met: dict[int, dict[int, int]] = {at: {} for at in ties}
-
-    def count(_: int, source: int, address: int, size: int, begin: int) -> None:
-        for at, (thr, _wanted) in ties.items():
-            if queries[at][0] == source:
-                met[at][begin] = kernels.find_tie(address, size, thr, size + 1)[1]
-
-    scan(count)
-    where: dict[int, tuple[int, int]] = {}
-    for at, (_thr, wanted) in ties.items():
-        left = wanted
-        for begin in sorted(met[at]):
-            if met[at][begin] >= left:
-                where[at] = (begin, left)
-                break
-            left -= met[at][begin]
-    found: dict[int, Pair] = {}
-
-    def locate(_: int, source: int, address: int, size: int, begin: int) -> None:
-        for at, (thr, _wanted) in ties.items():
-            if queries[at][0] == source and where[at][0] == begin:
-                found[at] = (thr, begin + kernels.find_tie(address, size, thr, where[at][1])[0])
-
-    scan(locate)
-    return found
+Look = Callable[[int, Room, int, int], None]
+"""Called with the number of a core, its room with a tile of all sources, and the tile's first row and number
+of rows."""
 
 
 class DeltaTiles:
@@ -122,10 +51,10 @@ class DeltaTiles:
         self._b = [f.b.float() * s for f, s in zip(module.sources, module.scalings, strict=True)]
         each = 4 * (len(self._a) + 2) * self._columns
         self._step = min(-(-self._rows // GROUP), max(1, TILE_BYTES // each // GROUP)) * GROUP
-        self._tiles = torch.empty(len(self._a), self._step, self._columns)
-        self._merged = torch.empty(self._step, self._columns)
-        self._score = torch.empty(self._step, self._columns) if module.rule.select is not None else None
+        cores = min(combiner.cores, -(-self._rows // self._step))
+        self._rooms = [Room(len(self._a), self._step, self._columns) for _ in range(cores)]
         self.low, self.high = self._thresholds()
+        self._selected: Pair | None = None
         self._selected = self._selection()
         self._coefficients = [1.0] * len(self._a)
         if self._rule.vote is not None and self._rule.vote.energy:
@@ -137,56 +66,47 @@ class DeltaTiles:
     def times(self, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`merged_lora.streaming.Tiles`."""
         product = torch.empty(1, self._rows, right.shape[2])
-        squares = 0.0
-        for start, tile in self._merged_tiles():
-            torch.mm(tile, right[0], out=product[0, start : start + tile.shape[0]])
-            squares += float(torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64).square().sum())
-        return product, torch.tensor([squares], dtype=torch.float64)
+        squares = torch.zeros(self._rows, dtype=torch.float64)
+
+        def look(_: int, room: Room, start: int, rows: int) -> None:
+            merged = self._merge(room, start, rows)
+            torch.mm(merged, right[0], out=product[0, start : start + rows])
+            norms = torch.linalg.vector_norm(merged, dim=1, dtype=torch.float64)
+            squares[start : start + rows] = norms.square_()
+
+        self.walk(look)
+        return product, squares.sum()[None]
 
     def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
         """See :class:`merged_lora.streaming.Tiles`."""
-        product = torch.zeros(1, self._columns, left.shape[2])
-        for start, tile in self._merged_tiles():
-            product[0].addmm_(tile.T, left[0, start : start + tile.shape[0]])
-        return product
+        products = torch.zeros(len(self._rooms), self._columns, left.shape[2])
 
-    def _parts(self, rows: int) -> list[slice]:
-        """The rows of a tile in parts, one for each core."""
-        step = -(-rows // (self._combiner.cores * GROUP)) * GROUP
-        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        def look(core: int, room: Room, start: int, rows: int) -> None:
+            products[core].addmm_(self._merge(room, start, rows).T, left[0, start : start + rows])
 
-    def source_tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Rows ``[sources, rows, columns]`` of every source's delta, with the index of the first."""
-        for start in range(0, self._rows, self._step):
-            rows = min(self._step, self._rows - start)
-            for x, b, a in zip(self._tiles, self._b, self._a, strict=True):
-                torch.mm(b[start : start + rows], a, out=x[:rows])
-            yield start, self._tiles[:, :rows]
+        self.walk(look)
+        return products.sum(0, keepdim=True)
 
-    def _seen(self, look: Look) -> Iterator[tuple[int, torch.Tensor]]:
-        """The tiles of all sources, each after a function has looked at all its parts, on every core."""
-        for start, tile in self.source_tiles():
+    def walk(self, look: Look, begins: Collection[int] | None = None) -> None:
+        """Form every tile, or those that begin at these flat indices, and have a function look at it."""
 
-            def each(numbered: tuple[int, slice], tile: torch.Tensor = tile, start: int = start) -> None:
-                thread, part = numbered
-                look(thread, part, tile[:, part], (start + part.start) * self._columns)
+        def run(core: int) -> None:
+            room = self._rooms[core]
+            for start in range(core * self._step, self._rows, len(self._rooms) * self._step):
+                if begins is not None and start * self._columns not in begins:
+                    continue
+                rows = min(self._step, self._rows - start)
+                for x, b, a in zip(room.tile, self._b, self._a, strict=True):
+                    torch.mm(b[start : start + rows], a, out=x[:rows])
+                look(core, room, start, rows)
 
-            self._combiner.each(each, list(enumerate(self._parts(tile.shape[1]))))
-            yield start, tile
+        self._combiner.each(run, range(len(self._rooms)))
 
-    def _merged_tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Rows of the merged delta, with the index of the first."""
-
-        def merge(_: int, part: slice, values: torch.Tensor, begin: int) -> None:
-            self._merge_part(values, self._merged[part], begin)
-
-        for start, tile in self._seen(merge):
-            yield start, self._merged[: tile.shape[1]]
-
-    def _merge_part(self, values: torch.Tensor, target: torch.Tensor, begin: int) -> None:
-        """Combine rows of every source into rows of the result; begin: flat index of their first entry."""
-        self._keep(values, begin)
-        size, count = values[0].numel(), len(values)
+    def _merge(self, room: Room, start: int, rows: int) -> torch.Tensor:
+        """Rows of the merged delta, from those of every source."""
+        self._keep(room, start, rows)
+        values, target = room.tile[:, :rows], room.merged[:rows]
+        begin, count = start * self._columns, len(self._a)
         known = UNKNOWN
         if self._rule.simple and self.low:
             known = np.array([(thr, cut - begin) for thr, cut in self.low], np.int64)
@@ -194,7 +114,7 @@ class DeltaTiles:
             np.zeros(1, np.int64),
             np.array([target.data_ptr()], np.int64),
             np.array([kernels.FP32]),
-            np.array([size]),
+            np.array([target.numel()]),
             np.array([begin]),
             np.array([0]),
             np.array([count]),
@@ -203,37 +123,31 @@ class DeltaTiles:
             *source_tables([self._combined], self._coefficients),
             known,
         )
+        return target
 
-    def _keep(self, values: torch.Tensor, begin: int) -> None:
+    def _keep(self, room: Room, start: int, rows: int) -> None:
         """Zero what a rule that is not simple does not keep."""
         if self._rule.simple:
             return
-        rows, columns = values.shape[1:]
-        size = rows * columns
-        for i, (x, keep) in enumerate(zip(values, self._rule.keeps, strict=True)):
+        size, begin = rows * self._columns, start * self._columns
+        for i, (x, keep) in enumerate(zip(room.tile, self._rule.keeps, strict=True)):
             address = x.data_ptr()
             if keep.share is not None:
-                kernels.keep_graded(
-                    address, rows, columns, begin, keep.share, keep.spread, np.uint64(keep.key or 0)
-                )
+                key = np.uint64(keep.key or 0)
+                kernels.keep_graded(address, rows, self._columns, begin, keep.share, keep.spread, key)
             elif self.low:
                 (low, low_cut), (high, high_cut) = self.low[i], self.high[i]
                 kernels.keep_between(address, size, low, low_cut - begin, high, high_cut - begin)
-        if self._score is not None and self._selected is not None:
-            first = begin // self._columns % self._step
-            score = self._score[first : first + rows]
-            kernels.deviations(addresses(list(values)), size, score.data_ptr())
-            thr, cut = self._selected
-            for x in values:
-                kernels.keep_where(x.data_ptr(), size, score.data_ptr(), thr, cut - begin)
+        if self._selected is not None:
+            score, (thr, cut) = self._scored(room, rows), self._selected
+            for x in room.tile:
+                kernels.keep_where(x.data_ptr(), size, score, thr, cut - begin)
 
-    def _scan(self, visit: Visit) -> None:
-        def each(thread: int, _: slice, values: torch.Tensor, begin: int) -> None:
-            for source, x in enumerate(values):
-                visit(thread, source, x.data_ptr(), x.numel(), begin)
-
-        for _ in self._seen(each):
-            pass
+    def _scored(self, room: Room, rows: int) -> int:
+        """The address of how much the sources deviate from each other, entry by entry."""
+        score = room.score.data_ptr()
+        kernels.deviations(addresses(list(room.tile)), rows * self._columns, score)
+        return score
 
     def _thresholds(self) -> tuple[list[Pair], list[Pair]]:
         """Of each source, what keeps the largest with the skipped ones, and what keeps the skipped ones."""
@@ -242,30 +156,42 @@ class DeltaTiles:
             return [], []
         size = self._rows * self._columns
         counts = [size if keep.count is None else keep.skip + keep.count for keep in keeps]
-        queries = [*enumerate(counts), *enumerate(keep.skip for keep in keeps)]
-        pairs = find_pairs(self._scan, self._combiner.cores, queries, [size] * len(keeps))
+        skips = [keep.skip for keep in keeps]
+        queries = [*enumerate(counts), *enumerate(skips)]
+
+        def scan(visit: Visit, begins: Collection[int] | None) -> None:
+            def look(core: int, room: Room, start: int, rows: int) -> None:
+                for source, x in enumerate(room.tile):
+                    visit(core, source, x.data_ptr(), rows * self._columns, start * self._columns)
+
+            self.walk(look, begins)
+
+        pairs = find_pairs(scan, len(self._rooms), queries, [size] * len(keeps))
         return pairs[: len(keeps)], pairs[len(keeps) :]
 
     def _selection(self) -> Pair | None:
-        if self._rule.select is None or self._score is None:
+        """What keeps the entries in which the sources deviate most."""
+        if self._rule.select is None:
             return None
-        score = self._score
 
-        def scan(visit: Visit) -> None:
-            def each(thread: int, part: slice, values: torch.Tensor, begin: int) -> None:
-                out, size = score[part].data_ptr(), values[0].numel()
-                kernels.deviations(addresses(list(values)), size, out)
-                visit(thread, 0, out, size, begin)
+        def scan(visit: Visit, begins: Collection[int] | None) -> None:
+            def look(core: int, room: Room, start: int, rows: int) -> None:
+                score = self._scored(room, rows)
+                visit(core, 0, score, rows * self._columns, start * self._columns)
 
-            for _ in self._seen(each):
-                pass
+            self.walk(look, begins)
 
         size = self._rows * self._columns
-        return find_pairs(scan, self._combiner.cores, [(0, self._rule.select)], [size])[0]
+        return find_pairs(scan, len(self._rooms), [(0, self._rule.select)], [size])[0]
 
     def _energies(self) -> list[float]:
         """Each source's share of all squares of what is kept."""
-        squares = np.zeros(len(self._a))
-        for _, tile in self._seen(lambda _thread, _part, values, begin: self._keep(values, begin)):
-            squares += [float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tile]
-        return energy_shares(squares.tolist())
+        squares = torch.zeros(len(self._a), self._rows, dtype=torch.float64)
+
+        def look(_: int, room: Room, start: int, rows: int) -> None:
+            self._keep(room, start, rows)
+            norms = torch.linalg.vector_norm(room.tile[:, :rows], dim=2, dtype=torch.float64)
+            squares[:, start : start + rows] = norms.square_()
+
+        self.walk(look)
+        return energy_shares(squares.sum(1).tolist())

@@ -151,7 +151,12 @@ def test_exactly_as_many_entries_are_kept_as_asked_and_those_of_the_oracle(densi
     assert isinstance(module, EntryModule)
     mine = tiles.DeltaTiles(module, Combiner())
     pairs = [(f.a.numpy(), f.b.numpy()) for f in module.sources]
-    streamed = torch.cat([tile.clone() for _, tile in mine.source_tiles()], dim=1).numpy()
+    streamed = np.zeros((2, *LARGE["m"]), np.float32)
+
+    def look(_: int, room: tiles.Room, start: int, rows: int) -> None:
+        streamed[:, start : start + rows] = room.tile[:, :rows].numpy()
+
+    mine.walk(look)
     for i, x in enumerate(dense.dense(pairs, module.scalings)):
         factors, keep, (thr, cut) = module.sources[i], module.rule.keeps[i], mine.low[i]
         assert keep.count == int(density * x.size)

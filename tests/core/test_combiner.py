@@ -1,0 +1,48 @@
+"""The CPU backend's threads, and jobs that it prepares some at a time."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from merged_lora.cpu_kernels import combine
+from merged_lora.cpu_kernels.combine import Combiner
+from merged_lora.plan import FactorJob, Keep, Rule, Vote
+
+
+def threads_elsewhere() -> int:
+    """How many threads torch uses in a thread that has just begun."""
+    seen: list[int] = []
+
+    def look() -> None:
+        torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+def test_torch_uses_one_thread_in_those_of_the_pool_and_as_many_as_before_in_all_others() -> None:
+    before = torch.get_num_threads(), threads_elsewhere()
+    combiner = Combiner()
+    assert set(combiner.each(lambda _: torch.get_num_threads(), range(32))) == {1}
+    assert (torch.get_num_threads(), threads_elsewhere()) == before
+
+
+def test_jobs_prepared_one_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rule = Rule((0.7, -0.4), (Keep(count=40, skip=5), Keep(count=50, skip=3)), Vote(False, True))
+    jobs = [
+        FactorJob(tuple([torch.randn(4, 16 + i, generator=generator) for _ in range(2)]), rule, torch.float32)
+        for i in range(5)
+    ]
+    told: list[int] = []
+    whole = Combiner().merge(jobs, told.append)
+    monkeypatch.setattr(combine, "COPY_BYTES", 1)
+    parts = Combiner().merge(jobs, told.append)
+    assert sum(told) == 2 * len(jobs)
+    assert all(torch.equal(x, y) for x, y in zip(whole, parts, strict=True))
