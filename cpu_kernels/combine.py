@@ -106,17 +106,19 @@ def _start_pool(cores: int) -> ThreadPoolExecutor:
 
     With more, torch's helpers of every one would spin on the cores that the others need.
     """
+    # torch keeps a number for each thread, but the first operation of one sets it to the last that was set in
+    # any: so each is asked before another sets its own, and what was the last one is put back.
+    before = torch.get_num_threads()
     started = threading.Barrier(cores)
 
     def start() -> None:
         torch.set_num_threads(1)
-        torch.get_num_threads()  # a thread's first question would undo what was set before it
+        torch.get_num_threads()
         started.wait()
 
     pool = ThreadPoolExecutor(cores, "merged-lora", start)
     wait([pool.submit(int) for _ in range(cores)])
-    # torch keeps the number for each thread, but gives the last one set to threads that come later.
-    torch.set_num_threads(torch.get_num_threads())
+    torch.set_num_threads(before)
     return pool
 
 

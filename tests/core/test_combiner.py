@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,26 +12,28 @@ from merged_lora.cpu_kernels import combine
 from merged_lora.cpu_kernels.combine import Combiner
 from merged_lora.plan import FactorJob, Keep, Rule, Vote
 
+PROGRAM = """
+import sys, threading, torch
+from merged_lora.cpu_kernels.combine import Combiner
 
-def threads_elsewhere() -> int:
-    """How many threads torch uses in a thread that has just begun."""
-    seen: list[int] = []
+if sys.argv[1] == "pool":
+    combiner = Combiner()
+    assert set(combiner.each(lambda _: torch.get_num_threads(), range(32))) == {1}
+print(torch.get_num_threads())
+later = threading.Thread(target=lambda: print(torch.get_num_threads()))
+later.start()
+later.join()
+"""
 
-    def look() -> None:
-        torch.mm(torch.ones(2, 2), torch.ones(2, 2))
-        seen.append(torch.get_num_threads())
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    return seen[0]
+def threads(beside: str) -> str:
+    """How many threads torch uses, in a process where it has done nothing before, as in a server's."""
+    command = [sys.executable, "-c", PROGRAM, beside]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_torch_uses_one_thread_in_those_of_the_pool_and_as_many_as_before_in_all_others() -> None:
-    before = torch.get_num_threads(), threads_elsewhere()
-    combiner = Combiner()
-    assert set(combiner.each(lambda _: torch.get_num_threads(), range(32))) == {1}
-    assert (torch.get_num_threads(), threads_elsewhere()) == before
+    assert threads("pool") == threads("nothing")
 
 
 def test_jobs_prepared_one_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
