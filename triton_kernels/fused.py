@@ -16,7 +16,9 @@ from .layout import blend_rule, keep_rule
 from .rules import INFINITY
 from .stream import BINS, DEPTH, KEEP_BETWEEN
 
-SAMPLE = 1 << 16  # entries that tell where a threshold will be
+SAMPLE = 1 << 14  # entries of each source and module that tell where a threshold will be
+SAMPLE_BYTES = 24 * SAMPLE  # of them, sorted
+GATHER_BYTES = 32 << 20  # of their factors at a time
 FULL = 20  # bits of a bin where all magnitudes are counted: 2^31 = BINS * 2^20
 MULTIPLE = 16  # of which the width of a product is one
 LARGEST_RANK = 128  # of a source; the products are unrolled
@@ -116,13 +118,17 @@ class FusedTiles:
         generator = torch.Generator().manual_seed(0)
         sampled = min(SAMPLE, self._size)
         at = torch.randint(self._size, (sampled,), generator=generator).to(wanted.device)
-        row, column = at // columns, at % columns
-        bits = []
-        for i in range(number):
-            left, right = self._sources.b[i][:, row], self._sources.a[i][:, :, column].mT
-            x = (left * right).sum(2) * self._sources.scalings[:, i : i + 1]
-            bits.append((x.view(torch.int32) & 0x7FFFFFFF).sort(dim=1, descending=True).values)
-        ordered = torch.stack(bits, dim=1)
+        modules, rank = self._sources.b.shape[1], self._sources.b.shape[3]
+        parts = []
+        for some in torch.split(at, max(1, GATHER_BYTES // (12 * modules * rank))):
+            row, column = some // columns, some % columns
+            products = [
+                (self._sources.b[i][:, row] * self._sources.a[i][:, :, column].mT).sum(2)
+                for i in range(number)
+            ]
+            parts.append(torch.stack(products, dim=1) * self._sources.scalings[:, :, None])
+        bits = torch.cat(parts, dim=2).view(torch.int32) & 0x7FFFFFFF
+        ordered = bits.sort(dim=2, descending=True).values
         share = wanted / self._size
         middle, spread = share * sampled, 4.0 * (share * (1.0 - share) * sampled).sqrt() + 1.0
         ends = [(middle + sign * spread).long().clamp(0, sampled - 1) for sign in (1.0, -1.0)]

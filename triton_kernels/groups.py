@@ -12,14 +12,14 @@ import torch
 
 from merged_lora import bases
 from merged_lora.plan import DeltaModule, EntryModule, FactorModule, MergePlan, Rule
-from merged_lora.streaming import starting_columns, truncate_tiles
+from merged_lora.streaming import OVERSAMPLING, starting_columns, truncate_tiles
 
 from . import delta, rules
 from .delta import WORKSPACE, MergedStack
-from .fused import FusedTiles, is_fused
+from .fused import SAMPLE_BYTES, FusedTiles, is_fused
 from .layout import is_launched
 from .rules import Bound
-from .tiles import DeltaTiles, count_bins, last_bin, lower_bits, upper_bits
+from .tiles import GROUP, TILE_BYTES, DeltaTiles, count_bins, last_bin, lower_bits, upper_bits
 
 RESULTS = 64 << 20  # bytes of merged factors that wait for their slots at a time
 TEMPORARIES = 12  # as many times the bytes of what is combined does torch hold while it combines
@@ -234,15 +234,23 @@ def _chunks(group: Group) -> Iterator[tuple[slice, Group]]:
     """A group in pieces whose intermediates take WORKSPACE bytes, where a single module takes no more."""
     first = group.modules[0]
     (_, columns), (rows, _) = (shape for shape, _ in first.results)
+    space = WORKSPACE
     if isinstance(first, FactorModule):
         size = 4 * max(x.numel() for x in (*first.a.inputs, *first.b.inputs)) * len(first.present)
         each = TEMPORARIES * size
     else:
         assert isinstance(first, EntryModule)
         total = sum(f.rank for f in first.sources)
-        entries = first.entries[0] * first.entries[1] if first.basis else 0
-        each = TEMPORARIES * 4 * entries * len(first.present) + 16 * (rows + columns) * (total + first.rank)
-    step = max(1, WORKSPACE // each)
+        sources = len(first.present)
+        if first.basis is None:
+            # float32 and float64 copies of the factors, and of what is made orthonormal four in float64
+            vectors = (rows + columns) * (12 * total + 32 * (first.rank + OVERSAMPLING))
+            each = sources * max(SAMPLE_BYTES, TEMPORARIES * 4 * GROUP * columns) + vectors
+            space -= TEMPORARIES * TILE_BYTES
+        else:
+            entries = first.entries[0] * first.entries[1]
+            each = TEMPORARIES * 4 * entries * sources + 16 * (rows + columns) * (total + first.rank)
+    step = max(1, space // each)
     for start in range(0, len(group.names), step):
         where = slice(start, start + step)
         yield where, Group(group.names[where], group.modules[where])
