@@ -83,8 +83,15 @@ class Combiner:
         return outputs
 
     def each(self, function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
-        """What a function makes of every item, on every core."""
-        return list(self._pool.map(function, items))
+        """What a function makes of every item, on every core, in the inference mode of the caller."""
+        # The mode is a thread's own, and tensors made in it, as in a server, must not be written to outside.
+        mode = torch.is_inference_mode_enabled()
+
+        def call(item: Item) -> Made:
+            with torch.inference_mode(mode):
+                return function(item)
+
+        return list(self._pool.map(call, items))
 
     def run(self, cost: Integers, work: Callable[[Integers], None], progress: Progress) -> None:
         """Call ``work`` on batches of item indices of about equal cost, on every core."""

@@ -8,9 +8,14 @@ import sys
 import pytest
 import torch
 
+from merged_lora.adapters import Adapter
+from merged_lora.backends import load_backend
 from merged_lora.cpu_kernels import combine
 from merged_lora.cpu_kernels.combine import Combiner
+from merged_lora.factors import Factors
 from merged_lora.plan import FactorJob, Keep, Rule, Vote
+from merged_lora.planning import make_plan
+from merged_lora.spec import parse
 
 PROGRAM = """
 import sys, threading, torch
@@ -49,3 +54,16 @@ def test_jobs_prepared_one_at_a_time_give_what_all_at_once_give(monkeypatch: pyt
     parts = Combiner().merge(jobs, told.append)
     assert sum(told) == 2 * len(jobs)
     assert all(torch.equal(x, y) for x, y in zip(whole, parts, strict=True))
+
+
+def test_deltas_are_merged_in_inference_mode_as_a_server_does() -> None:
+    sources = {
+        name: Adapter({"m": Factors(torch.randn(4, 40), torch.randn(24, 4), 1.0, False)}) for name in "ab"
+    }
+    plan = make_plan(parse("ties_svd(a, b)"), sources)
+    backend = load_backend("cpu")
+    expected = backend.merge(plan, lambda _: None).modules["m"]
+    with torch.inference_mode():
+        merged = backend.merge(plan, lambda _: None).modules["m"]
+    assert torch.equal(merged.a, expected.a)
+    assert torch.equal(merged.b, expected.b)
