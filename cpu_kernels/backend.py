@@ -15,7 +15,7 @@ from merged_lora.lowrank import merge_module
 from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan
 from merged_lora.streaming import starting_columns, truncate_tiles
 
-from .combine import Combiner, Integers
+from .combine import Combiner, Integers, batches
 from .thresholds import Pair, Visit, find_pairs
 from .tiles import DeltaTiles
 
@@ -130,21 +130,23 @@ def load() -> CpuBackend:
 
 def _batches(plan: MergePlan) -> Iterator[dict[str, Coordinated]]:
     """The modules that are merged on coordinates, COORDINATES bytes of those at most, or one module."""
-    batch: dict[str, Coordinated] = {}
-    size = 0
-    for name, module in plan.modules.items():
-        if not isinstance(module, EntryModule) or module.basis is None:
-            continue
-        (rows, columns), (out, in_) = module.entries, module.sources[0].shape
-        nbytes = 4 * rows * columns * len(module.sources) + 8 * (rows * out + columns * in_)
-        if batch and size + nbytes > COORDINATES:
-            yield batch
-            batch, size = {}, 0
-        coordinates = bases.coordinates_in(module.basis, *_stacked(module), module.rank)
-        batch[name] = Coordinated(module, coordinates)
-        size += nbytes
-    if batch:
-        yield batch
+    modules = [
+        (name, module)
+        for name, module in plan.modules.items()
+        if isinstance(module, EntryModule) and module.basis is not None
+    ]
+    for some in batches(modules, lambda pair: _coordinate_bytes(pair[1]), COORDINATES):
+        yield {name: _coordinated(module) for name, module in some}
+
+
+def _coordinated(module: EntryModule) -> Coordinated:
+    assert module.basis is not None
+    return Coordinated(module, bases.coordinates_in(module.basis, *_stacked(module), module.rank))
+
+
+def _coordinate_bytes(module: EntryModule) -> int:
+    (rows, columns), (out, in_) = module.entries, module.sources[0].shape
+    return 4 * rows * columns * len(module.sources) + 8 * (rows * out + columns * in_)
 
 
 def _stacked(module: EntryModule) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ class Combiner:
         if all(job.rule.simple for job in jobs):
             return self._merge(jobs, [1.0] * sum(len(job.inputs) for job in jobs), progress, known)
         outputs: list[torch.Tensor] = []
-        for some in _batches(jobs):
+        for some in batches(jobs, _copied_bytes, COPY_BYTES):
             prepared = self.each(prepare, some)
             coefficients = [c for _, given in prepared for c in given]
             outputs += self._merge([job for job, _ in prepared], coefficients, progress, ())
@@ -129,18 +129,23 @@ def _start_pool(cores: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _batches(jobs: Sequence[FactorJob]) -> Iterator[list[FactorJob]]:
-    """Jobs whose inputs take COPY_BYTES at most as float32, or one."""
-    batch: list[FactorJob] = []
+def batches(items: Iterable[Item], nbytes: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Items in their order, those of a batch of ``limit`` bytes together at most, or a single one."""
+    batch: list[Item] = []
     size = 0
-    for job in jobs:
-        nbytes = 4 * sum(x.numel() for x in job.inputs)
-        if batch and size + nbytes > COPY_BYTES:
+    for item in items:
+        here = nbytes(item)
+        if batch and size + here > limit:
             yield batch
             batch, size = [], 0
-        batch.append(job)
-        size += nbytes
-    yield batch
+        batch.append(item)
+        size += here
+    if batch:
+        yield batch
+
+
+def _copied_bytes(job: FactorJob) -> int:
+    return 4 * sum(x.numel() for x in job.inputs)
 
 
 def source_tables(rules: Sequence[Rule], coefficients: Sequence[float]) -> tuple[Any, ...]:

@@ -54,7 +54,6 @@ class DeltaTiles:
         cores = min(combiner.cores, -(-self._rows // self._step))
         self._rooms = [Room(len(self._a), self._step, self._columns) for _ in range(cores)]
         self.low, self.high = self._thresholds()
-        self._selected: Pair | None = None
         self._selected = self._selection()
         self._coefficients = [1.0] * len(self._a)
         if self._rule.vote is not None and self._rule.vote.energy:
@@ -156,8 +155,7 @@ class DeltaTiles:
             return [], []
         size = self._rows * self._columns
         counts = [size if keep.count is None else keep.skip + keep.count for keep in keeps]
-        skips = [keep.skip for keep in keeps]
-        queries = [*enumerate(counts), *enumerate(skips)]
+        queries = [*enumerate(counts), *enumerate(keep.skip for keep in keeps)]
 
         def scan(visit: Visit, begins: Collection[int] | None) -> None:
             def look(core: int, room: Room, start: int, rows: int) -> None:

@@ -114,11 +114,11 @@ class FusedTiles:
 
     def _bracket(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where to look first, and in bins of how many bits: int32 ``[modules, sources]``."""
-        number, _, _, columns = self._sources.extent
+        number, modules, _, columns = self._sources.extent
         generator = torch.Generator().manual_seed(0)
         sampled = min(SAMPLE, self._size)
         at = torch.randint(self._size, (sampled,), generator=generator).to(wanted.device)
-        modules, rank = self._sources.b.shape[1], self._sources.b.shape[3]
+        rank = self._sources.b.shape[3]
         parts = []
         for some in torch.split(at, max(1, GATHER_BYTES // (12 * modules * rank))):
             row, column = some // columns, some % columns

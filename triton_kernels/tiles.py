@@ -16,9 +16,7 @@ from merged_lora.plan import Rule
 from . import rules
 from .rules import INFINITY, Bound
 
-TILE_BYTES = (
-    8 << 20
-)  # of a tile of every source, or of eight rows; its intermediates take some ten times as much
+TILE_BYTES = 8 << 20  # of a tile of every source, or GROUP rows; intermediates take some ten times as much
 GROUP = 8  # rows: each tile begins at a whole Philox call
 BINS = 1 << 16
 
