@@ -186,15 +186,27 @@ def mean(scores: Mapping[str, float]) -> float:
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
-    """The rows as a table, scores in per cent."""
-    lines = [f"| merge | {' | '.join(TASKS)} | mean | worst |", "|---|" + "---:|" * (len(TASKS) + 2)]
+    """The rows as two tables, of adapters alone and of strategies, scores in per cent."""
+    tasks = ", ".join(TASKS)
+    alone = [f"| alone | {tasks} | mean |", "|---|---:|---:|"]
+    merges: dict[str, list[str]] = {}
     for row in rows:
-        scores = row["scores"]
+        scores, name = row["scores"], str(row["strategy"])
         assert isinstance(scores, dict)
-        cells = [*scores.values(), mean(scores), min(scores.values())]
-        label = f"{row['kind']}: `{row['spec']}`"
-        lines.append(f"| {label} | " + " | ".join(f"{100 * cell:.0f}" for cell in cells) + " |")
-    return "\n".join(lines)
+        cells = [", ".join(f"{100 * score:.0f}" for score in scores.values()), f"{100 * mean(scores):.0f}"]
+        if row["kind"] == "alone":
+            alone.append(f"| {' | '.join([name, *cells])} |")
+            continue
+        if row["kind"] == "best":
+            spec = str(row["spec"])
+            cells.insert(0, f"`{spec[len(name) + 1 : -1]}`")
+        merges.setdefault(name, [f"`{name}`"]).extend(cells)
+    strategies = [
+        '| strategy | names alone | mean | `weights="auto"` | mean | best of the grid | | mean |',
+        "|---|---:|---:|---:|---:|---|---:|---:|",
+        *(f"| {' | '.join(cells)} |" for cells in merges.values()),
+    ]
+    return "\n".join([*alone, "", *strategies, ""])
 
 
 def plot(rows: Sequence[Mapping[str, object]]) -> str:
