@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.watching import Watch
 from merged_lora import lowrank
 from merged_lora.bench.device_agreement import HALF_STEP, UNIT
 from merged_lora.factors import DTYPES, Factors
@@ -402,29 +401,9 @@ def test_a_small_workspace_changes_nothing(
     assert torch.equal(parts.b, whole.b)
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operator that runs, and the most bytes that new tensors held at once."""
-
-    def __init__(self, stack: Stack) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-        self.peak = 0
-        self._given = {x.untyped_storage().data_ptr() for x in (*stack.a, *stack.b, stack.weights)}
-        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.names.append(str(func))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in self._given:
-                weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                self._held[storage.data_ptr()] = weak, storage.nbytes()
-        self._held = {k: v for k, v in self._held.items() if not v[0].expired()}  # type: ignore[no-untyped-call]
-        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
-        return result
+def given(stack: Stack) -> list[torch.Tensor]:
+    """What the stack holds already."""
+    return [*stack.a, *stack.b, stack.weights]
 
 
 CASES: list[Callable[[int], Stack]] = [
@@ -441,7 +420,7 @@ def test_no_operator_waits_for_the_device_and_none_runs_per_module(case: Callabl
     names = []
     for modules in (2, 7):
         stack = case(modules)
-        with Watch(stack) as watch:
+        with Watch(given(stack)) as watch:
             merge_stack(stack)
         names.append(watch.names)
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "aten.index", "repeat_interleave", "unique")
@@ -466,7 +445,7 @@ def test_the_workspace_bounds_what_is_taken_beside_the_result(
     stack = stacked(sources, [[1.0, 0.5]] * 12, rank, slerp, dtype)
     workspace = at_a_time * 8 * (sum(shape) * (16 + rank) + 16 * 16**2)
     monkeypatch.setattr(delta, "WORKSPACE", workspace)
-    with Watch(stack) as watch:
+    with Watch(given(stack)) as watch:
         merged = merge_stack(stack)
     kept = sum(x.nbytes for x in (merged.a, merged.b, merged.energy) if x is not None)
     assert watch.peak - kept <= workspace
