@@ -34,7 +34,7 @@ TINY = gpu.Work(
     dict(list(SHAPES.items())[:1]),
     rank=4,
     counts=(4, 2),
-    sets=2,
+    sets=1,
     rounds=2,
     row_seconds=0.0,  # one counted round
     peft_rounds=1,

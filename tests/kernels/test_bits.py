@@ -29,13 +29,13 @@ from merged_lora.triton_kernels.combine import BLOCK
 
 COUNTS = (1, 2, 3, 4, 8, 9, 16)
 """Of sources: unrolled, looped, and with and without a correction in the division."""
-SHARE = 4  # of the modules of `awkward_adapters`, every so many
+SHARE = len(COUNTS)  # of the modules of `awkward_adapters`, every so many
 
 
 @cache
 def sources(count: int) -> dict[str, Adapter]:
     """A share of the awkward modules, another one for each count; all counts together have them all."""
-    first = COUNTS.index(count) % SHARE
+    first = COUNTS.index(count)
     return {
         name: Adapter(dict(list(adapter.modules.items())[first::SHARE]))
         for name, adapter in awkward_adapters(count).items()
