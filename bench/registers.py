@@ -21,6 +21,7 @@ from merged_lora.errors import MergeError, listed
 from merged_lora.triton_kernels import combine, stream, trim
 from merged_lora.triton_kernels.words import BF16, FP16, FP32, MIXED, THREADS
 
+LARGE_RANK = 256  # of an adapter; few have more
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -92,7 +93,7 @@ def cases() -> Iterator[Case]:
 
 
 def _streams() -> Iterator[Case]:
-    """The kernels of delta space: four sources of rank 16, a sketch of 64 columns."""
+    """The kernels of delta space, four sources: of rank 16 times 64 columns, and large ones of both."""
     for precision in ("tf32", "tf32x3"):
         shared = {
             "RANK": 16,
@@ -105,11 +106,12 @@ def _streams() -> Iterator[Case]:
         for rule in ("magnitude_prune", "ties", "dare_ties"):
             keep, blend = RULES[rule]
             chosen = {"SOURCES": 4, "KEEP": keep.value, "RULE": blend.value, "WEIGHTED": False}
-            constants = shared | chosen | {"SKETCH": "tf32x3", "WIDTH": 64}
-            yield Case(f"{rule}_svd times {precision}", stream._times_kernel, constants, False)
-            yield Case(
-                f"{rule}_svd transposed {precision}", stream._transposed_times_kernel, constants, False
-            )
+            for rank, width in ((16, 64), (LARGE_RANK, stream.WIDEST)):
+                sizes = {"SKETCH": "tf32x3", "RANK": rank, "WIDTH": width}
+                name = f"{rule}_svd {{}} {precision}, r={rank}, {width}"
+                constants = shared | chosen | sizes
+                yield Case(name.format("times"), stream._times_kernel, constants, False)
+                yield Case(name.format("transposed"), stream._transposed_times_kernel, constants, False)
 
 
 def _combine(

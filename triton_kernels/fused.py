@@ -8,27 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 
 from merged_lora.plan import Rule
 
 from . import stream
 from .layout import blend_rule, keep_rule
 from .rules import INFINITY
-from .stream import BINS, DEPTH, KEEP_BETWEEN
+from .stream import BINS, DEPTH, KEEP_BETWEEN, WIDEST
 
 SAMPLE = 1 << 14  # entries of each source and module that tell where a threshold will be
 SAMPLE_BYTES = 24 * SAMPLE  # of them, sorted
 GATHER_BYTES = 32 << 20  # of their factors at a time
 FULL = 20  # bits of a bin where all magnitudes are counted: 2^31 = BINS * 2^20
-MULTIPLE = 16  # of which the width of a product is one
-LARGEST_RANK = 128  # of a source; the products are unrolled
+NARROWEST = 16  # columns of a product
 
 
-def is_fused(rule: Rule, ranks: Sequence[int]) -> bool:
-    """Whether the kernels know such a rule, for sources of these ranks."""
+def is_fused(rule: Rule) -> bool:
+    """Whether the kernels know such a rule."""
     graded = any(keep.spread for keep in rule.keeps)
     energy = rule.vote is not None and rule.vote.energy
-    return not graded and not energy and rule.select is None and max(ranks) <= LARGEST_RANK
+    return not graded and not energy and rule.select is None
 
 
 class FusedTiles:
@@ -81,12 +81,14 @@ class FusedTiles:
 
     def times(self, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`merged_lora.streaming.Tiles`."""
-        product, norms = stream.times(self._sources, _widened(right))
-        return product[:, :, : right.shape[2]], norms.double().sum(1)
+        pairs = [stream.times(self._sources, part) for part in _parts(right)]
+        product = torch.cat([product for product, _ in pairs], dim=2)
+        return product[:, :, : right.shape[2]], pairs[0][1].double().sum(1)
 
     def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
         """See :class:`merged_lora.streaming.Tiles`."""
-        return stream.transposed_times(self._sources, _widened(left))[:, :, : left.shape[2]]
+        parts = [stream.transposed_times(self._sources, part) for part in _parts(left)]
+        return torch.cat(parts, dim=2)[:, :, : left.shape[2]]
 
     def _find(self, counts: Sequence[int]) -> torch.Tensor:
         """The magnitudes, float32 ``[modules, sources]``, from which on that many of each source lie.
@@ -156,9 +158,11 @@ def _filled(factors: Sequence[torch.Tensor], dim: int, rank: int) -> torch.Tenso
     return result
 
 
+def _parts(x: torch.Tensor) -> list[torch.Tensor]:
+    """The columns in parts as wide as the kernels take them, the last with zeros up to such a width."""
+    return [_widened(part) for part in torch.split(x, WIDEST, dim=2)]
+
+
 def _widened(x: torch.Tensor) -> torch.Tensor:
-    """The columns with zeros up to a power of two that is a multiple of MULTIPLE."""
-    width = MULTIPLE
-    while width < x.shape[2]:
-        width *= 2
+    width = max(NARROWEST, triton.next_power_of_2(x.shape[2]))
     return torch.nn.functional.pad(x, (0, width - x.shape[2])).contiguous()

@@ -169,7 +169,7 @@ def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
     energy: torch.Tensor | None
     if first.basis is None:
         scalings = _scalings(group, a[0].device)
-        kind_of_tiles = FusedTiles if is_fused(ruled[0], [x.shape[1] for x in a]) else DeltaTiles
+        kind_of_tiles = FusedTiles if is_fused(ruled[0]) else DeltaTiles
         tiles = kind_of_tiles(a, b, scalings.float(), ruled)
         new_a, new_b, energy = truncate_tiles(tiles, starting_columns(a, b, scalings, first.rank), first.rank)
     else:

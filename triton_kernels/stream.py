@@ -27,6 +27,7 @@ from .words import MAGNITUDE, WARPS
 KEEP_BETWEEN: tl.constexpr = tl.constexpr(4)
 ROWS, COLUMNS = 32, 64  # of a tile
 DEPTH = 16  # of a product at a time; ranks are filled up with zeros to a multiple
+WIDEST = 128  # columns that a kernel multiplies a tile with; the sums of more would not fit into registers
 BINS = 2048
 VARYING = ["modules"]  # another kernel for one module than for many would be compiled within a step
 
@@ -46,7 +47,8 @@ def _product(
     """A tile of ``B A``."""
     inner = tl.arange(0, DEPTH)
     acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
-    for start in tl.static_range(0, RANK, DEPTH):
+    # A loop too, not unrolled: the compiler would load the factors of all steps before the first product.
+    for start in range(0, RANK, DEPTH):
         k = start + inner
         b = tl.load(b_ptr + row[:, None] * RANK + k[None, :], mask=(row < rows)[:, None], other=0.0)
         a = tl.load(
@@ -321,7 +323,7 @@ def count(sources: Sources, base: torch.Tensor, shift: torch.Tensor) -> torch.Te
 def times(sources: Sources, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``T @ right``, float32 ``[modules, rows, width]``, and the squared norms of the rows of T.
 
-    right: float32 ``[modules, columns, width]``, contiguous, width a multiple of 16.
+    right: float32 ``[modules, columns, width]``, contiguous, width a power of two, 16 to WIDEST.
     """
     _, modules, rows, _ = sources.extent
     product = right.new_empty(modules, rows, right.shape[2])

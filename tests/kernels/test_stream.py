@@ -79,8 +79,20 @@ def test_thresholds_keep_as_many_as_asked_whatever_the_sample_says(
 
 def test_what_the_kernels_know() -> None:
     plain = rule((Keep(count=3), Keep(count=3)), Vote(False, False))
-    assert is_fused(plain, [8, 16])
-    assert not is_fused(plain, [8, 2 * fused.LARGEST_RANK])
-    assert not is_fused(rule((Keep(share=9, key=1, spread=3),) * 2), [8])
-    assert not is_fused(Rule((1.0,), (Keep(),), Vote(False, False, True)), [8])
-    assert not is_fused(Rule((1.0,), (Keep(),), None, select=4), [8])
+    assert is_fused(plain)
+    assert not is_fused(rule((Keep(share=9, key=1, spread=3),) * 2))
+    assert not is_fused(Rule((1.0,), (Keep(),), Vote(False, False, True)))
+    assert not is_fused(Rule((1.0,), (Keep(),), None, select=4))
+
+
+def test_more_columns_than_a_kernel_takes_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (ROWS + 3, COLUMNS + 5)
+    chosen = rules_of(shape[0] * shape[1])["largest"]
+    tiles = FusedTiles(*factors(shape), [chosen, chosen])
+    right, left = torch.randn(2, shape[1], 40), torch.randn(2, shape[0], 40)
+    at_once = (*tiles.times(right), tiles.transposed_times(left))
+    monkeypatch.setattr(fused, "WIDEST", 16)
+    in_parts = (*tiles.times(right), tiles.transposed_times(left))
+    for x, y in zip(at_once, in_parts, strict=True):
+        assert x.shape == y.shape
+        assert torch.allclose(x, y, rtol=1e-5, atol=1e-5)
