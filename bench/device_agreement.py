@@ -200,7 +200,8 @@ def differs_from_lowrank(plan: MergePlan, names: Sequence[str], slots: Mapping[s
         assert isinstance(module, DeltaModule)
         slot = slots[name]
         ours = Factors(slot.a[: module.rank].cpu(), slot.b[:, : module.rank].cpu())
-        theirs = lowrank.merge_module(module).factors
+        (merged,) = lowrank.merge_modules([module])
+        theirs = merged.factors
         a = torch.cat([ours.a.double(), theirs.a.double()])
         b = torch.cat([ours.b.double(), -theirs.b.double()], dim=1)
         apart, size = _norm(a, b), _norm(theirs.a.double(), theirs.b.double())

@@ -11,7 +11,7 @@ import torch
 from merged_lora import bases
 from merged_lora.backends import Energy, Progress, Result
 from merged_lora.factors import Factors
-from merged_lora.lowrank import merge_module
+from merged_lora.lowrank import Each, in_turn, merge_modules
 from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan
 from merged_lora.streaming import starting_columns, truncate_tiles
 
@@ -48,20 +48,21 @@ class CpuBackend:
         merged = self._combiner.merge(jobs, _halved(progress))
         for i, (name, module) in enumerate(pairs.items()):
             modules[name] = Factors(merged[2 * i], merged[2 * i + 1], 1.0, module.embedding)
+        deltas = [(name, m) for name, m in plan.modules.items() if isinstance(m, DeltaModule)]
+        for some in batches(deltas, lambda pair: _vector_bytes(pair[1]), COORDINATES):
+            done = merge_modules([module for _, module in some], self._combiner.each)
+            for (name, _), one in zip(some, done, strict=True):
+                modules[name] = one.factors
+                if one.energy is not None:
+                    energy[name] = one.energy
+            progress(len(some))
         for name, other in plan.modules.items():
-            if isinstance(other, DeltaModule):
-                result = merge_module(other)
-                modules[name] = result.factors
-                if result.energy is not None:
-                    energy[name] = result.energy
-                progress(1)
-            elif isinstance(other, EntryModule) and other.basis is None:
+            if isinstance(other, EntryModule) and other.basis is None:
                 modules[name], energy[name] = self._merge_tiles(other)
                 progress(1)
         known = self._known(plan)
-        for batch in _batches(plan):
-            done = self._merge_coordinates(batch, known)
-            for name, (factors, kept) in done.items():
+        for batch in self._batches(plan):
+            for name, (factors, kept) in self._merge_coordinates(batch, known).items():
                 modules[name] = factors
                 if kept is not None:
                     energy[name] = kept
@@ -85,14 +86,25 @@ class CpuBackend:
             for one in batch.values()
         ]
         merged = self._combiner.merge(jobs, lambda _: None, [known[name] for name in batch] if known else ())
-        done: dict[str, tuple[Factors, Energy | None]] = {}
-        for (name, one), values in zip(batch.items(), merged, strict=True):
-            module, coordinates = one.module, one.coordinates
-            weights = torch.tensor([module.rule.weights])
-            a, b, cut = bases.placed(coordinates, values[None], weights, module.rank)
-            kept = None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
-            done[name] = _factors(a[0], b[0], module), kept
-        return done
+        each = self._each(next(iter(batch.values())).module)
+        done = each(_placed, list(zip(batch.values(), merged, strict=True)))
+        return dict(zip(batch, done, strict=True))
+
+    def _batches(self, plan: MergePlan) -> Iterator[dict[str, Coordinated]]:
+        """The modules that are merged on coordinates, COORDINATES bytes of those at most, or one module."""
+        modules = [
+            (name, module)
+            for name, module in plan.modules.items()
+            if isinstance(module, EntryModule) and module.basis is not None
+        ]
+        for some in batches(modules, lambda pair: _coordinate_bytes(pair[1]), COORDINATES):
+            names, members = zip(*some, strict=True)
+            yield dict(zip(names, self._each(members[0])(_coordinated, members), strict=True))
+
+    def _each(self, module: EntryModule) -> Each:
+        """How modules of a basis are gone through; a merge has one basis."""
+        # Small decompositions leave torch's own threads idle, the large products of an output basis do not.
+        return self._combiner.each if module.basis == "both" else in_turn
 
     def _known(self, plan: MergePlan) -> dict[str, Integers]:
         """Thresholds by module where entries are counted over the whole model: ``[sources, 2]`` each."""
@@ -107,7 +119,7 @@ class CpuBackend:
                 sizes[i] += module.entries[0] * module.entries[1]
 
         def scan(visit: Visit, begins: Collection[int] | None) -> None:
-            for batch in _batches(plan):
+            for batch in self._batches(plan):
                 for name, one in batch.items():
                     places = zip(one.module.present, one.coordinates.values, starts[name], strict=True)
                     for i, x, begin in places:
@@ -128,20 +140,24 @@ def load() -> CpuBackend:
     return CpuBackend()
 
 
-def _batches(plan: MergePlan) -> Iterator[dict[str, Coordinated]]:
-    """The modules that are merged on coordinates, COORDINATES bytes of those at most, or one module."""
-    modules = [
-        (name, module)
-        for name, module in plan.modules.items()
-        if isinstance(module, EntryModule) and module.basis is not None
-    ]
-    for some in batches(modules, lambda pair: _coordinate_bytes(pair[1]), COORDINATES):
-        yield {name: _coordinated(module) for name, module in some}
-
-
 def _coordinated(module: EntryModule) -> Coordinated:
     assert module.basis is not None
     return Coordinated(module, bases.coordinates_in(module.basis, *_stacked(module), module.rank))
+
+
+def _placed(pair: tuple[Coordinated, torch.Tensor]) -> tuple[Factors, Energy | None]:
+    """The factors of merged coordinates and, where the rank was cut, their energy."""
+    one, values = pair
+    module = one.module
+    weights = torch.tensor([module.rule.weights])
+    a, b, cut = bases.placed(one.coordinates, values[None], weights, module.rank)
+    kept = None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
+    return _factors(a[0], b[0], module), kept
+
+
+def _vector_bytes(module: DeltaModule) -> int:
+    """Of float64 copies of the factors, twice."""
+    return 16 * sum(x.numel() for f in module.sources for x in (f.a, f.b))
 
 
 def _coordinate_bytes(module: EntryModule) -> int:

@@ -82,7 +82,7 @@ class Combiner:
         self.run(size * counts, lambda some: kernels.combine_tensors(some, *table), progress)
         return outputs
 
-    def each(self, function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
+    def each(self, function: Callable[[Item], Made], items: Sequence[Item], /) -> list[Made]:
         """What a function makes of every item, on every core, in the inference mode of the caller."""
         # The mode is a thread's own, and tensors made in it, as in a server, must not be written to outside.
         mode = torch.is_inference_mode_enabled()

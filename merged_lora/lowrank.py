@@ -6,15 +6,19 @@ in float64.  Knows nothing of strategies or files; takes and returns torch tenso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
 from .bases import split
 from .factors import Factors
-from .plan import DeltaModule, Mean
+from .plan import DeltaModule
 from .scalars import RULES
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,43 @@ class Merged:
     energy: tuple[float, float] | None
 
 
-def merge_module(module: DeltaModule) -> Merged:
-    """The merged factors of one module, stored in ``module.dtype`` with scaling 1."""
-    weights = module.weights
-    if module.mean is not None:
-        weights = mean_weights(module.sources, weights, module.mean)
+class Each(Protocol):
+    """``list(map(function, items))``, wherever that runs."""
+
+    def __call__(self, function: Callable[[Item], Made], items: Sequence[Item], /) -> list[Made]: ...
+
+
+def in_turn(function: Callable[[Item], Made], items: Sequence[Item], /) -> list[Made]:
+    """One after the other, here."""
+    return [function(item) for item in items]
+
+
+def merge_modules(modules: Sequence[DeltaModule], each: Each = in_turn) -> list[Merged]:
+    """The merged factors of every module, stored in its ``dtype`` with scaling 1."""
+    return each(_merge, list(zip(modules, _weights(modules, each), strict=True)))
+
+
+def _weights(modules: Sequence[DeltaModule], each: Each) -> list[tuple[float, ...]]:
+    """What each product ``B_i A_i`` of every module is multiplied by."""
+    found = [module.weights for module in modules]
+    alike: dict[tuple[int, str, int], list[tuple[int, Sequence[float]]]] = {}
+    for place, module in enumerate(modules):
+        if module.mean is not None:
+            kind = len(module.sources), module.mean.rule, module.mean.count
+            alike.setdefault(kind, []).append((place, module.mean.shares))
+    # A rule is many small steps: of all modules together they cost little more than of one.
+    for (_, rule, count), members in alike.items():
+        places, shares = zip(*members, strict=True)
+        given = torch.tensor([found[place] for place in places], dtype=torch.float64)
+        gram = torch.cat(each(_gram, [modules[place] for place in places]))
+        rows = RULES[rule](gram, torch.tensor(shares, dtype=torch.float64), count) * given
+        for place, row in zip(places, rows.tolist(), strict=True):
+            found[place] = tuple(row)
+    return found
+
+
+def _merge(pair: tuple[DeltaModule, Sequence[float]]) -> Merged:
+    module, weights = pair
     total = sum(f.rank for f in module.sources)
     if module.rank == total:
         a, b = concatenate(module.sources, weights, module.dtype)
@@ -107,11 +143,9 @@ def inner_products(
     return products * weights[:, :, None] * weights[:, None, :]
 
 
-def mean_weights(sources: Sequence[Factors], weights: Sequence[float], mean: Mean) -> tuple[float, ...]:
-    """What each product ``B_i A_i`` is multiplied by where a rule finds it from ``weights[i] B_i A_i``."""
-    a = torch.cat([f.a.double() for f in sources], dim=0)
-    b = torch.cat([f.b.double() for f in sources], dim=1)
-    given = torch.tensor([weights], dtype=torch.float64)
-    gram = inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in sources], given)
-    shares = torch.tensor([mean.shares], dtype=torch.float64)
-    return tuple((RULES[mean.rule](gram, shares, mean.count) * given)[0].tolist())
+def _gram(module: DeltaModule) -> torch.Tensor:
+    """The inner products of the weighted deltas, ``[1, n, n]``."""
+    a = torch.cat([f.a.double() for f in module.sources], dim=0)
+    b = torch.cat([f.b.double() for f in module.sources], dim=1)
+    given = torch.tensor([module.weights], dtype=torch.float64)
+    return inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in module.sources], given)
