@@ -178,23 +178,32 @@ def _read_spec(text: str) -> MergeSpec:
     if not text.lstrip().startswith("{"):
         return parse(text)
     try:
-        body = json.loads(text)
+        body = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         raise SpecError("the spec starts with '{' but is not valid JSON") from None
     return from_json(body)
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object whose keys are all different."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SpecError(f'"{twice[0][:64]}" is given twice')
+    return dict(pairs)
+
+
 def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
     """The folder of every source; raises MergeError unless each is named exactly once and nothing else is."""
     paths = dict(named)
+    for name in spec.names:
+        if name not in paths:
+            raise UnknownAdapterError(f"unknown adapter {name!r}; say where it is with --adapter {name}=PATH")
     for name, _ in named:
         if [other for other, _ in named].count(name) > 1:
             raise UsageError(f"--adapter {name}=... is given more than once")
         if name not in spec.names:
             raise UsageError(f"--adapter {name}=... is not used by {spec}")
-    for name in spec.names:
-        if name not in paths:
-            raise UnknownAdapterError(f"unknown adapter {name!r}; say where it is with --adapter {name}=PATH")
     return paths
 
 

@@ -271,10 +271,13 @@ def _checked_option(strategy: Strategy, name: str, value: object, count: int) ->
     option = strategy.option(name)
     if option is None:
         taken = ", ".join(option.name for option in strategy.options)
-        raise SpecError(f"{strategy.name} takes no option {name[:64]!r}; it takes: {taken}")
+        fits = name == "rank" and strategy.recipe.rank == "fit"
+        hint = "; its rank is the sum of the sources', or the limit" if fits else ""
+        raise SpecError(f"{strategy.name} takes no option {name[:64]!r}; it takes: {taken}{hint}")
     if isinstance(value, list | tuple):
         if not option.per_source:
-            raise SpecError(f"{strategy.name}: {name} takes one value, not a list")
+            hint = "; a source's weight stands before its name: 0.5*a" if name == "weights" else ""
+            raise SpecError(f"{strategy.name}: {name} takes one value, not a list{hint}")
         if len(value) != count:
             raise SpecError(f"{strategy.name}: {name} has {len(value)} values for {count} sources")
         return tuple(float(_checked_value(strategy, option, item)) for item in value)  # type: ignore[arg-type]
@@ -366,6 +369,8 @@ class _Parser:
         weight = self.match(_WEIGHT)
         name = self.name()
         if self.text[self.at : self.at + 1] == "(":
+            if self.text.lstrip().startswith(f"{name}("):
+                find(name)
             raise SpecError(f"{name!r} is used as a merge within a merge; merge it first and name the result")
         if self.skip() < len(self.text) and self.text[self.at] == "*":
             hint = f"; a '-' between terms needs white space around it ({name!r} was read as one name)"

@@ -18,7 +18,9 @@ from typing import Any
 
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.planning import check_names
+from merged_lora.recipe import MEANS
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
+from merged_lora.strategies import find
 
 from .aliases import Aliases
 from .identity import NUMBER_TAKEN, MergeIdentity
@@ -223,6 +225,11 @@ class MergeGate:
             raise SpecError(
                 f"the spec has {len(str(spec))} characters; at most {limits.max_spec_length} are taken"
             )
+        if _strength(spec) > limits.max_strength:
+            raise SpecError(
+                f"the merge multiplies a source by {_strength(spec):.3g}; this server multiplies by at most "
+                f"{limits.max_strength:g}, use smaller weights or a smaller scale"
+            )
         return spec
 
     def _unaliased(self, spec: MergeSpec) -> MergeSpec:
@@ -292,3 +299,22 @@ def log_merge(identity: MergeIdentity, facts: Facts) -> None:
         lowest,
         facts.seconds * 1e3,
     )
+
+
+def _strength(spec: MergeSpec) -> float:
+    """The most that an entry of a source is multiplied by.
+
+    What overflows in a model's activations can outlive its request in the memory that vLLM's attention uses
+    again, and then spoils the answers of others: so what a client may amplify has a bound.
+    """
+    recipe = find(spec.strategy).recipe
+    relative = recipe.blend in MEANS or spec.option("normalize")
+    total = abs(math.fsum(source.weight for source in spec.sources)) if relative else 1.0
+    kept = [1.0] * len(spec.sources)
+    if recipe.keep in ("random", "graded"):
+        # What is drawn with a probability is divided by it.
+        spread = spec.per_source("epsilon") if recipe.keep == "graded" else (0.0,) * len(kept)
+        densities = zip(spec.per_source("density"), spread, strict=True)
+        kept = [density - epsilon if density < 1.0 else 1.0 for density, epsilon in densities]
+    largest = max(abs(source.weight) / share for source, share in zip(spec.sources, kept, strict=True))
+    return largest * abs(float(spec.option("scale"))) / total  # type: ignore[arg-type]

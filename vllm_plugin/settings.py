@@ -62,6 +62,7 @@ class Settings:
     runtime_aliases: bool = False
     max_spec_length: int = MAX_TEXT
     max_sources: int = 8
+    max_strength: float = 1000.0
     max_ad_hoc: int = 256
     max_waiting: int = 32
     alias_store: str | None = None
@@ -158,6 +159,16 @@ def _between(low: int, high: int) -> Callable[[object], int]:
     return check
 
 
+def _strength(value: object) -> float:
+    try:
+        number = float(value) if isinstance(value, str | int | float) else math.nan
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 1.0 <= number < math.inf:
+        raise MergeError(f"a number from 1 on, got {str(value)[:64]!r}")
+    return number
+
+
 def _folder(value: object) -> str:
     if not isinstance(value, str) or "\0" in value or not Path(value).is_dir():
         raise MergeError(f"a folder that exists, got {str(value)[:256]!r}")
@@ -213,6 +224,13 @@ FLAGS = (
         "N",
     ),
     Flag("max_sources", _between(1, MAX_SOURCES), "Most sources of one merge; 8 by default.", "N"),
+    Flag(
+        "max_strength",
+        _strength,
+        "Most that a merge may multiply an entry of a source by: weight times scale, over what it is divided "
+        "by; 1000 by default.",
+        "X",
+    ),
     Flag(
         "max_ad_hoc",
         _between(0, 1 << 20),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from merged_lora.errors import UnknownStrategyError
 from merged_lora.recipe import Strategy
 
@@ -51,5 +53,7 @@ def find(name: str) -> Strategy:
     """The strategy of that name; raises UnknownStrategyError, listing those that exist."""
     strategy = TABLE.get(name)
     if strategy is None:
-        raise UnknownStrategyError(f"unknown strategy {name[:64]!r}; there are: {', '.join(TABLE)}")
+        alike = get_close_matches(name[:64].lower().replace("-", "_"), TABLE, 1)
+        hint = f"did you mean {alike[0]}? There are" if alike else "there are"
+        raise UnknownStrategyError(f"unknown strategy {name[:64]!r}; {hint}: {', '.join(TABLE)}")
     return strategy

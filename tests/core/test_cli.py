@@ -213,6 +213,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a spec that is none": (["merge", "ties(a, b", *AB, "--output", "out"], "at character 10 of the spec"),
     "a long spec": (["merge", "a" * 100_000, *AB, "--output", "out"], "the spec has 100000 characters"),
     "broken JSON": (["merge", '{"ids": ', *AB, "--output", "out"], "starts with '{' but is not valid JSON"),
+    "a key twice": (
+        ["merge", '{"ids": ["a"], "ids": ["b"]}', *AB, "--output", "out"],
+        '"ids" is given twice',
+    ),
+    "a source missing and one too many": (
+        ["merge", "c", *AB, "--output", "out"],
+        "unknown adapter 'c'; say where",
+    ),
     "deep JSON": (["merge", '{"ids":' + "[" * 100_000, *AB, "--output", "out"], "is not valid JSON"),
     "JSON that is no merge": (["merge", "{}", *AB, "--output", "out"], '"ids" must be a list'),
     "ranks that differ": (

@@ -13,8 +13,15 @@ from merged_lora.strategies import TABLE
 
 REFUSALS = {
     # unknown strategy or option: the message lists what there is
-    "tie(a, b)": "unknown strategy 'tie'; there are: sum, cat, svd, slerp, nuslerp,",
-    "tie(a b": "unknown strategy 'tie'; there are:",
+    "tie(a, b)": "unknown strategy 'tie'; did you mean ties? There are: sum, cat, svd, slerp, nuslerp,",
+    "tie(a b": "unknown strategy 'tie'; did you mean ties? There are:",
+    "KNOTS(a, b)": "unknown strategy 'KNOTS'; did you mean knots? There are:",
+    "core-ties(a, b)": "unknown strategy 'core-ties'; did you mean core_ties? There are:",
+    "weighted(a, b)": "unknown strategy 'weighted'; there are: sum,",
+    "a/b(c)": "unknown strategy 'a/b'; there are: sum,",
+    "knots(a, b, rank=8)": "scale, normalize; its rank is the sum of the sources', or the limit",
+    "ties(a, b, rank=8)": "ties takes no option 'rank'; it takes: density",
+    "ties(a, b, weights=[1, 2])": "not a list; a source's weight stands before its name: 0.5*a",
     "ties(a, b, desnity=0.5)": "ties takes no option 'desnity'; it takes: density, majority_sign_method,",
     "linear(a, b, density=0.5)": "linear takes no option 'density'; it takes: compat, weights,",
     # numbers out of range

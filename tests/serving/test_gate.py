@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from pathlib import Path
 
@@ -320,6 +321,33 @@ def test_long_specs_and_many_sources_are_refused() -> None:
         gate.asked_for("base", {"ids": ["a", "b", "c", "d"]}, lambda name: True)
     with pytest.raises(SpecError, match="characters; at most 40"):
         gate.asked_for("base", {"ids": ["a" * 50]}, lambda name: True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "factor"),
+    [
+        ("1e30*a", "1e+30"),
+        ("a + b - 1001*c", "1e+03"),
+        ("knots(2*a, b, scale=-501)", "1e+03"),
+        ("dare_linear(a, b, density=[0.5, 0.0001])", "1e+04"),
+        ("della_svd(a, b, density=0.11, epsilon=0.1095)", "2e+03"),
+        ("ties(a, -0.999*b, normalize=true, scale=2)", "2e+03"),
+        ("karcher(a, -0.999*b, scale=2)", "2e+03"),
+    ],
+)
+def test_what_a_client_may_amplify_has_a_bound(spec: str, factor: str) -> None:
+    message = f"multiplies a source by {re.escape(factor)}; this server multiplies by at most 1000"
+    with pytest.raises(SpecError, match=message):
+        gate_with(worker()).asked_for(spec, None, lambda name: False)
+    assert gate_with(worker(), max_strength=1e31).asked_for(spec, None, lambda name: False) == parse(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["1000*a", "0*a + b", "ties(a, -b, density=0.0001)", "della(a, b, density=[1.0, 0.5], epsilon=0.4)"],
+)
+def test_what_is_not_amplified_beyond_is_served(spec: str) -> None:
+    assert gate_with(worker()).asked_for(spec, None, lambda name: False) == parse(spec)
 
 
 def test_one_new_merge_too_many_is_told_when_to_come_back(tmp_path: Path) -> None:
