@@ -53,7 +53,7 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
         present = [i for i, adapter in enumerate(sources) if module in adapter.modules]
         _check_shapes(module, {said.names[i]: sources[i].modules[module] for i in present})
         modules[module] = build(said, module, sources, present, limit)
-    notes += _missing_notes(spec, sources, len(modules))
+    notes += _missing_notes(spec, sources, len(modules)) + _result_notes(said, modules)
     return MergePlan(
         spec, recipe, header, modules, tuple(sources), tuple(notes), _whole_counts(said, modules)
     )
@@ -333,6 +333,24 @@ def _check_shapes(module: str, factors: Mapping[str, Factors]) -> None:
     if len(set(shapes.values())) > 1:
         found = listed(f"{shape} in {name}" for name, (shape, _) in shapes.items())
         raise PlanError(f"{module} has delta shapes {found}: these adapters belong to different base models")
+
+
+def _result_notes(said: _Said, modules: Mapping[str, Module]) -> list[str]:
+    notes = []
+    largest = max((module.results[0][0][0] for module in modules.values()), default=0)
+    if said.rank is not None and largest < said.rank:
+        notes.append(f"rank={said.rank} is more than there is to keep: the result has rank {largest}")
+    if all(map(_is_zero, modules.values())):
+        notes.append("the merge is zero: its weights, scale or density leave nothing")
+    return notes
+
+
+def _is_zero(module: Module) -> bool:
+    """Whether nothing is kept, or all of it is multiplied by 0."""
+    if isinstance(module, DeltaModule):
+        return not any(module.weights)
+    rules = (module.a.rule, module.b.rule) if isinstance(module, FactorModule) else (module.rule,)
+    return any(not any(rule.weights) or all(keep.count == 0 for keep in rule.keeps) for rule in rules)
 
 
 def _missing_notes(spec: MergeSpec, sources: Sequence[Adapter], total: int) -> list[str]:

@@ -69,7 +69,7 @@ async def _spec(request: Request) -> MergeSpec:
         raise SpecError("the body is not JSON") from None
     if isinstance(body, dict) and set(body) == {"spec"} and isinstance(body["spec"], str):
         return parse(body["spec"])
-    if isinstance(body, dict) and "spec" not in body:
+    if isinstance(body, dict) and "ids" in body and "spec" not in body:
         return from_json(body)
     raise SpecError(
         'the body is {"spec": "..."}, or {"ids": [...], "weights": [...], "merge_strategy": "..."}'

@@ -190,10 +190,14 @@ class MergeGate:
         """One merge, as ``GET /v1/merged_lora`` tells it."""
         spec = live.identity.spec
         contents = zip(spec.sources, live.identity.contents, strict=True)
+        automatic = spec.option("weights") == "auto"  # found for every module
         return {
             "spec": str(spec),
             "strategy": spec.strategy,
-            "sources": [{"name": s.name, "weight": s.weight, "digest": digest} for s, digest in contents],
+            "sources": [
+                {"name": s.name, "weight": None if automatic else s.weight, "digest": digest}
+                for s, digest in contents
+            ],
             "rank": live.facts.rank,
             "kept_energy": live.facts.kept_energy,
             "kept_energy_by_module": live.facts.kept_by_module,

@@ -120,6 +120,29 @@ def test_base_models_of_different_names_are_only_noted() -> None:
     assert "org/sql" in note
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "ties(chat, sql, density=1e-8)",
+        "ties_svd(chat, sql, density=1e-8)",
+        "knots(chat, sql, scale=0)",
+        "sum(0*chat, 0*sql)",
+        "karcher(chat, sql, scale=0)",
+    ],
+)
+def test_a_merge_of_nothing_is_noted(spec: str) -> None:
+    (note,) = make_plan(parse(spec), pair()).notes
+    assert "the merge is zero" in note
+    assert not any(f.delta().any() for f in merged(spec, pair()).modules.values())
+
+
+def test_a_rank_that_there_is_not_is_noted() -> None:
+    rank = sum(adapter.rank for adapter in pair().values())
+    assert make_plan(parse(f"core_ties(chat, sql, rank={rank})"), pair()).notes == ()
+    (note,) = make_plan(parse(f"core_ties(chat, sql, rank={rank + 1})"), pair()).notes
+    assert note.endswith(f"the result has rank {rank}")
+
+
 def test_modules_that_some_sources_lack_are_noted_and_merged_from_the_others() -> None:
     sources = pair() | {"chat": random_adapter({Q_PROJ: SMALL[Q_PROJ]}, seed=1)}
     plan = make_plan(parse("linear(sql, chat)"), sources)
