@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from .combine import Combiner, Integers, batches
 from .thresholds import Pair, Visit, find_pairs
 from .tiles import DeltaTiles
 
-COORDINATES = 64 << 20  # bytes of coordinates and their bases that are merged at a time
+AT_A_TIME = 64 << 20  # bytes of coordinates and their bases, or of float64 factors, that are merged
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,9 @@ class CpuBackend:
         for i, (name, module) in enumerate(pairs.items()):
             modules[name] = Factors(merged[2 * i], merged[2 * i + 1], 1.0, module.embedding)
         deltas = [(name, m) for name, m in plan.modules.items() if isinstance(m, DeltaModule)]
-        for some in batches(deltas, lambda pair: _vector_bytes(pair[1]), COORDINATES):
-            done = merge_modules([module for _, module in some], self._combiner.each)
+        for some in batches(deltas, lambda pair: _vector_bytes(pair[1]), AT_A_TIME):
+            members = [module for _, module in some]
+            done = merge_modules(members, self._each(members))
             for (name, _), one in zip(some, done, strict=True):
                 modules[name] = one.factors
                 if one.energy is not None:
@@ -86,25 +87,26 @@ class CpuBackend:
             for one in batch.values()
         ]
         merged = self._combiner.merge(jobs, lambda _: None, [known[name] for name in batch] if known else ())
-        each = self._each(next(iter(batch.values())).module)
+        each = self._each([one.module for one in batch.values()])
         done = each(_placed, list(zip(batch.values(), merged, strict=True)))
         return dict(zip(batch, done, strict=True))
 
     def _batches(self, plan: MergePlan) -> Iterator[dict[str, Coordinated]]:
-        """The modules that are merged on coordinates, COORDINATES bytes of those at most, or one module."""
+        """The modules that are merged on coordinates, AT_A_TIME bytes of those at most, or one module."""
         modules = [
             (name, module)
             for name, module in plan.modules.items()
             if isinstance(module, EntryModule) and module.basis is not None
         ]
-        for some in batches(modules, lambda pair: _coordinate_bytes(pair[1]), COORDINATES):
+        for some in batches(modules, lambda pair: _coordinate_bytes(pair[1]), AT_A_TIME):
             names, members = zip(*some, strict=True)
-            yield dict(zip(names, self._each(members[0])(_coordinated, members), strict=True))
+            yield dict(zip(names, self._each(members)(_coordinated, members), strict=True))
 
-    def _each(self, module: EntryModule) -> Each:
-        """How modules of a basis are gone through; a merge has one basis."""
-        # Small decompositions leave torch's own threads idle, the large products of an output basis do not.
-        return self._combiner.each if module.basis == "both" else in_turn
+    def _each(self, modules: Sequence[DeltaModule | EntryModule]) -> Each:
+        """How modules are gone through: each on one core, or in turn, with torch on all of them."""
+        # The large products of an output basis, and those of few large modules, torch spreads better itself.
+        output = any(isinstance(module, EntryModule) and module.basis == "output" for module in modules)
+        return in_turn if output or len(modules) < self._combiner.cores else self._combiner.each
 
     def _known(self, plan: MergePlan) -> dict[str, Integers]:
         """Thresholds by module where entries are counted over the whole model: ``[sources, 2]`` each."""

@@ -53,10 +53,9 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
         present = [i for i, adapter in enumerate(sources) if module in adapter.modules]
         _check_shapes(module, {said.names[i]: sources[i].modules[module] for i in present})
         modules[module] = build(said, module, sources, present, limit)
-    notes += _missing_notes(spec, sources, len(modules)) + _result_notes(said, modules)
-    return MergePlan(
-        spec, recipe, header, modules, tuple(sources), tuple(notes), _whole_counts(said, modules)
-    )
+    counts = _whole_counts(said, modules)
+    notes += _missing_notes(spec, sources, len(modules)) + _result_notes(said, modules, counts)
+    return MergePlan(spec, recipe, header, modules, tuple(sources), tuple(notes), counts)
 
 
 def check_names(spec: MergeSpec, known: Collection[str]) -> None:
@@ -335,12 +334,12 @@ def _check_shapes(module: str, factors: Mapping[str, Factors]) -> None:
         raise PlanError(f"{module} has delta shapes {found}: these adapters belong to different base models")
 
 
-def _result_notes(said: _Said, modules: Mapping[str, Module]) -> list[str]:
+def _result_notes(said: _Said, modules: Mapping[str, Module], counts: tuple[int, ...] | None) -> list[str]:
     notes = []
     largest = max((module.results[0][0][0] for module in modules.values()), default=0)
     if said.rank is not None and largest < said.rank:
         notes.append(f"rank={said.rank} is more than there is to keep: the result has rank {largest}")
-    if all(map(_is_zero, modules.values())):
+    if all(map(_is_zero, modules.values())) or (counts is not None and not any(counts)):
         notes.append("the merge is zero: its weights, scale or density leave nothing")
     return notes
 
@@ -350,7 +349,11 @@ def _is_zero(module: Module) -> bool:
     if isinstance(module, DeltaModule):
         return not any(module.weights)
     rules = (module.a.rule, module.b.rule) if isinstance(module, FactorModule) else (module.rule,)
-    return any(not any(rule.weights) or all(keep.count == 0 for keep in rule.keeps) for rule in rules)
+    return any(
+        rule.select == 0
+        or all(not weight or keep.count == 0 for weight, keep in zip(rule.weights, rule.keeps, strict=True))
+        for rule in rules
+    )
 
 
 def _missing_notes(spec: MergeSpec, sources: Sequence[Adapter], total: int) -> list[str]:

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
+from merged_lora.plan import SHARES
 from merged_lora.planning import check_names
 from merged_lora.recipe import MEANS
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
@@ -31,6 +32,7 @@ from .snapshots import CacheFullError
 from .sources import Sources
 from .worker import Reply, raise_failure
 
+LEAST_SHARE = 1.0 / SHARES  # of entries that are drawn
 logger = logging.getLogger("vllm.merged_lora")
 
 
@@ -190,7 +192,8 @@ class MergeGate:
         """One merge, as ``GET /v1/merged_lora`` tells it."""
         spec = live.identity.spec
         contents = zip(spec.sources, live.identity.contents, strict=True)
-        automatic = spec.option("weights") == "auto"  # found for every module
+        # Those found for every module are no one number; means have none to find.
+        automatic = spec.option("weights") == "auto" and find(spec.strategy).recipe.blend not in MEANS
         return {
             "spec": str(spec),
             "strategy": spec.strategy,
@@ -229,10 +232,11 @@ class MergeGate:
             raise SpecError(
                 f"the spec has {len(str(spec))} characters; at most {limits.max_spec_length} are taken"
             )
-        if _strength(spec) > limits.max_strength:
+        strength = _strength(spec)
+        if strength > limits.max_strength * (1 + 1e-9):  # but for the rounding of what it is made of
             raise SpecError(
-                f"the merge multiplies a source by {_strength(spec):.3g}; this server multiplies by at most "
-                f"{limits.max_strength:g}, use smaller weights or a smaller scale"
+                f"the merge multiplies a source by {strength:.7g}; this server multiplies by at most "
+                f"{limits.max_strength:.7g}, use smaller weights or a smaller scale"
             )
         return spec
 
@@ -306,19 +310,19 @@ def log_merge(identity: MergeIdentity, facts: Facts) -> None:
 
 
 def _strength(spec: MergeSpec) -> float:
-    """The most that an entry of a source is multiplied by.
+    """The most that the spec itself multiplies an entry of a source's delta by, whatever the adapters are.
 
     What overflows in a model's activations can outlive its request in the memory that vLLM's attention uses
     again, and then spoils the answers of others: so what a client may amplify has a bound.
     """
     recipe = find(spec.strategy).recipe
-    relative = recipe.blend in MEANS or spec.option("normalize")
-    total = abs(math.fsum(source.weight for source in spec.sources)) if relative else 1.0
-    kept = [1.0] * len(spec.sources)
+    shares = (1.0,) * len(spec.sources)
     if recipe.keep in ("random", "graded"):
-        # What is drawn with a probability is divided by it.
-        spread = spec.per_source("epsilon") if recipe.keep == "graded" else (0.0,) * len(kept)
-        densities = zip(spec.per_source("density"), spread, strict=True)
-        kept = [density - epsilon if density < 1.0 else 1.0 for density, epsilon in densities]
-    largest = max(abs(source.weight) / share for source, share in zip(spec.sources, kept, strict=True))
-    return largest * abs(float(spec.option("scale"))) / total  # type: ignore[arg-type]
+        # What is drawn with a probability is divided by it, on factors in A and in B.
+        spreads = spec.per_source("epsilon") if recipe.keep == "graded" else (0.0,) * len(shares)
+        densities = zip(spec.per_source("density"), spreads, strict=True)
+        least = (density - epsilon if density < 1.0 else 1.0 for density, epsilon in densities)
+        shares = tuple(max(p, LEAST_SHARE) ** (2 if recipe.space == "factors" else 1) for p in least)
+    power = 2 if spec.option("compat") == "lorax" else 1
+    largest = max(abs(w) ** power / share for w, share in zip(spec.weights(), shares, strict=True))
+    return largest * abs(float(spec.option("scale")))  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ class Settings:
     runtime_aliases: bool = False
     max_spec_length: int = MAX_TEXT
     max_sources: int = 8
-    max_strength: float = 1000.0
+    max_strength: float = 1e6
     max_ad_hoc: int = 256
     max_waiting: int = 32
     alias_store: str | None = None
@@ -139,11 +139,16 @@ def _backend(value: object) -> str:
     return str(value)
 
 
-def _gib(value: object) -> float:
+def _number(value: object) -> float:
+    """The number that a value is or spells, NaN where it is none."""
     try:
-        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
+        return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _gib(value: object) -> float:
+    number = _number(value)
     if not 0 < number < math.inf:
         raise MergeError(f"a number of GiB above 0, got {str(value)[:64]!r}")
     return number
@@ -159,12 +164,9 @@ def _between(low: int, high: int) -> Callable[[object], int]:
     return check
 
 
-def _strength(value: object) -> float:
-    try:
-        number = float(value) if isinstance(value, str | int | float) else math.nan
-    except ValueError:
-        number = math.nan
-    if isinstance(value, bool) or not 1.0 <= number < math.inf:
+def _one_or_more(value: object) -> float:
+    number = _number(value)
+    if not 1.0 <= number < math.inf:
         raise MergeError(f"a number from 1 on, got {str(value)[:64]!r}")
     return number
 
@@ -226,9 +228,8 @@ FLAGS = (
     Flag("max_sources", _between(1, MAX_SOURCES), "Most sources of one merge; 8 by default.", "N"),
     Flag(
         "max_strength",
-        _strength,
-        "Most that a merge may multiply an entry of a source by: weight times scale, over what it is divided "
-        "by; 1000 by default.",
+        _one_or_more,
+        "Most that a merge may multiply an entry of a source's delta by; 1e6 by default.",
         "X",
     ),
     Flag(

@@ -128,6 +128,9 @@ def test_base_models_of_different_names_are_only_noted() -> None:
         "knots(chat, sql, scale=0)",
         "sum(0*chat, 0*sql)",
         "karcher(chat, sql, scale=0)",
+        "sce(chat, sql, select_topk=1e-8)",
+        "knots(chat, sql, density=1e-8, scope=model)",
+        "ties(0*chat, sql, density=[0.5, 1e-8])",
     ],
 )
 def test_a_merge_of_nothing_is_noted(spec: str) -> None:

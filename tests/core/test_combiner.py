@@ -56,14 +56,19 @@ def test_jobs_prepared_one_at_a_time_give_what_all_at_once_give(monkeypatch: pyt
     assert all(torch.equal(x, y) for x, y in zip(whole, parts, strict=True))
 
 
-def test_deltas_are_merged_in_inference_mode_as_a_server_does() -> None:
+@pytest.mark.parametrize(
+    "spec", ["ties_svd(a, b)", "svd(a, b, rank=2)", "karcher(a, b)", "core_ties(a, b)", "knots(a, b)"]
+)
+def test_deltas_are_merged_in_inference_mode_as_a_server_does(spec: str) -> None:
     sources = {
-        name: Adapter({"m": Factors(torch.randn(4, 40), torch.randn(24, 4), 1.0, False)}) for name in "ab"
+        name: Adapter({f"m{i}": Factors(torch.randn(4, 40), torch.randn(24, 4), 1.0) for i in range(64)})
+        for name in "ab"
     }
-    plan = make_plan(parse("ties_svd(a, b)"), sources)
+    plan = make_plan(parse(spec), sources)
     backend = load_backend("cpu")
-    expected = backend.merge(plan, lambda _: None).modules["m"]
+    expected = backend.merge(plan, lambda _: None).modules
     with torch.inference_mode():
-        merged = backend.merge(plan, lambda _: None).modules["m"]
-    assert torch.equal(merged.a, expected.a)
-    assert torch.equal(merged.b, expected.b)
+        merged = backend.merge(plan, lambda _: None).modules
+    for name, f in expected.items():
+        assert torch.equal(merged[name].a, f.a)
+        assert torch.equal(merged[name].b, f.b)

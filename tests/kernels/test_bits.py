@@ -29,15 +29,13 @@ from merged_lora.triton_kernels.combine import BLOCK
 
 COUNTS = (1, 2, 3, 4, 8, 9, 16)
 """Of sources: unrolled, looped, and with and without a correction in the division."""
-SHARE = len(COUNTS)  # of the modules of `awkward_adapters`, every so many
 
 
 @cache
-def sources(count: int) -> dict[str, Adapter]:
-    """A share of the awkward modules, another one for each count; all counts together have them all."""
-    first = COUNTS.index(count)
+def sources(count: int, share: int) -> dict[str, Adapter]:
+    """That many sources of a share of the awkward modules; all shares together have them all."""
     return {
-        name: Adapter(dict(list(adapter.modules.items())[first::SHARE]))
+        name: Adapter(dict(list(adapter.modules.items())[share :: len(COUNTS)]))
         for name, adapter in awkward_adapters(count).items()
     }
 
@@ -57,21 +55,21 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("strategy", "count"), cases())
 def test_triton_gives_the_bits_of_the_reference(strategy: str, count: int) -> None:
-    every = settings_of(strategy)
+    every, share = settings_of(strategy), COUNTS.index(count)
     count = max(count, TABLE[strategy].sources_min)
     # The defaults with every count, everything else with one of them.
-    for options in (every[0], *every[1 + COUNTS.index(count) :: len(COUNTS)]):
-        assert_backends_agree(make_plan(spec_of(strategy, options, count), sources(count)), "triton")
+    for options in (every[0], *every[1 + share :: len(COUNTS)]):
+        assert_backends_agree(make_plan(spec_of(strategy, options, count), sources(count, share)), "triton")
 
 
 def test_all_counts_together_meet_every_module() -> None:
-    met = {module for count in COUNTS for module in sources(count)["a"].modules}
+    met = {module for share, count in enumerate(COUNTS) for module in sources(count, share)["a"].modules}
     assert met == set(awkward_adapters(1)["a"].modules)
 
 
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
 def test_modules_that_some_sources_lack_merge_alike(strategy: str) -> None:
-    assert_backends_agree(make_plan(spec_of(strategy, {}, 4), with_gaps(sources(4))), "triton")
+    assert_backends_agree(make_plan(spec_of(strategy, {}, 4), with_gaps(sources(4, 3))), "triton")
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

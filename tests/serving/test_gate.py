@@ -327,24 +327,33 @@ def test_long_specs_and_many_sources_are_refused() -> None:
     ("spec", "factor"),
     [
         ("1e30*a", "1e+30"),
-        ("a + b - 1001*c", "1e+03"),
-        ("knots(2*a, b, scale=-501)", "1e+03"),
-        ("dare_linear(a, b, density=[0.5, 0.0001])", "1e+04"),
-        ("della_svd(a, b, density=0.11, epsilon=0.1095)", "2e+03"),
-        ("ties(a, -0.999*b, normalize=true, scale=2)", "2e+03"),
-        ("karcher(a, -0.999*b, scale=2)", "2e+03"),
+        ("a + b - 1000001*c", "1000001"),
+        ("knots(2*a, b, scale=-500001)", "1000002"),
+        ("dare_linear(a, b, density=[0.5, 0.0001])", "1e+08"),
+        ("dare_linear_svd(2*a, b, density=0.000001, scale=20)", "2621440"),
+        ("della_svd(a, b, density=0.0002, epsilon=0.00019, scale=100)", "6553600"),
+        ("ties(a, -0.9999998*b, normalize=true)", "5000000"),
+        ("karcher(a, -0.9999998*b)", "5000000"),
+        ("linear(1001*a, compat=lorax)", "1002001"),
+        ("linear(1e30*a, scale=9e-28, compat=lorax)", "9e+32"),
     ],
 )
 def test_what_a_client_may_amplify_has_a_bound(spec: str, factor: str) -> None:
-    message = f"multiplies a source by {re.escape(factor)}; this server multiplies by at most 1000"
+    message = f"multiplies a source by {re.escape(factor)}; this server multiplies by at most 1000000"
     with pytest.raises(SpecError, match=message):
         gate_with(worker()).asked_for(spec, None, lambda name: False)
-    assert gate_with(worker(), max_strength=1e31).asked_for(spec, None, lambda name: False) == parse(spec)
+    assert gate_with(worker(), max_strength=1e33).asked_for(spec, None, lambda name: False) == parse(spec)
 
 
 @pytest.mark.parametrize(
     "spec",
-    ["1000*a", "0*a + b", "ties(a, -b, density=0.0001)", "della(a, b, density=[1.0, 0.5], epsilon=0.4)"],
+    [
+        "1e6*a",
+        "sum(1e30*a, scale=1e-24)",
+        "0*a + b",
+        "ties(a, -b, density=0.0001)",
+        "della(a, b, density=[1.0, 0.5], epsilon=0.4)",
+    ],
 )
 def test_what_is_not_amplified_beyond_is_served(spec: str) -> None:
     assert gate_with(worker()).asked_for(spec, None, lambda name: False) == parse(spec)

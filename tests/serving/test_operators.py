@@ -24,6 +24,10 @@ def merges(server: Server) -> dict[str, dict[str, object]]:
 def test_the_report_tells_what_is_served(server: Server) -> None:
     server.logprobs("mix")
     server.logprobs("svd(0.5*sql, chat, rank=4)")
+    server.logprobs("core_ties(sql, chat, weights=auto)")
+    (sources,) = (m["sources"] for name, m in merges(server).items() if name.startswith("core_ties"))
+    assert isinstance(sources, list)
+    assert [source["weight"] for source in sources] == [None, None]
     before = merges(server)["svd(chat, 0.5*sql, rank=4)"]
     server.logprobs("svd(chat, 0.5*sql, rank=4)")
     _, report = server.get("/v1/merged_lora")
