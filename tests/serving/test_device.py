@@ -72,6 +72,7 @@ def serve(place: Place, adapters: dict[str, Path], log: Path, *flags: str) -> Se
             "triton",
         ),
         *("--merged-lora-gpu-gib", DEVICE_GIB, "--max-loras", "2", "--max-cpu-loras", "3"),
+        *("--merged-lora-max-strength", "1e99"),  # so that a merge can overflow
         *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items()), *flags),
         log=log,
         environment=INTERPRETER,
