@@ -186,11 +186,12 @@ def _read_spec(text: str) -> MergeSpec:
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object whose keys are all different."""
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise SpecError(f'"{twice[0][:64]}" is given twice')
-    return dict(pairs)
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise SpecError(f'"{name[:64]}" is given twice')
+        found[name] = value
+    return found
 
 
 def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:

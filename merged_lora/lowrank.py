@@ -143,9 +143,13 @@ def inner_products(
     return products * weights[:, :, None] * weights[:, None, :]
 
 
+def gram_of(sources: Sequence[Factors], weights: Sequence[float]) -> torch.Tensor:
+    """Frobenius inner products of ``weights[i] B_i A_i`` of one module, ``[1, n, n]``."""
+    a = torch.cat([f.a.double() for f in sources], dim=0)
+    b = torch.cat([f.b.double() for f in sources], dim=1)
+    given = torch.tensor([weights], dtype=torch.float64)
+    return inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in sources], given)
+
+
 def _gram(module: DeltaModule) -> torch.Tensor:
-    """The inner products of the weighted deltas, ``[1, n, n]``."""
-    a = torch.cat([f.a.double() for f in module.sources], dim=0)
-    b = torch.cat([f.b.double() for f in module.sources], dim=1)
-    given = torch.tensor([module.weights], dtype=torch.float64)
-    return inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in module.sources], given)
+    return gram_of(module.sources, module.weights)

@@ -96,13 +96,11 @@ class _Said:
         strategy = find(spec.strategy)
         rank, t, select = (spec.option(name) for name in ("rank", "t", "select_topk"))
         vote, blend = None, strategy.recipe.blend
-        # Means find lengths and angles themselves; to them the sources count alike.
-        automatic = spec.option("weights") == "auto" and blend not in MEANS
         if blend == "agreeing_mean":
             vote = Vote(
                 frequency=spec.option("majority_sign_method") == "frequency",
                 # Balanced deltas vote with their new lengths; trimming does not know the difference.
-                weighted=spec.option("elect") == "weighted" or automatic,
+                weighted=spec.option("elect") == "weighted" or spec.automatic,
             )
         if blend == "energy_mean":
             vote = Vote(frequency=False, weighted=False, energy=True)
@@ -115,7 +113,7 @@ class _Said:
             recipe=strategy.recipe,
             names=spec.names,
             weights=spec.weights(),
-            auto=auto_weights(sources, blend == "sum") if automatic else None,
+            auto=auto_weights(sources, blend == "sum") if spec.automatic else None,
             scale=float(spec.option("scale")),  # type: ignore[arg-type]
             densities=shares("density"),
             gammas=shares("gamma"),

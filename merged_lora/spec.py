@@ -115,6 +115,11 @@ class MergeSpec:
         value = self.option(name)
         return value if isinstance(value, tuple) else (float(value),) * len(self.sources)  # type: ignore[arg-type]
 
+    @property
+    def automatic(self) -> bool:
+        """Whether weights are found for each module; means find lengths and angles themselves."""
+        return self.option("weights") == "auto" and find(self.strategy).recipe.blend not in MEANS
+
     def weights(self) -> tuple[float, ...]:
         """The weight of each source, in order; relative to their sum where that is asked for or implied.
 

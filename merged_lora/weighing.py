@@ -16,7 +16,7 @@ import torch
 
 from .adapters import Adapter
 from .factors import Factors
-from .lowrank import inner_products
+from .lowrank import gram_of
 
 BALANCE_SUMMED, BALANCE_AVERAGED = 0.75, 1.0
 """0 leaves every delta its length, 1 gives all the same."""
@@ -54,10 +54,7 @@ _LOCK = threading.Lock()
 
 
 def _weights(factors: Sequence[Factors], summed: bool) -> tuple[float, ...]:
-    a = torch.cat([f.a.double() for f in factors], dim=0)
-    b = torch.cat([f.b.double() for f in factors], dim=1)
-    scalings = torch.tensor([[f.scaling for f in factors]], dtype=torch.float64)
-    gram = inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in factors], scalings)[0]
+    gram = gram_of(factors, [f.scaling for f in factors])[0]
     lengths = gram.diagonal().clamp(min=0.0).sqrt()
     present = lengths > 0
     count = int(present.sum())

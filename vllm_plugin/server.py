@@ -19,7 +19,6 @@ from typing import Any
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.plan import SHARES
 from merged_lora.planning import check_names
-from merged_lora.recipe import MEANS
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
 from merged_lora.strategies import find
 
@@ -192,13 +191,11 @@ class MergeGate:
         """One merge, as ``GET /v1/merged_lora`` tells it."""
         spec = live.identity.spec
         contents = zip(spec.sources, live.identity.contents, strict=True)
-        # Those found for every module are no one number; means have none to find.
-        automatic = spec.option("weights") == "auto" and find(spec.strategy).recipe.blend not in MEANS
         return {
             "spec": str(spec),
             "strategy": spec.strategy,
             "sources": [
-                {"name": s.name, "weight": None if automatic else s.weight, "digest": digest}
+                {"name": s.name, "weight": None if spec.automatic else s.weight, "digest": digest}
                 for s, digest in contents
             ],
             "rank": live.facts.rank,
