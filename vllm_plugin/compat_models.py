@@ -22,7 +22,7 @@ from merged_lora.errors import PlanError, listed
 from merged_lora.peft_files import config_of, tensors_of
 from merged_lora.plan import MergePlan
 
-from .compat_slots import ATTRIBUTE, DeviceFilling, HostFilling, Layout, parts_of
+from .compat_slots import ATTRIBUTE, DeviceFilling, HostFilling, Layout, names_of, parts_of
 from .makers import outline
 
 
@@ -141,6 +141,7 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
     strangers = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
     if strangers:
         raise PlanError(f"the model has no module {listed(strangers)} that takes LoRA")
+    _check_names(layers, lora)
     for name, layer in layers.modules.items():
         parts = parts_of(layers.packed_modules, name)
         found = [layers._get_lora_layer_weights(lora, part) for part in parts]
@@ -162,6 +163,17 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
             given = weights.lora_b.shape[0], weights.lora_a.shape[1]
             if given != (out, width) and not _is_padded(layer, given, (out, width)):
                 raise PlanError(f"{part} has shape {(out, width)} in the model, another one in the adapters")
+
+
+def _check_names(layers: Any, lora: LoRAModel) -> None:
+    """Raise PlanError where two modules of an adapter are one of the model: vLLM would take the first."""
+    for name in layers.modules:
+        for part in parts_of(layers.packed_modules, name):
+            found = [other for other in names_of(layers, part) if lora.check_lora_name(other)]
+            if len(found) > 1:
+                raise PlanError(
+                    f"{listed(found)} are one module of the model; all sources of a merge must name it alike"
+                )
 
 
 def _shapes(layer: Any, count: int) -> list[tuple[int, int]] | None:

@@ -13,11 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from vllm.lora import layers as lora_layers
-from vllm.lora.layers import (
-    LogitsProcessorWithLoRA,
-    MergedColumnParallelLinearWithLoRA,
-    VocabParallelEmbeddingWithLoRA,
-)
+from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 
@@ -30,8 +26,25 @@ logger = logging.getLogger("vllm.merged_lora")
 ATTRIBUTE = "merged_lora"
 """Under this name each object of vLLM keeps what belongs to it: a manager its worker, a merge its filling."""
 
-ClassificationHead: Any = getattr(lora_layers, "ClassificationHeadWithLoRA", ())  # vLLM 0.32 brought it
+ClassificationHead: Any = getattr(  # 0.33 made it the base of two kinds, 0.31 brought the first
+    lora_layers, "BaseClassificationHeadWithLoRA", getattr(lora_layers, "ClassificationHeadWithLoRA", ())
+)
 
+KNOWN_LAYERS = frozenset(
+    f"{name}WithLoRA"
+    for name in (
+        *("ClassificationHead", "ColumnParallelLinear", "LogitsProcessor", "MergedColumnParallelLinear"),
+        *("MergedColumnParallelLinearVariableSlice", "MergedQKVParallelLinear", "QKVParallelLinear"),
+        *("ReplicatedLinear", "RowParallelLinear", "TokenClassificationHead", "VocabParallelEmbedding"),
+    )
+) | {
+    f"{name}WithShardedLoRA"
+    for name in (
+        *("ColumnParallelLinear", "MergedColumnParallelLinear", "MergedQKVParallelLinear"),
+        *("QKVParallelLinear", "RowParallelLinear"),
+    )
+}
+"""Classes of ``vllm.lora.layers`` that were read; one derived from them may keep more of an adapter."""
 
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 """A and B of one module; None twice where an adapter lacks it."""
@@ -39,6 +52,11 @@ Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 
 class Filling(Protocol):
     """Fills slots with one merge."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where the slots are."""
+        ...
 
     def fill(self, index: int) -> None:
         """Write the merge into every layer of the model, over what the slot held before."""
@@ -50,12 +68,22 @@ def parts_of(packed: Mapping[str, list[str]], name: str) -> list[str]:
     return packed.get(name) or [name]
 
 
+def names_of(layers: Any, part: str) -> list[str]:
+    """The names by which vLLM finds a module in an adapter.
+
+    Since 0.33, an adapter of the text model alone fits a multimodal one, whose names have a prefix.
+    """
+    others = getattr(layers, "_get_text_lora_names", None)
+    return [part, *(others(part) if others is not None else ())]
+
+
 class Layout:
     """Where the layers of a model keep their adapters.
 
     direct: for each module of an adapter that a backend can write itself, by vLLM's name, its stacked slots
     ``[slots, 1, rank, in]`` and ``[slots, 1, out, rank]``.  others: layers that take whole tensors through
-    vLLM's own code, because they are sharded or keep them in another form.  parts: all modules of both.
+    vLLM's own code, because they are sharded or keep them in another form.  left_to_vllm: layers of a kind
+    that is not known here; vLLM's own activation empties them, or fills them.  parts: all modules of these.
     names: vLLM's for each module seen so far, by its own name and whether it is an embedding.  used: for
     slots whose content is known, the rank beyond which all is zero.
     """
@@ -63,6 +91,7 @@ class Layout:
     def __init__(self, layers: Any) -> None:
         self.direct: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.others: dict[str, Any] = {}
+        self.left_to_vllm: dict[str, Any] = {}
         self.parts: dict[str, None] = {}
         self.names: dict[tuple[str, bool], str] = {}
         self.used: dict[int, int] = {}
@@ -76,8 +105,10 @@ class Layout:
             if _is_direct(layer, len(parts)):
                 slots = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
                 self.direct |= dict(zip(parts, slots, strict=True))
-            else:
+            elif is_known(layer):
                 self.others[name] = layer
+            else:
+                self.left_to_vllm[name] = layer
 
     def check(self, lora: LoRAModel) -> None:
         """Raise PlanError where a merge holds what no backend can hand to vLLM: experts, for one."""
@@ -90,9 +121,9 @@ class Layout:
 
     def strangers(self, lora: LoRAModel) -> list[str]:
         """The modules of an adapter that stand in layers of a kind which is not known here."""
-        known = BaseLinearLayerWithLoRA, VocabParallelEmbeddingWithLoRA, LogitsProcessorWithLoRA
-        others = [f"{name}." for name, layer in self.others.items() if not isinstance(layer, known)]
-        return sorted(module for module in lora.loras if f"{module}.".startswith(tuple(others)))
+        parts = {part for name in self.left_to_vllm for part in (name, *parts_of(self.packed, name))}
+        inside = tuple(f"{name}." for part in parts for name in names_of(self._layers, part))
+        return sorted(module for module in lora.loras if f"{module}.".startswith(inside))
 
     def found(self, lora: LoRAModel) -> dict[str, Any]:
         """An adapter's weights for each module that it has, before vLLM packs them."""
@@ -121,11 +152,17 @@ class Layout:
             layer.set_lora(index, a[0], b[0])
 
 
+def is_known(layer: Any) -> bool:
+    """Whether a layer is of one of the classes that were read, not of one that is derived from them."""
+    return type(layer).__module__.startswith("vllm.lora.layers.") and type(layer).__name__ in KNOWN_LAYERS
+
+
 def _is_direct(layer: Any, parts: int) -> bool:
     """Whether setting this layer's adapter means no more than copying one pair of factors for each part."""
     copying = (BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora)
     return (
-        isinstance(layer, BaseLinearLayerWithLoRA)
+        is_known(layer)
+        and isinstance(layer, BaseLinearLayerWithLoRA)
         and not isinstance(layer, ClassificationHead)
         and type(layer).set_lora in copying
         and layer.tp_size == 1

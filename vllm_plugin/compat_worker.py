@@ -102,25 +102,37 @@ def or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def filling_slots(original: Callable[..., bool]) -> Callable[..., bool]:
-    """Wrap ``LoRAModelManager.activate_adapter``: vLLM chooses the slot, the backend fills it."""
+    """Wrap ``LoRAModelManager.activate_adapter``: vLLM chooses the slot, the backend fills it.
+
+    An activation that fails leaves the adapter inactive, and nothing that it wrote is taken for known.
+    """
 
     @functools.wraps(original)
     def activate_adapter(self: Any, lora_id: int) -> bool:
+        layout: Layout | None = getattr(self, ATTRIBUTE, None)
         filling: Filling | None = getattr(self._registered_adapters.get(lora_id), ATTRIBUTE, None)
         if filling is None:
             try:
-                return original(self, lora_id)
-            finally:  # vLLM may have written there even where it raises
-                layout: Layout | None = getattr(self, ATTRIBUTE, None)
-                if layout is not None and lora_id in self.lora_index_to_id:
-                    layout.used.pop(self.lora_index_to_id.index(lora_id), None)
-        modules, self.modules = self.modules, {}  # so that it keeps its books and copies nothing
+                activated = original(self, lora_id)
+            except BaseException:
+                if layout is not None:
+                    layout.used.clear()  # vLLM may have written into a slot that it does not name
+                raise
+            if layout is not None and activated:
+                layout.used.pop(self.lora_index_to_id.index(lora_id), None)
+            return activated
+        # vLLM keeps its books, and copies no more than what no filling does.
+        modules, self.modules = self.modules, filling.layout.left_to_vllm
         try:
             activated = original(self, lora_id)
         finally:
             self.modules = modules
         if activated:
-            filling.fill(self.lora_index_to_id.index(lora_id))
+            try:
+                filling.fill(self.lora_index_to_id.index(lora_id))
+            except BaseException:
+                self.deactivate_adapter(lora_id)
+                raise
         return activated
 
     return activate_adapter
