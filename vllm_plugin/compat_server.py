@@ -41,11 +41,24 @@ logger = logging.getLogger("vllm.merged_lora")
 
 @dataclass(frozen=True)
 class Served:
-    """What one request is served with: the request itself, its adapter, and the model name it sent."""
+    """What one request is served with: the request itself, its adapter, and what it asked for.
+
+    model: the name that replies give.  asked: what the request said, ``model`` and ``merged_adapters``.
+    """
 
     request: weakref.ref[Any]
     adapter: LoRARequest
     model: str
+    asked: tuple[str | None, object]
+
+    def is_for(self, request: Any) -> bool:
+        """Whether that is the request which was checked, or one that vLLM derived from it.
+
+        vLLM may make several requests of one, a batch of chats into its chats, and ask each for its adapter.
+        Such a request says the same, but for fields that vLLM does not know and may leave out.
+        """
+        model, body = self.asked
+        return self.request() is request or (request.model == model and _body(request) in (None, body))
 
 
 _served: ContextVar[Served | None] = ContextVar("merged_lora_served", default=None)
@@ -206,7 +219,8 @@ def through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Await
                 raise HTTPException(refusal.error.code, refusal.error.message) from None
             return refusal
         sent = request.model or _base_names(self.models)[0]
-        _served.set(Served(weakref.ref(request), lora_request(identity), sent))
+        asked = request.model, _body(request)
+        _served.set(Served(weakref.ref(request), lora_request(identity), sent, asked))
         return None
 
     return _check_model
@@ -218,10 +232,11 @@ def with_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _maybe_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         served = _served.get()
-        if served is not None and served.request() is request:
+        if served is not None and served.is_for(request):
             return served.adapter
-        if _gate(self.models) is not None and _body(request) is not None:
-            raise RuntimeError("a request for a merge was not checked; it is not served with the base model")
+        # vLLM checks a request before it asks for its adapter; were that to change, it must be seen.
+        if served is not None or (_gate(self.models) is not None and _body(request) is not None):
+            raise RuntimeError("a request for a merge was not checked; it is not served with another model")
         return original(self, request, *args, **kwargs)
 
     return _maybe_get_adapters

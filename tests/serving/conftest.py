@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 import tiny
 from merged_lora.bench.server import Server
 from merged_lora.engine import merge
-from tiny import FLAGS, MAX_AD_HOC, MAX_RANK, SPECS, Place
+from tiny import FLAGS, MAX_AD_HOC, MAX_RANK, SPECS, Place, importing_tests
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +48,8 @@ def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         *("--merged-lora-runtime-aliases", "--merged-lora-source-dir", str(place.sources)),
         *("--merged-lora-max-ad-hoc", str(MAX_AD_HOC), "--enable-prompt-tokens-details"),
         *("--worker-extension-cls", "faults.Faults"),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"),
         log=root / "server.log",
-        environment={
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
-        },
+        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **importing_tests()},
     ) as running:
         yield running

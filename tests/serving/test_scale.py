@@ -20,7 +20,7 @@ from merged_lora.bench.server import Server
 from merged_lora.engine import merge
 from merged_lora.vllm_plugin import compat_args, compat_server
 from merged_lora.vllm_plugin.settings import Settings
-from tiny import FLAGS, MAX_RANK, SPECS, Place
+from tiny import FLAGS, MAX_RANK, SPECS, Place, importing_tests
 
 pytestmark = pytest.mark.engine
 
@@ -39,7 +39,7 @@ def serve(place: Place, root: Path, *flags: str) -> Server:
         *("--max-cpu-loras", "3", "--lora-modules", *(f"{name}={path}" for name, path in modules.items())),
         *flags,
         log=root / "server.log",
-        environment={"PYTHONPATH": str(Path(__file__).parent)},
+        environment=importing_tests(),
         api_key=KEY,
     )
 

@@ -1,14 +1,18 @@
-"""A tiny random Llama with a byte tokenizer, and adapters for it: all that a server needs."""
+"""A tiny random Qwen3 with a byte tokenizer, and adapters for it: all that a server needs.
+
+Of an architecture that vLLM serves on all its routes for text, that of decisions among them.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from making import random_adapter
 from merged_lora.adapters import Adapter
@@ -33,7 +37,7 @@ MODULES = {
 }
 """Every linear module of the model, as ``name: (out, in)``."""
 
-_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}<assistant>"
 
 
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8")
@@ -61,6 +65,12 @@ SPECS = {
 """Merges by every path that a strategy may take, by the name under which its offline twin is served."""
 
 
+def importing_tests() -> dict[str, str]:
+    """The environment of a server that imports this folder's modules, and the vLLM that is tested."""
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the model and the adapters lie, and the folder of further sources, empty at first."""
@@ -73,22 +83,25 @@ class Place:
 def make_model(folder: Path) -> Path:
     """Write the model; returns its folder."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
+        head_dim=_HEAD,
         max_position_embeddings=256,
         eos_token_id=VOCABULARY - 1,
         bos_token_id=VOCABULARY - 2,
         initializer_range=0.2,
     )
-    model: Any = LlamaForCausalLM
+    model: Any = Qwen3ForCausalLM
     model(config).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    words = [*alphabet, "no", "ye", "yes"]  # a decision is read off one token
+    merges = [("n", "o"), ("y", "e"), ("ye", "s")]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     make_tokenizer: Any = PreTrainedTokenizerFast
