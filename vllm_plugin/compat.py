@@ -1,4 +1,4 @@
-"""What is wrapped of vLLM; on which releases of it, ``compat_versions.py`` says.
+"""What is wrapped of vLLM; for which releases of it, ``releases.py`` says.
 
 The wrappers stand in ``compat_args.py`` (command line), ``compat_server.py`` (API server) and
 ``compat_worker.py`` (workers); no other file touches vLLM but the offline helper.  Each calls the original
@@ -26,18 +26,20 @@ from vllm.v1.metrics.stats import LoRARequestStates
 from vllm.v1.worker.worker_base import WorkerBase
 
 from . import compat_args, compat_server, compat_worker
+from .compat_versions import since
 
 
 @dataclass(frozen=True)
 class Hook:
     """A function of vLLM: where it stands, its name and parameters as they were read, and what wraps it.
 
-    The parameters are the same on every release in ``compat_versions.VERSIONS``.
+    parameters: the same on every release, or by the release with which each list of them began, such as
+    ``{"0.30": "self request", "0.34": "self request priority"}``.
     """
 
     owner: Any
     name: str
-    parameters: str
+    parameters: str | dict[str, str]
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -99,8 +101,9 @@ def problems() -> list[str]:
             found.append(f"{hook.owner.__name__}.{hook.name} is missing")
             continue
         actual = " ".join(inspect.signature(inspect.unwrap(_plain(original))).parameters)
-        if actual != hook.parameters:
-            found.append(f"{hook.owner.__name__}.{hook.name} takes {actual}")
+        expected = hook.parameters if isinstance(hook.parameters, str) else since(hook.parameters)
+        if actual != expected:
+            found.append(f"{hook.owner.__name__}.{hook.name} takes ({actual}) instead of ({expected})")
     return found
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import atexit
 import functools
+import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,7 +22,10 @@ from vllm.platforms import current_platform
 
 from merged_lora.errors import MergeError
 
-from .settings import FLAGS, KEY, Settings, option, parse_alias
+from .compat_versions import check_tested, difference
+from .settings import FLAGS, KEY, TESTED_ALONE, Settings, option, parse_alias
+
+logger = logging.getLogger("vllm.merged_lora")
 
 settings = Settings()
 """Those of the engine whose configuration this process made last; API servers read them."""
@@ -30,8 +35,8 @@ def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``EngineArgs.add_cli_args``."""
 
     @functools.wraps(original)
-    def add_cli_args(parser: Any) -> Any:
-        parser = original(parser)
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parser = original(parser, *args, **kwargs)
         group = parser.add_argument_group("merged LoRA", "LoRA adapters merged on demand.")
         group.add_argument(
             "--enable-merged-lora",
@@ -67,14 +72,18 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return argument
 
 
+def given_flags(args: Any) -> dict[str, Any]:
+    """The values of the plugin's flags on a command line, but for ``--enable-merged-lora``, by their keys."""
+    values = {key: getattr(args, f"merged_lora_{key}", None) for key in ("modules", *(f.key for f in FLAGS))}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``EngineArgs.from_cli_args``."""
 
     @functools.wraps(original)
     def from_cli_args(cls: Any, args: Any) -> Any:
-        names = ["modules", *(flag.key for flag in FLAGS)]
-        values = {name: getattr(args, f"merged_lora_{name}", None) for name in names}
-        given = {name: value for name, value in values.items() if value is not None}
+        given = given_flags(args)
         if getattr(args, "enable_merged_lora", False):
             if getattr(args, "grpc", False):
                 raise ValueError("--enable-merged-lora does not work with --grpc, which bypasses its hooks")
@@ -124,6 +133,7 @@ def with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
         global settings
         settings = Settings.of(self.additional_config)
         if settings.enable:
+            _check_release(settings.vllm)
             if vllm.envs.VLLM_USE_RUST_FRONTEND:
                 raise ValueError(
                     "merged LoRA does not work with the Rust front end, which bypasses its hooks"
@@ -140,3 +150,16 @@ def with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return create_engine_config
+
+
+def _check_release(accepted: str) -> None:
+    """Refuse a vLLM that was not tested where the operator wants that; else warn of what differs."""
+    if accepted == TESTED_ALONE:
+        try:
+            check_tested()
+        except MergeError as error:
+            raise ValueError(str(error)) from None
+    elif multiprocessing.parent_process() is None:  # vLLM's own processes would only repeat it
+        changes = difference()
+        if changes:
+            logger.warning("%s; merges may go wrong, and --merged-lora-vllm tested would not start", changes)

@@ -18,6 +18,7 @@ from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, parse
 
 KEY = "merged_lora"
 BACKENDS = ("auto", *MODULES)
+ANY_RELEASE, TESTED_ALONE = "any", "tested"
 
 
 def option(key: str) -> str:
@@ -65,6 +66,7 @@ class Settings:
     max_strength: float = 1e6
     max_ad_hoc: int = 256
     max_waiting: int = 32
+    vllm: str = ANY_RELEASE
     alias_store: str | None = None
 
     @classmethod
@@ -133,10 +135,13 @@ def _alias(name: str, text: object) -> MergeSpec:
 # Checks; what comes from a command line is text
 
 
-def _backend(value: object) -> str:
-    if value not in BACKENDS:
-        raise MergeError(f"one of {', '.join(BACKENDS)}, got {str(value)[:64]!r}")
-    return str(value)
+def _one_of(*words: str) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if value not in words:
+            raise MergeError(f"one of {', '.join(words)}, got {str(value)[:64]!r}")
+        return str(value)
+
+    return check
 
 
 def _number(value: object) -> float:
@@ -186,7 +191,7 @@ def _switch(value: object) -> bool:
 FLAGS = (
     Flag(
         "backend",
-        _backend,
+        _one_of(*BACKENDS),
         "What merges: "
         + ", ".join(BACKENDS)
         + "; auto, the default, takes triton where there is a GPU, else cpu.",
@@ -244,5 +249,12 @@ FLAGS = (
         _between(0, 1 << 20),
         "Most new merges that wait while one is made; a request for one more gets status 429. 32 by default.",
         "N",
+    ),
+    Flag(
+        "vllm",
+        _one_of(ANY_RELEASE, TESTED_ALONE),
+        "Releases of vLLM to start on: any, the default, warns where one reads otherwise than those tested; "
+        "tested refuses it.",
+        "any|tested",
     ),
 )

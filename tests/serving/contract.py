@@ -1,6 +1,7 @@
 """What the plugin finds on the vLLM that is imported, and what it does where it does not fit, as JSON.
 
-A program, because each case needs vLLM's plugins to be loaded where they have left no trace yet.
+A program of its own, in which every case is a forked process: there vLLM's plugins are loaded for the first
+time.
 """
 
 from __future__ import annotations
@@ -9,15 +10,22 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from typing import Any
 
 import vllm
 import vllm.plugins
-from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+NO_MODEL = str(Path(__file__).parent)  # a folder, so that nothing is looked up elsewhere
+FLAGS: tuple[list[str], ...] = ([], ["--enable-merged-lora"], ["--merged-lora-max-sources", "3"])
 
 
 class Lines(logging.Handler):
@@ -33,60 +41,141 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def load_plugins(log: Lines) -> dict[str, list[str]]:
-    """The lines that it logs and the options of ``vllm serve`` when vLLM makes its command line."""
-    log.lines.clear()
-    vllm.plugins.plugins_loaded = False
+def in_child(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a case reports from a process of its own."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(receive)
+            with os.fdopen(send, "w") as out:
+                json.dump(case(), out)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(send)
+    with os.fdopen(receive) as answer:
+        text = answer.read()
+    if os.waitpid(child, 0)[1] != 0:
+        raise RuntimeError("a case failed; its traceback is above")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def load_plugins() -> dict[str, Any]:
+    """What vLLM's command line is with its plugins loaded: log lines, options, what becomes of our flags."""
+    log = Lines()
+    before = hooked()
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    return {"lines": list(log.lines), "options": sorted(parser._option_string_actions)}
+    lines = list(log.lines)
+    return {
+        "lines": lines,
+        "options": sorted(parser._option_string_actions),
+        "untouched": hooked() == before,
+        "refusals": [refusal(parser, flags) for flags in FLAGS],
+        "refused offline": refusal_offline(),
+        "hooks imported": "merged_lora.vllm_plugin.compat" in sys.modules,
+    }
+
+
+def hooked() -> list[int]:
+    """What stands for two functions that the plugin wraps, one in a server and one in a worker."""
+    owned = (vars(OpenAIServingModels).get("load_lora_adapter"), vars(LoRAModelManager).get("add_adapter"))
+    return [*map(id, owned), id(vars(LoRAModelManager).get("activate_adapter"))]
+
+
+def refusal(parser: Any, flags: list[str]) -> str:
+    """Why these flags are not taken; empty where they are."""
+    known, unknown = parser.parse_known_args(["--model", NO_MODEL, *flags])
+    if unknown:
+        return f"unknown: {unknown}"
+    try:
+        AsyncEngineArgs.from_cli_args(known)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refusal_offline() -> str:
+    """Why merges are refused in offline inference; empty where they are not."""
+    args = EngineArgs(model=NO_MODEL, additional_config={"merged_lora": {"enable": True}})
+    try:
+        args.create_engine_config()
+    except Exception as error:
+        return str(error) if "merged-lora" in str(error) else ""
+    raise AssertionError("there is no model in that folder")
+
+
+def without_plugins() -> dict[str, Any]:
+    """vLLM's own command line."""
+    os.environ["VLLM_PLUGINS"] = ""
+    return load_plugins()
+
+
+def an_older_release() -> dict[str, Any]:
+    """A release before those that are claimed."""
+    vllm.__version__ = "0.24.1"
+    return load_plugins()
+
+
+def a_bad_release() -> dict[str, Any]:
+    """A release that is known not to work."""
+    from merged_lora.vllm_plugin import releases
+
+    releases.KNOWN_BAD[vllm.__version__] = "its adapters stand on their heads"
+    return load_plugins()
+
+
+def other_parameters() -> dict[str, Any]:
+    """A hook that takes something else."""
+    OpenAIServingModels.load_lora_adapter = lambda self, request, color: None
+    return load_plugins()
+
+
+def a_function_less() -> dict[str, Any]:
+    """A hook that is not there."""
+    del LoRAModelManager.activate_adapter
+    return load_plugins()
+
+
+def a_module_moved() -> dict[str, Any]:
+    """A hook whose module is somewhere else."""
+    sys.modules["vllm.lora.worker_manager"] = None  # type: ignore[assignment]
+    return load_plugins()
+
+
+def where_it_fits() -> dict[str, Any]:
+    """The release as it is."""
+    found = load_plugins()
+    from merged_lora.vllm_plugin.compat_versions import difference
+
+    return found | {"difference": difference()}
+
+
+CASES = (
+    without_plugins,
+    an_older_release,
+    a_bad_release,
+    other_parameters,
+    a_function_less,
+    a_module_moved,
+    where_it_fits,
+)
 
 
 def report() -> dict[str, Any]:
-    """One entry for each fact and each case; the last case is the one where everything fits."""
-    log = Lines()
-    found: dict[str, Any] = {
+    """One entry for each fact, and for each case."""
+    facts = {
         "release": vllm.__version__,
         "file": vllm.__file__,
         "distribution": version("vllm"),
         "entry points": [point.value for point in entry_points(name="merged_lora")],
         "cpu": current_platform.is_cpu(),
     }
-    os.environ["VLLM_PLUGINS"] = ""
-    found["not loaded"] = load_plugins(log)
-    del os.environ["VLLM_PLUGINS"]
-
-    actual, vllm.__version__ = vllm.__version__, "0.24.1"
-    found["another release"] = load_plugins(log)
-    found["another release"]["hooks imported"] = "merged_lora.vllm_plugin.compat" in sys.modules
-    vllm.__version__ = actual
-
-    from merged_lora.vllm_plugin import compat
-
-    def untouched() -> bool:
-        return all(vars(hook.owner).get(hook.name) is owned for hook, owned in before.items())
-
-    before = {hook: vars(hook.owner)[hook.name] for hook in compat.HOOKS}
-    found["problems"] = compat.problems()
-    hooks: dict[str, Any] = {f"{hook.owner.__name__}.{hook.name}": hook for hook in compat.HOOKS}
-
-    def with_another(case: str, name: str, change: Callable[[Any], None]) -> None:
-        hook = hooks[name]
-        original = before[hook]
-        change(hook)
-        before[hook] = vars(hook.owner).get(hook.name)
-        found[case] = {**load_plugins(log), "untouched": untouched()}
-        setattr(hook.owner, hook.name, original)
-        before[hook] = original
-
-    def other_parameters(hook: Any) -> None:
-        setattr(hook.owner, hook.name, lambda self, request, color: None)
-
-    with_another("other parameters", "OpenAIServingModels.load_lora_adapter", other_parameters)
-    with_another(
-        "a function less", "LoRAModelManager.activate_adapter", lambda hook: delattr(hook.owner, hook.name)
-    )
-    found["fits"] = {**load_plugins(log), "untouched": untouched()}
-    return found
+    return facts | {case.__name__: in_child(case) for case in CASES}
 
 
 if __name__ == "__main__":

