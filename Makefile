@@ -3,9 +3,10 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 MINUTES ?= 30
+NEWEST_VLLM := $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('vllm_plugin/releases.py')['TESTED'][-1])")
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo oldest-vllm test lint bench soak clean
+.PHONY: help install model demo releases test lint bench soak clean
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -25,17 +26,19 @@ lint: install  ## ruff and mypy
 	@$(PY) -m ruff format --check --quiet --output-format concise
 	@$(PY) -m mypy
 
-test: lint model oldest-vllm  ## lint, then every test that this machine can run
-	@$(PY) -m pytest
+test: lint model releases  ## lint, then every test that this machine can run
+	@PYTHONPATH=$(CURDIR)/.venv/vllm-$(NEWEST_VLLM) $(PY) -m pytest -n 2 --dist loadgroup
 
-oldest-vllm: install
-	@$(PYTHON) tools/install.py --oldest-vllm
+releases: install
+	@$(PYTHON) tools/install.py --vllm ends
 
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu
 
-soak: model oldest-vllm  ## the long tests, then random load on a real server; MINUTES=30
+soak: model  ## the long tests, then random load on a real server; MINUTES=30
+	@$(PYTHON) tools/install.py --vllm all
 	@$(PY) -m pytest -m soak
+	@for vllm in .venv/vllm-*; do PYTHONPATH=$(CURDIR)/$$vllm $(PY) -m pytest tests/serving || exit 1; done
 	@$(PY) -m merged_lora.bench soak --minutes $(MINUTES)
 
 clean:  ## remove builds and caches; .venv and .models stay
