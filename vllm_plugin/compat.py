@@ -100,7 +100,7 @@ def problems() -> list[str]:
         if original is None:
             found.append(f"{hook.owner.__name__}.{hook.name} is missing")
             continue
-        actual = " ".join(inspect.signature(inspect.unwrap(_plain(original))).parameters)
+        actual = " ".join(inspect.signature(inspect.unwrap(compat_args.plain(original))).parameters)
         expected = hook.parameters if isinstance(hook.parameters, str) else since(hook.parameters)
         if actual != expected:
             found.append(f"{hook.owner.__name__}.{hook.name} takes ({actual}) instead of ({expected})")
@@ -112,15 +112,7 @@ def install() -> None:
     if hasattr(WorkerBase, compat_worker.CAPTURE):
         return
     for hook in HOOKS:
-        original = vars(hook.owner)[hook.name]
-        wrapped: Any = hook.wrap(_plain(original))
-        if isinstance(original, staticmethod | classmethod):
-            wrapped = type(original)(wrapped)
-        setattr(hook.owner, hook.name, wrapped)
+        compat_args.wrap_method(hook.owner, hook.name, hook.wrap)
     setattr(WorkerBase, compat_worker.CAPTURE, compat_worker.rpc_capture)
     setattr(WorkerBase, compat_worker.RELEASE, compat_worker.rpc_release)
     setattr(WorkerBase, compat_worker.PREPARE, compat_worker.rpc_prepare)
-
-
-def _plain(method: Any) -> Callable[..., Any]:
-    return method.__func__ if isinstance(method, staticmethod | classmethod) else method

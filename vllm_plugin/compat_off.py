@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 
-from .compat_args import given_flags, with_flags
+from .compat_args import given_flags, with_flags, wrap_method
 from .settings import KEY
 
 _INSTALLED = "merged_lora_off"
@@ -39,7 +39,7 @@ def install(reason: str) -> None:
 
         return create_engine_config
 
-    methods = vars(EngineArgs)
-    EngineArgs.add_cli_args = staticmethod(with_flags(methods["add_cli_args"].__func__))
-    EngineArgs.from_cli_args = classmethod(refusing(methods["from_cli_args"].__func__))
-    EngineArgs.create_engine_config = checking(methods["create_engine_config"])
+    wraps = {"add_cli_args": with_flags, "from_cli_args": refusing, "create_engine_config": checking}
+    for name, wrap in wraps.items():
+        if name in vars(EngineArgs):  # one that is gone may be why the plugin stays off
+            wrap_method(EngineArgs, name, wrap)

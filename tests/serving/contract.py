@@ -147,6 +147,14 @@ def a_module_moved() -> dict[str, Any]:
     return load_plugins()
 
 
+def no_flags_to_add_to() -> dict[str, Any]:
+    """A command line that takes its flags in some other way."""
+    del EngineArgs.from_cli_args
+    log = Lines()
+    AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return {"lines": log.lines}
+
+
 def where_it_fits() -> dict[str, Any]:
     """The release as it is."""
     found = load_plugins()
@@ -162,6 +170,7 @@ CASES = (
     other_parameters,
     a_function_less,
     a_module_moved,
+    no_flags_to_add_to,
     where_it_fits,
 )
 

@@ -124,6 +124,10 @@ def test_where_the_plugin_stays_off_one_line_says_why_and_its_flags_do(
     assert found["refused offline"] == line
 
 
+def test_vllm_runs_on_even_where_no_flag_can_be_refused(contract: dict[str, Any]) -> None:
+    assert contract["no_flags_to_add_to"] == {"lines": [f"{REFUSED}EngineArgs.from_cli_args is missing"]}
+
+
 def test_a_release_that_is_refused_for_its_number_has_no_hook_looked_for(contract: dict[str, Any]) -> None:
     assert not contract["an_older_release"]["hooks imported"]
     assert not contract["a_bad_release"]["hooks imported"]
