@@ -1,6 +1,13 @@
-"""Where there is no GPU, the kernels run under Triton's interpreter, in this process and only in this one."""
+"""Where there is no GPU, the kernels run under Triton's interpreter, in this process and only in this one.
+
+Where numba cannot be imported, tests that reach for the CPU wing are skipped, by whatever way they reach it.
+"""
 
 import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,3 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = "engines" if item.get_closest_marker("engine") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+class CpuWingGate(MetaPathFinder):
+    """Finds no module; the import of the CPU wing's loops skips the test, or its file, for want of numba."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name == "merged_lora.cpu_kernels.kernels":
+            try:
+                import numba  # noqa: F401
+            except ImportError as error:
+                pytest.skip(f"the CPU wing needs numba: {error}", allow_module_level=True)
+
+
+sys.meta_path.insert(0, CpuWingGate())

@@ -8,7 +8,6 @@ import torch
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Result, load_backend
-from merged_lora.cpu_kernels.kernels import BLOCK
 from merged_lora.factors import DTYPES, Factors
 from merged_lora.peft_files import Header
 from merged_lora.plan import FactorJob, FactorModule, Keep, MergePlan, Rule
@@ -17,6 +16,7 @@ from merged_lora.spec import parse
 from merged_lora.strategies import find
 
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+BLOCK = 1024  # of the CPU wing, which is not there to be asked without numba
 NAMES = [chr(ord("a") + i) for i in range(16)]
 SIZES = ((1, 7), (8, 9), (BLOCK - 1, BLOCK), (BLOCK + 1, 3001))
 """Shapes of deltas; at rank 1 these are the sizes of B and of A."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from agreement import comparing
 from agreement.comparing import plan_of, run
 from merged_lora.cpu_kernels.kernels import BLOCK, TIE_BLOCK
 from merged_lora.factors import DTYPES
@@ -56,3 +57,7 @@ def test_distinct_magnitudes_are_kept_as_sorting_says(dtype: torch.dtype, backen
     for count in (0, 1, 2, 511, 512, 1023, 1024):
         expected = torch.where(order >= 1024 - count, values, 0)
         assert torch.equal(trimmed(values, count, backend), expected), count
+
+
+def test_the_sizes_that_other_tests_merge_lie_around_a_block() -> None:
+    assert comparing.BLOCK == BLOCK
