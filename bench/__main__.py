@@ -41,6 +41,9 @@ def main(arguments: list[str]) -> int:
     on_gpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
     of_kernels = benchmarks.add_parser("registers", help="what the GPU kernels compile to; needs no GPU")
     of_kernels.add_argument("--target", action="append", help="sm_80, sm_90 or gfx942; all by default")
+    of_kernels.add_argument(
+        "--bounded", action="store_true", help="the usual merges of four bf16 sources and their trim alone"
+    )
     of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     of_serving = benchmarks.add_parser("serve", help="requests to real servers: merges beside plain adapters")
     of_serving.add_argument(
@@ -73,7 +76,7 @@ def main(arguments: list[str]) -> int:
         if options.benchmark == "registers":
             from . import registers
 
-            return registers.run(options.target, options.json)
+            return registers.run(options.target, options.json, options.bounded)
         if options.benchmark == "gpu":
             from . import gpu
 

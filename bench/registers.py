@@ -1,4 +1,7 @@
-"""Every kernel compiled ahead of time, without a GPU: its registers, its spills, the width of its loads."""
+"""Every kernel compiled ahead of time, without a GPU: its registers, its spills, the width of its loads.
+
+What is asked of a kernel depends on the Triton that compiles it: BOUNDS has a row for every minor release.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {BF16.value: "bf16", FP16.value: "fp16", FP32.value: "fp32", MIXED.value: "mixed"}
+MOST_PROGRAMS = 8  # of THREADS on a multiprocessor
 RULES = {
     "copy": (combine.KEEP_ALL, combine.COPY),
     "linear": (combine.KEEP_ALL, combine.SUM),
@@ -55,7 +59,8 @@ class Compiled:
     """What became of a case on a target.
 
     registers: of a thread.  spilled: bytes, or registers on gfx942.  shared: bytes of shared memory.
-    instructions: in the machine code, each counted once, loops and rare branches too; None on gfx942.
+    instructions: in the machine code, each counted once, loops and rare branches too.
+    path: of these, on the shortest way to the end: no rare branch, no loop twice; None on gfx942.
     loads, stores: how many global accesses of 16 bytes the code holds.
     """
 
@@ -65,9 +70,84 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
-    instructions: int | None
+    instructions: int
+    path: int | None
     loads: int
     stores: int
+
+    @property
+    def programs(self) -> int:
+        """How many programs a multiprocessor has registers for at once."""
+        # Threads take registers by the eight. NVIDIA: 65,536 for all threads of a multiprocessor; AMD: 512
+        # for a lane of each of four units, and a program has a wave of 64 lanes on each.
+        registers = 512 if self.target == "gfx942" else 65536 // THREADS
+        return min(MOST_PROGRAMS, registers // (-(-self.registers // 8) * 8))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is true of the kernels as one minor release of Triton compiles them.
+
+    programs: the least that a multiprocessor must have registers for, by case, on each of TARGETS.
+    spilled: the most that a case may spill, by case and target; any other may not.
+    """
+
+    programs: Mapping[str, tuple[int, ...]]
+    spilled: Mapping[tuple[str, str], int]
+
+
+BOUNDED = (
+    "linear bf16, N=4",
+    "linear fp32, N=4",
+    "linear bf16, N=4, unaligned",
+    "magnitude_prune bf16, N=4",
+    "ties bf16, N=4",
+    "dare_linear bf16, N=4",
+    "dare_ties bf16, N=4",
+    "ties bf16, N=loop",
+    "find_thresholds bf16",
+)
+"""The cases whose programs are bounded: the usual merges and their trim."""
+
+
+def _bounds(*programs: tuple[int, int, int], spilled: Mapping[tuple[str, str], int]) -> Bounds:
+    return Bounds(dict(zip(BOUNDED, programs, strict=True)), spilled)
+
+
+# fmt: off
+BOUNDS = {
+    "3.6": _bounds(
+        (8, 8, 8), (6, 6, 8), (4, 4, 8), (4, 4, 7), (3, 3, 6), (5, 4, 8), (4, 3, 8), (4, 4, 8), (3, 2, 6),
+        spilled={
+            ("find_thresholds bf16", "sm_80"): 28,
+            ("find_thresholds fp16", "sm_80"): 28,
+            **{(f"dare_ties_svd times {p}, r=16, 64", "gfx942"): 2 for p in ("tf32", "tf32x3")},
+            **{(f"dare_ties_svd transposed {p}, r=16, 64", "gfx942"): 50 for p in ("tf32", "tf32x3")},
+        },
+    ),
+    "3.7": _bounds(
+        (8, 8, 8), (6, 6, 8), (4, 4, 8), (4, 4, 7), (3, 3, 6), (5, 5, 8), (3, 3, 8), (4, 4, 7), (3, 2, 6),
+        spilled={
+            ("dare_ties_svd times tf32, r=256, 128", "sm_80"): 48,
+            **{(f"dare_ties_svd transposed {p}, r=16, 64", "gfx942"): 11 for p in ("tf32", "tf32x3")},
+        },
+    ),
+    "3.8": _bounds(
+        (8, 8, 8), (6, 6, 8), (4, 4, 8), (4, 4, 7), (4, 3, 6), (8, 5, 8), (4, 4, 8), (4, 4, 7), (3, 3, 5),
+        spilled={("dare_linear mixed, N=4", "sm_80"): 16},
+    ),
+    "3.9": _bounds(
+        (8, 8, 8), (6, 8, 8), (4, 4, 8), (6, 5, 7), (3, 4, 7), (8, 6, 8), (4, 4, 8), (4, 4, 8), (3, 3, 5),
+        spilled={},
+    ),
+}
+"""By minor release of Triton, measured: a row's entries in the order of BOUNDED and TARGETS."""
+# fmt: on
+
+
+def find_bounds(release: str) -> Bounds | None:
+    """The row of BOUNDS for a release of Triton, for instance 3.9.0; None where there is none."""
+    return BOUNDS.get(".".join(release.split(".")[:2]))
 
 
 def cases() -> Iterator[Case]:
@@ -178,30 +258,61 @@ def compile_case(case: Case, target: str) -> Compiled:
         options={"num_warps": THREADS // TARGETS[target].warp_size, "enable_fp_fusion": False},
     )
     seconds = time.perf_counter() - start
-    instructions = None
+    path = None
     if target == "gfx942":
         code = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
         spilled = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)[0])
+        instructions = len(AMD_INSTRUCTION.findall(code))
         loads, stores = (len(re.findall(rf"_{verb}_dwordx4", code)) for verb in ("load", "store"))
     else:
         code = compiled.asm["ptx"]
         registers, spilled = _ask_ptxas(code, TARGETS[target].arch)
-        instructions = _count_instructions(compiled.asm["cubin"])
+        instructions, path = _count_instructions(_disassemble(compiled.asm["cubin"]))
         loads, stores = (len(re.findall(rf"{verb}\.global\S*\.v4", code)) for verb in ("ld", "st"))
     shared = compiled.metadata.shared
-    return Compiled(case.name, target, seconds, registers, spilled, shared, instructions, loads, stores)
+    return Compiled(case.name, target, seconds, registers, spilled, shared, instructions, path, loads, stores)
 
 
-def _count_instructions(cubin: bytes) -> int:
-    """Instructions of the machine code, without those that only fill it up."""
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?(?!NOP\b)([A-Z][\w.]+)(.*)")
+"""Of NVIDIA's machine code: the predicate that guards it, its name, its operands."""
+AMD_INSTRUCTION = re.compile(r"^\t(?:[vs]|ds|global|buffer|flat|scratch)_\w+", re.MULTILINE)
+
+
+def _count_instructions(code: str) -> tuple[int, int]:
+    """Instructions of NVIDIA's machine code, without those that only fill it up, and on the shortest way."""
+    found: list[tuple[str, str, str]] = []
+    places: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"(\.\w+):", line):
+            places[label[1]] = len(found)
+        elif instruction := INSTRUCTION.match(line):
+            found.append(instruction.groups(default=""))
+    reached, ahead = {0}, {0}
+    for steps in range(1, len(found) + 1):
+        following = set()
+        for at in ahead:
+            guard, name, operands = found[at]
+            if name == "EXIT" and not guard:
+                return len(found), steps
+            # A label within the kernel may be called, too: another way to jump there.
+            target = re.search(r"\.L\w+", operands) if name.startswith(("BRA", "CALL")) else None
+            if target:
+                following.add(places[target[0]])
+            if not target or guard or "P" in operands.partition("`")[0]:
+                following.add(at + 1)
+        ahead = following - reached
+        reached |= ahead
+    raise RuntimeError("the machine code does not come to an end")
+
+
+def _disassemble(cubin: bytes) -> str:
+    """What Triton's disassembler makes of machine code for NVIDIA."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", said)
-    return sum(name != "NOP" for name in found)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _ask_ptxas(ptx: str, arch: int) -> tuple[int, int]:
@@ -224,38 +335,49 @@ def _ask_ptxas(ptx: str, arch: int) -> tuple[int, int]:
     return int(registers[1]), int(spills[1]) + int(spills[2])
 
 
-def faults(case: Case, done: Compiled) -> list[str]:
-    """What is wrong with a compiled case: spilled registers, or accesses that should be 16 bytes wide."""
+def faults(case: Case, done: Compiled, bounds: Bounds) -> list[str]:
+    """What is wrong with a compiled case: it spills, is too large, or its accesses are not 16 bytes wide."""
     found = []
-    if done.spilled:
+    if done.spilled > bounds.spilled.get((case.name, done.target), 0):
         found.append(f"{done.spilled} {'registers' if done.target == 'gfx942' else 'bytes'} spilled")
+    least = dict(zip(TARGETS, bounds.programs.get(case.name, ()), strict=False)).get(done.target, 1)
+    if done.programs < least:
+        found.append(f"room for {done.programs} programs, not {least}")
     if case.wide and not done.loads:
         found.append("no load of 16 bytes")
     return found
 
 
-def run(targets: Sequence[str] | None, file: Path | None) -> int:
+def run(targets: Sequence[str] | None, file: Path | None, bounded: bool = False) -> int:
     """Compile every case for the targets (None: all) and print a table; 1 where one has a fault, else 0.
 
-    Raises MergeError where a target is unknown.
+    bounded: the cases of BOUNDED alone.
+
+    Raises MergeError where a target is unknown, and where BOUNDS does not have the Triton that is installed.
     """
     unknown = set(targets or ()) - TARGETS.keys()
     if unknown:
         raise MergeError(f"unknown target {listed(sorted(unknown))}; there are: {', '.join(TARGETS)}")
+    bounds = find_bounds(triton.__version__)
+    if bounds is None:
+        raise MergeError(
+            f"no bounds are known for Triton {triton.__version__}; there are some for: {', '.join(BOUNDS)}"
+        )
     rows, wrong = [], 0
     print(
-        f"{'kernel':44} {'target':7} {'registers':>9} {'spilled':>7} {'shared':>6} {'code':>5} {'ld16':>4} "
-        f"{'st16':>4}"
+        f"{'kernel':47} {'target':7} {'registers':>9} {'programs':>8} {'spilled':>7} {'shared':>6} "
+        f"{'code':>5} {'path':>5} {'ld16':>4} {'st16':>4}"
     )
-    for target, case in ((target, case) for target in targets or TARGETS for case in cases()):
+    chosen = [case for case in cases() if not bounded or case.name in BOUNDED]
+    for target, case in ((target, case) for target in targets or TARGETS for case in chosen):
         done = compile_case(case, target)
-        found = faults(case, done)
+        found = faults(case, done, bounds)
         wrong += bool(found)
-        rows.append(asdict(done) | {"faults": found})
+        rows.append(asdict(done) | {"programs": done.programs, "faults": found})
         print(
-            f"{done.case:44} {target:7} {done.registers:9} {done.spilled:7} {done.shared:6} "
-            f"{done.instructions or '':5} {done.loads:4} "
-            f"{done.stores:4}  {', '.join(found)}",
+            f"{done.case:47} {target:7} {done.registers:9} {done.programs:8} {done.spilled:7} "
+            f"{done.shared:6} {done.instructions:5} {done.path or '':5} {done.loads:4} {done.stores:4}  "
+            f"{', '.join(found)}".rstrip(),
             flush=True,
         )
     if file is not None:

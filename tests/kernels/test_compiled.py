@@ -1,49 +1,73 @@
-"""Every kernel compiles for GPUs of NVIDIA and AMD, spills nothing, and loads 16 bytes at a time."""
+"""Under every Triton that is claimed, each kernel compiles for GPUs of NVIDIA and AMD within its bounds.
+
+It spills nothing but what the bounds say, leaves room for as many programs, and loads 16 bytes at a time.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import triton
 
-TARGETS = ("sm_80", "sm_90", "gfx942")
+import tritons
+from kernels.releases import INSTALLED, environment
+from merged_lora.bench import registers
+from merged_lora.bench.registers import BOUNDED, BOUNDS, TARGETS, Bounds, Compiled
+from merged_lora.errors import MergeError
+
+Rows = Mapping[str, list[dict[str, Any]]]
+
+OLDEST = tritons.RELEASES[0]
+CHOICES = [
+    (INSTALLED, False),
+    (OLDEST, True),  # with few kernels, as all of them take minutes
+    *(pytest.param((release, False), marks=pytest.mark.soak) for release in tritons.RELEASES),
+]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[dict[str, Any]]]]:
+@pytest.fixture(scope="module", params=CHOICES, ids=lambda choice: choice[0] + ", usual" * choice[1])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """The rows of every target, each compiled in a process of its own, which knows no interpreter."""
+    release, bounded = request.param
     folder = tmp_path_factory.mktemp("compiled")
 
     def compile_for(target: str) -> list[dict[str, Any]]:
         file = folder / f"{target}.json"
         command = [sys.executable, "-m", "merged_lora.bench", "registers", "--target", target]
-        done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*command, "--json", str(file), *["--bounded"] * bounded],
+            env=environment(release),
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
         assert file.exists(), done.stdout + done.stderr
-        rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+        report = json.loads(file.read_text())
+        assert report["triton"] == (triton.__version__ if release == INSTALLED else release)
+        rows: list[dict[str, Any]] = report["rows"]
+        assert len(rows) == len(BOUNDED) if bounded else len(rows) > 50
         print(done.stdout)
         return rows
 
     with ThreadPoolExecutor(2) as pool:
-        yield dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
+        return dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_spills_and_aligned_variants_load_16_bytes(
-    compiled: dict[str, list[dict[str, Any]]], target: str
+def test_every_kernel_is_within_the_bounds_and_aligned_variants_load_16_bytes(
+    compiled: Rows, target: str
 ) -> None:
-    assert len(compiled[target]) > 50
     assert {row["case"]: row["faults"] for row in compiled[target] if row["faults"]} == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_all_sources_are_loaded_16_bytes_at_a_time(
-    compiled: dict[str, list[dict[str, Any]]], target: str
-) -> None:
+def test_all_sources_are_loaded_16_bytes_at_a_time(compiled: Rows, target: str) -> None:
     loads = {row["case"]: row["loads"] for row in compiled[target]}
     # On AMD the tables are loaded as widely: those loads come on top.
     assert all(loads[f"{rule} bf16, N=4"] >= 4 for rule in ("linear", "ties", "dare_ties"))
@@ -53,9 +77,78 @@ def test_all_sources_are_loaded_16_bytes_at_a_time(
         assert loads["linear bf16, N=4, unaligned"] == 0
 
 
-def test_four_sources_leave_room_for_four_programs_on_a_multiprocessor(
-    compiled: dict[str, list[dict[str, Any]]],
-) -> None:
-    registers = {row["case"]: row["registers"] for row in compiled["sm_90"]}
-    # 65,536 registers, 256 threads a program
-    assert all(registers[f"{rule} bf16, N=4"] <= 64 for rule in ("linear", "ties", "dare_ties"))
+def test_every_release_that_is_installed_has_bounds_of_cases_that_there_are() -> None:
+    minors = [release.rpartition(".")[0] for release in (*tritons.RELEASES, triton.__version__)]
+    assert minors == list(BOUNDS)
+    names = {case.name for case in registers.cases()}
+    assert set(BOUNDED) <= names
+    for bounds in BOUNDS.values():
+        assert {case for case, _ in bounds.spilled} <= names
+        assert {target for _, target in bounds.spilled} <= TARGETS.keys()
+
+
+@pytest.mark.parametrize(
+    ("target", "count", "programs"),
+    # 65,536 registers of NVIDIA's multiprocessors for programs of 256 threads; 512 a lane of AMD's units
+    [
+        *(("sm_90", *of) for of in ((32, 8), (33, 6), (40, 6), (64, 4), (65, 3), (80, 3), (81, 2), (255, 1))),
+        *(("gfx942", *of) for of in ((12, 8), (64, 8), (65, 7), (73, 6), (96, 5), (512, 1))),
+    ],
+)
+def test_registers_bound_the_programs(target: str, count: int, programs: int) -> None:
+    assert compiled_to(target, registers=count).programs == programs
+
+
+def compiled_to(target: str, registers: int = 32, spilled: int = 0, loads: int = 4) -> Compiled:
+    """What became of the first bounded case, made up."""
+    return Compiled(BOUNDED[0], target, 1.0, registers, spilled, 0, 300, 300, loads, 1)
+
+
+def test_a_kernel_beyond_its_bounds_has_a_fault() -> None:
+    case = next(case for case in registers.cases() if case.name == BOUNDED[0])
+    bounds = Bounds({BOUNDED[0]: (8, 4, 8)}, {(BOUNDED[0], "sm_80"): 16})
+
+    def found(*given: Any, **more: Any) -> list[str]:
+        return registers.faults(case, compiled_to(*given, **more), bounds)
+
+    assert found("sm_80", spilled=16) == []
+    assert found("sm_80", spilled=17) == ["17 bytes spilled"]
+    assert found("sm_90", spilled=1) == ["1 bytes spilled"]
+    assert found("gfx942", spilled=1) == ["1 registers spilled"]
+    assert found("sm_80", 40) == ["room for 6 programs, not 8"]
+    assert found("sm_90", 64) == []
+    assert found("sm_90", 65) == ["room for 3 programs, not 4"]
+    assert found("sm_90", loads=0) == ["no load of 16 bytes"]
+
+
+def test_a_release_without_bounds_is_an_error_that_names_those_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.10.1")
+    with pytest.raises(MergeError, match=r"Triton 3\.10\.1; there are some for: 3\.6, 3\.7, 3\.8, 3\.9$"):
+        registers.run(["sm_90"], None)
+
+
+MACHINE_CODE = """
+.text._some_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P1 BRA `(.L_x_1) ;
+        /*0020*/                   FADD R2, R2, R3 ;
+        /*0030*/                   CALL.REL.NOINC `($__internal_0_$__division) ;
+        /*0040*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0050*/               @P0 FADD R2, R2, R4 ;
+.L_x_2:
+        /*0060*/              @!P1 BRA P2, `(.L_x_2) ;
+        /*0070*/               @P0 EXIT ;
+        /*0080*/                   STG.E.128 desc[UR16][R4.64], R8 ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   BRA `(.L_x_3);
+        /*00b0*/                   NOP;
+"""
+
+
+def test_the_shortest_way_takes_no_rare_branch_and_no_loop_twice() -> None:
+    # LDC, BRA to L_x_1, FADD, BRA on, EXIT, STG, EXIT
+    assert registers._count_instructions(MACHINE_CODE) == (11, 7)
+    always = MACHINE_CODE.replace("@!P1 BRA `", "     BRA `").replace("@P0 EXIT", "     EXIT")
+    assert registers._count_instructions(always) == (11, 5)  # and ends at the first EXIT

@@ -1,0 +1,24 @@
+"""The Tritons that are tested: the environment's own, and others that ``tools/tritons.py`` installs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tritons import folder_of
+
+INSTALLED = "installed"
+
+
+def environment(release: str) -> dict[str, str]:
+    """The variables of a process that runs with a release.  Skips the test where that is not installed."""
+    variables = dict(os.environ)
+    if release != INSTALLED:
+        folder = folder_of(Path(sys.prefix), release)
+        if not folder.is_dir():
+            pytest.skip(f"Triton {release} is not installed: python3 tools/tritons.py {release}")
+        variables["PYTHONPATH"] = str(folder)
+    return variables
