@@ -6,7 +6,7 @@ MINUTES ?= 30
 NEWEST_VLLM := $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('vllm_plugin/releases.py')['TESTED'][-1])")
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo releases test lint bench soak clean
+.PHONY: help install model demo releases oldest-triton tritons test lint bench soak clean
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -26,16 +26,22 @@ lint: install  ## ruff and mypy
 	@$(PY) -m ruff format --check --quiet --output-format concise
 	@$(PY) -m mypy
 
-test: lint model releases  ## lint, then every test that this machine can run
+test: lint model releases oldest-triton  ## lint, then every test that this machine can run
 	@PYTHONPATH=$(CURDIR)/.venv/vllm-$(NEWEST_VLLM) $(PY) -m pytest -n 2 --dist loadgroup
 
 releases: install
 	@$(PYTHON) tools/install.py --vllm ends
 
+oldest-triton: install
+	@$(PYTHON) tools/tritons.py --oldest
+
+tritons: install  ## the other releases of Triton that make soak tests the kernels on
+	@$(PYTHON) tools/tritons.py
+
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu
 
-soak: model  ## the long tests, then random load on a real server; MINUTES=30
+soak: model tritons  ## the long tests, then random load on a real server; MINUTES=30
 	@$(PYTHON) tools/install.py --vllm all
 	@$(PY) -m pytest -m soak
 	@for vllm in .venv/vllm-*; do PYTHONPATH=$(CURDIR)/$$vllm $(PY) -m pytest tests/serving || exit 1; done

@@ -39,3 +39,9 @@ class CpuWingGate(MetaPathFinder):
 
 
 sys.meta_path.insert(0, CpuWingGate())
+
+
+def pytest_report_header() -> str:
+    import triton
+
+    return f"triton: {triton.__version__}"

@@ -1,6 +1,6 @@
 """Installs the other releases of Triton that the kernels are tested on, beside the environment's own.
 
-    python3 tools/tritons.py [--venv DIR] [RELEASE ...]
+    python3 tools/tritons.py [--venv DIR] [--oldest]
 
 Each gets a folder of its own in the environment, `triton-RELEASE`. With that folder first on PYTHONPATH,
 everything else comes from the environment. Run again, it does only what is missing. Standard library only.
@@ -47,12 +47,12 @@ def install(venv: Path, releases: tuple[str, ...]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Install other releases of Triton for the tests.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: %(default)s")
-    parser.add_argument("releases", nargs="*", metavar="RELEASE", help=f"default: {' '.join(RELEASES)}")
+    parser.add_argument(
+        "--oldest", action="store_true", help=f"{RELEASES[0]} alone, not: {', '.join(RELEASES)}"
+    )
     options = parser.parse_args(arguments)
-    for unknown in set(options.releases) - set(RELEASES):
-        parser.error(f"no release {unknown}: {', '.join(RELEASES)}")
     try:
-        install(options.venv.absolute(), tuple(options.releases) or RELEASES)
+        install(options.venv.absolute(), RELEASES[:1] if options.oldest else RELEASES)
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,6 @@ def environment(release: str) -> dict[str, str]:
     if release != INSTALLED:
         folder = folder_of(Path(sys.prefix), release)
         if not folder.is_dir():
-            pytest.skip(f"Triton {release} is not installed: python3 tools/tritons.py {release}")
+            pytest.skip(f"Triton {release} is not installed: make tritons")
         variables["PYTHONPATH"] = str(folder)
     return variables

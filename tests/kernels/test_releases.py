@@ -1,0 +1,46 @@
+"""Under every Triton that is claimed, the tests of the kernels pass. Compiles nothing for a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import tritons
+from kernels.releases import environment
+
+OWN = ("tests/kernels/test_compiled.py", "tests/kernels/test_releases.py")
+"""Tests that start other Tritons themselves."""
+BITS = "tests/kernels/test_bits.py::test_triton_gives_the_bits_of_the_reference"
+USUAL = (
+    "tests/kernels/test_divide.py",
+    "tests/kernels/test_rounding.py",
+    *(f"{BITS}[{case}]" for case in ("linear-4", "ties-1", "ties-3", "dare_ties-4", "dare_linear-9")),
+    "tests/kernels/test_trim.py::test_sorted_entries_are_no_obstacle",
+)
+
+
+def assert_passing(release: str, *tests: str) -> None:
+    """They pass, in a process that runs with a release of Triton."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests],
+        env=environment(release),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    assert f"\ntriton: {release}\n" in done.stdout
+    assert done.returncode == 0
+
+
+def test_usual_merges_keep_their_bits_under_the_oldest_release() -> None:
+    assert_passing(tritons.RELEASES[0], *USUAL)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("release", tritons.RELEASES)
+def test_every_test_of_the_kernels_passes(release: str) -> None:
+    assert_passing(release, "tests/kernels", *(f"--ignore={file}" for file in OWN))
