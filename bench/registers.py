@@ -287,7 +287,8 @@ def _count_instructions(code: str) -> tuple[int, int]:
         if label := re.match(r"(\.\w+):", line):
             places[label[1]] = len(found)
         elif instruction := INSTRUCTION.match(line):
-            found.append(instruction.groups(default=""))
+            guard, name, operands = instruction.groups(default="")
+            found.append((guard, name, operands))
     reached, ahead = {0}, {0}
     for steps in range(1, len(found) + 1):
         following = set()

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Install other releases of Triton for the tests.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: %(default)s")
     parser.add_argument(
-        "--oldest", action="store_true", help=f"{RELEASES[0]} alone, not: {', '.join(RELEASES)}"
+        "--oldest", action="store_true", help=f"{RELEASES[0]} alone, of {', '.join(RELEASES)}"
     )
     options = parser.parse_args(arguments)
     try:

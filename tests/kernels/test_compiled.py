@@ -109,7 +109,8 @@ def test_a_kernel_beyond_its_bounds_has_a_fault() -> None:
     bounds = Bounds({BOUNDED[0]: (8, 4, 8)}, {(BOUNDED[0], "sm_80"): 16})
 
     def found(*given: Any, **more: Any) -> list[str]:
-        return registers.faults(case, compiled_to(*given, **more), bounds)
+        made: list[str] = registers.faults(case, compiled_to(*given, **more), bounds)
+        return made
 
     assert found("sm_80", spilled=16) == []
     assert found("sm_80", spilled=17) == ["17 bytes spilled"]

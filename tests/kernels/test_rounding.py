@@ -25,7 +25,7 @@ def words(seed: int, count: int = 4000) -> rounding.Array:
     anything = rng.integers(0, 2**32, count, np.uint32).view(np.float32)
     near = rng.standard_normal(count).astype(np.float32)
     found = np.concatenate([np.where(np.abs(anything) < 2**62, anything, np.float32(0.75)), near])
-    return found.astype(np.float32)
+    return np.asarray(found, np.float32)
 
 
 def test_the_fused_operation_gives_the_nearest_number_or_one_of_two() -> None:
@@ -40,7 +40,7 @@ def test_the_fused_operation_gives_the_nearest_number_or_one_of_two() -> None:
 
 
 def test_what_only_float64_takes_for_a_tie_is_none() -> None:
-    one, step, half = np.float32([1]), np.float32([2**-23]), np.float32([2**-24])
+    one, step, half = (np.full(1, value, np.float32) for value in (1, 2**-23, 2**-24))
     assert rounding.fuse(half, one, one + step) == one + 2 * step  # a tie, and the even number
     # 1 + 2^-23 + 2^-24 - 2^-70
     assert rounding.fuse((one - step) * half, one + step, one + step) == one + step
