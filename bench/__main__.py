@@ -38,7 +38,13 @@ def main(arguments: list[str]) -> int:
     on_gpu.add_argument(
         "--agreement-only", action="store_true", help="time nothing; runs under Triton's interpreter too"
     )
-    on_gpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
+    on_gpu.add_argument(
+        "--first-day", action="store_true", help="check and measure what some minutes allow, by worth"
+    )
+    on_gpu.add_argument("--minutes", type=float, default=9.5, metavar="M", help="of the first day; 9.5")
+    on_gpu.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every measured time there; a folder with --first-day"
+    )
     of_kernels = benchmarks.add_parser("registers", help="what the GPU kernels compile to; needs no GPU")
     of_kernels.add_argument("--target", action="append", help="sm_80, sm_90 or gfx942; all by default")
     of_kernels.add_argument(
@@ -56,8 +62,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments or ["cpu"])
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"{options.json.parent} is no folder")
-    if options.json is not None and options.json.is_dir():
-        parser.error(f"{options.json} is a folder, not a file to write")
+    first_day = getattr(options, "first_day", False)
+    if first_day and options.json is None:
+        parser.error("--first-day needs --json FOLDER, which gets everything that it finds")
+    if options.json is not None and options.json.exists() and options.json.is_dir() != first_day:
+        parser.error(f"{options.json} is {'no' if first_day else 'a'} folder")
     if getattr(options, "layers", 1) < 1:
         parser.error("--layers must be at least 1")
     if getattr(options, "requests", 2) < 2:
@@ -77,6 +86,10 @@ def main(arguments: list[str]) -> int:
             from . import registers
 
             return registers.run(options.target, options.json, options.bounded)
+        if first_day:
+            from . import first_day as day
+
+            return day.run(options.json, options.minutes, options.layers)
         if options.benchmark == "gpu":
             from . import gpu
 

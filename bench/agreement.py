@@ -1,6 +1,8 @@
 """Whether ours, the reference and PEFT give the same merges: what does not agree is not worth timing."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
@@ -17,10 +19,32 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-def disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
-    """For every check, what was checked and what is wrong (None where nothing is)."""
+@dataclass(frozen=True)
+class Check:
+    """A comparison that is still to be made: what it compares, and what of it is vouched for where it agrees.
+
+    strategies, dtypes: whose kernels it runs.  find: what is wrong, None where nothing is.
+    """
+
+    what: str
+    strategies: frozenset[str]
+    dtypes: frozenset[str]
+    find: Callable[[], str | None]
+
+
+def named(dtype: torch.dtype) -> str:
+    """A dtype's name without its module's."""
+    return str(dtype).removeprefix("torch.")
+
+
+EVERY_DTYPE = frozenset(map(named, DTYPES))
+
+
+def disagreements(backend: Backend) -> Iterator[Check]:
+    """Small merges beside the NumPy backend's, bit for bit, and PEFT's, to rounding."""
     for dtype in DTYPES:
         sources = cases.distinct_sources(cases.SMALL, 4, 8, dtype)
+        name = named(dtype)
         for spec in (
             "linear(a, 0.5*b, -0.3*c, d)",
             "ties(a, 0.5*b, -0.3*c, d)",
@@ -30,39 +54,46 @@ def disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
             "dare_ties(a, 0.5*b, -0.3*c, d)",
         ):
             plan = make_plan(parse(spec), sources)
-            ours = backend.merge(plan, unseen)
-            name = str(dtype).removeprefix("torch.")
-            theirs = load_backend("numpy").merge(plan, unseen)
-            yield f"{name} {spec} = NumPy, every bit", _different_bits(ours, theirs)
+            about = frozenset({plan.spec.strategy}), frozenset({name})
+            ours = cache(partial(backend.merge, plan, unseen))
+            yield Check(f"{name} {spec} = NumPy, every bit", *about, partial(_different_bits, plan, ours))
             if "dare" not in spec:  # PEFT draws its masks from a global generator
-                yield f"{name} {spec} = PEFT, to rounding", _beyond_rounding(plan, ours, sources)
-    yield "float32 svd(a, 0.5*b, rank=6) as close as PEFT's", _worse_than_peft(backend)
+                find = partial(_beyond_rounding, plan, ours, sources)
+                yield Check(f"{name} {spec} = PEFT, to rounding", *about, find)
+    what = "float32 svd(a, 0.5*b, rank=6) as close as PEFT's"
+    yield Check(what, frozenset({"svd"}), frozenset({"float32"}), partial(_worse_than_peft, backend))
 
 
-def entry_disagreements(backend: Backend) -> Iterator[tuple[str, str | None]]:
-    """As :func:`disagreements`, for every strategy in core space and on the entries of deltas.
+def entry_disagreements(backend: Backend) -> Iterator[Check]:
+    """Every strategy in core space and on the entries of deltas beside the dense reference.
 
     In core space to 1e-5 of the delta; where a rank is cut, an error of at most 1.01 times the least.
     """
     sources = cases.random_sources(cases.SMALL, 4, 6, torch.float32)
     for strategy in (s for s in TABLE.values() if s.recipe.entrywise):
         plan = make_plan(parse(f"{strategy.name}(a, 0.5*b, -0.3*c, d)"), sources)
-        ours, theirs = (chosen.merge(plan, unseen) for chosen in (backend, load_backend("numpy")))
-        wrong = None
-        for module, expected in theirs.modules.items():
-            apart = float((ours.modules[module].delta() - expected.delta()).norm() / expected.delta().norm())
-            if strategy.recipe.space == "core" and apart > 1e-5:
-                wrong = f"{module} differs by {apart:.2g}"
-            if strategy.recipe.space == "delta":
-                (kept, asked), (best, _) = ours.energy[module], theirs.energy[module]
-                if asked - kept > 1.01**2 * (asked - best):
-                    wrong = f"{module} keeps {kept:.4g} of {asked:.4g}, {best:.4g} can be kept"
-        yield f"{plan.spec} as close as a rank allows", wrong
+        what = f"{plan.spec} as close as a rank allows"
+        # Sources of another dtype have no check of their own, so this vouches for them.
+        yield Check(what, frozenset({strategy.name}), EVERY_DTYPE, partial(_not_close, backend, plan))
 
 
-def count_agreed(checks: Iterable[tuple[str, str | None]]) -> int | None:
+def _not_close(backend: Backend, plan: MergePlan) -> str | None:
+    ours, theirs = (chosen.merge(plan, unseen) for chosen in (backend, load_backend("numpy")))
+    wrong = None
+    for module, expected in theirs.modules.items():
+        apart = float((ours.modules[module].delta() - expected.delta()).norm() / expected.delta().norm())
+        if plan.recipe.space == "core" and apart > 1e-5:
+            wrong = f"{module} differs by {apart:.2g}"
+        if plan.recipe.space == "delta":
+            (kept, asked), (best, _) = ours.energy[module], theirs.energy[module]
+            if asked - kept > 1.01**2 * (asked - best):
+                wrong = f"{module} keeps {kept:.4g} of {asked:.4g}, {best:.4g} can be kept"
+    return wrong
+
+
+def count_agreed(checks: Iterable[Check]) -> int | None:
     """Print every check; how many there are, or None where something is wrong and nothing is worth timing."""
-    found = list(checks)
+    found = [(check.what, check.find()) for check in checks]
     for what, wrong in found:
         print(f"  {'WRONG' if wrong else 'ok':6}{what}{': ' + wrong if wrong else ''}")
     if any(wrong for _, wrong in found):
@@ -112,20 +143,23 @@ def peft_result(
     return merged
 
 
-def _different_bits(ours: Result, theirs: Result) -> str | None:
-    for module, f in theirs.modules.items():
-        got = ours.modules[module]
+def _different_bits(plan: MergePlan, ours: Callable[[], Result]) -> str | None:
+    merged = ours().modules
+    for module, f in load_backend("numpy").merge(plan, unseen).modules.items():
+        got = merged[module]
         if not (torch.equal(bits(got.a), bits(f.a)) and torch.equal(bits(got.b), bits(f.b))):
             return f"{module} differs"
     return None
 
 
-def _beyond_rounding(plan: MergePlan, ours: Result, sources: Mapping[str, Adapter]) -> str | None:
-    theirs = peft_result(plan, sources)
+def _beyond_rounding(
+    plan: MergePlan, ours: Callable[[], Result], sources: Mapping[str, Adapter]
+) -> str | None:
+    merged, theirs = ours().modules, peft_result(plan, sources)
     for module, entry in plan.modules.items():
         if not isinstance(entry, FactorModule):
             return f"{module} is not merged factor by factor"
-        got, (a, b) = ours.modules[module], theirs[module]
+        got, (a, b) = merged[module], theirs[module]
         for job, x, y in ((entry.a, got.a, a), (entry.b, got.b, b)):
             times = (x.double() - y.double()).abs() / allowed_difference(job, y)
             if not bool((times <= 1).all()):

@@ -8,9 +8,10 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import triton
 
 from .machine import installed
 
@@ -29,6 +30,17 @@ class DeviceTimes:
     gapless: bool
 
 
+@dataclass(frozen=True)
+class KernelTimes:
+    """For each of several functions the seconds of its Triton kernels by name, all launches together.
+
+    gapless: as in DeviceTimes.
+    """
+
+    seconds: list[dict[str, float]]
+    gapless: bool
+
+
 class Timer(Protocol):
     """What the benchmark asks of a clock; tests have one for machines without a GPU."""
 
@@ -39,6 +51,10 @@ class Timer(Protocol):
 
         held: queue everything before the device starts.  Not for functions that wait for the device.
         """
+        ...
+
+    def in_kernels(self, functions: Sequence[Call], held: bool = True) -> KernelTimes:
+        """As :meth:`on_device`, but of the Triton kernels that they launch alone."""
         ...
 
     def until_done(self, function: Call) -> tuple[float, float]:
@@ -72,6 +88,12 @@ class CudaTimer:
             if gapless:
                 break
         return DeviceTimes(seconds, gapless)
+
+    def in_kernels(self, functions: Sequence[Call], held: bool = True) -> KernelTimes:
+        """See :class:`Timer`."""
+        watched = [Watched(function) for function in functions]
+        gapless = self.on_device(watched, held).gapless
+        return KernelTimes([one.seconds() for one in watched], gapless)
 
     def _queue(self, functions: Sequence[Call], hold: float) -> tuple[list[float], bool, float]:
         """Seconds of each, whether the device was held back long enough, and how long queueing took."""
@@ -111,6 +133,43 @@ class CudaTimer:
             "rocm": torch.version.hip or "none",
             "python": platform.python_version(),
         } | {name: installed(name) for name in ("torch", "triton", "numpy", "peft")}
+
+
+class Watched:
+    """A function whose Triton kernels are timed, by an event before and one behind each launch.
+
+    Triton calls the hooks; torch's current stream is the one that it launches on.
+    """
+
+    def __init__(self, function: Call) -> None:
+        self._function = function
+        self._launches: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __call__(self) -> None:
+        """Call it; what an earlier call launched is forgotten."""
+        self._launches = []
+        before, behind = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        before.add(self._enter)
+        behind.add(self._leave)
+        try:
+            self._function()
+        finally:
+            before.remove(self._enter)
+            behind.remove(self._leave)
+
+    def _enter(self, metadata: Any) -> None:
+        self._launches.append((metadata.get()["name"], _event(), _event()))
+        self._launches[-1][1].record()
+
+    def _leave(self, metadata: Any) -> None:
+        self._launches[-1][2].record()
+
+    def seconds(self) -> dict[str, float]:
+        """By the name of the kernel; the device must have finished."""
+        found: dict[str, float] = {}
+        for name, start, end in self._launches:
+            found[name] = found.get(name, 0.0) + start.elapsed_time(end) / 1e3
+        return found
 
 
 class Copies:

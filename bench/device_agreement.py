@@ -7,7 +7,8 @@ subnormal numbers, slots of any rank and stride, trims cut into spans, batched f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -24,10 +25,7 @@ from merged_lora.strategies import TABLE
 from merged_lora.triton_kernels.trim import LARGE
 
 from . import cases
-from .agreement import DTYPES, bits, disagreements, entry_disagreements
-
-Check = tuple[str, str | None]
-"""What was checked, and what is wrong (None where nothing is)."""
+from .agreement import DTYPES, EVERY_DTYPE, Check, bits, disagreements, entry_disagreements, named
 
 COUNTS = (1, 2, 3, 4, 8, 9, 16)
 SLOT_RANK = 16
@@ -81,45 +79,61 @@ def _spec(strategy: str, count: int, options: str = "") -> str:
 
 def _any(backend: SlotBackend) -> Iterator[Check]:
     rows = [s for s in TABLE.values() if s.recipe.space == "factors"]
-    strategies = [s.name for s in rows]
     for count in COUNTS:
         for dtype in DTYPES if count == 4 else DTYPES[:1]:
             sources = cases.awkward_sources(cases.SMALL, count, 8, dtype)
             for strategy in (s.name for s in rows if s.sources_min <= count):
-                yield _same_bits(backend, _spec(strategy, count), sources, str(dtype))
+                yield _same_bits(backend, _spec(strategy, count), sources, named(dtype))
     one_each = [cases.awkward_sources(cases.SMALL, 3, 8, dtype) for dtype in DTYPES]
     mixed = {name: sources[name] for name, sources in zip(cases.names(3), one_each, strict=True)}
-    for strategy in strategies:
+    for strategy in (s.name for s in rows):
         yield _same_bits(backend, _spec(strategy, 3), mixed, "mixed dtypes")
 
 
 def _same_bits(backend: SlotBackend, spec: str, sources: Mapping[str, Adapter], kind: str) -> Check:
     plan = make_plan(parse(spec), sources)
+    find = partial(_other_bits, backend, plan)
+    return Check(f"{kind} {spec}", frozenset({plan.spec.strategy}), frozenset({kind}), find)
+
+
+def _other_bits(backend: SlotBackend, plan: MergePlan) -> str | None:
     got, expected = backend.merge(plan, lambda _: None), _reference(plan)
     for name, f in expected.modules.items():
         pairs = ((got.modules[name].a, f.a), (got.modules[name].b, f.b))
         if not all(torch.equal(bits(x), bits(y)) for x, y in pairs):
-            return f"{kind} {spec}", f"{name} differs"
-    return f"{kind} {spec}", None
+            return f"{name} differs"
+    return None
 
 
 def _slots(backend: SlotBackend) -> Iterator[Check]:
     for rank in (8, 5):  # whole groups of eight columns, and not
-        for dtype, target in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
-            sources = cases.awkward_sources(cases.SMALL, 3, rank, dtype)
-            less = {name: Adapter({"small.wide": a.modules["small.wide"]}) for name, a in sources.items()}
+        sources = cases.awkward_sources(cases.SMALL, 3, rank, torch.bfloat16)
+        less = {name: Adapter({"small.wide": a.modules["small.wide"]}) for name, a in sources.items()}
+        bfloat16 = frozenset({"bfloat16"})
+        for target in (torch.bfloat16, torch.float32):
             for strategy in ("linear", "ties", "dare_ties"):
+                plan = make_plan(parse(_spec(strategy, 3)), sources)
                 for transposed in (False, True):
-                    spec = _spec(strategy, 3)
-                    what = f"rank {rank} {spec} into {target}{', transposed' if transposed else ''}"
-                    plan = make_plan(parse(spec), sources)
-                    slots = _poisoned(SLOT_RANK, target, backend.device, transposed)
-                    backend.write(plan, slots)
-                    yield what, differing_slots(slots, _reference(plan))
-            absent = slots.pop("small.tall")
-            backend.write(make_plan(parse(_spec("ties", 3)), less), slots, [absent])
-            left = bool(bits(absent.a.cpu()).any() or bits(absent.b.cpu()).any())
-            yield f"rank {rank}, a module that no source has", "its slot is not zero" if left else None
+                    what = f"rank {rank} {plan.spec} into {target}{', transposed' if transposed else ''}"
+                    find = partial(_wrong_slots, backend, plan, target, transposed)
+                    yield Check(what, frozenset({strategy}), bfloat16, find)
+            find = partial(_wrong_absent, backend, make_plan(parse(_spec("ties", 3)), less), target)
+            what = f"rank {rank} into {target}, a module that no source has"
+            yield Check(what, frozenset({"linear", "ties", "dare_ties"}), bfloat16, find)
+
+
+def _wrong_slots(backend: SlotBackend, plan: MergePlan, target: torch.dtype, transposed: bool) -> str | None:
+    slots = _poisoned(SLOT_RANK, target, backend.device, transposed)
+    backend.write(plan, slots)
+    return differing_slots(slots, _reference(plan))
+
+
+def _wrong_absent(backend: SlotBackend, plan: MergePlan, target: torch.dtype) -> str | None:
+    slots = _poisoned(SLOT_RANK, target, backend.device, True)
+    absent = slots.pop("small.tall")
+    backend.write(plan, slots, [absent])
+    left = bool(bits(absent.a.cpu()).any() or bits(absent.b.cpu()).any())
+    return "its slot is not zero" if left else None
 
 
 def _poisoned(rank: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> dict[str, Slot]:
@@ -135,7 +149,7 @@ def _poisoned(rank: int, dtype: torch.dtype, device: torch.device, transposed: b
 def _spans(backend: SlotBackend) -> Iterator[Check]:
     for dtype in DTYPES:
         sources = cases.random_sources({"large": (LARGE // 16 + 8, 16)}, 1, 16, dtype)
-        yield _same_bits(backend, "magnitude_prune(a, density=0.3)", sources, str(dtype))
+        yield _same_bits(backend, "magnitude_prune(a, density=0.3)", sources, named(dtype))
 
 
 def _deltas(backend: SlotBackend) -> Iterator[Check]:
@@ -149,9 +163,15 @@ def _deltas(backend: SlotBackend) -> Iterator[Check]:
             (2, 8, "slerp(a, b, t=0.3)"),
         ):
             plan = make_plan(parse(spec), cases.random_sources(ALIKE, count, rank, dtype))
-            merged = backend.merge(plan, lambda _: None).modules
-            wrong = (not_best(module, merged[name]) for name, module in plan.modules.items())
-            yield f"{dtype} rank {rank} {spec}", next((text for text in wrong if text), None)
+            what = f"{named(dtype)} rank {rank} {spec}"
+            find = partial(_not_all_best, backend, plan)
+            yield Check(what, frozenset({plan.spec.strategy}), frozenset({named(dtype)}), find)
+
+
+def _not_all_best(backend: SlotBackend, plan: MergePlan) -> str | None:
+    merged = backend.merge(plan, lambda _: None).modules
+    wrong = (not_best(module, merged[name]) for name, module in plan.modules.items())
+    return next((text for text in wrong if text), None)
 
 
 def not_best(module: object, merged: Factors) -> str | None:
@@ -217,20 +237,32 @@ def eigenvalues(device: torch.device) -> Iterator[Check]:
     A stable method is off by ``p(n) EPS`` of the largest eigenvalue with a modest polynomial ``p`` (LAPACK
     Users' Guide, section 4.7); ``n^2`` stands for it.
     """
+    decomposing = frozenset(s.name for s in TABLE.values() if s.recipe.space != "factors")
     for n in (8, 32, 33, 64):
-        generator = torch.Generator().manual_seed(n)
-        x = torch.randn(9, n, 3 * n, generator=generator, dtype=torch.float64)
-        x[1, 1:] = x[1, :1]  # of rank one
-        x[2] *= 10.0 ** -torch.arange(n, dtype=torch.float64)[:, None].clamp(max=12)
-        gram = x @ x.mT
-        values, vectors = (y.cpu() for y in torch.linalg.eigh(gram.to(device)))
-        expected = torch.linalg.eigvalsh(gram)
-        size = expected[:, -1]
-        errors = {
-            "eigenvalues": (values - expected).abs().amax(1) / size,
-            "residual": (gram @ vectors - vectors * values[:, None, :]).flatten(1).norm(dim=1) / size,
-            "orthogonality": (vectors.mT @ vectors - torch.eye(n)).flatten(1).norm(dim=1),
-        }
-        for name, error in errors.items():
-            times = float(error.max()) / (n * n * EPS)
-            yield f"{name} of 9 matrices {n} x {n}", None if times <= 1 else f"{times:.3g} times the bound"
+        errors = cache(partial(_eigen_errors, n, device))
+        for name in ("eigenvalues", "residual", "orthogonality"):
+            find = partial(_beyond_bound, errors, name, n)
+            yield Check(f"{name} of 9 matrices {n} x {n}", decomposing, EVERY_DTYPE, find)
+
+
+def _eigen_errors(n: int, device: torch.device) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(9, n, 3 * n, generator=generator, dtype=torch.float64)
+    x[1, 1:] = x[1, :1]  # of rank one
+    x[2] *= 10.0 ** -torch.arange(n, dtype=torch.float64)[:, None].clamp(max=12)
+    gram = x @ x.mT
+    values, vectors = (y.cpu() for y in torch.linalg.eigh(gram.to(device)))
+    expected = torch.linalg.eigvalsh(gram)
+    size = expected[:, -1]
+    residual = (gram @ vectors - vectors * values[:, None, :]).flatten(1).norm(dim=1) / size
+    errors = {
+        "eigenvalues": (values - expected).abs().amax(1) / size,
+        "residual": residual,
+        "orthogonality": (vectors.mT @ vectors - torch.eye(n)).flatten(1).norm(dim=1),
+    }
+    return {name: float(error.max()) for name, error in errors.items()}
+
+
+def _beyond_bound(errors: Callable[[], dict[str, float]], name: str, n: int) -> str | None:
+    times = errors()[name] / (n * n * EPS)
+    return None if times <= 1 else f"{times:.3g} times the bound"

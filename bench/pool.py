@@ -12,12 +12,14 @@ from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels.backend import TritonBackend
-from merged_lora.triton_kernels.packed import ALIGNMENT, Resident
+from merged_lora.triton_kernels.packed import ALIGNMENT
 
 from . import cases
-from .agreement import bits
 from .device_agreement import differing_slots, differs_from_lowrank
-from .launches import Launches
+
+DENSITY = 0.5
+STEP = 2.0**-14
+"""Between the densities of two plans of the same merge: of a tensor of 16,384 entries one more is kept."""
 
 
 class DisagreementError(Exception):
@@ -54,82 +56,68 @@ class Pool:
     ) -> Merges:
         """The same merge of up to ``sets`` sets of ``count`` sources, no two of which share one.
 
-        slot_rank: of the slots, the rank of the sources where None.  limit: as in ``make_plan``.
+        options: text that follows the sources in the spec; ``{density}`` stands for one.  slot_rank: of the
+        slots, the rank of the sources where None.  limit: as in ``make_plan``.
         """
         names = list(self.sources)
         chosen = [names[i : i + count] for i in range(0, len(names) - count + 1, count)][:sets]
-        specs = [parse(f"{strategy}({', '.join(some)}{options})") for some in chosen]
+        specs = [f"{strategy}({', '.join(some)}{options})" for some in chosen]
         slots = make_slots(self.shapes, len(chosen), slot_rank or self.rank, self.dtype, self.backend.device)
-        return Merges(self.backend, [make_plan(spec, self.sources, limit) for spec in specs], slots)
+        return Merges(self, specs, slots, limit)
 
 
 class Merges:
     """One merge of several sets of sources, each into slots of its own; all methods take the set's number."""
 
     def __init__(
-        self, backend: TritonBackend, plans: Sequence[MergePlan], slots: Sequence[Mapping[str, Slot]]
+        self, pool: Pool, specs: Sequence[str], slots: Sequence[Mapping[str, Slot]], limit: int | None
     ) -> None:
-        self.plans = plans
         self.slots = slots
-        self._backend = backend
-        self._launches: list[Launches] = []
-        self._residents: list[list[Resident]] = []
+        self._pool = pool
+        self._specs = specs
+        self._limit = limit
+        self._renewed = 0
+        self.plans = [self._plan(spec) for spec in specs]
 
     def __len__(self) -> int:
         return len(self.plans)
 
+    def _plan(self, spec: str) -> MergePlan:
+        density = DENSITY + STEP * self._renewed
+        return make_plan(parse(spec.format(density=density)), self._pool.sources, self._limit)
+
+    def renew(self, turn: int) -> None:
+        """Plan a merge again, with a density that was never asked for: nothing of it is known then."""
+        self._renewed += 1
+        self.plans[turn] = self._plan(self._specs[turn])
+
     def upload(self, turn: int) -> None:
         """Bring the sources to the device, where they are not there yet."""
-        self._backend.bring(self.plans[turn])
+        self._pool.backend.bring(self.plans[turn])
 
     def write(self, turn: int) -> None:
         """The whole merge, as a server does it."""
-        self._backend.write(self.plans[turn], self.slots[turn])
+        self._pool.backend.write(self.plans[turn], self.slots[turn])
+
+    def write_anew(self, turn: int) -> None:
+        """Plan it again, then the whole merge."""
+        self.renew(turn)
+        self.write(turn)
 
     def check(self, turn: int) -> None:
         """The check that a server makes first."""
-        self._backend.check(self.plans[turn])
-
-    def prepare(self) -> None:
-        """Make ready what follows; the sources must stay on the device from here on."""
-        self._residents = [self._backend.bring(plan) for plan in self.plans]
-        self._launches = [
-            Launches(plan, residents, slots, self._backend.device)
-            for plan, residents, slots in zip(self.plans, self._residents, self.slots, strict=True)
-        ]
-        if self.plans[0].recipe.keep == "largest":
-            for launches in self._launches:
-                launches.trim()
-
-    def write_cold(self, turn: int) -> None:
-        """The whole merge, thresholds not known."""
-        for resident in self._residents[turn]:
-            resident.thresholds.clear()
-        self.write(turn)
-
-    def trim(self, turn: int) -> None:
-        """The launches that find the thresholds, alone."""
-        self._launches[turn].trim()
-
-    def combine(self, turn: int) -> None:
-        """The launch that merges, alone, with thresholds that are known."""
-        self._launches[turn].combine()
-
-    def trim_and_combine(self, turn: int) -> None:
-        """All launches, alone."""
-        self.trim(turn)
-        self.combine(turn)
+        self._pool.backend.check(self.plans[turn])
 
     def verify(self) -> None:
         """Raise DisagreementError unless the first set fills its slots, with what it should.
 
         That is looked at in one module of each shape: the bits of the NumPy backend or, where matrices are
-        decomposed, the factors that the CPU computes; of merges of entries, that slots are filled.  Launches
-        alone must give all bits of the whole merge.
+        decomposed, the factors that the CPU computes; of merges of entries, that slots are filled.
         """
         plan, slots = self.plans[0], self.slots[0]
         tensors = [x for slot in slots.values() for x in (slot.a, slot.b)]
-        _poison(tensors)
+        for tensor in tensors:
+            tensor.fill_(torch.nan)
         self.write(0)
         if any(bool(x.isnan().any()) for x in tensors):
             raise DisagreementError(f"{plan.spec}: the slots are not wholly written")
@@ -143,12 +131,6 @@ class Merges:
             wrong = differs_from_lowrank(plan, names, slots)
         if wrong:
             raise DisagreementError(f"{plan.spec}: {wrong}")
-        if self._launches:
-            expected = [x.clone() for x in tensors]
-            _poison(tensors)
-            self.combine(0)
-            if not all(torch.equal(bits(x), bits(y)) for x, y in zip(tensors, expected, strict=True)):
-                raise DisagreementError(f"{plan.spec}: the launch alone gives another result than the merge")
 
 
 def make_slots(
@@ -171,8 +153,3 @@ def make_slots(
 def one_of_each(shapes: cases.Shapes) -> list[str]:
     """The first module of each distinct shape."""
     return list({shape: name for name, shape in reversed(list(shapes.items()))}.values())
-
-
-def _poison(tensors: Sequence[torch.Tensor]) -> None:
-    for tensor in tensors:
-        tensor.fill_(torch.nan)

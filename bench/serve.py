@@ -130,17 +130,17 @@ class Bench:
 
     def measure(self) -> None:
         """Time everything; the throughput first, before any merge was asked for."""
-        self._speeds()
+        self.speeds()
         print(f"\n{self._work.concurrent} requests at a time for plain adapters, tokens per second")
         print(self._report.speed_line(), flush=True)
-        self._singles()
+        self.singles()
         head = f"{'one token':28}over the plain adapter, to 95 %"
         print(f"\n  {'asked for a second time':52}{head}")
         print("\n".join(self._report.warm_lines()))
         print(f"\n  {'asked for the first time':52}{'one token':28}{'then':28}{'difference':28}merged in")
         for use in self._report.first.values():
             print(use.line())
-        self._streams()
+        self.streams()
         for server, gaps in self._report.gaps.items():
             print(f"\ntime between two tokens of a stream, {server}")
             print("\n".join(gaps.lines()), flush=True)
@@ -158,7 +158,8 @@ class Bench:
 
     # Throughput
 
-    def _speeds(self) -> None:
+    def speeds(self) -> None:
+        """Tokens per second of plain adapters, on either server."""
         models = [serving.NAMES[i % SLOTS] for i in range(self._work.concurrent)]
         servers = {ON: self._on, OFF: self._off}
         with ThreadPoolExecutor(self._work.concurrent) as pool:
@@ -174,7 +175,8 @@ class Bench:
 
     # One request at a time
 
-    def _singles(self) -> None:
+    def singles(self) -> None:
+        """One request at a time: what is warm, and what is asked for the first time."""
         self._report.warm = {WARM: [], AGAIN: [], MERGED: []}
         asked: dict[str, list[str]] = {}
         for i in range(1 + self._work.requests):
@@ -213,7 +215,7 @@ class Bench:
 
     # Beside a stream
 
-    def _streams(self) -> None:
+    def streams(self) -> None:
         """One stream a round on either server, while what is measured arrives in a changing order."""
         gaps = {
             ON: Gaps(largest={SEEN: [], LOST: [], MEMORY: [], NEW: []}),

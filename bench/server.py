@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -31,11 +32,19 @@ ENVIRONMENT = {
 """What vLLM needs to run on a CPU without a network."""
 
 
+def vllm_command() -> list[str]:
+    """The program ``vllm`` beside this Python, or the module where vLLM merely lies on the path."""
+    script = Path(sys.executable).with_name("vllm")
+    # Without -P, the folder triton_kernels of a checkout would be taken for another package.
+    return [str(script)] if script.exists() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
+
+
 class Server:
     """A running server; use it in a ``with`` statement.
 
     log: the file that holds its output.  waiting: called every half second until it answers.
     environment: variables for it over this process's own and ENVIRONMENT.  api_key: the key it asks for.
+    start_seconds: until no answer is an error.  ready_after: the seconds it took.
     """
 
     def __init__(
@@ -46,22 +55,19 @@ class Server:
         waiting: Callable[[], None] = lambda: None,
         environment: Mapping[str, str] | None = None,
         api_key: str | None = None,
+        start_seconds: float = START_SECONDS,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
+        self.ready_after = math.nan
+        self._start_seconds = start_seconds
         self._waiting = waiting
         self._environment = os.environ | ENVIRONMENT | dict(environment or {})
         self._command = [
-            *(
-                str(Path(sys.executable).with_name("vllm")),
-                "serve",
-                str(model),
-                "--served-model-name",
-                "base",
-            ),
+            *(*vllm_command(), "serve", str(model), "--served-model-name", "base"),
             *("--host", "127.0.0.1", "--port", str(self.port), *arguments),
         ]
         self._headers = {"Content-Type": "application/json"}
@@ -91,17 +97,18 @@ class Server:
 
     def _wait(self) -> None:
         assert self._process is not None
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
+        begin = time.monotonic()
+        while time.monotonic() < begin + self._start_seconds:
             if self._process.poll() is not None:
                 raise ServerDiedError(f"the server ended with {self._process.returncode}:\n{self.tail()}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    self.ready_after = time.monotonic() - begin
                     return
             except OSError:
                 self._waiting()
                 time.sleep(0.5)
-        raise TimeoutError(f"no answer after {START_SECONDS:.0f} s:\n{self.tail()}")
+        raise TimeoutError(f"no answer after {self._start_seconds:.0f} s:\n{self.tail()}")
 
     @property
     def pid(self) -> int:

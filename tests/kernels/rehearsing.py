@@ -1,0 +1,117 @@
+"""A worker of the first day on a machine without a GPU: the interpreter as device, tiny shapes, and faults.
+
+The command line of ``merged_lora.bench.first_day``, and before it a row of FAULTS, ``all`` or ``none``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from merged_lora.backends import SlotBackend, load_backend
+from merged_lora.bench import device_agreement, first_day, gpu
+from merged_lora.bench.agreement import Check
+from merged_lora.bench.device import Call, DeviceTimes, KernelTimes
+from merged_lora.bench.gpu import Bench, Case, Work
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (24, 40),
+    "model.layers.0.self_attn.k_proj": (16, 40),
+    "model.layers.1.self_attn.k_proj": (16, 40),
+}
+TINY = Work(
+    dict(list(SHAPES.items())[:1]),
+    rank=4,
+    counts=(4, 2),
+    sets=1,
+    rounds=2,
+    row_seconds=0.0,  # one counted round
+    peft_rounds=1,
+    large=1 << 10,
+    copied=1 << 16,
+)
+
+
+class HostTimer:
+    """Times by the host's clock, on whatever device the backend has."""
+
+    def __init__(self) -> None:
+        loaded = load_backend("triton")
+        assert isinstance(loaded, SlotBackend)
+        self.device = loaded.device
+
+    def on_device(self, functions: Sequence[Call], held: bool = True) -> DeviceTimes:
+        return DeviceTimes([self.until_done(function)[1] for function in functions], held)
+
+    def in_kernels(self, functions: Sequence[Call], held: bool = True) -> KernelTimes:
+        times = self.on_device(functions, held)
+        return KernelTimes([{"kernel": seconds} for seconds in times.seconds], held)
+
+    def until_done(self, function: Call) -> tuple[float, float]:
+        begin = time.perf_counter()
+        function()
+        return (time.perf_counter() - begin,) * 2
+
+    def facts(self) -> dict[str, object]:
+        return {"gpu": "none"}
+
+
+def check(what: str, strategy: str, wrong: str | None = None) -> Check:
+    """One that is made already."""
+    return Check(what, frozenset({strategy}), frozenset({"bfloat16"}), lambda: wrong)
+
+
+STRATEGIES = ("linear", "ties", "dare_ties", "svd", "core_linear", "core_ties", "knots", "ties_svd")
+
+
+def groups(backend: SlotBackend) -> Iterator[tuple[str, Iterator[Check]]]:
+    """A check for each strategy of the first rows; the one of ``dare_ties`` fails."""
+    checks = [check(f"of {s}", s, "it differs" if s == "dare_ties" else None) for s in STRATEGIES]
+    yield "made up", iter(checks)
+
+
+def raise_it() -> None:
+    """What a kernel's fault looks like from Python."""
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def die() -> None:
+    """What a fault in a library looks like."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+FAULTS = {"ties": raise_it, "ties, cold": die, "svd": partial(time.sleep, 600)}
+"""What is done in the place of a row."""
+
+
+def instead(case: Case, faulty: str) -> Case:
+    """The case, or a fault in its place."""
+    if case.name in FAULTS and faulty in ("all", case.name):
+        return Case(case.name, case.strategy, case.dtype, FAULTS[case.name])
+    return case
+
+
+def main() -> int:
+    """Work off a role's items, those that are named faulty."""
+    faulty, *arguments = sys.argv[1:]
+    cases = Bench.cases
+    names = ("linear", "ties", "dare_ties", "ties, cold", "linear, planned anew", "svd", "core_ties")
+    gpu.on_a_gpu = lambda: (load_backend("triton"), HostTimer())
+    gpu.first_day_work = lambda layers: TINY
+    device_agreement.groups = groups
+    Bench.cases = lambda self: (instead(case, faulty) for case in cases(self) if case.name in names)
+    torch.set_num_threads(1)
+    code: int = first_day.main(arguments)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
