@@ -5,8 +5,8 @@ it: where one dies or hangs, that item has failed, and the next process goes on 
 long to start (torch, Triton, a CUDA context, sources), so each works off a whole list of items.  Checks are
 shared out to several at a time; times are taken by one that has the device to itself.
 
-This process imports no torch.  Workers print a line of JSON for everything that begins or ends; each changes
-the one file of results.
+Workers (``first_day_worker.py``) print a line of JSON for everything that begins or ends; each line changes
+the one file of results.  This process imports no torch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,11 @@ from .gpu_report import HEADER, Row
 
 MINUTES = 9.5
 FILE = "first-day.json"
-WORKER = (sys.executable, "-m", "merged_lora.bench.first_day")
+WORKER = (sys.executable, "-m", "merged_lora.bench.first_day_worker")
 SHARE = 0.45
 """Of the minutes: what the checks may take at most."""
 WORKERS = 8
 """That check at a time, at most, and at most one for two cores."""
-LOST = 3
-"""A worker's exit code where its device is of no more use."""
 PATIENCE = 10.0
 """Seconds that a process gets to end."""
 CUDA = "/usr/local/cuda/bin"
@@ -54,20 +52,8 @@ class Limits:
 
     start: float = 150.0
     check: float = 120.0
-    row: float = 75.0
+    row: float = 120.0
     sanitizer: float = 150.0
-
-
-@dataclass(frozen=True)
-class Item:
-    """What a worker does at a time.
-
-    keys: a strategy and a dtype each: what a check vouches for, what a row stands on.  run: what it tells.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    run: Callable[[], dict[str, Any]]
 
 
 class Results:
@@ -119,7 +105,7 @@ def run(
     """Check and measure what the minutes allow; the exit code, 1 where anything failed.
 
     folder: gets ``first-day.json`` and the workers' output.  layers: of Llama-3-8B.  worker: the command that
-    does what :func:`main` does.
+    is handed a role and its arguments.
     """
     end = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +121,8 @@ def run(
             f"  {sum(not c['wrong'] for c in checks)} of {len(checks)} checks agree\n\n{HEADER}", flush=True
         )
         arguments = {"layers": layers, "withheld": withheld(checks), "vouched": vouched(checks)}
-        crew.follow("rows", "rows", arguments, end, limits.row)
+        with _told(results, "rows"):
+            crew.follow("rows", "rows", arguments, end, limits.row)
         results.set("state", "finished")
     except KeyboardInterrupt:
         crew.stop()
@@ -146,17 +133,28 @@ def run(
     return 1 if results.failed else 0
 
 
+@contextmanager
+def _told(results: Results, step: str) -> Iterator[None]:
+    """Note what a step raises; the next one is done."""
+    try:
+        yield
+    except Exception:
+        results.add("failed", {"step": step, "item": "all of it", "text": traceback.format_exc()})
+
+
 def _check(crew: Crew, results: Results, end: float, limits: Limits) -> None:
     """All that can be done beside each other, because nothing of it is timed."""
     workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) // 2))
     pool = ThreadPoolExecutor(workers + 1)
     try:
-        waiting = [pool.submit(_sanitize, crew, results, min(end, time.monotonic() + limits.sanitizer))]
+        watched_until = min(end, time.monotonic() + limits.sanitizer)
+        waiting = {"sanitizer": pool.submit(_sanitize, crew, results, watched_until)}
         for i in range(workers):
-            arguments = {"part": i, "parts": workers}
-            waiting.append(pool.submit(crew.follow, f"checks-{i}", "checks", arguments, end, limits.check))
-        for one in waiting:
-            one.result()
+            step, arguments = f"checks-{i}", {"part": i, "parts": workers}
+            waiting[step] = pool.submit(crew.follow, step, "checks", arguments, end, limits.check)
+        for step, one in waiting.items():
+            with _told(results, step):
+                one.result()
     except KeyboardInterrupt:
         crew.stop()
         raise
@@ -222,7 +220,7 @@ class Crew:
             if begun and planned is not None:
                 done += 1
                 self._take(step, planned[done - 1], {"failed": why})
-            elif process.returncode != LOST:
+            elif process.returncode != recording.LOST:
                 self._results.add("failed", {"step": step, "item": "start", "text": why})
                 break
         if planned is None:
@@ -269,6 +267,8 @@ class Crew:
         messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         reader = threading.Thread(target=_read, args=(process, messages, self._log(step)), daemon=True)
         reader.start()
+        if self._stopping:  # since this was asked for
+            _end(process)
         try:
             yield process, messages
         finally:
@@ -394,147 +394,3 @@ def _show(results: Results) -> None:
         if len(data[title]) > 20:
             print(f"  {title}: {len(data[title]) - 20} more")
     print(f"written: {results.file}", flush=True)
-
-
-# In workers
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Work off a role's items and tell of each in a line of JSON on standard output; the exit code."""
-    role, given = arguments[0], json.loads(arguments[1])
-    tell = _telling()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if role == "sanitized":
-        return _merge_small(tell)
-    import torch
-
-    from merged_lora.errors import BackendError
-
-    from . import gpu
-
-    try:
-        backend, timer = gpu.on_a_gpu()
-    except BackendError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if role == "checks":
-        items = check_items(backend, given["part"], given["parts"])
-    else:
-        bench = gpu.Bench(gpu.first_day_work(given["layers"]), timer)
-        tell({"device": bench.facts()})
-        items = row_items(bench, given["withheld"], given["vouched"])
-
-    def lost() -> bool:
-        # A fault on a CUDA device is told again by every call behind it.
-        try:
-            if backend.device.type == "cuda":
-                torch.cuda.synchronize(backend.device)
-        except RuntimeError:
-            return True
-        return False
-
-    return work_off(items, given["skip"], given["seconds"], tell, lost)
-
-
-def work_off(
-    items: Sequence[Item],
-    skip: int,
-    seconds: float,
-    tell: Callable[[dict[str, Any]], None],
-    lost: Callable[[], bool],
-) -> int:
-    """Do all items but the first ``skip`` until the seconds are over; the exit code.
-
-    An item that raises has failed, and the next one is done; where the device is lost by it, this ends.
-    """
-    end = time.monotonic() + seconds
-    tell({"planned": [{"name": item.name, "keys": item.keys} for item in items]})
-    for item in items[skip:]:
-        if time.monotonic() > end:
-            return 0
-        tell({"begin": item.name})
-        try:
-            told = item.run()
-        except Exception:  # whatever it is, it is told, and it is this item's
-            told = {"failed": traceback.format_exc()}
-        tell({"end": item.name, **told})
-        if "failed" in told and lost():
-            return LOST
-    return 0
-
-
-def check_items(backend: Any, part: int, parts: int) -> list[Item]:
-    """Every ``parts``-th check, from ``part`` on."""
-    from . import device_agreement
-
-    items = [
-        Item(
-            f"{about}: {check.what}",
-            tuple(f"{strategy} {dtype}" for strategy in check.strategies for dtype in check.dtypes),
-            lambda check=check: {"wrong": check.find()},  # type: ignore[misc]
-        )
-        for about, checks in device_agreement.groups(backend)
-        for check in checks
-    ]
-    return items[part::parts]
-
-
-def row_items(bench: Any, withheld: Collection[str], vouched: Collection[str]) -> list[Item]:
-    """Every row; those that stand on what was found wrong, or on what no check vouches for, tell why not."""
-    from . import gpu
-
-    def measure(case: gpu.Case) -> dict[str, Any]:
-        key = f"{case.strategy} {case.dtype}"
-        if key in withheld:
-            return {"withheld": f"a check of {key} failed"}
-        if key not in vouched:
-            return {"withheld": f"no check of {key} was made"}
-        try:
-            return {"row": asdict(case.measure())}
-        except gpu.LeftOutError as why:
-            return {"left out": str(why)}
-
-    return [
-        Item(case.name, (f"{case.strategy} {case.dtype}",), lambda case=case: measure(case))  # type: ignore[misc]
-        for case in bench.cases()
-    ]
-
-
-def _merge_small(tell: Callable[[dict[str, Any]], None]) -> int:
-    """One search for thresholds, one merge of factors and one of a streamed delta, to be watched."""
-    from merged_lora.backends import load_backend
-    from merged_lora.planning import make_plan
-    from merged_lora.spec import parse
-
-    from . import cases
-    from .agreement import DTYPES
-
-    backend = load_backend("triton")
-    sources = cases.random_sources(cases.SMALL, 2, 8, DTYPES[0])
-    for spec in ("ties(a, 0.5*b)", "ties_svd(a, 0.5*b)"):
-        backend.merge(make_plan(parse(spec), sources), lambda _: None)
-        tell({"merged": [spec]})
-    return 0
-
-
-def _telling() -> Callable[[dict[str, Any]], None]:
-    """Keeps standard output for messages; what else prints goes to standard error."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def tell(message: dict[str, Any]) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    return tell
-
-
-def _end_with_parent() -> None:
-    """Standard input ends when the process that started this one has ended, however it did."""
-    while os.read(0, 1):  # not through sys.stdin, whose lock would abort the interpreter's own end
-        pass
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

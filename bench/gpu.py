@@ -296,12 +296,12 @@ class Bench:
         slot_rank: int | None = None,
         options: str | None = None,
         limit: int | None = None,
+        sets: int | None = None,
     ) -> Merges:
         """Merges that were made once, as they must be; their sources are on the device."""
         options = OPTIONS.get(strategy, "") if options is None else options
-        merges = self._sources(count, dtype).merges(
-            strategy, count, options, self.work.sets, slot_rank, limit
-        )
+        sets = self.work.sets if sets is None else sets
+        merges = self._sources(count, dtype).merges(strategy, count, options, sets, slot_rank, limit)
         merges.verify()
         for turn in range(1, len(merges)):
             merges.write(turn)
@@ -359,10 +359,13 @@ class Bench:
 
     def _time_calls(self, row: Row, merges: Merges, call: Turn) -> Row:
         """Fill a row with whole calls, by the host's clock; each was made before."""
-        for i, _ in enumerate(self._rounds(self.work.rounds)):
+        begin = time.perf_counter()
+        for i in range(1 + self.work.rounds):
             queued, done = self._timer.until_done(partial(call, i % len(merges)))
             row.add("queued", queued)
             row.add("call", done)
+            if time.perf_counter() - begin > self.work.row_seconds:
+                break
         return row
 
     # One function for each kind of row
@@ -415,18 +418,22 @@ class Bench:
         case: str | None = None,
     ) -> Row:
         """Merges of deltas as a whole; the host waits for the device after each decomposition."""
-        merges = self._verified(strategy, count, slot_rank=slot_rank, options=options, limit=limit)
+        merges = self._verified(strategy, count, slot_rank=slot_rank, options=options, limit=limit, sets=1)
         row = self._time_calls(self._row(case or strategy, merges), merges, merges.write)
         if strategy == "svd" and count == AIMED:
             self._aim_at_call(row, SVD_AIM)
         return row
 
     def _of_entries(self, strategy: str) -> Row:
-        """Merges of entries of deltas, or of their coordinates; the kernels' times are of one more call."""
+        """Merges of entries of deltas, or of their coordinates, which may take a minute.
+
+        So the kernels are timed while the first one is verified.
+        """
         slot_rank = self.work.rank * (AIMED if strategy == "knots" else 1)
-        merges = self._verified(strategy, slot_rank=slot_rank, limit=slot_rank)
-        row = self._time_calls(self._row(strategy, merges), merges, merges.write)
-        row.add_kernels(self._timer.in_kernels([partial(merges.write, 0)], held=False).seconds[0])
+        merges = self._sources().merges(strategy, AIMED, "", 1, slot_rank, slot_rank)
+        row = self._row(strategy, merges)
+        row.add_kernels(self._timer.in_kernels([merges.verify], held=False).seconds[0])
+        self._time_calls(row, merges, merges.write)
         row.gapless = False
         limit = ENTRY_AIMS.get(strategy)
         if limit is not None:

@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 FAILED, WRONG = "FAILED", "WRONG"
+LOST = 3
+"""A worker's exit code where its device is of no more use."""
 
 
 def write(file: Path, data: Mapping[str, Any]) -> None:

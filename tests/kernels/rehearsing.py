@@ -1,6 +1,6 @@
 """A worker of the first day on a machine without a GPU: the interpreter as device, tiny shapes, and faults.
 
-The command line of ``merged_lora.bench.first_day``, and before it a row of FAULTS, ``all`` or ``none``.
+The command line of ``bench.first_day_worker``, and before it a row of FAULTS, ``all`` or ``none``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from merged_lora.backends import SlotBackend, load_backend
-from merged_lora.bench import device_agreement, first_day, gpu
+from merged_lora.bench import device_agreement, first_day_worker, gpu
 from merged_lora.bench.agreement import Check
 from merged_lora.bench.device import Call, DeviceTimes, KernelTimes
 from merged_lora.bench.gpu import Bench, Case, Work
@@ -109,7 +109,7 @@ def main() -> int:
     device_agreement.groups = groups
     Bench.cases = lambda self: (instead(case, faulty) for case in cases(self) if case.name in names)
     torch.set_num_threads(1)
-    code: int = first_day.main(arguments)
+    code: int = first_day_worker.main(arguments)
     return code
 
 

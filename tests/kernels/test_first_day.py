@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from merged_lora.bench import first_day, recording
+from merged_lora.bench import first_day, first_day_worker, recording
 from merged_lora.bench.__main__ import main
-from merged_lora.bench.first_day import Item, Limits
+from merged_lora.bench.first_day import Limits
+from merged_lora.bench.first_day_worker import Item
 
 FIRST_ROWS = ["linear", "ties", "ties, cold", "linear, planned anew", "svd", "core_ties"]
 
@@ -172,7 +173,7 @@ def told(
     items: list[Item], skip: int = 0, seconds: float = 60.0, lost: bool = False
 ) -> tuple[int, list[Any]]:
     messages: list[Any] = []
-    code = first_day.work_off(items, skip, seconds, messages.append, lambda: lost)
+    code = first_day_worker.work_off(items, skip, seconds, messages.append, lambda: lost)
     return code, messages[1:]
 
 
@@ -189,7 +190,7 @@ def test_a_worker_whose_device_is_lost_ends_behind_the_item_that_lost_it() -> No
 
     items = [Item("a", (), fault), Item("b", (), lambda: {"wrong": None})]
     code, messages = told(items, lost=True)
-    assert code == first_day.LOST
+    assert code == recording.LOST
     assert "illegal address" in messages[-1]["failed"]
     assert [m["end"] for m in messages if "end" in m] == ["a"]
     assert told(items)[0] == 0
@@ -206,7 +207,7 @@ def test_a_row_that_no_check_vouches_for_is_not_timed() -> None:
 
             return [Case("ties", "ties", "bfloat16", lambda: pytest.fail("timed"))]
 
-    (item,) = first_day.row_items(Bench(), withheld=[], vouched=["linear bfloat16"])
+    (item,) = first_day_worker.row_items(Bench(), withheld=[], vouched=["linear bfloat16"])
     assert item.run() == {"withheld": "no check of ties bfloat16 was made"}
 
 
