@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,7 @@ class Day:
             adapter.save(self._made / name)
             self._adapters[name] = self._made / name
         for name, spec in (("twin", SPEC), ("twin32", WIDE)):
-            merge(spec, self._adapters, backend="numpy").save(self._made / name)
+            merge(spec, self._adapters).save(self._made / name)
             self._adapters[name] = self._made / name
         return {"bytes of an adapter": sum(f.stat().st_size for f in self._adapters["sql"].iterdir())}
 
@@ -340,13 +340,20 @@ def in_spaces(server: Server) -> dict[str, Any]:
 
 
 def random_adapters(shape: Shape) -> dict[str, Adapter]:
-    """Adapters of every linear module by their names: three in bfloat16, two of them in float32 too."""
+    """Adapters of every linear module by their names: three in bfloat16, two of them in float32 too.
+
+    Every layer has the first one's numbers, turned by one more column: drawing all takes minutes.
+    """
     made = {}
-    sources = cases.random_sources(shape.modules(), len(serving.NAMES), shape.rank, torch.float32)
+    first = replace(shape, layers=1).modules()
+    sources = cases.random_sources(first, len(serving.NAMES), shape.rank, torch.float32)
     for name, source in zip(serving.NAMES, sources.values(), strict=True):
         for suffix, dtype in (("", torch.bfloat16), ("32", torch.float32)):
             factors = {
-                module: Factors(f.a.to(dtype), f.b.to(dtype), LOUDNESS * f.scaling)
+                module.replace("layers.0.", f"layers.{i}."): Factors(
+                    f.a.to(dtype).roll(i, 1), f.b.to(dtype).roll(i, 0), LOUDNESS * f.scaling
+                )
+                for i in range(shape.layers)
                 for module, f in source.modules.items()
             }
             made[name + suffix] = Adapter(factors, Header(base_model="dummy", task_type="CAUSAL_LM"))

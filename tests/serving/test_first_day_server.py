@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from merged_lora.bench import first_day_server as day
 from merged_lora.bench import recording
@@ -124,6 +125,17 @@ def test_steps_that_fail_or_are_wrong_are_told_and_the_next_are_done(tmp_path: P
 
 def test_the_shape_is_that_of_llama_3_8b() -> None:
     assert Shape().modules() == llama3_8b(32)
+
+
+def test_adapters_cover_every_module_and_no_two_layers_are_alike() -> None:
+    shape = Shape(layers=2, hidden=64, intermediate=160, heads=2, kv_heads=1, vocabulary=320, rank=8)
+    adapters = day.random_adapters(shape)
+    assert set(adapters) == {"sql", "json", "tone", "sql32", "tone32"}
+    for adapter in adapters.values():
+        assert {name: (f.b.shape[0], f.a.shape[1]) for name, f in adapter.modules.items()} == shape.modules()
+        first, second = (adapter.modules[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1))
+        assert not torch.equal(first.a, second.a)
+        assert not torch.equal(first.b, second.b)
 
 
 def test_a_checkout_is_laid_out_as_if_it_were_installed(tmp_path: Path) -> None:
