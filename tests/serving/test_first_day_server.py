@@ -17,7 +17,7 @@ from merged_lora.bench import first_day_server as day
 from merged_lora.bench import recording
 from merged_lora.bench.cases import llama3_8b
 from merged_lora.bench.first_day_server import Record, Shape
-from merged_lora.bench.server import Server
+from merged_lora.bench.server import Server, vllm_command
 
 TINY = {
     "layers": 2,
@@ -158,3 +158,14 @@ def test_a_checkout_is_laid_out_as_if_it_were_installed(tmp_path: Path) -> None:
         "merged_lora.vllm_plugin:register",
     ]
     assert not (tmp_path / "triton_kernels").exists()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_vllm_is_started_where_it_merely_lies_on_the_path(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    if installed:
+        (tmp_path / "vllm").touch()
+    module = [str(tmp_path / "python3"), "-P", "-m", "vllm.entrypoints.cli.main"]
+    assert vllm_command() == ([str(tmp_path / "vllm")] if installed else module)
