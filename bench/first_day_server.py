@@ -129,8 +129,9 @@ class Record:
             found = dict(do())
             if found.get("wrong"):
                 state = recording.WRONG
-        except Exception:  # it is told, and the next step is done
-            state, found = recording.FAILED, {"text": traceback.format_exc()}
+        except Exception as error:  # it is told, and the next step is done
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            state, found = recording.FAILED, {"error": said, "text": traceback.format_exc()}
         took = time.monotonic() - begin
         self.data["steps"].append({"name": name, "state": state, "seconds": took, **found})
         self.save()
@@ -429,7 +430,7 @@ def _show(record: Record) -> None:
             line += f": {step['log-probabilities apart']}"
         print(line)
         if step["state"] == recording.FAILED:
-            print(f"          {step['text'].strip().splitlines()[-1]}")
+            print(f"          {step['error']}")
     for name in record.data["not reached"]:
         print(f"  not reached: {name}")
     print(f"written: {record.file}")

@@ -109,7 +109,7 @@ def test_steps_that_fail_or_are_wrong_are_told_and_the_next_are_done(tmp_path: P
     record = Record(tmp_path / "x.json", 1, {})
 
     def fault() -> dict[str, Any]:
-        raise RuntimeError("no answer")
+        raise RuntimeError("no answer\nand the end of a log")
 
     assert not record.step("a", fault)
     assert not record.step("b", lambda: {"wrong": ["merge - twin"]})
@@ -118,7 +118,8 @@ def test_steps_that_fail_or_are_wrong_are_told_and_the_next_are_done(tmp_path: P
     assert not record.step("d", fault, seconds=61)
     read = json.loads((tmp_path / "x.json").read_text())
     assert [step["state"] for step in read["steps"]] == [recording.FAILED, recording.WRONG, "ok"]
-    assert "no answer" in read["steps"][0]["text"]
+    assert read["steps"][0]["error"] == "RuntimeError: no answer"
+    assert "the end of a log" in read["steps"][0]["text"]
     assert read["steps"][2]["found"] == 3
     assert read["not reached"] == ["d"]
 
