@@ -1,4 +1,4 @@
-"""``python -m merged_lora.bench cpu``, ``gpu``, ``registers``, ``serve`` or ``soak``."""
+"""``python -m merged_lora.bench cpu``, ``gpu``, ``host``, ``registers``, ``serve`` or ``soak``."""
 
 import argparse
 import math
@@ -51,6 +51,10 @@ def main(arguments: list[str]) -> int:
         "--bounded", action="store_true", help="the usual merges of four bf16 sources and their trim alone"
     )
     of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    on_host = benchmarks.add_parser("host", help="what the host does for a write into slots; needs no GPU")
+    on_host.add_argument("--layers", type=int, default=32, metavar="N", help="of Llama-3-8B; 32 by default")
+    on_host.add_argument("--rounds", type=int, default=30, metavar="N", help="of each write; 30 by default")
+    on_host.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
     of_serving = benchmarks.add_parser("serve", help="requests to real servers: merges beside plain adapters")
     of_serving.add_argument(
         "--requests", type=int, default=20, metavar="N", help="of each kind; 20 by default"
@@ -69,6 +73,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{options.json} is {'no' if first_day else 'a'} folder")
     if getattr(options, "layers", 1) < 1:
         parser.error("--layers must be at least 1")
+    if getattr(options, "rounds", 1) < 1:
+        parser.error("--rounds must be at least 1")
     if getattr(options, "requests", 2) < 2:
         parser.error("--requests must be at least 2")
     if not 0 < getattr(options, "minutes", 1) < math.inf:
@@ -90,6 +96,10 @@ def main(arguments: list[str]) -> int:
             from . import first_day as day
 
             return day.run(options.json, options.minutes, options.layers)
+        if options.benchmark == "host":
+            from . import host
+
+            return host.run(options.layers, options.rounds, options.json)
         if options.benchmark == "gpu":
             from . import gpu
 

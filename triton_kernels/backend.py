@@ -20,21 +20,82 @@ from merged_lora.plan import MergePlan, overflow
 
 from .delta import WORKSPACE, MergedStack
 from .groups import RESULTS, Group, Known, Stacks, grouped, merge_group, whole_bounds
-from .launch import EVERYTHING, NOTHING, Launch, find_pairs, prepare_launches, raised_flags, source_addresses
+from .launch import (
+    EVERYTHING,
+    NOTHING,
+    Draft,
+    Launch,
+    draft_launches,
+    find_pairs,
+    pair_addresses,
+    prepare_launches,
+    raised_flags,
+    source_addresses,
+    upload_launches,
+)
 from .layout import Layout, copies, lay_out
 from .packed import DeviceSources, Resident, padded
 from .rules import Bound
-from .tables import Integers, target_rows
+from .tables import Integers, Part, Ring, target_rows
 from .words import KINDS
+
+TABLES = 16 << 20  # bytes of tables kept on the device; some 60 merges of rank 16 into a slot of an 8B model
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What a merge is written to.
+
+    addresses: of all tensors of both, so that tensors which have moved in memory are noticed.
+    """
+
+    slots: Mapping[str, Slot]
+    empty: Sequence[Slot]
+    addresses: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        tensors = (*_tensors(self.slots.values()), *_tensors(self.empty))
+        object.__setattr__(self, "addresses", [tensor.data_ptr() for tensor in tensors])
+
+    def same(self, other: Targets) -> bool:
+        """Whether both are the same slots, where they were."""
+        return (self.slots, self.empty, self.addresses) == (other.slots, other.empty, other.addresses)
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """The launches of a write, with their tables in a part of the ring.
+
+    They are good for the same targets, as long as the sources and their thresholds are where they were: a
+    source that has been evicted and brought back is another resident.  Residents are held weakly, because
+    they hold the memory in which sources lie.
+    """
+
+    targets: Targets
+    residents: tuple[weakref.ref[Resident], ...]
+    pairs: Sequence[torch.Tensor | None]
+    part: Part
+    launches: Sequence[Launch]
+
+    def good(
+        self, targets: Targets, residents: Sequence[Resident], pairs: Sequence[torch.Tensor | None]
+    ) -> bool:
+        """Whether the tables say what they would say if they were made now."""
+        return (
+            all(mine() is one for mine, one in zip(self.residents, residents, strict=True))
+            and all(mine is one for mine, one in zip(self.pairs, pairs, strict=True))
+            and self.targets.same(targets)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What follows from a plan alone; kept as long as the plan is."""
+    """What follows from a plan alone, and what it was written by last; kept as long as the plan is."""
 
     layout: Layout
     groups: tuple[Group, ...]
     known: dict[str, list[tuple[Bound, Bound] | None]] = field(default_factory=dict)
+    written: list[Written] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +134,7 @@ class TritonBackend:
         self.device = device
         self._stream = _new_stream(device)
         self._sources = DeviceSources(device)
+        self._tables = Ring(TABLES, device)
         self._prepared: weakref.WeakKeyDictionary[MergePlan, Prepared] = weakref.WeakKeyDictionary()
         self._constants = torch.tensor([EVERYTHING, NOTHING], dtype=torch.int32).to(device)
         self._spare: torch.Tensor | None = None
@@ -82,6 +144,7 @@ class TritonBackend:
         """See :class:`merged_lora.backends.SlotBackend`."""
         with self._turn, self._apart():
             self._sources.reserve(nbytes)
+            self._tables.reserve()
             self._spare = self._intermediates()
 
     def adopt(self, adapter: Adapter) -> Adapter:
@@ -98,7 +161,8 @@ class TritonBackend:
         """See :class:`merged_lora.backends.Backend`; the result lies in host memory."""
         with self._turn, self._apart():
             buffer = torch.empty(_length(plan), dtype=torch.uint8, device=self.device)
-            told = self._write(plan, {name: Slot(a, b) for name, a, b in _views(buffer, plan)})
+            slots = {name: Slot(a, b) for name, a, b in _views(buffer, plan)}
+            told = self._write(plan, Targets(slots, []))
             host = buffer.cpu()
             modules = {
                 name: Factors(a, b, 1.0, plan.modules[name].embedding) for name, a, b in _views(host, plan)
@@ -117,7 +181,13 @@ class TritonBackend:
             if layout.modules:
                 nowhere = [torch.empty(shape, device="meta") for shape in layout.shapes.tolist()]
                 rows = target_rows(nowhere, layout.shapes)
-                launches = self._launch(layout, residents, _every(nowhere), rows, layout.rounds, check=True)
+                pairs = pair_addresses(layout, find_pairs(layout, residents, self.device), self._constants)
+                sources = source_addresses(layout, residents)
+                launches = prepare_launches(
+                    layout, _every(nowhere), sources, pairs, rows, layout.rounds, self.device, check=True
+                )
+                for one in launches:
+                    one.run()
                 verdicts.append((layout.modules, raised_flags(launches).view(-1, 2).amax(1) > 0))
             with self._lending(prepared.groups):
                 known = self._known(plan, prepared, residents)
@@ -137,36 +207,64 @@ class TritonBackend:
             here, tensors = _chosen(layout, slots)
             nothing = np.zeros(layout.weights.shape, np.int64)
             rows = target_rows(tensors, layout.shapes[here])
-            launches = prepare_launches(layout, here, nothing, nothing, rows, _kinds(tensors), self.device)
+            drafts = draft_launches(layout, here, nothing, nothing, rows, _kinds(tensors))
             for group in (whole.only(slots) for whole in prepared.groups):
                 results = [r for module in group.modules for r in module.results]
                 outlines = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in results]
-                launches += self._copies(outlines, _tensors(slots[name] for name in group.names))
-            launches += self._copies(_zeros(empty), _tensors(empty))
-            for one in launches:
+                drafts += _copies(outlines, _tensors(slots[name] for name in group.names))
+            drafts += _copies(_zeros(empty), _tensors(empty))
+            for one in upload_launches(drafts, self.device):
                 one.compile()
 
     def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
-        """See :class:`merged_lora.backends.SlotBackend`."""
-        with self._turn, self._apart(in_order=True):
-            self._write(plan, slots)
-            for one in self._copies(_zeros(empty), _tensors(empty)):
-                one.run()
+        """See :class:`merged_lora.backends.SlotBackend`.
 
-    def _write(self, plan: MergePlan, slots: Mapping[str, Slot]) -> Told:
+        The tables of the launches stay on the device, and are used again where nothing has moved.
+        """
+        with self._turn, self._apart(in_order=True):
+            self._write(plan, Targets(dict(slots), list(empty)), keep=True)
+
+    def _write(self, plan: MergePlan, targets: Targets, keep: bool = False) -> Told:
         """Merge into slots; what is to be told of the modules stays on the device."""
         residents, prepared = self._bring(plan)
-        here, tensors = _chosen(prepared.layout, slots)
-        if tensors:
-            rows = target_rows(tensors, prepared.layout.shapes[here])
-            self._launch(prepared.layout, residents, here, rows, _kinds(tensors))
+        for one in self._launches(prepared, residents, targets, keep):
+            one.run()
         told = Told()
-        groups = [group for group in (whole.only(slots) for whole in prepared.groups) if group.names]
+        groups = [group for group in (whole.only(targets.slots) for whole in prepared.groups) if group.names]
         with self._lending(groups):
             known = self._known(plan, prepared, residents)
             for group in groups:
-                self._fill(group, residents, known, slots, told)
+                self._fill(group, residents, known, targets.slots, told)
         return told
+
+    def _launches(
+        self, prepared: Prepared, residents: Sequence[Resident], targets: Targets, keep: bool
+    ) -> Sequence[Launch]:
+        """What merges modules that need no group, and fills empty slots with zeros.
+
+        keep: for the next time, where there is room for their tables.
+        """
+        layout = prepared.layout
+        here, tensors = _chosen(layout, targets.slots)
+        pairs = find_pairs(layout, residents, self.device) if tensors else []
+        prepared.written[:] = [written for written in prepared.written if written.part.held]
+        for written in prepared.written:
+            if written.good(targets, residents, pairs):
+                return written.launches
+        drafts = self._drafts(layout, residents, here, pairs, tensors)
+        drafts += _copies(_zeros(targets.empty), _tensors(targets.empty))
+        part: Part | None = None
+
+        def take(nbytes: int) -> torch.Tensor:
+            nonlocal part
+            part = self._tables.take(nbytes) if keep else None
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device) if part is None else part.buffer
+
+        launches = upload_launches(drafts, self.device, take)
+        if part is not None:
+            held = tuple(weakref.ref(resident) for resident in residents)
+            prepared.written.append(Written(targets, held, pairs, part, launches))
+        return launches
 
     def _bring(self, plan: MergePlan) -> tuple[list[Resident], Prepared]:
         """The plan's sources on the device, and what follows from the plan."""
@@ -177,30 +275,20 @@ class TritonBackend:
             self._prepared[plan] = prepared
         return residents, prepared
 
-    def _launch(
+    def _drafts(
         self,
         layout: Layout,
         residents: Sequence[Resident],
         chosen: Integers,
-        rows: Integers,
-        kinds: Integers,
-        check: bool = False,
-    ) -> list[Launch]:
-        addresses = source_addresses(layout, residents)
-        pairs = find_pairs(layout, residents, addresses, self._constants)
-        launches = prepare_launches(layout, chosen, addresses, pairs, rows, kinds, self.device, check)
-        for one in launches:
-            one.run()
-        return launches
-
-    def _copies(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[Launch]:
-        """What copies tensors into the first rows and columns of targets, and zeros into the rest."""
-        layout = copies(_kinds(sources))
-        filled = np.array([t.shape for t in sources], np.int64).reshape(-1, 2)
-        addresses = np.array([t.data_ptr() for t in sources], np.int64).reshape(-1, 1)
-        rows, kinds = target_rows(targets, filled), _kinds(targets)
-        nothing = np.zeros_like(addresses)
-        return prepare_launches(layout, _every(targets), addresses, nothing, rows, kinds, self.device)
+        pairs: Sequence[torch.Tensor | None],
+        tensors: Sequence[torch.Tensor],
+    ) -> list[Draft]:
+        """What merges the chosen tensors of a layout into these."""
+        if not tensors:
+            return []
+        sources = source_addresses(layout, residents), pair_addresses(layout, pairs, self._constants)
+        rows = target_rows(tensors, layout.shapes[chosen])
+        return draft_launches(layout, chosen, *sources, rows, _kinds(tensors))
 
     # In functions of their own, so that what a group takes is free before the next one is merged.
 
@@ -215,7 +303,8 @@ class TritonBackend:
         """Merge a group into its slots."""
         merged = merge_group(group, _stacks(group, residents), known)
         sources = [x for pair in zip(merged.a, merged.b, strict=True) for x in pair]
-        for one in self._copies(sources, _tensors(slots[name] for name in group.names)):
+        copies = _copies(sources, _tensors(slots[name] for name in group.names))
+        for one in upload_launches(copies, self.device):
             one.run()
         told.add(group, merged)
 
@@ -313,6 +402,15 @@ def _chosen(layout: Layout, slots: Mapping[str, Slot]) -> tuple[Integers, list[t
     here = [i for i, name in enumerate(layout.modules) if name in slots]
     tensors = _tensors(slots[layout.modules[i]] for i in here)
     return np.array([2 * i + side for i in here for side in (0, 1)], np.int64), tensors
+
+
+def _copies(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[Draft]:
+    """What copies tensors into the first rows and columns of targets, and zeros into the rest."""
+    layout = copies(_kinds(sources))
+    filled = np.array([t.shape for t in sources], np.int64).reshape(-1, 2)
+    addresses = np.array([t.data_ptr() for t in sources], np.int64).reshape(-1, 1)
+    rows, kinds = target_rows(targets, filled), _kinds(targets)
+    return draft_launches(layout, _every(targets), addresses, np.zeros_like(addresses), rows, kinds)
 
 
 def _every(tensors: Sequence[torch.Tensor]) -> Integers:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .combine import BLOCK, KEEP_LARGEST, KEEP_RANDOM, Tables, Variant, combine
 from .layout import Layout
 from .packed import Resident
-from .tables import Integers, aligned, block_items, upload
+from .tables import Integers, Take, aligned, block_items, upload
 from .trim import find_thresholds
 from .words import INFINITY, MAGNITUDE, MIXED
 
@@ -31,40 +31,51 @@ def source_addresses(layout: Layout, residents: Sequence[Resident]) -> Integers:
 
 
 def find_pairs(
-    layout: Layout, residents: Sequence[Resident], addresses: Integers, constants: torch.Tensor
-) -> Integers:
-    """Address of the pair ``(thr, cut)`` of every tensor in every source, ``[T, N]``.
+    layout: Layout, residents: Sequence[Resident], device: torch.device
+) -> list[torch.Tensor | None]:
+    """Of every source the pairs ``(thr, cut)`` of its tensors, int32 ``[n, 2]``; None where none is needed.
 
     Finds what is not known yet, in one launch for all sources, and keeps it with the source.
-    addresses: of the tensors, ``[T, N]``.  constants: int32 ``[2, 2]`` on the device, EVERYTHING and NOTHING.
+    """
+    if layout.keep != KEEP_LARGEST.value:
+        return [None for _ in residents]
+    found: list[torch.Tensor | None] = []
+    tasks, kinds = [], []
+    for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
+        pairs = resident.thresholds.get(place.key)
+        if pairs is None:
+            pairs = torch.empty(place.tensors.size, 2, dtype=torch.int32, device=device)
+            targets = np.arange(place.counts.size) * 8 + pairs.data_ptr()
+            addresses = resident.addresses[place.rows, place.sides]
+            rows = np.stack([addresses, place.sizes, place.counts, targets], axis=1)
+            tasks.append(rows[place.searched])
+            kinds.append(layout.kinds[place.tensors, i][place.searched])
+        found.append(pairs)
+    if tasks:
+        find_thresholds(np.concatenate(tasks), np.concatenate(kinds), device)
+    # Only now: a search that fails must leave nothing to be believed.
+    for place, resident, pairs in zip(layout.places, residents, found, strict=True):
+        assert pairs is not None
+        thresholds = resident.thresholds
+        thresholds[place.key] = pairs
+        thresholds.move_to_end(place.key)
+        while len(thresholds) > max(KEPT_THRESHOLDS, len(residents)):
+            thresholds.popitem(last=False)
+    return found
+
+
+def pair_addresses(layout: Layout, pairs: Sequence[torch.Tensor | None], constants: torch.Tensor) -> Integers:
+    """Address of the pair ``(thr, cut)`` of every tensor in every source, ``[T, N]``.
+
+    pairs: of :func:`find_pairs`.  constants: int32 ``[2, 2]`` on the device, EVERYTHING and NOTHING.
     """
     everything, nothing = constants.data_ptr(), constants.data_ptr() + 8
     table = np.full(layout.weights.shape, everything, np.int64)
-    if layout.keep != KEEP_LARGEST.value:
-        return table
-    tasks, kinds, found = [], [], []
-    for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
-        counts = layout.counts[place.tensors, i]
-        sizes = layout.shapes[place.tensors].prod(1)
-        key = place.rows.tobytes() + counts.tobytes()
-        pairs = resident.thresholds.get(key)
-        target = np.arange(counts.size) * 8
-        wanted = (counts > 0) & (counts < sizes)
-        if pairs is None:
-            pairs = torch.empty(counts.size, 2, dtype=torch.int32, device=constants.device)
-            address = addresses[place.tensors, i]
-            tasks.append(np.stack([address, sizes, counts, target + pairs.data_ptr()], axis=1)[wanted])
-            kinds.append(layout.kinds[place.tensors, i][wanted])
-        found.append((resident.thresholds, key, pairs))
-        unsearched = np.where(counts == 0, nothing, everything)
-        table[place.tensors, i] = np.where(wanted, target + pairs.data_ptr(), unsearched)
-    if tasks:
-        find_thresholds(np.concatenate(tasks), np.concatenate(kinds), constants.device)
-    for thresholds, key, pairs in found:  # only now: a search that fails must leave nothing to be believed
-        thresholds[key] = pairs
-        thresholds.move_to_end(key)
-        while len(thresholds) > max(KEPT_THRESHOLDS, len(residents)):
-            thresholds.popitem(last=False)
+    for i, (place, found) in enumerate(zip(layout.places, pairs, strict=True)):
+        if found is not None:
+            searched = np.arange(place.counts.size) * 8 + found.data_ptr()
+            unsearched = np.where(place.counts == 0, nothing, everything)
+            table[place.tensors, i] = np.where(place.searched, searched, unsearched)
     return table
 
 
@@ -85,6 +96,75 @@ class Launch:
         combine(self.tables, self.variant, 0)
 
 
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A launch whose tables are still in host memory, in the order of ``combine.Tables``."""
+
+    where: Integers
+    arrays: tuple[NDArray[Any], ...]
+    variant: Variant
+
+
+def draft_launches(
+    layout: Layout,
+    chosen: Integers,
+    addresses: Integers,
+    pairs: Integers,
+    targets: Integers,
+    kinds: Integers,
+    check: bool = False,
+) -> list[Draft]:
+    """What merges tensors of a layout into targets.
+
+    chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 8]``,
+    see ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing, raise flags instead.
+    """
+    same = (layout.kinds == layout.kinds[:, :1]).all(1)
+    source = np.where(same, layout.kinds[:, 0], MIXED.value)[chosen]
+    keeps = layout.keys if layout.keep == KEEP_RANDOM.value else pairs
+    columns = source, layout.rounds[chosen], kinds, aligned(targets).astype(np.int64)
+    code = np.ravel_multi_index(columns, (4, 4, 4, 2))
+    drafts = []
+    for one in np.unique(code):
+        where = np.flatnonzero(code == one)
+        at = chosen[where]
+        arrays = (
+            block_items(targets[where, 3] * targets[where, 4], BLOCK),
+            targets[where],
+            addresses[at],
+            keeps[at],
+            layout.weights[at],
+            layout.shares[at].astype(np.int32),
+            layout.rescales[at],
+            layout.kinds[at].astype(np.int32),
+            np.zeros(where.size, np.int32),
+        )
+        kind, rounds, target, whole = (int(column[where[0]]) for column in columns)
+        compiled = Variant(
+            kind=kind,
+            round=rounds,
+            target=target,
+            keep=layout.keep,
+            rule=layout.rule,
+            weighted=layout.weighted,
+            aligned=bool(whole),
+            check=check,
+        )
+        drafts.append(Draft(where, arrays, compiled))
+    return drafts
+
+
+def upload_launches(drafts: Sequence[Draft], device: torch.device, take: Take | None = None) -> list[Launch]:
+    """The launches, their tables on the device by one copy.  take: gives the memory there."""
+    if not drafts:
+        return []
+    on_device = iter(upload([array for draft in drafts for array in draft.arrays], device, take))
+    return [
+        Launch(draft.where, Tables(*(next(on_device) for _ in draft.arrays)), draft.variant)
+        for draft in drafts
+    ]
+
+
 def prepare_launches(
     layout: Layout,
     chosen: Integers,
@@ -95,42 +175,8 @@ def prepare_launches(
     device: torch.device,
     check: bool = False,
 ) -> list[Launch]:
-    """What merges tensors of a layout into targets; the tables are uploaded here.
-
-    chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 8]``,
-    see ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing, raise flags instead.
-    """
-    same = (layout.kinds == layout.kinds[:, :1]).all(1)
-    source = np.where(same, layout.kinds[:, 0], MIXED.value)[chosen]
-    keeps = layout.keys if layout.keep == KEEP_RANDOM.value else pairs
-    variants = np.stack([source, layout.rounds[chosen], kinds, aligned(targets)], axis=1)
-    launches = []
-    for variant in np.unique(variants, axis=0):
-        where = np.flatnonzero((variants == variant).all(1))
-        at = chosen[where]
-        arrays: list[NDArray[Any]] = [
-            block_items(targets[where, 3] * targets[where, 4], BLOCK),
-            targets[where],
-            addresses[at],
-            keeps[at],
-            layout.weights[at],
-            layout.shares[at].astype(np.int32),
-            layout.rescales[at],
-            layout.kinds[at].astype(np.int32),
-            np.zeros(where.size, np.int32),
-        ]
-        compiled = Variant(
-            kind=int(variant[0]),
-            round=int(variant[1]),
-            target=int(variant[2]),
-            keep=layout.keep,
-            rule=layout.rule,
-            weighted=layout.weighted,
-            aligned=bool(variant[3]),
-            check=check,
-        )
-        launches.append(Launch(where, Tables(*upload(arrays, device)), compiled))
-    return launches
+    """What :func:`draft_launches` makes of the same, uploaded."""
+    return upload_launches(draft_launches(layout, chosen, addresses, pairs, targets, kinds, check), device)
 
 
 def raised_flags(launches: Sequence[Launch]) -> torch.Tensor:

@@ -23,11 +23,19 @@ UNLIMITED = -1  # as a count: every entry is kept
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where one source's tensors stand: in the layout ``[n]``, and as row and side of its packed modules."""
+    """Where one source's tensors stand: in the layout ``[n]``, and as row and side of its packed modules.
+
+    sizes, counts: entries of each, and how many are kept.  searched: whether that takes a threshold.
+    key: tells what thresholds of that source belong to: which modules, and how many entries they keep.
+    """
 
     tensors: Integers
     rows: Integers
     sides: Integers
+    sizes: Integers
+    counts: Integers
+    searched: NDArray[np.bool_]
+    key: bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,21 +84,25 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
         made[tensor, source] = values
         return made
 
+    counts = table([UNLIMITED if k.count is None else k.count for k in keeps], np.int64, UNLIMITED)
+    shapes = np.array([job.inputs[0].shape for job in jobs], np.int64).reshape(-1, 2)
     places = []
     for i, one in enumerate(packed):
         mine = tensor[source == i]
-        row = np.array([one.index.get(name, -1) for name in pairs], np.int64)
-        places.append(Place(mine, row[mine // 2], mine % 2))
+        rows = np.array([one.index.get(name, -1) for name in pairs], np.int64)[mine // 2]
+        sizes, kept = shapes[mine].prod(1), counts[mine, i]
+        searched = (kept > 0) & (kept < sizes)
+        places.append(Place(mine, rows, mine % 2, sizes, kept, searched, key=rows.tobytes() + kept.tobytes()))
     rescales = {share: keep.rescale for share, keep in {keep.share: keep for keep in keeps}.items()}
     vote = jobs[0].rule.vote if jobs else None
     return Layout(
         modules=tuple(pairs),
-        shapes=np.array([job.inputs[0].shape for job in jobs], np.int64).reshape(-1, 2),
+        shapes=shapes,
         rounds=rounds,
         places=tuple(places),
         weights=table([w for job in jobs for w in job.rule.weights], np.float32, 0),
         kinds=table([KINDS[t.dtype] for job in jobs for t in job.inputs], np.int64, rounds[:, None]),
-        counts=table([UNLIMITED if k.count is None else k.count for k in keeps], np.int64, UNLIMITED),
+        counts=counts,
         shares=table([k.share or 0 for k in keeps], np.int64, 0),
         rescales=table([rescales[k.share] for k in keeps], np.float32, 0),
         keys=table([k.key or 0 for k in keeps], np.uint64, 0).view(np.int64),

@@ -146,8 +146,9 @@ class DeviceSources:
                     "more (vllm serve: --merged-lora-gpu-gib)"
                 )
             self._renew(max(total, UNRESERVED))
-        for digest in needed.keys() & self._residents.keys():
-            self._residents.move_to_end(digest)
+        for digest in needed:  # in an order that no hash seed changes
+            if digest in self._residents:
+                self._residents.move_to_end(digest)
         missing = {digest: packed for digest, packed in needed.items() if digest not in self._residents}
         if not all(self._place(digest, packed, needed) for digest, packed in missing.items()):
             # There is room, but in pieces: begin anew, one beside the other.

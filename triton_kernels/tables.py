@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from numpy.typing import NDArray
 from merged_lora.errors import PlanError
 
 Integers = NDArray[np.int64]
+Take = Callable[[int], torch.Tensor]
+"""Gives device memory of so many bytes, uint8."""
+
+ALIGNMENT = 16  # bytes; tables begin at a multiple of it
 FURTHEST = 2**31 - 2**16  # kernels count entries in 32 bits, and may look a block past the end
 
 
@@ -25,9 +30,9 @@ def target_rows(tensors: Sequence[torch.Tensor], filled: Integers) -> Integers:
     rows, filled columns.  Where neither side leaves gaps, a tensor is one long row.  Raises PlanError where a
     target reaches further than 32 bits count.
     """
-    address = np.array([t.data_ptr() for t in tensors], np.int64)
-    shape = np.array([t.shape for t in tensors], np.int64).reshape(-1, 2)
-    stride = np.array([t.stride() for t in tensors], np.int64).reshape(-1, 2)
+    told = [x for t in tensors for x in (t.data_ptr(), *t.shape, *t.stride())]
+    address, shape, stride = np.split(np.array(told, np.int64).reshape(-1, 5), (1, 3), axis=1)
+    address = address[:, 0]
     table = np.stack([address, *stride.T, *shape.T, filled[:, 1], *filled.T], axis=1)
     furthest = np.maximum(((shape - 1) * stride).sum(1), shape.prod(1))
     if (furthest > FURTHEST).any():
@@ -64,16 +69,72 @@ def _block_items(sizes: bytes, block: int) -> NDArray[np.int32]:
     return np.stack([tensor, start], axis=1).astype(np.int32)
 
 
-def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[torch.Tensor]:
-    """The arrays on the device, in their dtypes, by one copy that nobody waits for."""
-    starts = np.cumsum([0] + [-(-array.nbytes // 16) * 16 for array in arrays]).tolist()
-    host = torch.zeros(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+def upload(
+    arrays: Sequence[NDArray[np.generic]], device: torch.device, take: Take | None = None
+) -> list[torch.Tensor]:
+    """The arrays on the device, in their dtypes, by one copy that nobody waits for.
+
+    take: gives the memory on the device, uint8; without it, it is allocated.
+    """
+    starts = np.cumsum([0] + [padded(array.nbytes) for array in arrays]).tolist()
+    # Not torch.zeros, which wakes all of torch's threads for a few hundred kB.
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    place = host.numpy()
     for array, start in zip(arrays, starts, strict=False):
-        host.numpy()[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = host.to(device, non_blocking=True)
+        place[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = torch.empty_like(host, device=device) if take is None else take(starts[-1])
+    there.copy_(host, non_blocking=True)
     return [
         there[start : start + array.nbytes]
         .view(torch.from_numpy(np.empty(0, array.dtype)).dtype)
         .view(array.shape)
         for array, start in zip(arrays, starts, strict=False)
     ]
+
+
+def padded(nbytes: int) -> int:
+    """What an array of so many bytes takes beside others: kernels load tables 16 bytes at a time."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(eq=False)
+class Part:
+    """A part of a ring.  held: whether nothing newer has been given room there."""
+
+    buffer: torch.Tensor
+    start: int
+    held: bool = True
+
+
+class Ring:
+    """Device memory for tables that outlive their launch: one buffer, in which the oldest give way.
+
+    It is taken when it is first asked for, and never grows.  All is ordered on the current stream, which must
+    always be the same: an upload may overwrite what earlier work on it reads.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._nbytes = nbytes
+        self._device = device
+        self._buffer: torch.Tensor | None = None
+        self._parts: list[Part] = []
+        self._end = 0
+
+    def reserve(self) -> torch.Tensor:
+        """Take the buffer now, where it is not taken yet."""
+        if self._buffer is None:
+            self._buffer = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
+        return self._buffer
+
+    def take(self, nbytes: int) -> Part | None:
+        """Room for so many bytes, where others may have to give way; None where the whole ring has less."""
+        size = padded(nbytes)
+        if size > self._nbytes:
+            return None
+        start = self._end if self._end + size <= self._nbytes else 0
+        self._end = start + size
+        for part in self._parts:
+            part.held = part.start >= self._end or part.start + part.buffer.numel() <= start
+        new = Part(self.reserve()[start : start + nbytes], start)
+        self._parts = [*(part for part in self._parts if part.held), new]
+        return new

@@ -24,6 +24,7 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
 from merged_lora.triton_kernels import delta, groups, launch
+from merged_lora.triton_kernels.packed import pack
 
 SHAPES = {f"m{i}": (24, 40) for i in range(5)}
 
@@ -156,6 +157,153 @@ def test_the_newest_thresholds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
         assert_same_bits(backend.merge(trimmed, lambda _: None), run(trimmed, "numpy"))
     (first, _) = backend.bring(trimmed)
     assert len(first.thresholds) == 3
+
+
+def reserving(adapters: int) -> module.TritonBackend:
+    """A backend with room for that many adapters of SHAPES."""
+    backend = fresh()
+    backend.reserve(adapters * int(pack(random_adapter(SHAPES, 4), pin=False).host.numel()))
+    return backend
+
+
+def assert_writes(backend: module.TritonBackend, merge: MergePlan, written: dict[str, Slot]) -> None:
+    """Slots full of NaN hold the merge after a write."""
+    for slot in written.values():
+        slot.a.fill_(torch.nan)
+        slot.b.fill_(torch.nan)
+    backend.write(merge, written)
+    expected = run(merge, "numpy").modules
+    for name, slot in written.items():
+        assert torch.equal(slot.a.cpu(), expected[name].a), name
+        assert torch.equal(slot.b.cpu(), expected[name].b), name
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes the functions that make tables, and those that upload them, whenever they are called."""
+    calls: list[str] = []
+
+    def noting(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(module, "target_rows")
+    noting(module, "source_addresses")
+    noting(launch, "upload")
+    return calls
+
+
+@pytest.mark.parametrize("spec", ["linear(a, b)", "ties(a, b)", "dare_ties(a, b, seed=3)"])
+def test_a_write_that_is_repeated_makes_and_uploads_no_tables(spec: str, built: list[str]) -> None:
+    backend, merge = reserving(2), plan(spec)
+    written = slots(backend)
+    (empty,) = [written.pop("m4")]
+    backend.write(merge, written, [empty])
+    assert built
+    built.clear()
+    for tensor in (empty.a, empty.b):
+        tensor.fill_(torch.nan)
+    backend.write(merge, dict(written), (empty,))
+    assert built == []
+    assert not empty.a.any()
+    assert not empty.b.any()
+    assert_writes(backend, merge, written)
+
+
+def test_sources_that_lie_elsewhere_are_read_there() -> None:
+    backend = reserving(2)
+    adapters = {k: random_adapter(SHAPES, 4, seed=i) for i, k in enumerate("abcd")}
+    merge = make_plan(parse("linear(a, 0.25*b)"), adapters)
+    written = slots(backend)
+    assert_writes(backend, merge, written)
+    (first, _) = backend.bring(merge)
+    backend.bring(make_plan(parse("linear(c, d)"), adapters))
+    backend.bring(make_plan(parse("sum(b)"), adapters))  # comes to lie where a lay
+    assert_writes(backend, merge, written)
+    assert backend.bring(merge)[0].start != first.start
+
+
+def test_thresholds_that_were_forgotten_are_found_and_read_where_they_are_now(built: list[str]) -> None:
+    backend, merge = reserving(2), plan("ties(a, b, density=0.4)")
+    written = slots(backend)
+    assert_writes(backend, merge, written)
+    for resident in backend.bring(merge):
+        (pairs,) = resident.thresholds.values()
+        pairs.fill_(launch.NOTHING[0])  # what is read from here is wrong from now on
+        resident.thresholds.clear()
+    built.clear()
+    assert_writes(backend, merge, written)
+    assert "upload" in built
+
+
+def test_other_slots_and_slots_that_have_moved_are_written_where_they_are() -> None:
+    backend, merge = reserving(2), plan("ties(a, b)")
+    first, second = slots(backend), slots(backend)
+    for _ in range(2):
+        assert_writes(backend, merge, first)
+        assert_writes(backend, merge, second)
+    before = first["m0"].a
+    old = before.detach()
+    before.data = torch.full_like(before, 7.0)
+    old.fill_(3.0)
+    assert_writes(backend, merge, first)
+    assert bool((old == 3.0).all())
+
+
+def test_a_slot_for_another_module_is_written_with_that_one() -> None:
+    backend, merge = reserving(2), plan("linear(a, b)")
+    written = slots(backend)
+    assert_writes(backend, merge, written)
+    assert_writes(backend, merge, dict(zip(written, reversed(written.values()), strict=True)))
+    assert_writes(backend, merge, {"m1": written["m1"]})
+
+
+def test_tables_take_no_more_than_their_ring_and_are_made_again_where_others_came(
+    monkeypatch: pytest.MonkeyPatch, built: list[str]
+) -> None:
+    monkeypatch.setattr(module, "TABLES", 2000)  # those of one write take 1.4 kB
+    backend = reserving(2)
+    ring = backend._tables.reserve()
+    one, other = plan("linear(a, 0.5*b)"), plan("linear(a, -0.5*b)")
+    written = slots(backend)
+    for merge in (one, other, one, other):
+        built.clear()
+        assert_writes(backend, merge, written)
+        assert built
+    built.clear()
+    assert_writes(backend, other, written)
+    assert built == []
+    assert backend._tables.reserve() is ring
+
+
+def test_tables_that_the_ring_cannot_hold_are_made_for_every_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TABLES", 1000)
+    backend, merge = reserving(2), plan("ties(a, b)")
+    written = slots(backend)
+    for _ in range(2):
+        assert_writes(backend, merge, written)
+
+
+def test_nothing_of_a_plan_is_kept_when_it_is_gone() -> None:
+    backend, merge = reserving(2), plan("ties(a, b)")
+    written = slots(backend)
+    backend.write(merge, written)
+    gone = weakref.ref(merge), weakref.ref(written["m0"])
+    del merge, written
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_evicted_sources_are_not_held_by_tables() -> None:
+    backend, merge = reserving(2), plan("ties(a, b)")
+    backend.write(merge, slots(backend))
+    gone = [weakref.ref(resident) for resident in backend.bring(merge)]
+    backend.reserve(1 << 20)
+    assert [ref() for ref in gone] == [None, None]
 
 
 @pytest.mark.parametrize("spec", ["ties(a, b)", "svd(a, b)"])
