@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -158,26 +158,37 @@ def warm_up(backend: Backend, slot_dtype: torch.dtype) -> None:
     """Let the backend compile what most merges need, so that few requests wait for it.
 
     On a device that is every strategy that has kernels of its own, with its defaults, for sources in the
-    dtype of the slots; whatever else a merge needs is compiled when it is prepared.
+    dtype of the slots and in float32, which PEFT trains and saves in unless told otherwise; whatever else a
+    merge needs is compiled when it is prepared.
     """
     start = time.perf_counter()
     if isinstance(backend, SlotBackend):
-        for count in WARMED_COUNTS:
-            names = "abcdefgh"[:count]
+        dtypes = dict.fromkeys((slot_dtype, torch.float32))
+        given = [(dtype,) * count for dtype in dtypes for count in WARMED_COUNTS]
+        if len(dtypes) > 1:
+            given.append(tuple(dtypes))  # one of each; more of them are rare
+        for sources in given:
             for name in WARMED:
-                _write_once(backend, f"{name}({', '.join(names)})", names, slot_dtype)
+                _write_once(backend, name, sources, slot_dtype)
     else:
         for spec in ("ties(a, b)", "dare_linear(a, b)"):
             merge(spec, {"a": _tiny(), "b": _tiny()}, backend.name)
     logger.info("merge backend %s ready after %.1f s", backend.name, time.perf_counter() - start)
 
 
-def _write_once(backend: SlotBackend, spec: str, names: str, dtype: torch.dtype) -> None:
-    one = torch.ones(8, 8, dtype=dtype)  # as even as the tensors of real adapters
-    adapters = {name: backend.adopt(Adapter({"x": Factors(one, one)})) for name in names}
-    merges = plan(parse(spec), adapters)
+def _write_once(
+    backend: SlotBackend, strategy: str, sources: Sequence[torch.dtype], slot_dtype: torch.dtype
+) -> None:
+    """Merge one small source of each of these dtypes into slots of another."""
+    adapters = {}
+    for name, dtype in zip("abcdefgh", sources, strict=False):
+        one = torch.ones(8, 8, dtype=dtype)  # as even as the tensors of real adapters
+        adapters[name] = backend.adopt(Adapter({"x": Factors(one, one)}))
+    merges = plan(parse(f"{strategy}({', '.join(adapters)})"), adapters)
     slots = {
-        name: Slot(*(torch.empty(shape, dtype=dtype, device=backend.device) for shape, _ in module.results))
+        name: Slot(
+            *(torch.empty(shape, dtype=slot_dtype, device=backend.device) for shape, _ in module.results)
+        )
         for name, module in merges.modules.items()
     }
     backend.check(merges)
