@@ -16,6 +16,8 @@ from merged_lora.adapters import Adapter
 from merged_lora.errors import PlanError
 from merged_lora.factors import Factors
 
+from .tables import host_memory
+
 ALIGNMENT = 64  # bytes; tensors begin at a multiple of it and are filled up with zeros
 UNRESERVED = 1 << 30
 """Bytes for sources where nobody has reserved any; they grow for a merge that needs more."""
@@ -42,13 +44,13 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def pack(adapter: Adapter, pin: bool) -> Packed:
-    """A copy of the adapter's tensors in one buffer."""
+def pack(adapter: Adapter, device: torch.device) -> Packed:
+    """A copy of the adapter's tensors in one buffer, ready for the device."""
     order = sorted(adapter.modules, key=lambda name: (*_kind(adapter.modules[name]), name))
     pairs = [(f.a, f.b) for f in (adapter.modules[name] for name in order)]
     lengths = np.array([[padded(t.nbytes) for t in pair] for pair in pairs], np.int64)
     offsets = np.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
-    host = torch.zeros(int(lengths.sum()), dtype=torch.uint8, pin_memory=pin)
+    host = host_memory(int(lengths.sum()), device).zero_()
     modules = {}
     for name, pair, starts in zip(order, pairs, offsets.tolist(), strict=True):
         a, b = (_view(host, start, t).copy_(t) for start, t in zip(starts, pair, strict=True))
@@ -186,5 +188,5 @@ class DeviceSources:
     def _pack(self, adapter: Adapter) -> Packed:
         known = self._packed.get(adapter)
         if known is None:
-            known = self._packed[adapter] = pack(adapter, pin=self._device.type == "cuda")
+            known = self._packed[adapter] = pack(adapter, self._device)
         return known

@@ -77,8 +77,7 @@ def upload(
     take: gives the memory on the device, uint8; without it, it is allocated.
     """
     starts = np.cumsum([0] + [padded(array.nbytes) for array in arrays]).tolist()
-    # Not torch.zeros, which wakes all of torch's threads for a few hundred kB.
-    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = host_memory(starts[-1], device)
     place = host.numpy()
     for array, start in zip(arrays, starts, strict=False):
         place[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -90,6 +89,11 @@ def upload(
         .view(array.shape)
         for array, start in zip(arrays, starts, strict=False)
     ]
+
+
+def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes in host memory, uint8, from which a copy to the device need not be waited for; not filled."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def padded(nbytes: int) -> int:

@@ -162,7 +162,7 @@ def test_the_newest_thresholds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
 def reserving(adapters: int) -> module.TritonBackend:
     """A backend with room for that many adapters of SHAPES."""
     backend = fresh()
-    backend.reserve(adapters * int(pack(random_adapter(SHAPES, 4), pin=False).host.numel()))
+    backend.reserve(adapters * int(pack(random_adapter(SHAPES, 4), backend.device).host.numel()))
     return backend
 
 

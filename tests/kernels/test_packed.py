@@ -21,7 +21,7 @@ def adapter(seed: int, rank: int = 4) -> Adapter:
 
 def size() -> int:
     """Bytes of one adapter, packed."""
-    return int(pack(adapter(0), pin=False).host.numel())
+    return int(pack(adapter(0), CPU).host.numel())
 
 
 def budget_for(count: int) -> DeviceSources:
@@ -50,7 +50,7 @@ def test_packing_changes_neither_content_nor_identity() -> None:
 
 
 def test_every_tensor_begins_at_an_aligned_place_and_is_filled_up_with_zeros() -> None:
-    packed = pack(random_adapter({"m": (3, 5), "n": (7, 11)}, 1), pin=False)
+    packed = pack(random_adapter({"m": (3, 5), "n": (7, 11)}, 1), CPU)
     assert (packed.offsets % ALIGNMENT == 0).all()
     used = torch.zeros_like(packed.host, dtype=torch.bool)
     for name, i in packed.index.items():

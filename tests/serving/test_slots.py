@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.utils import gpu_sync_debug
 
 import slots
 import tiny
@@ -549,6 +553,35 @@ def test_what_fills_a_slot_is_compiled_when_the_merge_is_prepared(
     manager, backend = slots.worker_manager(config), CopyingBackend()
     activate(manager, written(manager, backend, "ties(sql, ends)", sources))
     assert backend.compiled == backend.written
+
+
+def test_what_waits_for_the_device_in_a_step_is_allowed_where_vllm_looks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # VLLM_GPU_SYNC_CHECK=error: a decomposition waits for the device, and is made while a slot is filled.
+    monkeypatch.setattr(gpu_sync_debug, "_SYNC_CHECK_MODE", "error")
+    monkeypatch.setattr(gpu_sync_debug, "_sync_check_enabled", True)
+    seen: list[tuple[str, str | None]] = []
+
+    def noting(name: str, result: object) -> Any:
+        def noted(*_: object) -> object:
+            seen.append((name, gpu_sync_debug._active_check_mode()))
+            return result
+
+        return noted
+
+    layers = MagicMock(activate_adapter=noting("activated", True))
+    layers.__len__.return_value, layers.capacity = 0, 1
+    manager = SimpleNamespace(
+        list_adapters=set, _load_adapter=noting("loaded", SimpleNamespace(id=7)), _adapter_manager=layers
+    )
+    token = gpu_sync_debug._checking.set("error")
+    try:
+        noting("before", None)()
+        LRUCacheWorkerLoRAManager.add_adapter(manager, LoRARequest("merge", 7, "path"))
+    finally:
+        gpu_sync_debug._checking.reset(token)
+    assert seen == [("before", "error"), ("loaded", None), ("activated", None)]
 
 
 def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

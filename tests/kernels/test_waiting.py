@@ -1,0 +1,131 @@
+"""No write waits for the device: on a device without values, whatever looks at one fails.
+
+Decompositions wait by themselves, and merges of deltas look at what they have counted; vLLM allows both where
+it fills a slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from making import random_adapter
+from merged_lora import strategies
+from merged_lora.backends import Slot
+from merged_lora.factors import DTYPES
+from merged_lora.plan import MergePlan
+from merged_lora.planning import make_plan
+from merged_lora.spec import parse
+from merged_lora.triton_kernels import backend as module
+from merged_lora.triton_kernels import combine, launch, packed, tables, trim
+from merged_lora.triton_kernels.layout import is_launched
+
+META = torch.device("meta")
+SHAPES = {f"m{i}": (24, 40) for i in range(3)}
+
+
+def plan(spec: str, dtype: torch.dtype = torch.bfloat16) -> MergePlan:
+    return make_plan(parse(spec), {k: random_adapter(SHAPES, 4, dtype, i) for i, k in enumerate("abcd")})
+
+
+LAUNCHED = [
+    name for name in strategies.TABLE if all(is_launched(m) for m in plan(f"{name}(a, b)").modules.values())
+]
+DECOMPOSED = ["sum", "cat", "svd", "slerp", "knots", "core_linear", "core_ties", "core_dare_ties"]
+
+
+def slots(dtype: torch.dtype = torch.bfloat16) -> dict[str, Slot]:
+    return {
+        name: Slot(*(torch.empty(shape, dtype=dtype, device=META) for shape in ((8, columns), (rows, 8))))
+        for name, (rows, columns) in SHAPES.items()
+    }
+
+
+class Watch(TorchDispatchMode):
+    """Fails for copies to the device that the host waits for.  locked: where they need not be waited for."""
+
+    def __init__(self, locked: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.uploads = 0
+        self._locked = locked
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].device == META != args[1].device:
+            self.uploads += 1
+            assert args[2:] == (True,), "a copy that is waited for"
+            addresses = {x.untyped_storage().data_ptr() for x in self._locked}
+            assert args[1].untyped_storage().data_ptr() in addresses, "a copy from pageable memory"
+            assert args[1].is_contiguous(), "a copy with gaps"
+        assert func is not torch.ops.aten._to_copy.default, "a copy from pageable memory"
+        return func(*args, **(kwargs or {}))
+
+
+class Kernel:
+    """Launched, it does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda **_: None
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Everything between a write and its kernels is looked at."""
+    for owner, name in (
+        (combine, "_combine_kernel"),
+        (trim, "_find_thresholds_kernel"),
+        (trim, "_count_spans_kernel"),
+        (trim, "_finish_spans_kernel"),
+    ):
+        monkeypatch.setattr(owner, name, Kernel())
+    locked: list[torch.Tensor] = []
+    real = tables.host_memory
+
+    def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
+        assert device == META
+        locked.append(real(nbytes, device))
+        return locked[-1]
+
+    for owner in (tables, packed):
+        monkeypatch.setattr(owner, "host_memory", host_memory)
+    return Watch(locked)
+
+
+def write_all_ways(spec: str, dtype: torch.dtype, watch: contextlib.AbstractContextManager[object]) -> None:
+    """Write a merge for the first time, again, and after its sources have gone and come back."""
+    backend = module.TritonBackend(META)
+    backend.reserve(2 * int(packed.pack(random_adapter(SHAPES, 4, dtype), META).host.numel()))
+    merge, others, written = plan(spec, dtype), plan("sum(c, d)", dtype), slots()
+    empty = [written.pop("m2")]
+    with watch:
+        for _ in range(2):
+            backend.write(merge, written, empty)
+        backend.bring(others)
+        backend.write(merge, written, empty)
+
+
+def test_the_strategies_of_one_launch_are_those() -> None:
+    assert LAUNCHED == ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+
+
+@pytest.mark.parametrize("large", [trim.LARGE, 8], ids=["whole", "in spans"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", LAUNCHED)
+def test_a_merge_of_one_launch_waits_for_nothing(
+    strategy: str, dtype: torch.dtype, large: int, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "find_thresholds", functools.partial(trim.find_thresholds, large=large))
+    write_all_ways(f"{strategy}(a, 0.5*b)", dtype, watch)
+    assert watch.uploads >= 3 * 2 + 2  # of three pairs of sources, and of tables
+
+
+@pytest.mark.parametrize("strategy", DECOMPOSED)
+def test_a_merge_that_decomposes_looks_at_no_value_itself(strategy: str, watch: Watch) -> None:
+    assert strategy not in LAUNCHED
+    write_all_ways(f"{strategy}(a, 0.5*b)", torch.float32, contextlib.nullcontext())
