@@ -108,8 +108,11 @@ class SlotBackend(Backend, Protocol):
 
     device: torch.device
 
-    def reserve(self, nbytes: int) -> None:
-        """Take that much device memory for sources, and what intermediates need, now and for good."""
+    def reserve(self, nbytes: int, reason: str = "") -> None:
+        """Take that much device memory for sources, and what intermediates need, now and for good.
+
+        reason: where that number comes from; told to whoever asks for a merge that does not fit.
+        """
         ...
 
     def adopt(self, adapter: Adapter) -> Adapter:

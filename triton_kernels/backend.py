@@ -140,10 +140,10 @@ class TritonBackend:
         self._spare: torch.Tensor | None = None
         self._turn = threading.Lock()
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, reason: str = "") -> None:
         """See :class:`merged_lora.backends.SlotBackend`."""
         with self._turn, self._apart():
-            self._sources.reserve(nbytes)
+            self._sources.reserve(nbytes, reason)
             self._tables.reserve()
             self._spare = self._intermediates()
 

@@ -112,14 +112,14 @@ class DeviceSources:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
-        self._reserved = False
+        self._reserved: str | None = None
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # by content digest, oldest first
         self._packed: weakref.WeakKeyDictionary[Adapter, Packed] = weakref.WeakKeyDictionary()
 
-    def reserve(self, nbytes: int) -> None:
-        """Take the whole budget now; it never grows."""
+    def reserve(self, nbytes: int, reason: str = "") -> None:
+        """Take the whole budget now; it never grows.  reason: where its size comes from, for the error."""
         self._renew(nbytes)
-        self._reserved = True
+        self._reserved = reason
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -141,11 +141,13 @@ class DeviceSources:
         needed = {adapter.digest: self._pack(adapter) for adapter in adapters}
         total = sum(packed.host.numel() for packed in needed.values())
         if total > self._arena.numel():
-            if self._reserved:
+            if self._reserved is not None:
+                each = " + ".join(f"{packed.host.numel() / 2**30:.3g}" for packed in needed.values())
+                reason = f" ({self._reserved})" if self._reserved else ""
                 raise PlanError(
-                    f"the sources of this merge take {total / 2**30:.3g} GiB of device memory, "
-                    f"{self._arena.numel() / 2**30:.3g} GiB are reserved; merge fewer sources, or reserve "
-                    "more (vllm serve: --merged-lora-gpu-gib)"
+                    f"the sources of this merge take {each} = {total / 2**30:.3g} GiB of device memory, "
+                    f"{self._arena.numel() / 2**30:.3g} GiB are reserved{reason}; merge fewer sources, or "
+                    "reserve more (vllm serve: --merged-lora-gpu-gib)"
                 )
             self._renew(max(total, UNRESERVED))
         for digest in needed:  # in an order that no hash seed changes

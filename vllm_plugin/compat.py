@@ -21,7 +21,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.model_manager import LoRAModelManager
-from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.v1.metrics.stats import LoRARequestStates
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -88,6 +88,12 @@ HOOKS = (
         compat_worker.with_worker,
     ),
     Hook(WorkerLoRAManager, "_load_adapter", "self lora_request", compat_worker.or_merge),
+    Hook(
+        LRUCacheWorkerLoRAManager,
+        "create_lora_manager",
+        "self model vllm_config",
+        compat_worker.then_ready,
+    ),
     Hook(LoRAModelManager, "activate_adapter", "self lora_id", compat_worker.filling_slots),
 )
 

@@ -198,6 +198,20 @@ def _shapes(layer: Any, count: int) -> list[tuple[int, int]] | None:
     return [(out, width) for out in outs]
 
 
+def largest_adapter(layers: Any) -> tuple[int, int]:
+    """How many modules of the model take LoRA, and the bytes of an adapter of all of them, over all ranks.
+
+    Of the rank ``--max-lora-rank`` and in the dtype of vLLM's slots.
+    """
+    rank, dtype = layers.lora_config.max_lora_rank, layers.lora_config.lora_dtype
+    shapes = [
+        shape
+        for name, layer in layers.modules.items()
+        for shape in _shapes(layer, len(parts_of(layers.packed_modules, name))) or ()
+    ]
+    return len(shapes), sum(rank * (out + width) for out, width in shapes) * dtype.itemsize
+
+
 def _is_padded(layer: Any, given: tuple[int, int], slot: tuple[int, int]) -> bool:
     """Whether an adapter's output head has fewer tokens than vLLM's, which vLLM fills up."""
     return isinstance(layer, LogitsProcessorWithLoRA) and given[0] < slot[0] and given[1] == slot[1]

@@ -24,7 +24,14 @@ from merged_lora.backends import Backend, SlotBackend, load_backend
 from merged_lora.errors import AdapterError, BackendError, PlanError, UnknownAdapterError
 from merged_lora.factors import Factors
 
-from .compat_models import check_fit, compile_filling, host_model, lora_model, slot_model
+from .compat_models import (
+    check_fit,
+    compile_filling,
+    host_model,
+    largest_adapter,
+    lora_model,
+    slot_model,
+)
 from .compat_slots import ATTRIBUTE, Filling, Layout
 from .identity import is_merge_path
 from .makers import HostMaker, Maker, SlotMaker, warm_up
@@ -34,6 +41,7 @@ from .worker import MergeWorker, Reply
 
 logger = logging.getLogger("vllm.merged_lora")
 
+ALIGNMENT = 64  # bytes; what a source's tensor may take beyond its own on a device
 CAPTURE, RELEASE, PREPARE = "merged_lora_capture", "merged_lora_release", "merged_lora_prepare"
 
 
@@ -64,14 +72,54 @@ def _maker(manager: Any, settings: Settings, sleeps: bool) -> Maker[LoRAModel]:
     elif unfit:
         raise BackendError(f"{unfit}; start the server with --merged-lora-backend cpu")
     if isinstance(backend, SlotBackend):
-        # Now, while the model is loaded, and for good: vLLM measures afterwards what is left for the KV
-        # cache, so this memory counts like weights and no merge ever has to ask for more.
-        backend.reserve(int(settings.gpu_gib * GIB))
         maker = SlotMaker(backend, functools.partial(slot_model, manager, backend), compile_filling)
     else:
         maker = HostMaker(backend, functools.partial(host_model, manager))
-    warm_up(backend, manager.lora_config.lora_dtype)
     return maker
+
+
+def then_ready(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``LRUCacheWorkerLoRAManager.create_lora_manager``: from then on the model's layers are known."""
+
+    @functools.wraps(original)
+    def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
+        created = original(self, model, vllm_config)
+        worker: MergeWorker[LoRAModel] | None = getattr(self, ATTRIBUTE, None)
+        if worker is not None:
+            _make_ready(self, worker.maker.backend, Settings.of(vllm_config.additional_config))
+        return created
+
+    return create_lora_manager
+
+
+def _make_ready(manager: Any, backend: Backend, settings: Settings) -> None:
+    """Take the memory that merges need on a device, and compile what they launch."""
+    if isinstance(backend, SlotBackend):
+        # Now, while the model is loaded, and for good: vLLM measures afterwards what is left for the KV
+        # cache, so this memory counts like weights and no merge ever has to ask for more.
+        nbytes, reason = _room(manager._adapter_manager, settings)
+        backend.reserve(nbytes, reason)
+        logger.info("%.3g GiB of device memory for the sources of merges: %s", nbytes / GIB, reason)
+    warm_up(backend, manager.lora_config.lora_dtype)
+
+
+def _room(layers: Any, settings: Settings) -> tuple[int, str]:
+    """Bytes for sources on a device, and where that number comes from.
+
+    All sources of a merge must be there at a time.  Where there are more slots than a merge has sources, as
+    many sources as slots may stay from merge to merge.
+    """
+    if settings.gpu_gib is not None:
+        return int(settings.gpu_gib * GIB), "--merged-lora-gpu-gib"
+    modules, each = largest_adapter(layers)
+    slots, rank = layers.lora_config.max_loras, layers.lora_config.max_lora_rank
+    count, flag = max((settings.max_sources, "--merged-lora-max-sources"), (slots, "--max-loras"))
+    dtype = str(layers.lora_config.lora_dtype).removeprefix("torch.")
+    each += modules * 2 * ALIGNMENT
+    return count * each, (
+        f"{count} adapters, as {flag} says, of {each / GIB:.3g} GiB each: "
+        f"{modules} modules, rank {rank}, {dtype}"
+    )
 
 
 def _unfit(backend: Backend, manager: Any, sleeps: bool) -> str:

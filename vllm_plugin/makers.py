@@ -57,6 +57,11 @@ class Maker(Protocol[Made]):
 
     light: bool
 
+    @property
+    def backend(self) -> Backend:
+        """What merges."""
+        ...
+
     def adopt(self, adapter: Adapter) -> Adapter:
         """The adapter as this maker takes it for a source; to be kept instead of the given one."""
         ...
@@ -79,7 +84,7 @@ class HostMaker(Generic[Model]):
     light = False
 
     def __init__(self, backend: Backend, build: Callable[[int, Adapter], Model]) -> None:
-        self._backend = backend
+        self.backend = backend
         self._build = build
 
     def adopt(self, adapter: Adapter) -> Adapter:
@@ -89,10 +94,10 @@ class HostMaker(Generic[Model]):
     def prepare(self, number: int, plan: MergePlan) -> tuple[Model, Facts]:
         """The merge, whole."""
         start = time.perf_counter()
-        merged = run(plan, self._backend.name)
+        merged = run(plan, self.backend.name)
         kept = float(merged.metadata.get("merged_lora.kept_energy", "1"))
         by_module = json.loads(merged.metadata.get("merged_lora.kept_energy_by_module", "{}"))
-        facts = _facts(plan, self._backend, kept, by_module, start)
+        facts = _facts(plan, self.backend, kept, by_module, start)
         return self._build(number, merged), facts
 
     def again(self, number: int, plan: MergePlan) -> Model:
@@ -115,13 +120,13 @@ class SlotMaker(Generic[Model]):
         build: Callable[[int, MergePlan], Model],
         compile: Callable[[Model], None],
     ) -> None:
-        self._backend = backend
+        self.backend = backend
         self._build = build
         self._compile = compile
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """The adapter in page-locked memory."""
-        return self._backend.adopt(adapter)
+        return self.backend.adopt(adapter)
 
     def prepare(self, number: int, plan: MergePlan) -> tuple[Model, Facts]:
         """The merge, tried on the device, so that writing it into a slot cannot fail."""
@@ -129,11 +134,11 @@ class SlotMaker(Generic[Model]):
             logger.warning("%s: %s", plan.spec, note)
         model = self._build(number, plan)
         start = time.perf_counter()
-        result = self._backend.check(plan)
+        result = self.backend.check(plan)
         for note in result.notes():
             logger.warning("%s: %s", plan.spec, note)
         self._compile(model)
-        return model, _facts(plan, self._backend, result.kept_energy(), result.kept_by_module(), start)
+        return model, _facts(plan, self.backend, result.kept_energy(), result.kept_by_module(), start)
 
     def again(self, number: int, plan: MergePlan) -> Model:
         """A merge that was prepared before; it is not tried again, which would hold up the step it is for."""

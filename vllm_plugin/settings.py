@@ -57,7 +57,7 @@ class Settings:
     enable: bool = False
     aliases: Mapping[str, MergeSpec] = field(default_factory=dict)
     backend: str = "auto"
-    gpu_gib: float = 1.0
+    gpu_gib: float | None = None
     cache_gib: float = 4.0
     source_dir: str | None = None
     runtime_aliases: bool = False
@@ -209,7 +209,8 @@ FLAGS = (
     Flag(
         "gpu_gib",
         _gib,
-        "Device memory for the adapters that are merged on a GPU; 1 by default.",
+        "Device memory for the adapters that are merged on a GPU; by default room for as many of the largest "
+        "adapter that vLLM takes as a merge has sources at most, or as --max-loras if that is more.",
         "GIB",
         workers=True,
     ),
@@ -230,7 +231,13 @@ FLAGS = (
         f"Longest spec that is read, in characters; {MAX_TEXT} by default.",
         "N",
     ),
-    Flag("max_sources", _between(1, MAX_SOURCES), "Most sources of one merge; 8 by default.", "N"),
+    Flag(
+        "max_sources",
+        _between(1, MAX_SOURCES),
+        "Most sources of one merge; 8 by default.",
+        "N",
+        workers=True,
+    ),
     Flag(
         "max_strength",
         _one_or_more,

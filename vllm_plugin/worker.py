@@ -105,7 +105,7 @@ class MergeWorker(Generic[Model]):
     def __init__(self, max_rank: int, limit: int, shelf: Shelf[Model], maker: Maker[Model]) -> None:
         self._max_rank = max_rank
         self._shelf = shelf
-        self._maker = maker
+        self.maker = maker
         self._snapshots: Snapshots[Adapter | Model] = Snapshots(limit)
         self._plain: dict[str, _Plain] = {}
         self._prepared: OrderedDict[str, _Prepared[Model]] = OrderedDict()
@@ -142,7 +142,7 @@ class MergeWorker(Generic[Model]):
                 key, nbytes, refusal = adapter.digest, adapter.nbytes, ""
                 if key not in self._snapshots:
                     self._snapshots.check_room(nbytes)
-                    adapter = self._maker.adopt(adapter)
+                    adapter = self.maker.adopt(adapter)
                 self._snapshots.add(owner, key, adapter, nbytes)
                 if read is not None:
                     self._plain[path] = _Plain(key, scalings)
@@ -183,7 +183,7 @@ class MergeWorker(Generic[Model]):
                 raise PlanError(NUMBER_TAKEN)
             made = facts is None
             if facts is None:
-                model, facts = self._maker.prepare(identity.number, self._plan(identity))
+                model, facts = self.maker.prepare(identity.number, self._plan(identity))
                 self._holders[identity.number] = identity.digest, facts
                 self._put(identity, model)
             held = self._snapshots.nbytes
@@ -198,8 +198,8 @@ class MergeWorker(Generic[Model]):
         identity = MergeIdentity.from_path(path)
         self._holders.setdefault(identity.number, (identity.digest, None))
         prepared = self._prepared.pop(identity.digest, None)
-        model = prepared.model if prepared else self._maker.again(identity.number, self._plan(identity))
-        if self._maker.light:
+        model = prepared.model if prepared else self.maker.again(identity.number, self._plan(identity))
+        if self.maker.light:
             self._put(identity, model)
         return model
 
@@ -232,7 +232,7 @@ class MergeWorker(Generic[Model]):
     def _put(self, identity: MergeIdentity, model: Model) -> None:
         self._prepared.pop(identity.digest, None)
         self._prepared[identity.digest] = _Prepared(model, identity.contents)
-        while len(self._prepared) > (LIGHT_MERGES if self._maker.light else PREPARED_AHEAD):
+        while len(self._prepared) > (LIGHT_MERGES if self.maker.light else PREPARED_AHEAD):
             self._prepared.popitem(last=False)
 
     def _plan(self, identity: MergeIdentity) -> MergePlan:

@@ -45,12 +45,14 @@ class CopyingBackend:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.reserved: list[int] = []
+        self.reason = ""
         self.checked: list[MergePlan] = []
         self.written: list[list[str]] = []
         self.compiled: list[list[str]] = []
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, reason: str = "") -> None:
         self.reserved.append(nbytes)
+        self.reason = reason
 
     def adopt(self, adapter: Adapter) -> Adapter:
         return adapter

@@ -84,6 +84,11 @@ def test_api_servers_share_a_file_where_aliases_may_change() -> None:
     assert "alias_store" not in configured("--enable-merged-lora")["merged_lora"]
 
 
+def test_workers_are_told_how_many_sources_they_need_room_for() -> None:
+    settings = Settings(enable=True, max_sources=3, max_waiting=5)
+    assert settings.to_config(api_server=False) == {"enable": True, "max_sources": 3}
+
+
 def test_every_flag_says_its_default() -> None:
     defaults = Settings()
     for flag in FLAGS:

@@ -33,6 +33,7 @@ from merged_lora.engine import merge, plan
 from merged_lora.errors import BackendError, PlanError
 from merged_lora.peft_files import tensors_of
 from merged_lora.spec import parse
+from merged_lora.triton_kernels.packed import DeviceSources
 from merged_lora.vllm_plugin import compat_models, compat_slots, compat_worker
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.makers import HostMaker, Maker, SlotMaker
@@ -509,13 +510,70 @@ def start(
     with pytest.MonkeyPatch.context() as patch:
         real = load_backend
         patch.setattr(compat_worker, "load_backend", lambda name: real("cpu") if name == "cpu" else backend)
-        return compat_worker._maker(manager, settings, sleeps)
+        made = compat_worker._maker(manager, settings, sleeps)
+        compat_worker._make_ready(manager, made.backend, settings)
+        return made
 
 
 def test_device_memory_for_sources_is_reserved_when_the_worker_starts(config: VllmConfig) -> None:
     backend = CopyingBackend()
     start(slots.worker_manager(config), backend, Settings(enable=True, gpu_gib=0.25))
     assert backend.reserved == [268_435_456]
+    assert backend.reason == "--merged-lora-gpu-gib"
+
+
+@pytest.mark.parametrize(
+    ("max_loras", "max_sources", "count", "words"),
+    [
+        (2, 8, 8, "8 adapters, as --merged-lora-max-sources says"),
+        (2, 3, 3, "3 adapters, as --merged-lora-max-sources says"),
+        (4, 3, 4, "4 adapters, as --max-loras says"),
+    ],
+)
+def test_unless_it_is_said_there_is_room_for_the_sources_of_any_merge(
+    config: VllmConfig, max_loras: int, max_sources: int, count: int, words: str
+) -> None:
+    backend = CopyingBackend()
+    settings = Settings(enable=True, max_sources=max_sources)
+    start(slots.worker_manager(config, max_loras), backend, settings)
+    assert words in backend.reason
+    shapes = tiny.MODULES | OTHERS | {"model.layers.1.mlp.fused_proj": (sum(slots.FUSED), HIDDEN)}
+    embeddings = ["model.embed_tokens"]
+    largest = [
+        random_adapter(shapes, MAX_RANK, torch.float32, seed, embeddings=embeddings) for seed in range(9)
+    ]
+    assert f"{len(shapes)} modules, rank {MAX_RANK}, float32" in backend.reason
+    room = DeviceSources(torch.device("cpu"))
+    room.reserve(*backend.reserved, backend.reason)
+    room.load(largest[:count])
+    with pytest.raises(PlanError, match="gpu-gib") as refused:
+        room.load(largest[: count + 1])
+    assert backend.reason in str(refused.value)
+    each = f"{largest[0].nbytes / 2**30:.3g}"
+    assert " + ".join([each] * (count + 1)) in str(refused.value)
+
+
+def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    layers = vars(manager).pop("_adapter_manager")
+    vllm_config = SimpleNamespace(
+        additional_config={"merged_lora": {"enable": True}},
+        model_config=SimpleNamespace(enable_sleep_mode=False),
+    )
+    monkeypatch.setattr(compat_worker, "load_backend", lambda name: backend)
+    compat_worker.with_worker(lambda self, vllm_config: None)(manager, vllm_config)
+    assert backend.reserved == []
+
+    def create_lora_manager(self: Any, model: str, vllm_config: Any) -> str:
+        self._adapter_manager = layers
+        return f"{model} with LoRA"
+
+    ready = compat_worker.then_ready(create_lora_manager)
+    assert ready(manager, "a model", vllm_config) == "a model with LoRA"
+    assert len(backend.reserved) == 1
+    assert backend.written
 
 
 def test_a_backend_of_another_device_than_vllms_is_refused(config: VllmConfig) -> None:
