@@ -96,10 +96,15 @@ class Slot:
 
     a: ``[max_rank, in]``, b: ``[out, max_rank]``; float32, float16 or bfloat16, of any strides.  The rows of
     ``a`` and the columns of ``b`` beyond the rank of what is written become zero.
+
+    begin_a, begin_b: the row and the column of the merged factors at which the slot begins, where it takes a
+    part of them: a server's shard.  So far as the slot reaches beyond the factors, it becomes zero.
     """
 
     a: torch.Tensor
     b: torch.Tensor
+    begin_a: tuple[int, int] = (0, 0)
+    begin_b: tuple[int, int] = (0, 0)
 
 
 @runtime_checkable

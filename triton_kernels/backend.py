@@ -204,15 +204,15 @@ class TritonBackend:
         with self._turn, self._apart():
             _, prepared = self._bring(plan)
             layout = prepared.layout
-            here, tensors = _chosen(layout, slots)
+            here, chosen = _chosen(layout, slots)
             nothing = np.zeros(layout.weights.shape, np.int64)
-            rows = target_rows(tensors, layout.shapes[here])
-            drafts = draft_launches(layout, here, nothing, nothing, rows, _kinds(tensors))
+            rows, kinds = _rows(chosen, layout.shapes[here]), _kinds(_tensors(chosen))
+            drafts = draft_launches(layout, here, nothing, nothing, rows, kinds)
             for group in (whole.only(slots) for whole in prepared.groups):
                 results = [r for module in group.modules for r in module.results]
                 outlines = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in results]
-                drafts += _copies(outlines, _tensors(slots[name] for name in group.names))
-            drafts += _copies(_zeros(empty), _tensors(empty))
+                drafts += _copies(outlines, [slots[name] for name in group.names])
+            drafts += _copies(_zeros(empty), empty)
             for one in upload_launches(drafts, self.device):
                 one.compile()
 
@@ -245,14 +245,14 @@ class TritonBackend:
         keep: for the next time, where there is room for their tables.
         """
         layout = prepared.layout
-        here, tensors = _chosen(layout, targets.slots)
-        pairs = find_pairs(layout, residents, self.device) if tensors else []
+        here, chosen = _chosen(layout, targets.slots)
+        pairs = find_pairs(layout, residents, self.device) if chosen else []
         prepared.written[:] = [written for written in prepared.written if written.part.held]
         for written in prepared.written:
             if written.good(targets, residents, pairs):
                 return written.launches
-        drafts = self._drafts(layout, residents, here, pairs, tensors)
-        drafts += _copies(_zeros(targets.empty), _tensors(targets.empty))
+        drafts = self._drafts(layout, residents, here, pairs, chosen)
+        drafts += _copies(_zeros(targets.empty), targets.empty)
         part: Part | None = None
 
         def take(nbytes: int) -> torch.Tensor:
@@ -281,14 +281,14 @@ class TritonBackend:
         residents: Sequence[Resident],
         chosen: Integers,
         pairs: Sequence[torch.Tensor | None],
-        tensors: Sequence[torch.Tensor],
+        slots: Sequence[Slot],
     ) -> list[Draft]:
-        """What merges the chosen tensors of a layout into these."""
-        if not tensors:
+        """What merges the chosen tensors of a layout into these slots."""
+        if not slots:
             return []
         sources = source_addresses(layout, residents), pair_addresses(layout, pairs, self._constants)
-        rows = target_rows(tensors, layout.shapes[chosen])
-        return draft_launches(layout, chosen, *sources, rows, _kinds(tensors))
+        rows = _rows(slots, layout.shapes[chosen])
+        return draft_launches(layout, chosen, *sources, rows, _kinds(_tensors(slots)))
 
     # In functions of their own, so that what a group takes is free before the next one is merged.
 
@@ -303,7 +303,7 @@ class TritonBackend:
         """Merge a group into its slots."""
         merged = merge_group(group, _stacks(group, residents), known)
         sources = [x for pair in zip(merged.a, merged.b, strict=True) for x in pair]
-        copies = _copies(sources, _tensors(slots[name] for name in group.names))
+        copies = _copies(sources, [slots[name] for name in group.names])
         for one in upload_launches(copies, self.device):
             one.run()
         told.add(group, merged)
@@ -397,24 +397,31 @@ def _length(plan: MergePlan) -> int:
     return sum(padded(rows * columns * dtype.itemsize) for (rows, columns), dtype in results)
 
 
-def _chosen(layout: Layout, slots: Mapping[str, Slot]) -> tuple[Integers, list[torch.Tensor]]:
-    """The tensors of a layout that have a slot, and where they go."""
+def _chosen(layout: Layout, slots: Mapping[str, Slot]) -> tuple[Integers, list[Slot]]:
+    """The tensors of a layout that have a slot, and where they go, a slot for two tensors."""
     here = [i for i, name in enumerate(layout.modules) if name in slots]
-    tensors = _tensors(slots[layout.modules[i]] for i in here)
-    return np.array([2 * i + side for i in here for side in (0, 1)], np.int64), tensors
+    numbers = np.array([2 * i + side for i in here for side in (0, 1)], np.int64)
+    return numbers, [slots[layout.modules[i]] for i in here]
 
 
-def _copies(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[Draft]:
-    """What copies tensors into the first rows and columns of targets, and zeros into the rest."""
+def _copies(sources: Sequence[torch.Tensor], slots: Sequence[Slot]) -> list[Draft]:
+    """What copies tensors, A and B for each slot, into the slots, and zeros where they end."""
+    targets = _tensors(slots)
     layout = copies(_kinds(sources))
-    filled = np.array([t.shape for t in sources], np.int64).reshape(-1, 2)
+    shapes = np.array([t.shape for t in sources], np.int64).reshape(-1, 2)
     addresses = np.array([t.data_ptr() for t in sources], np.int64).reshape(-1, 1)
-    rows, kinds = target_rows(targets, filled), _kinds(targets)
+    rows, kinds = _rows(slots, shapes), _kinds(targets)
     return draft_launches(layout, _every(targets), addresses, np.zeros_like(addresses), rows, kinds)
 
 
 def _every(tensors: Sequence[torch.Tensor]) -> Integers:
     return np.arange(len(tensors))
+
+
+def _rows(slots: Sequence[Slot], sources: Integers) -> Integers:
+    """The rows of the table of tensors for the slots' tensors."""
+    begins = np.array([begin for slot in slots for begin in (slot.begin_a, slot.begin_b)], np.int64)
+    return target_rows(_tensors(slots), sources, begins.reshape(-1, 2))
 
 
 def _zeros(slots: Sequence[Slot]) -> list[torch.Tensor]:

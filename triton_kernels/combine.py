@@ -38,7 +38,7 @@ KEEP_RANDOM: tl.constexpr = tl.constexpr(2)
 
 GROUP: tl.constexpr = tl.constexpr(8)  # entries that share a Philox call
 NEGATIVE: tl.constexpr = tl.constexpr(1 << 16)  # positive entries are counted in the lower half of a word
-COLUMNS: tl.constexpr = tl.constexpr(8)  # of the table of tensors
+COLUMNS: tl.constexpr = tl.constexpr(9)  # of the table of tensors
 BLOCK = 2048  # entries of a target that one program makes
 UNROLLED = 4  # sources up to which the loop over them is unrolled
 
@@ -158,7 +158,8 @@ def _divide(x, count, SOURCES: tl.constexpr):
 def _combine_kernel(
     items_ptr,  # int32 [items, 2]: tensor, first entry of the block
     tensors_ptr,  # int64 [tensors, COLUMNS]: address, strides of a row and a column, rows and columns of the
-    #               target; stride of a row in the sources, rows and columns that they fill
+    #               target; stride of a row in the sources, rows and columns that they fill, and their
+    #               first entry
     sources_ptr,  # int64 [tensors, count]: address, 0 where a source lacks the tensor
     keeps_ptr,  # int64 [tensors, count]: address of the int32 pair (thr, cut), or Philox key
     weights_ptr,  # float32 [tensors, count]
@@ -186,6 +187,7 @@ def _combine_kernel(
     stride = tl.load(row + 5).to(tl.int32)
     filled_rows = tl.load(row + 6).to(tl.int32)
     filled_columns = tl.load(row + 7).to(tl.int32)
+    skipped = tl.load(row + 8).to(tl.int32)
 
     begin = tl.load(item + 1)
     group = begin + tl.arange(0, BLOCK // GROUP)[:, None] * GROUP
@@ -194,7 +196,7 @@ def _combine_kernel(
         place = group
         group_row = place // columns
         group_column = place - group_row * columns
-        start = tl.multiple_of(group_row * stride + group_column, [GROUP, GROUP])
+        start = tl.multiple_of(skipped + group_row * stride + group_column, [GROUP, GROUP])
         index = start + eight
         counter = start // GROUP
         lane = eight
@@ -203,13 +205,13 @@ def _combine_kernel(
         place = group + eight
         group_row = place // columns
         group_column = place - group_row * columns
-        index = group_row * stride + group_column
+        index = skipped + group_row * stride + group_column
         counter = index // GROUP
         lane = index - counter * GROUP
         target_column = group_column
     final = begin + BLOCK - 1
-    first = begin // columns * stride + tl.minimum(begin % columns, filled_columns)
-    last = final // columns * stride + tl.minimum(final % columns, filled_columns - 1)
+    first = skipped + begin // columns * stride + tl.minimum(begin % columns, filled_columns)
+    last = skipped + final // columns * stride + tl.minimum(final % columns, filled_columns - 1)
     inside = (place < rows * columns) & (group_row < filled_rows) & (group_column < filled_columns)
 
     total = tl.zeros([BLOCK // GROUP, GROUP], tl.float32)

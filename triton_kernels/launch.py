@@ -116,7 +116,7 @@ def draft_launches(
 ) -> list[Draft]:
     """What merges tensors of a layout into targets.
 
-    chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 8]``,
+    chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 9]``,
     see ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing, raise flags instead.
     """
     same = (layout.kinds == layout.kinds[:, :1]).all(1)

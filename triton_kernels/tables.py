@@ -20,39 +20,44 @@ ALIGNMENT = 16  # bytes; tables begin at a multiple of it
 FURTHEST = 2**31 - 2**16  # kernels count entries in 32 bits, and may look a block past the end
 
 
-def target_rows(tensors: Sequence[torch.Tensor], filled: Integers) -> Integers:
-    """Rows of the table of tensors, ``[n, 8]``, for results that go to these tensors.
+def target_rows(
+    tensors: Sequence[torch.Tensor], sources: Integers, begins: Integers | None = None
+) -> Integers:
+    """Rows of the table of tensors, ``[n, 9]``, for results that go to these tensors.
 
-    tensors: two-dimensional, of any strides.  filled: rows and columns of the sources ``[n, 2]``, which lie
-    one row after the other; entries of a target beyond them become zero.
+    tensors: two-dimensional, of any strides.  sources: rows and columns of the sources ``[n, 2]``, which lie
+    one row after the other; entries of a target beyond them become zero.  begins: row and column of the
+    sources at which the targets begin ``[n, 2]``; zeros where None.
 
-    Columns: address, strides of a row and of a column, rows, columns; stride of a row in the sources, filled
-    rows, filled columns.  Where neither side leaves gaps, a tensor is one long row.  Raises PlanError where a
-    target reaches further than 32 bits count.
+    Columns: address, strides of a row and of a column, rows, columns; stride of a row in the sources, rows
+    and columns that they fill, their first entry.  Where neither side leaves gaps, a tensor is one long row.
+    Raises PlanError where a target or a source reaches further than 32 bits count.
     """
     told = [x for t in tensors for x in (t.data_ptr(), *t.shape, *t.stride())]
     address, shape, stride = np.split(np.array(told, np.int64).reshape(-1, 5), (1, 3), axis=1)
-    address = address[:, 0]
-    table = np.stack([address, *stride.T, *shape.T, filled[:, 1], *filled.T], axis=1)
-    furthest = np.maximum(((shape - 1) * stride).sum(1), shape.prod(1))
+    address, length = address[:, 0], sources[:, 1]
+    begins = np.zeros_like(sources) if begins is None else begins
+    filled = np.clip(sources - begins, 0, shape)
+    first = begins[:, 0] * length + begins[:, 1]
+    table = np.stack([address, *stride.T, *shape.T, length, *filled.T, first], axis=1)
+    furthest = np.maximum(((shape - 1) * stride).sum(1), np.maximum(shape.prod(1), sources.prod(1)))
     if (furthest > FURTHEST).any():
         raise PlanError(f"a tensor of more than {FURTHEST} entries cannot be merged on a device")
     whole = (stride[:, 1] == 1) & (stride[:, 0] == shape[:, 1])
-    whole &= (filled[:, 1] == shape[:, 1]) | (filled[:, 0] == 0)
-    one = np.ones_like(address)
-    flat = np.stack(
-        [address, shape.prod(1), one, one, shape.prod(1), filled.prod(1), one, filled.prod(1)], axis=1
-    )
+    whole &= ((length == shape[:, 1]) & (begins[:, 1] == 0)) | (filled[:, 0] == 0)
+    one, size = np.ones_like(address), shape.prod(1)
+    flat = np.stack([address, size, one, one, size, filled.prod(1), one, filled.prod(1), first], axis=1)
     return np.where(whole[:, None], flat, table)
 
 
 def aligned(rows: Integers) -> NDArray[np.bool_]:
     """For each row of the table of tensors whether groups of eight entries can be stored and loaded whole."""
-    address, row_stride, column_stride, _, columns, stride, _, filled = rows.T
+    address, row_stride, column_stride, _, columns, stride, _, filled, first = rows.T
     return np.asarray(
         (address % 16 == 0)
         & (column_stride == 1)
-        & ((row_stride % 8 == 0) & (columns % 8 == 0) & (stride % 8 == 0) & (filled % 8 == 0))
+        & ((row_stride % 8 == 0) & (columns % 8 == 0) & (stride % 8 == 0))
+        & ((filled % 8 == 0) & (first % 8 == 0))
     )
 
 

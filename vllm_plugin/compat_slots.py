@@ -46,6 +46,9 @@ KNOWN_LAYERS = frozenset(
 }
 """Classes of ``vllm.lora.layers`` that were read; one derived from them may keep more of an adapter."""
 
+Begin = tuple[int, int]
+"""Row and column of a tensor at which a part of it begins."""
+
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 """A and B of one module; None twice where an adapter lacks it."""
 
@@ -82,8 +85,10 @@ class Layout:
 
     direct: for each module of an adapter that a backend can write itself, by vLLM's name, its stacked slots
     ``[slots, 1, rank, in]`` and ``[slots, 1, out, rank]``.  others: layers that take whole tensors through
-    vLLM's own code, because they are sharded or keep them in another form.  left_to_vllm: layers of a kind
-    that is not known here; vLLM's own activation empties them, or fills them.  parts: all modules of these.
+    vLLM's own code, because they are sharded or keep them in another form.  shards: of those, by name, the
+    layers of which a backend on a device can write this rank's shard itself: where A and B of each of their
+    modules begin.  left_to_vllm: layers of a kind that is not known here; vLLM's own activation empties them,
+    or fills them.  parts: all modules of these.
     names: vLLM's for each module seen so far, by its own name and whether it is an embedding.  used: for
     slots whose content is known, the rank beyond which all is zero.
     """
@@ -92,12 +97,14 @@ class Layout:
         self.direct: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.others: dict[str, Any] = {}
         self.left_to_vllm: dict[str, Any] = {}
+        self.shards: dict[str, list[tuple[Begin, Begin]]] = {}
         self.parts: dict[str, None] = {}
         self.names: dict[tuple[str, bool], str] = {}
         self.used: dict[int, int] = {}
         self.packed: Mapping[str, list[str]] = layers.packed_modules
         self.dtype: torch.dtype = layers.lora_config.lora_dtype
         self._slots: dict[int, dict[str, Slot]] = {}
+        self._sharded: dict[int, dict[str, Slot]] = {}
         self._layers = layers
         for name, layer in layers.modules.items():
             parts = parts_of(layers.packed_modules, name)
@@ -107,6 +114,9 @@ class Layout:
                 self.direct |= dict(zip(parts, slots, strict=True))
             elif is_known(layer):
                 self.others[name] = layer
+                begins = _begins(layer, len(parts))
+                if begins is not None:
+                    self.shards[name] = begins
             else:
                 self.left_to_vllm[name] = layer
 
@@ -138,6 +148,22 @@ class Layout:
             }
         return self._slots[index]
 
+    def sharded_at(self, index: int) -> dict[str, Slot]:
+        """The slots of that index of the modules of the layers in ``shards``."""
+        if index not in self._sharded:
+            self._sharded[index] = {
+                part: Slot(a[index, 0], b[index, 0], *begins)
+                for name, shards in self.shards.items()
+                for part, a, b, begins in zip(
+                    parts_of(self.packed, name),
+                    self.others[name].lora_a_stacked,
+                    self.others[name].lora_b_stacked,
+                    shards,
+                    strict=True,
+                )
+            }
+        return self._sharded[index]
+
     def set(self, name: str, index: int, pairs: Sequence[Pair]) -> None:
         """Let vLLM's own code take the factors of one of the other layers, a pair for each of its modules."""
         layer = self.others[name]
@@ -159,19 +185,58 @@ def is_known(layer: Any) -> bool:
 
 def _is_direct(layer: Any, parts: int) -> bool:
     """Whether setting this layer's adapter means no more than copying one pair of factors for each part."""
+    return _copies(layer, parts) and layer.tp_size == 1
+
+
+def _copies(layer: Any, parts: int) -> bool:
+    """Whether setting this layer's adapter copies one pair of factors, or this rank's part, for each part."""
     copying = (BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora)
     return (
         is_known(layer)
         and isinstance(layer, BaseLinearLayerWithLoRA)
         and not isinstance(layer, ClassificationHead)
         and type(layer).set_lora in copying
-        and layer.tp_size == 1
-        and not layer.lora_config.fully_sharded_loras
         and len(layer.lora_a_stacked) == len(layer.lora_b_stacked) == parts
         and all(
             slot.ndim == 4 and slot.shape[1] == 1 for slot in (*layer.lora_a_stacked, *layer.lora_b_stacked)
         )
     )
+
+
+LARGE = 1 << 24
+"""Rows, and columns, of a tensor that no shard of any layer reaches the end of."""
+
+
+def _begins(layer: Any, parts: int) -> list[tuple[Begin, Begin]] | None:
+    """Where this rank's part of A and B of each of a layer's modules begins, as vLLM cuts them.
+
+    None where that is not one part of each, as large as the slot.
+    """
+    if not _copies(layer, parts):
+        return None
+    with torch.inference_mode(False):
+        whole = [torch.empty(LARGE, LARGE, device="meta") for _ in range(parts)]
+        if isinstance(layer, MergedColumnParallelLinearWithLoRA):
+            pairs = zip(layer.slice_lora_a(list(whole)), layer.slice_lora_b(list(whole)), strict=True)
+        else:
+            pairs = zip([layer.slice_lora_a(whole[0])], [layer.slice_lora_b(whole[0])], strict=True)
+        slots = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+        begins = []
+        for x, (a, b), (slot_a, slot_b) in zip(whole, pairs, slots, strict=True):
+            begin_a, begin_b = _begin(x, a, slot_a), _begin(x, b, slot_b)
+            if begin_a is None or begin_b is None:
+                return None
+            begins.append((begin_a, begin_b))
+    return begins
+
+
+def _begin(whole: torch.Tensor, part: torch.Tensor, slot: torch.Tensor) -> Begin | None:
+    """Row and column at which a view of ``whole`` begins; None where it is none, or no slot full."""
+    fits = all(x in (y, LARGE) for x, y in zip(part.shape, slot.shape[2:], strict=True))
+    if not fits or not (part is whole or part._base is whole) or part.stride() != whole.stride():
+        return None
+    row, column = divmod(part.storage_offset(), LARGE)
+    return row, column
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,21 +256,22 @@ class DeviceFilling:
         start = time.perf_counter()
         slots, empty = self._slots(index)
         self.backend.write(self.plan, slots, empty)
-        for name in self.layout.others:
+        others = self._others()
+        for name in others:
             self._hand_over(name, index)
         logger.debug(
             "slot %d: %d modules of %s written, %d layers set, in %.1f ms",
             index,
             len(slots),
             self.plan.spec,
-            len(self.layout.others),
+            len(others),
             (time.perf_counter() - start) * 1e3,
         )
 
     def compile(self) -> None:
         """Compile what :meth:`fill` will launch, so that no step of the engine has to wait for it."""
         self.backend.compile(self.plan, *self._slots(0))
-        for name in self.layout.others:
+        for name in self._others():
             whole = {module: self._empty(module) for module in self._held(name) if module is not None}
             if whole:
                 self.backend.compile(self.plan, whole)
@@ -213,12 +279,16 @@ class DeviceFilling:
     def _slots(self, index: int) -> tuple[dict[str, Slot], list[Slot]]:
         """Slots by the plan's modules, and those of modules that the merge lacks."""
         slots, empty = {}, []
-        for part, slot in self.layout.at(index).items():
+        for part, slot in (self.layout.at(index) | self.layout.sharded_at(index)).items():
             if part in self.modules:
                 slots[self.modules[part]] = slot
             else:
                 empty.append(slot)
         return slots, empty
+
+    def _others(self) -> list[str]:
+        """The layers that take whole tensors through vLLM's own code."""
+        return [name for name in self.layout.others if name not in self.layout.shards]
 
     def _held(self, name: str) -> list[str | None]:
         """The plan's modules that one layer takes, in its order; None where the merge lacks one."""

@@ -120,6 +120,37 @@ def test_only_the_slots_that_are_given_are_written(spec: str) -> None:
     assert_written(written, plan)
 
 
+WINDOWS = {
+    # Of A, then of B: where the slot begins, and its shape; the factors are [8, 300] and [24, 8].
+    "columns of A": ((0, 152), (16, 148), (0, 0), (24, 16)),
+    "odd columns of A": ((0, 151), (16, 149), (0, 0), (24, 16)),
+    "rows of B": ((0, 0), (16, 300), (12, 0), (12, 16)),
+    "odd rows of B": ((0, 0), (16, 300), (7, 0), (17, 16)),
+    "first rows of A and of B": ((0, 0), (4, 300), (0, 0), (12, 16)),
+    "last rows of A and of B": ((4, 0), (4, 300), (12, 0), (12, 16)),
+    "rows that A has not": ((8, 0), (8, 300), (0, 0), (24, 16)),
+    "B as wide as its slot": ((0, 0), (16, 300), (8, 0), (8, 8)),
+    "corners": ((3, 40), (4, 8), (5, 2), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("spec", RULES)
+def test_a_slot_that_takes_a_part_of_the_factors_holds_that_part(spec: str, window: str) -> None:
+    plan = make_plan(parse(spec), pair(EIGHT))
+    begin_a, shape_a, begin_b, shape_b = WINDOWS[window]
+    device = backend().device
+    made = [torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device) for shape in (shape_a, shape_b)]
+    slot = Slot(made[0], made[1], begin_a, begin_b)
+    backend().write(plan, {"m.wide": slot})
+    whole = run(plan, "numpy" if "svd" not in spec else "triton").modules["m.wide"]
+    for got, factor, (row, column) in ((slot.a, whole.a, begin_a), (slot.b, whole.b, begin_b)):
+        expected = torch.zeros_like(got, device="cpu")
+        part = factor[row : row + got.shape[0], column : column + got.shape[1]]
+        expected[: part.shape[0], : part.shape[1]] = part
+        assert torch.equal(bits(got.cpu()), bits(expected))
+
+
 def test_what_lies_around_a_slot_is_left_alone() -> None:
     around = torch.full((3, 1, 300, 16), 7.0, device=backend().device)
     plan = make_plan(parse("linear(a, b)"), {k: random_adapter({"m": (300, 40)}, EIGHT) for k in "ab"})

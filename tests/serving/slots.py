@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from vllm.distributed import (
 )
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -74,8 +76,10 @@ class CopyingBackend:
             slot.a.zero_()
             slot.b.zero_()
         for name, slot in slots.items():
-            slot.a[: merged[name].rank] = merged[name].a
-            slot.b[:, : merged[name].rank] = merged[name].b
+            sides = (slot.a, merged[name].a, slot.begin_a), (slot.b, merged[name].b, slot.begin_b)
+            for target, whole, (row, column) in sides:
+                part = whole[row : row + target.shape[0], column : column + target.shape[1]]
+                target[: part.shape[0], : part.shape[1]] = part
 
 
 class Attention(nn.Module):
@@ -139,12 +143,25 @@ def distributed(folder: Path) -> Iterator[VllmConfig]:
             cleanup_dist_env_and_memory()
 
 
-def worker_manager(config: VllmConfig, max_loras: int = 2) -> Any:
-    """What the plugin needs of vLLM's manager in a worker, around its real manager of layers."""
+def worker_manager(
+    config: VllmConfig, max_loras: int = 2, rank: int = 0, ranks: int = 1, fully_sharded: bool = False
+) -> Any:
+    """What the plugin needs of vLLM's manager in a worker, around its real manager of layers.
+
+    rank, ranks: of tensor parallel, for linear layers; no other rank is there.
+    """
     lora_config = LoRAConfig(
-        max_lora_rank=MAX_RANK, max_loras=max_loras, max_cpu_loras=4, lora_dtype=torch.float32
+        max_lora_rank=MAX_RANK,
+        max_loras=max_loras,
+        max_cpu_loras=4,
+        lora_dtype=torch.float32,
+        fully_sharded_loras=fully_sharded,
     )
-    with set_current_vllm_config(config):
+    with (
+        set_current_vllm_config(config),
+        patch.object(linear, "get_tensor_model_parallel_rank", lambda: rank),
+        patch.object(linear, "get_tensor_model_parallel_world_size", lambda: ranks),
+    ):
         layers = LRUCacheLoRAModelManager(
             Model(), 8, 64, VOCABULARY, lora_config, torch.device("cpu"), config
         )

@@ -11,17 +11,18 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.lora import layers as lora_layers
-from vllm.lora.layers import RowParallelLinearWithLoRA
+from vllm.lora.layers import ColumnParallelLinearWithLoRA, RowParallelLinearWithLoRA
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
-from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.utils import gpu_sync_debug
 
 import slots
@@ -352,6 +353,59 @@ def test_layers_of_another_form_are_merged_one_by_one(
     manager, backend = slots.worker_manager(config), CopyingBackend()
     activate(manager, written(manager, backend, "sum(ends, tails)", sources))
     assert sorted(backend.written[1:]) == sorted([name] for name in OTHERS)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["", "fully sharded"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("spec", ["linear(sql, chat)", "sum(sql, chat)", "sum(keys)", "ties(ends, tails)"])
+def test_a_rank_holds_the_shards_that_vllm_would_have_copied(
+    config: VllmConfig, sources: dict[str, Adapter], spec: str, rank: int, fully_sharded: bool
+) -> None:
+    if fully_sharded and "ends" in spec:
+        pytest.skip("vLLM gives a layer of three slices no fully sharded LoRA")
+
+    def manager() -> Any:
+        made = slots.worker_manager(config, 1, rank, 2, fully_sharded)
+        for tensor in stacked(made):
+            tensor.fill_(9.0)
+        return made
+
+    clean = manager()
+    expected = contents(clean, activate(clean, copied(clean, spec, sources)))
+    for make in (functools.partial(written, backend=CopyingBackend()), filled):
+        made = manager()
+        assert_same(contents(made, activate(made, make(made, spec=spec, sources=sources))), expected)
+    assert any(tensor.any() for tensor in expected.values())
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["", "fully sharded"])
+def test_all_sharded_layers_of_a_rank_are_written_at_once(
+    config: VllmConfig, sources: dict[str, Adapter], fully_sharded: bool
+) -> None:
+    manager, backend = slots.worker_manager(config, 2, 1, 2, fully_sharded), CopyingBackend()
+    lora = written(manager, backend, "linear(sql, chat)", sources)
+    activate(manager, lora)
+    assert backend.written == backend.compiled == [sorted(tiny.MODULES)]
+
+
+def test_a_layer_that_vllm_puts_together_of_several_parts_is_handed_over_to_it(config: VllmConfig) -> None:
+    manager, backend = slots.worker_manager(config), CopyingBackend()
+    layers = manager._adapter_manager
+    name = "text.layers.0.mlp.two_proj"  # as Phi-3's gate_up_proj: one module of an adapter, two slices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "get_tensor_model_parallel_rank", lambda: 1)
+        patch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: 2)
+        with set_current_vllm_config(config):
+            two = ColumnParallelLinearWithLoRA(MergedColumnParallelLinear(HIDDEN, [48, 48], bias=False))
+    two.create_lora_weights(2, manager.lora_config)
+    layers.modules[name] = two
+    adapters = {"a": random_adapter({name: (96, HIDDEN)}, 8)}
+    layout = compat_slots.Layout(layers)
+    assert name not in layout.shards
+    merges = plan(parse("sum(a)"), adapters)
+    compat_slots.DeviceFilling(backend, merges, layout, {name: name}).fill(0)
+    b = adapters["a"].modules[name].b  # the weight is on A
+    assert torch.equal(two.lora_b_stacked[0][0, 0, :, :8], torch.cat([b[24:48], b[72:]]))
 
 
 def test_a_sharded_layer_takes_its_shard_of_the_whole_merge(
