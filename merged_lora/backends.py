@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Protocol, cast, runtime_checkable
 
@@ -103,8 +103,8 @@ class Slot:
 
     a: torch.Tensor
     b: torch.Tensor
-    begin_a: tuple[int, int] = (0, 0)
-    begin_b: tuple[int, int] = (0, 0)
+    begin_a: tuple[int, int] = field(default=(0, 0), kw_only=True)
+    begin_b: tuple[int, int] = field(default=(0, 0), kw_only=True)
 
 
 @runtime_checkable

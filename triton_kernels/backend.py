@@ -44,35 +44,30 @@ TABLES = 16 << 20  # bytes of tables kept on the device; some 60 merges of rank 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What a merge is written to.
-
-    addresses: of all tensors of both, so that tensors which have moved in memory are noticed.
-    """
+    """What a merge is written to: slots by module, and slots that become zero."""
 
     slots: Mapping[str, Slot]
     empty: Sequence[Slot]
-    addresses: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        tensors = (*_tensors(self.slots.values()), *_tensors(self.empty))
-        object.__setattr__(self, "addresses", [tensor.data_ptr() for tensor in tensors])
-
-    def same(self, other: Targets) -> bool:
-        """Whether both are the same slots, where they were."""
-        return (self.slots, self.empty, self.addresses) == (other.slots, other.empty, other.addresses)
+    @property
+    def all(self) -> list[Slot]:
+        """Every slot, those that become zero last."""
+        return [*self.slots.values(), *self.empty]
 
 
 @dataclass(frozen=True, eq=False)
 class Written:
     """The launches of a write, with their tables in a part of the ring.
 
-    They are good for the same targets, as long as the sources and their thresholds are where they were: a
-    source that has been evicted and brought back is another resident.  Residents are held weakly, because
-    they hold the memory in which sources lie.
+    They are good for the same slots at the same addresses, as long as the sources and their thresholds are
+    where they were: a source that has been evicted and brought back is another resident.  Slots and residents
+    are held weakly, because memory hangs on them.
     """
 
-    targets: Targets
-    residents: tuple[weakref.ref[Resident], ...]
+    names: Sequence[str]
+    slots: Sequence[weakref.ref[Slot]]
+    addresses: Sequence[int]
+    residents: Sequence[weakref.ref[Resident]]
     pairs: Sequence[torch.Tensor | None]
     part: Part
     launches: Sequence[Launch]
@@ -84,7 +79,9 @@ class Written:
         return (
             all(mine() is one for mine, one in zip(self.residents, residents, strict=True))
             and all(mine is one for mine, one in zip(self.pairs, pairs, strict=True))
-            and self.targets.same(targets)
+            and self.names == list(targets.slots)
+            and self.addresses == _addresses(targets.all)
+            and all(mine() is one for mine, one in zip(self.slots, targets.all, strict=True))
         )
 
 
@@ -222,7 +219,7 @@ class TritonBackend:
         The tables of the launches stay on the device, and are used again where nothing has moved.
         """
         with self._turn, self._apart(in_order=True):
-            self._write(plan, Targets(dict(slots), list(empty)), keep=True)
+            self._write(plan, Targets(slots, empty), keep=True)
 
     def _write(self, plan: MergePlan, targets: Targets, keep: bool = False) -> Told:
         """Merge into slots; what is to be told of the modules stays on the device."""
@@ -262,8 +259,17 @@ class TritonBackend:
 
         launches = upload_launches(drafts, self.device, take)
         if part is not None:
-            held = tuple(weakref.ref(resident) for resident in residents)
-            prepared.written.append(Written(targets, held, pairs, part, launches))
+            prepared.written.append(
+                Written(
+                    names=list(targets.slots),
+                    slots=[weakref.ref(slot) for slot in targets.all],
+                    addresses=_addresses(targets.all),
+                    residents=[weakref.ref(resident) for resident in residents],
+                    pairs=pairs,
+                    part=part,
+                    launches=launches,
+                )
+            )
         return launches
 
     def _bring(self, plan: MergePlan) -> tuple[list[Resident], Prepared]:
@@ -431,6 +437,10 @@ def _zeros(slots: Sequence[Slot]) -> list[torch.Tensor]:
 
 def _tensors(slots: Iterable[Slot]) -> list[torch.Tensor]:
     return [tensor for slot in slots for tensor in (slot.a, slot.b)]
+
+
+def _addresses(slots: Sequence[Slot]) -> list[int]:
+    return [tensor.data_ptr() for tensor in _tensors(slots)]
 
 
 def _kinds(tensors: Sequence[torch.Tensor]) -> Integers:

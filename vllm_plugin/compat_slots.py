@@ -152,9 +152,9 @@ class Layout:
         """The slots of that index of the modules of the layers in ``shards``."""
         if index not in self._sharded:
             self._sharded[index] = {
-                part: Slot(a[index, 0], b[index, 0], *begins)
+                part: Slot(a[index, 0], b[index, 0], begin_a=begin_a, begin_b=begin_b)
                 for name, shards in self.shards.items()
-                for part, a, b, begins in zip(
+                for part, a, b, (begin_a, begin_b) in zip(
                     parts_of(self.packed, name),
                     self.others[name].lora_a_stacked,
                     self.others[name].lora_b_stacked,
@@ -235,7 +235,7 @@ def _begin(whole: torch.Tensor, part: torch.Tensor, slot: torch.Tensor) -> Begin
     fits = all(x in (y, LARGE) for x, y in zip(part.shape, slot.shape[2:], strict=True))
     if not fits or not (part is whole or part._base is whole) or part.stride() != whole.stride():
         return None
-    row, column = divmod(part.storage_offset(), LARGE)
+    row, column = divmod(int(part.storage_offset()), LARGE)
     return row, column
 
 

@@ -298,6 +298,15 @@ def test_nothing_of_a_plan_is_kept_when_it_is_gone() -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
+def test_slots_that_are_gone_are_not_held_by_tables() -> None:
+    backend, merge = reserving(2), plan("ties(a, b)")
+    written = slots(backend)
+    backend.write(merge, written)
+    gone = [weakref.ref(written["m0"]), weakref.ref(written["m0"].a)]
+    del written
+    assert [ref() for ref in gone] == [None, None]
+
+
 def test_evicted_sources_are_not_held_by_tables() -> None:
     backend, merge = reserving(2), plan("ties(a, b)")
     backend.write(merge, slots(backend))

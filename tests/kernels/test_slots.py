@@ -141,7 +141,7 @@ def test_a_slot_that_takes_a_part_of_the_factors_holds_that_part(spec: str, wind
     begin_a, shape_a, begin_b, shape_b = WINDOWS[window]
     device = backend().device
     made = [torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device) for shape in (shape_a, shape_b)]
-    slot = Slot(made[0], made[1], begin_a, begin_b)
+    slot = Slot(*made, begin_a=begin_a, begin_b=begin_b)
     backend().write(plan, {"m.wide": slot})
     whole = run(plan, "numpy" if "svd" not in spec else "triton").modules["m.wide"]
     for got, factor, (row, column) in ((slot.a, whole.a, begin_a), (slot.b, whole.b, begin_b)):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from merged_lora.triton_kernels.tables import ALIGNMENT, Ring, upload
 
@@ -12,7 +15,11 @@ CPU = torch.device("cpu")
 
 
 def test_what_is_uploaded_is_what_was_given() -> None:
-    given = [np.arange(5, dtype=np.int64), np.ones((3, 1), np.float32), np.arange(6, dtype=np.int32)[::2]]
+    given: list[NDArray[Any]] = [
+        np.arange(5, dtype=np.int64),
+        np.ones((3, 1), np.float32),
+        np.arange(6, dtype=np.int32)[::2],
+    ]
     memory = torch.full((96,), 255, dtype=torch.uint8)
     for there in (upload(given, CPU), upload(given, CPU, lambda nbytes: memory[:nbytes])):
         for array, tensor in zip(given, there, strict=True):

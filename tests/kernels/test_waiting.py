@@ -46,11 +46,11 @@ def slots(dtype: torch.dtype = torch.bfloat16) -> dict[str, Slot]:
     }
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fails for copies to the device that the host waits for.  locked: where they need not be waited for."""
 
     def __init__(self, locked: list[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.uploads = 0
         self._locked = locked
 
