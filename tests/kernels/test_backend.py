@@ -302,7 +302,7 @@ def test_slots_that_are_gone_are_not_held_by_tables() -> None:
     backend, merge = reserving(2), plan("ties(a, b)")
     written = slots(backend)
     backend.write(merge, written)
-    gone = [weakref.ref(written["m0"]), weakref.ref(written["m0"].a)]
+    gone = weakref.ref(written["m0"]), weakref.ref(written["m0"].a)
     del written
     assert [ref() for ref in gone] == [None, None]
 
