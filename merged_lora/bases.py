@@ -7,6 +7,7 @@ there is no loop over modules and no shape that depends on values.  The one fact
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,19 +64,19 @@ def output_basis(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings:
     ranks = [x.shape[1] for x in a]
     joined_a, joined_b = joined(a, 1), joined(b, 2)
     scaled = per_column(scalings, ranks)
-    to_basis, from_basis = _factored(joined_b.mT @ joined_b)
+    to_basis, from_basis = _factored(multiplied(joined_b.mT, joined_b))
     to_basis = to_basis * scaled[:, None, :]
     blocks, rows = split(to_basis, ranks, 2), split(joined_a, ranks, 1)
-    grams = [x @ x.mT for x in rows]
-    squares = [block @ gram @ block.mT for block, gram in zip(blocks, grams, strict=True)]
+    grams = [multiplied(x, x.mT) for x in rows]
+    squares = [multiplied(block, gram, block.mT) for block, gram in zip(blocks, grams, strict=True)]
     asked = torch.stack([s.diagonal(dim1=1, dim2=2).sum(1) for s in squares], dim=1)
     values, vectors = _leading(squares, min(sum(ranks), joined_b.shape[1]))
     dead = (values <= NOTHING * values[:, :1])[:, None, :]
     vectors = torch.where(dead, 0.0, vectors)
-    coordinates = [(vectors.mT @ block) @ x for block, x in zip(blocks, rows, strict=True)]
+    coordinates = [multiplied(vectors.mT, block, x) for block, x in zip(blocks, rows, strict=True)]
     return Coordinates(
         values=tuple(c.float() for c in coordinates),
-        left=joined_b @ (from_basis @ vectors),
+        left=multiplied(joined_b, multiplied(from_basis, vectors)),
         right=None,
         kept=asked,
         asked=asked,
@@ -95,23 +96,23 @@ def both_bases(
     ranks = [x.shape[1] for x in a]
     joined_a, joined_b = joined(a, 1), joined(b, 2)
     scaled = per_column(scalings, ranks)
-    to_b, from_b = _factored(joined_b.mT @ joined_b)
-    to_a, from_a = _factored(joined_a @ joined_a.mT)
+    to_b, from_b = _factored(multiplied(joined_b.mT, joined_b))
+    to_a, from_a = _factored(multiplied(joined_a, joined_a.mT))
     blocks = zip(split(to_b * scaled[:, None, :], ranks, 2), split(to_a, ranks, 2), strict=True)
-    cores = [left @ right.mT for left, right in blocks]
+    cores = [multiplied(left, right.mT) for left, right in blocks]
     asked = torch.stack([core.square().sum((1, 2)) for core in cores], dim=1)
     inverse = inverses(asked.sqrt())
     even = [core * inverse[:, i, None, None] for i, core in enumerate(cores)]
-    values, left = _leading([x @ x.mT for x in even], rank)
-    right = _leading([x.mT @ x for x in even], rank)[1]
+    values, left = _leading([multiplied(x, x.mT) for x in even], rank)
+    right = _leading([multiplied(x.mT, x) for x in even], rank)[1]
     for _ in range(SWEEPS):
-        values, left = _leading([(x @ right) @ (x @ right).mT for x in even], rank)
-        right = _leading([(x.mT @ left) @ (x.mT @ left).mT for x in even], rank)[1]
-    coordinates = [left.mT @ core @ right for core in cores]
+        values, left = _leading([multiplied(x, x.mT) for x in (multiplied(y, right) for y in even)], rank)
+        right = _leading([multiplied(x, x.mT) for x in (multiplied(y.mT, left) for y in even)], rank)[1]
+    coordinates = [multiplied(left.mT, core, right) for core in cores]
     return Coordinates(
         values=tuple(c.float() for c in coordinates),
-        left=joined_b @ (from_b @ left),
-        right=(from_a @ right).mT @ joined_a,
+        left=multiplied(joined_b, multiplied(from_b, left)),
+        right=multiplied(multiplied(from_a, right).mT, joined_a),
         kept=torch.stack([c.square().sum((1, 2)) for c in coordinates], dim=1),
         asked=asked,
         repeated=_repeat(values),
@@ -127,12 +128,12 @@ def shared_rows(
     """
     ranks = [x.shape[1] for x in a]
     joined_a, joined_b = joined(a, 1), joined(b, 2)
-    to_a, from_a = _factored(joined_a @ joined_a.mT)
+    to_a, from_a = _factored(multiplied(joined_a, joined_a.mT))
     scaled = to_a * per_column(scalings, ranks)[:, None, :]
-    grams = [x.mT @ x for x in split(joined_b, ranks, 2)]
-    squares = [x @ gram @ x.mT for x, gram in zip(split(scaled, ranks, 2), grams, strict=True)]
+    grams = [multiplied(x.mT, x) for x in split(joined_b, ranks, 2)]
+    squares = [multiplied(x, gram, x.mT) for x, gram in zip(split(scaled, ranks, 2), grams, strict=True)]
     leading = _leading(squares, min(count, sum(ranks)))[1]
-    return (from_a @ leading).mT @ joined_a
+    return multiplied(multiplied(from_a, leading).mT, joined_a)
 
 
 def placed(
@@ -149,17 +150,31 @@ def placed(
     if coordinates.right is not None:
         squares = weights.double().square().to(coordinates.kept.device)
         sums = [(squares * x).sum(1) for x in (coordinates.kept, coordinates.asked)]
-        return values @ coordinates.right, coordinates.left, torch.stack(sums, dim=1)
+        return multiplied(values, coordinates.right), coordinates.left, torch.stack(sums, dim=1)
     rows = values.shape[1]
     if rank >= rows:
         missing = rank - rows
         a = torch.nn.functional.pad(values, (0, 0, 0, missing))
         return a, torch.nn.functional.pad(coordinates.left, (0, missing)), None
-    squares, vectors = eigh(values @ values.mT)
+    squares, vectors = eigh(multiplied(values, values.mT))
     squares = squares.clamp(min=0.0)
     chosen = vectors[:, :, -rank:].flip(2)
     energy = torch.stack([squares[:, -rank:].sum(1), squares.sum(1)], dim=1)
-    return chosen.mT @ values, coordinates.left @ chosen, energy
+    return multiplied(chosen.mT, values), multiplied(coordinates.left, chosen), energy
+
+
+def multiplied(*factors: torch.Tensor) -> torch.Tensor:
+    """The product of matrices ``[modules, .., ..]`` of one dtype, from left to right.
+
+    By ``baddbmm``, and so is every product that a GPU may do.  ``VLLM_BATCH_INVARIANT=1`` makes vLLM replace
+    what ``@``, ``torch.mm`` and ``torch.bmm`` call on a GPU, by kernels that know no float64.
+    """
+    return functools.reduce(_product, factors)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    # With beta = 0 what is in the result before is never read, NaN neither.
+    return x.new_empty(x.shape[0], x.shape[1], y.shape[2]).baddbmm_(x, y, beta=0)
 
 
 def joined(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

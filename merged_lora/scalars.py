@@ -95,7 +95,7 @@ def _units(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _applied(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return (matrix @ vector[..., None])[..., 0]
+    return (matrix * vector[..., None, :]).sum(-1)
 
 
 def _normalized(vector: torch.Tensor, cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from .bases import EPS, eigh, inverses, shared_rows
+from .bases import EPS, eigh, inverses, multiplied, shared_rows
 
 OVERSAMPLING = 48
 
@@ -47,8 +47,8 @@ def truncate_tiles(
     squares, vectors = eigh(_gram(right))
     squares, vectors = squares[:, -rank:].flip(1).clamp(min=0.0), vectors[:, :, -rank:].flip(2)
     half = squares.pow(0.25)[:, None, :]
-    a = (right.double() @ vectors * inverses(half)).mT
-    b = left @ vectors * half
+    a = (multiplied(right.double(), vectors) * inverses(half)).mT
+    b = multiplied(left, vectors) * half
     return a, b, torch.stack([torch.minimum(squares.sum(1), norms), norms], dim=1)
 
 
@@ -78,13 +78,13 @@ def orthonormal(columns: torch.Tensor) -> torch.Tensor:
         x = x * inverses(lengths)
         squares, vectors = eigh(_gram(x))
         dead = squares <= 16 * EPS * squares[:, -1:]  # not so for NaN, which must not be lost
-        x = x @ torch.where(dead[:, None, :], 0.0, vectors / squares.sqrt()[:, None, :])
+        x = multiplied(x, torch.where(dead[:, None, :], 0.0, vectors / squares.sqrt()[:, None, :]))
     return x
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
     """``x^T x`` in float64, with a trace that is not quite zero: cuSOLVER has failed on zeros."""
     wide = x.double()
-    gram = wide.mT @ wide
+    gram = multiplied(wide.mT, wide)
     gram.diagonal(dim1=1, dim2=2).add_(torch.finfo(torch.float64).tiny)
     return gram

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from merged_lora.bases import EPS, inverses, joined, normalized, per_column
+from merged_lora.bases import EPS, inverses, joined, multiplied, normalized, per_column
 from merged_lora.lowrank import inner_products
 from merged_lora.plan import DeltaModule, Mean
 from merged_lora.scalars import RULES
@@ -102,7 +102,7 @@ def _concatenate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor) -> None
     weights = stack.weights
     if stack.mean is not None:
         a, b = joined(stack.a, 1), joined(stack.b, 2)
-        weights = _mean_weights(stack, a @ a.mT, b.mT @ b, stack.mean)
+        weights = _mean_weights(stack, multiplied(a, a.mT), multiplied(b.mT, b), stack.mean)
     end = 0
     for x, y, w in zip(stack.a, stack.b, weights.float().unbind(1), strict=True):
         start, end = end, end + x.shape[1]
@@ -119,7 +119,7 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
     eigenvectors of ``S D B^T B D S^T`` are its right singular vectors in the basis Q.
     """
     a, b = joined(stack.a, 1), joined(stack.b, 2)
-    gram_a, gram_b = a @ a.mT, b.mT @ b
+    gram_a, gram_b = multiplied(a, a.mT), multiplied(b.mT, b)
     weights = stack.weights
     if stack.mean is not None:
         weights = _mean_weights(stack, gram_a, gram_b, stack.mean)
@@ -134,7 +134,7 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
     # Directions lost in rounding get a floor and are not dropped: S and its inverse agree whatever it is.
     root = squares.clamp(min=EPS * squares[:, -1:]).sqrt()
     scaled = root[:, :, None] * vectors.mT * diagonal[:, None, :]  # S D
-    core = scaled @ gram_b @ scaled.mT
+    core = multiplied(scaled, gram_b, scaled.mT)
 
     # The core is good to a few EPS of this scale, and 16 EPS is the square of float32's unit roundoff: values
     # up to that are the rounding of sources that cancel.  The shift by as much keeps matrices of zeros from
@@ -152,10 +152,10 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
     w = w[:, :, -stack.rank :].flip(2)
     # The singular values are split evenly: each factor gets the root, which B has to be divided by.
     half = squares[:, -stack.rank :].flip(1).pow(0.25) * size.sqrt()
-    right = (w / root[:, :, None]).mT @ vectors.mT
-    left = scaled.mT @ w * size[:, :, None]
-    new_a[:] = (half[:, :, None] * right * inverse_a[:, None, :]) @ a
-    new_b[:] = b @ (inverse_b[:, :, None] * left * inverses(half)[:, None, :])
+    right = multiplied((w / root[:, :, None]).mT, vectors.mT)
+    left = multiplied(scaled.mT, w) * size[:, :, None]
+    new_a[:] = multiplied(half[:, :, None] * right * inverse_a[:, None, :], a)
+    new_b[:] = multiplied(b, inverse_b[:, :, None] * left * inverses(half)[:, None, :])
 
 
 def _mean_weights(stack: Stack, gram_a: torch.Tensor, gram_b: torch.Tensor, mean: Mean) -> torch.Tensor:

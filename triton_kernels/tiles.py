@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from merged_lora.bases import multiplied
 from merged_lora.plan import Rule
 
 from . import rules
@@ -51,7 +52,7 @@ class DeltaTiles:
         product = right.new_empty(self._modules, self._rows, right.shape[2])
         norms = right.new_zeros(self._modules, dtype=torch.float64)
         for start, tile in self._merged():
-            torch.bmm(tile, right, out=product[:, start : start + tile.shape[1]])
+            product[:, start : start + tile.shape[1]].baddbmm_(tile, right, beta=0)
             norms += tile.double().square().sum((1, 2))
         return product, norms
 
@@ -59,13 +60,14 @@ class DeltaTiles:
         """See :class:`merged_lora.streaming.Tiles`."""
         product = left.new_zeros(self._modules, self._columns, left.shape[2])
         for start, tile in self._merged():
-            product += tile.mT @ left[:, start : start + tile.shape[1]]
+            product.baddbmm_(tile.mT, left[:, start : start + tile.shape[1]])
         return product
 
     def _tiles(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """Rows ``[modules, rows, columns]`` of every source, with the index of the first."""
         for start in range(0, self._rows, self._step):
-            yield start, [b[:, start : start + self._step] @ a for b, a in zip(self._b, self._a, strict=True)]
+            rows = slice(start, start + self._step)
+            yield start, [multiplied(b[:, rows], a) for b, a in zip(self._b, self._a, strict=True)]
 
     def _kept(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """What is kept of those, ``[modules, entries]``, before anything is selected across sources."""
@@ -97,7 +99,7 @@ class DeltaTiles:
 
             def values(i: int = i) -> Iterator[torch.Tensor]:
                 for start in range(0, self._rows, self._step):
-                    yield self._b[i][:, start : start + self._step] @ self._a[i]
+                    yield multiplied(self._b[i][:, start : start + self._step], self._a[i])
 
             found.append((self._find(values, one.skip + one.count), self._find(values, one.skip)))
         return found
