@@ -94,9 +94,9 @@ def _count_kernel(
     base = tl.load(base_ptr + entry)
     place = (mag - base) >> tl.load(shift_ptr + entry)
     counts = counts_ptr + entry * (BINS + 1)
-    tl.atomic_add(counts + place, 1, mask=inside & (mag >= base) & (place < BINS))
+    tl.atomic_add(counts + place, 1, mask=inside & (mag >= base) & (place < BINS), sem="relaxed")
     above = tl.sum(tl.where(inside & (mag >= base) & (place >= BINS), 1, 0))
-    tl.atomic_add(counts + BINS, above)
+    tl.atomic_add(counts + BINS, above, sem="relaxed")
 
 
 @triton.jit
