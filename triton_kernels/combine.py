@@ -91,8 +91,6 @@ def _add_source(
     index,  # flat index in the source, and the same as Philox counter and lane
     counter,
     lane,
-    first,  # bounds of the indices inside the block
-    last,
     inside,
     total,
     positive,
@@ -122,13 +120,15 @@ def _add_source(
         pair = tl.load(keeps_ptr + at).to(tl.pointer_type(tl.int32))
         thr = tl.load(pair)
         cut = tl.load(pair + 1)
-        # Before the cut an entry may equal the threshold, from it on it must lie above: for all blocks
-        # but one that is a single number.
-        least = (thr + (first >= cut).to(tl.int32)).to(tl.float32, bitcast=True)
-        large = tl.abs(x) >= least
-        if (first < cut) & (cut <= last):
-            above = (thr + 1).to(tl.float32, bitcast=True)
-            large = tl.abs(x) >= tl.where(index < cut, least, above)
+        if KIND != FP32 and KIND != MIXED:
+            # 16 bits leave at least 13 zeros below them in float32, room for a place in the group: the least
+            # magnitude grows by one from entry to entry, and passes the threshold at the cut.  A threshold
+            # of 7 for 0 keeps it positive, and what is not zero lies above.
+            before = tl.minimum(tl.maximum(cut - (index - lane), 0), GROUP)
+            least = tl.maximum(thr, 7) + 1 - before + lane
+        else:
+            least = thr + (index >= cut).to(tl.int32)
+        large = tl.abs(x) >= least.to(tl.float32, bitcast=True)
         x = tl.where(large, x, 0.0)
     elif KEEP == KEEP_RANDOM:
         drawn = draws(counter, lane, tl.load(keeps_ptr + at))
@@ -209,9 +209,6 @@ def _combine_kernel(
         counter = index // GROUP
         lane = index - counter * GROUP
         target_column = group_column
-    final = begin + BLOCK - 1
-    first = skipped + begin // columns * stride + tl.minimum(begin % columns, filled_columns)
-    last = skipped + final // columns * stride + tl.minimum(final % columns, filled_columns - 1)
     inside = (place < rows * columns) & (group_row < filled_rows) & (group_column < filled_columns)
 
     total = tl.zeros([BLOCK // GROUP, GROUP], tl.float32)
@@ -223,7 +220,7 @@ def _combine_kernel(
         end = at + count
         while at < end:
             total, positive, negative, counts = _add_source(
-                at, index, counter, lane, first, last, inside, total, positive, negative, counts,
+                at, index, counter, lane, inside, total, positive, negative, counts,
                 sources_ptr, keeps_ptr, weights_ptr, shares_ptr, rescales_ptr, kinds_ptr,
                 KIND, KEEP, RULE, WEIGHTED, ALIGNED,
             )  # fmt: skip
@@ -231,7 +228,7 @@ def _combine_kernel(
     else:
         for i in tl.static_range(SOURCES):
             total, positive, negative, counts = _add_source(
-                at + i, index, counter, lane, first, last, inside, total, positive, negative, counts,
+                at + i, index, counter, lane, inside, total, positive, negative, counts,
                 sources_ptr, keeps_ptr, weights_ptr, shares_ptr, rescales_ptr, kinds_ptr,
                 KIND, KEEP, RULE, WEIGHTED, ALIGNED,
             )  # fmt: skip

@@ -14,6 +14,7 @@ from agreement.comparing import (
     awkward_adapters,
     awkward_views,
     entries,
+    plan_of,
     with_gaps,
 )
 from agreement.test_bits import EXACT, plans, settings_of, spec_of
@@ -22,6 +23,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.errors import PlanError
 from merged_lora.factors import DTYPES, Factors
+from merged_lora.plan import Keep
 from merged_lora.planning import make_plan
 from merged_lora.spec import MergeSpec, parse
 from merged_lora.strategies import TABLE
@@ -100,6 +102,17 @@ def test_every_size_around_groups_and_blocks(spec: str, dtype: torch.dtype) -> N
         )
 
     assert_backends_agree(make_plan(parse(spec), {name: adapter() for name in "abc"}), "triton")
+
+
+@pytest.mark.parametrize("ties", ["smallest", "largest"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_are_cut_at_every_place_of_a_group(dtype: torch.dtype, ties: str) -> None:
+    info = torch.finfo(dtype)
+    magnitude = {"smallest": info.smallest_normal * info.eps, "largest": info.max}[ties]
+    tensor = torch.tensor([magnitude, -magnitude] * 9 + [0.0, -0.0] * 3, dtype=dtype)
+    assert bool((tensor[:18] != 0).all())
+    for count in range(tensor.numel() + 1):
+        assert_backends_agree(plan_of(tensor, Keep(count=count)), "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
