@@ -2,17 +2,17 @@
 
 Everything happens on Gram matrices ``[R, R]`` in float64, R = sum of ranks; no delta ``[out, in]`` is formed,
 there is no loop over modules and no shape that depends on values.  The one factorisation is
-``torch.linalg.eigh``: batched SVD and QR loop over the matrices on CUDA.  Knows nothing of rules.
+that of ``batched.eigenvectors``: batched SVD and QR loop over the matrices on CUDA.  Knows nothing of rules.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .batched import eigenvectors, multiplied
 from .recipe import Basis
 
 EPS = torch.finfo(torch.float64).eps
@@ -163,20 +163,6 @@ def placed(
     return multiplied(chosen.mT, values), multiplied(coordinates.left, chosen), energy
 
 
-def multiplied(*factors: torch.Tensor) -> torch.Tensor:
-    """The product of matrices ``[modules, .., ..]`` of one dtype, from left to right.
-
-    By ``baddbmm``, and so is every product that a GPU may do.  ``VLLM_BATCH_INVARIANT=1`` makes vLLM replace
-    what ``@``, ``torch.mm`` and ``torch.bmm`` call on a GPU, by kernels that know no float64.
-    """
-    return functools.reduce(_product, factors)
-
-
-def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    # With beta = 0 what is in the result before is never read, NaN neither.
-    return x.new_empty(x.shape[0], x.shape[1], y.shape[2]).baddbmm_(x, y, beta=0)
-
-
 def joined(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """The factors of all sources side by side in float64, without a second copy in between."""
     shape = list(factors[0].shape)
@@ -190,13 +176,13 @@ def joined(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
 
 
 def eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``torch.linalg.eigh``, with NaN as the eigenvalues of a matrix that is not finite, instead of an error.
+    """``batched.eigenvectors``, with NaN as the eigenvalues of a matrix that is not finite, not an error.
 
     So what has overflowed on the way comes out as NaN, and is told from there.
     """
     wrong = ~gram.isfinite().all(-1).all(-1)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    values, vectors = torch.linalg.eigh(torch.where(wrong[:, None, None], identity, gram))
+    values, vectors = eigenvectors(torch.where(wrong[:, None, None], identity, gram))
     return torch.where(wrong[:, None], torch.nan, values), torch.where(
         wrong[:, None, None], torch.nan, vectors
     )

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import torch
 
-from .bases import EPS, eigh, inverses, multiplied, shared_rows
+from .bases import EPS, eigh, inverses, shared_rows
+from .batched import multiplied
 
 OVERSAMPLING = 48
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from merged_lora.bases import EPS, inverses, joined, multiplied, normalized, per_column
+from merged_lora.bases import EPS, inverses, joined, normalized, per_column
+from merged_lora.batched import SMALL, eigenvectors, loops, multiplied
 from merged_lora.lowrank import inner_products
 from merged_lora.plan import DeltaModule, Mean
 from merged_lora.scalars import RULES
@@ -79,15 +80,19 @@ def merge_stack(stack: Stack) -> MergedStack:
     cancel, 1e-7 of their own sizes is what can be told from zero, and a delta below that gives zeros.
 
     Beside the result it takes at most WORKSPACE bytes at a time, or what one module needs if that is more:
-    about ``8 * ((in + out) * (R + rank) + 16 * R**2)``; the scratch memory of cuSOLVER is not counted.
-    Nothing waits for the device but ``torch.linalg.eigh``, twice per chunk, which looks whether it converged.
+    about ``8 * ((in + out) * (R + rank) + 16 * R**2)``, in the last term R rounded up to whole blocks of
+    ``batched.SMALL`` where torch loops; the scratch memory of cuSOLVER is not counted.
+    Nothing waits for the device but ``batched.eigenvectors``, twice per chunk, which looks whether it
+    converged.
     """
     modules, sides = stack.weights.shape[0], (stack.a[0].shape[2], stack.b[0].shape[1])
     a = stack.a[0].new_empty(modules, stack.rank, sides[0], dtype=stack.dtype)
     b = stack.b[0].new_empty(modules, sides[1], stack.rank, dtype=stack.dtype)
     cut = stack.rank < stack.total
     energy = stack.weights.new_empty(modules, 2) if cut else None
-    each = 8 * (sum(sides) * (stack.total + stack.rank) + 16 * stack.total**2)
+    looping = loops(torch.__version__, stack.weights.device)
+    square = -(-stack.total // SMALL) * SMALL if looping else stack.total
+    each = 8 * (sum(sides) * (stack.total + stack.rank) + 16 * square**2)
     step = max(1, WORKSPACE // each)
     for start in range(0, modules, step):
         chunk = slice(start, start + step)
@@ -130,7 +135,7 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
     size = torch.linalg.vector_norm(diagonal, dim=1, keepdim=True)
     diagonal = diagonal * inverses(size)
 
-    squares, vectors = torch.linalg.eigh(gram_a)
+    squares, vectors = eigenvectors(gram_a)
     # Directions lost in rounding get a floor and are not dropped: S and its inverse agree whatever it is.
     root = squares.clamp(min=EPS * squares[:, -1:]).sqrt()
     scaled = root[:, :, None] * vectors.mT * diagonal[:, None, :]  # S D
@@ -141,7 +146,7 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
     # cuSOLVER, which has failed on them (pytorch#94772).
     noise = 16 * EPS * squares[:, -1:]
     core.diagonal(dim1=1, dim2=2).add_(noise)
-    squares, w = torch.linalg.eigh(core)
+    squares, w = eigenvectors(core)
     squares = squares - noise
     squares = torch.where(squares[:, -1:] > noise, squares, 0.0).clamp(min=0.0)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from merged_lora.bases import multiplied
+from merged_lora.batched import multiplied
 from merged_lora.plan import Rule
 
 from . import rules

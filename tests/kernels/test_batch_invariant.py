@@ -9,7 +9,7 @@ import importlib.util
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch.library import _scoped_library
 from agreement.comparing import assert_same_bits
 from agreement.test_bits import spec_of
 from making import random_adapter
-from merged_lora.bases import multiplied
+from merged_lora.batched import multiplied
 from merged_lora.plan import Keep, Rule, Vote
 from merged_lora.planning import make_plan
 from merged_lora.strategies import TABLE
@@ -100,7 +100,11 @@ def test_tiles_that_torch_forms_call_none_either() -> None:
 def test_what_is_refused_includes_every_way_to_write_a_product() -> None:
     device = load().device
     x = torch.ones(2, 3, 3, dtype=torch.float64, device=device)
-    ways = (lambda: x @ x, lambda: x[0] @ x[0, 0], lambda: torch.einsum("bij,bjk->bik", x, x))
+    ways: tuple[Callable[[], torch.Tensor], ...] = (
+        lambda: x @ x,
+        lambda: x[0] @ x[0, 0],
+        lambda: torch.einsum("bij,bjk->bik", x, x),
+    )
     for way in ways:
         way()
         with replaced(), pytest.raises(NotImplementedError):
