@@ -49,9 +49,13 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
     ),
     "lora/layers/column_parallel_linear.py": (
         "ColumnParallelLinearWithLoRA",
+        "ColumnParallelLinearWithShardedLoRA",
         "MergedColumnParallelLinearWithLoRA",
+        "MergedColumnParallelLinearWithShardedLoRA",
         "MergedQKVParallelLinearWithLoRA",
+        "MergedQKVParallelLinearWithShardedLoRA",
         "QKVParallelLinearWithLoRA",
+        "QKVParallelLinearWithShardedLoRA",
     ),
     "lora/layers/logits_processor.py": (
         "LogitsProcessorWithLoRA.create_lora_weights",
@@ -59,7 +63,7 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "LogitsProcessorWithLoRA.set_lora",
     ),
     "lora/layers/replicated_linear.py": ("ReplicatedLinearWithLoRA",),
-    "lora/layers/row_parallel_linear.py": ("RowParallelLinearWithLoRA",),
+    "lora/layers/row_parallel_linear.py": ("RowParallelLinearWithLoRA", "RowParallelLinearWithShardedLoRA"),
     "lora/layers/vocab_parallel_embedding.py": (
         "VocabParallelEmbeddingWithLoRA.create_lora_weights",
         "VocabParallelEmbeddingWithLoRA.reset_lora",
@@ -90,6 +94,7 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
     "lora/worker_manager.py": ("LRUCacheWorkerLoRAManager", "WorkerLoRAManager"),
     "model_executor/models/utils.py": ("WeightsMapper.get_rename_mapper",),
     "plugins/__init__.py": ("load_general_plugins",),
+    "utils/gpu_sync_debug.py": ("gpu_sync_allowed",),
     "v1/core/kv_cache_utils.py": ("_gen_lora_extra_hash_keys",),
     "v1/engine/async_llm.py": ("AsyncLLM.collective_rpc",),
     "v1/engine/core_client.py": ("AsyncMPClient._call_utility_async", "AsyncMPClient.collective_rpc_async"),
