@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":  # where it is imported, that process has decided
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
