@@ -117,7 +117,7 @@ def _bounds(*programs: tuple[int, int, int], spilled: Mapping[tuple[str, str], i
 # fmt: off
 BOUNDS = {
     "3.6": _bounds(
-        (8, 8, 8), (6, 6, 8), (4, 4, 8), (4, 4, 7), (3, 3, 6), (5, 4, 8), (4, 3, 8), (4, 4, 8), (3, 2, 6),
+        (8, 8, 8), (6, 6, 8), (4, 4, 8), (6, 5, 8), (5, 4, 8), (5, 4, 8), (4, 3, 8), (4, 4, 8), (3, 2, 6),
         spilled={
             ("find_thresholds bf16", "sm_80"): 28,
             ("find_thresholds fp16", "sm_80"): 28,
@@ -126,18 +126,18 @@ BOUNDS = {
         },
     ),
     "3.7": _bounds(
-        (8, 8, 8), (6, 6, 8), (4, 4, 8), (4, 4, 7), (3, 3, 6), (5, 5, 8), (3, 3, 8), (4, 4, 7), (3, 2, 6),
+        (8, 8, 8), (6, 6, 8), (4, 3, 8), (6, 6, 8), (4, 4, 8), (5, 5, 8), (3, 3, 8), (4, 4, 8), (3, 2, 6),
         spilled={
             ("dare_ties_svd times tf32, r=256, 128", "sm_80"): 48,
             **{(f"dare_ties_svd transposed {p}, r=16, 64", "gfx942"): 11 for p in ("tf32", "tf32x3")},
         },
     ),
     "3.8": _bounds(
-        (8, 8, 8), (6, 6, 8), (4, 4, 8), (4, 4, 7), (4, 3, 6), (8, 5, 8), (4, 4, 8), (4, 4, 7), (3, 3, 5),
-        spilled={("dare_linear mixed, N=4", "sm_80"): 16},
+        (8, 8, 8), (6, 6, 8), (4, 3, 8), (8, 6, 8), (5, 6, 8), (8, 5, 8), (4, 4, 8), (4, 4, 8), (3, 3, 5),
+        spilled={},
     ),
     "3.9": _bounds(
-        (8, 8, 8), (6, 8, 8), (4, 4, 8), (6, 5, 7), (3, 4, 7), (8, 6, 8), (4, 4, 8), (4, 4, 8), (3, 3, 5),
+        (8, 8, 8), (6, 8, 8), (4, 4, 8), (8, 5, 8), (4, 5, 8), (8, 6, 8), (4, 4, 8), (4, 4, 8), (3, 3, 5),
         spilled={},
     ),
 }
@@ -204,6 +204,7 @@ def _combine(
     target: int | None = None,
 ) -> Case:
     keep, blend = RULES[rule]
+    sources = 0 if kind == MIXED.value else sources
     stored = FP32.value if kind == MIXED.value else kind
     said = {"unaligned": not aligned, "check": check, "weighted": weighted}
     details = [f"N={sources or 'loop'}", *(word for word, true in said.items() if true)]

@@ -40,7 +40,7 @@ GROUP: tl.constexpr = tl.constexpr(8)  # entries that share a Philox call
 NEGATIVE: tl.constexpr = tl.constexpr(1 << 16)  # positive entries are counted in the lower half of a word
 COLUMNS: tl.constexpr = tl.constexpr(9)  # of the table of tensors
 BLOCK = 2048  # entries of a target that one program makes
-UNROLLED = 4  # sources up to which the loop over them is unrolled
+UNROLLED = 4  # sources up to which the loop over them is unrolled; not of mixed dtypes, which takes registers
 
 
 @triton.jit
@@ -307,7 +307,7 @@ def combine(tables: Tables, variant: Variant, programs: int) -> None:
         kinds_ptr=tables.kinds,
         flags_ptr=tables.flags,
         count=count,
-        SOURCES=count if count <= UNROLLED else 0,
+        SOURCES=count if count <= UNROLLED and variant.kind != MIXED else 0,
         KIND=variant.kind,
         ROUND=variant.round,
         TARGET=variant.target,
