@@ -77,11 +77,11 @@ class Written:
     ) -> bool:
         """Whether the tables say what they would say if they were made now."""
         return (
-            all(mine() is one for mine, one in zip(self.residents, residents, strict=True))
-            and all(mine is one for mine, one in zip(self.pairs, pairs, strict=True))
-            and self.names == list(targets.slots)
+            self.names == list(targets.slots)
             and self.addresses == _addresses(targets.all)
             and all(mine() is one for mine, one in zip(self.slots, targets.all, strict=True))
+            and all(mine() is one for mine, one in zip(self.residents, residents, strict=True))
+            and all(mine is one for mine, one in zip(self.pairs, pairs, strict=True))
         )
 
 

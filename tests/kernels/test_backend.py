@@ -255,6 +255,13 @@ def test_other_slots_and_slots_that_have_moved_are_written_where_they_are() -> N
     assert bool((old == 3.0).all())
 
 
+def test_slots_of_modules_that_a_merge_lacks_are_written_before_those_that_it_has() -> None:
+    backend, merge = fresh(), plan("ties(a, b, density=0.4)")
+    written = slots(backend)
+    backend.write(merge, {}, [Slot(torch.ones(8, 8), torch.ones(8, 8))])
+    assert_writes(backend, merge, written)
+
+
 def test_a_slot_for_another_module_is_written_with_that_one() -> None:
     backend, merge = reserving(2), plan("linear(a, b)")
     written = slots(backend)
