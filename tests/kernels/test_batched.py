@@ -45,7 +45,9 @@ KINDS: dict[str, Callable[[int, torch.Generator], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize(("n", "small"), [(5, 2), (33, 8), (33, 32), (64, 32), (100, 32)])
+@pytest.mark.parametrize(
+    ("n", "small"), [(5, 2), (33, 8), (33, 32), (64, 32), pytest.param(100, 32, marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_jacobi_finds_eigenvectors_to_rounding(kind: str, n: int, small: int) -> None:
     given = KINDS[kind](n, torch.Generator().manual_seed(n))

@@ -65,6 +65,7 @@ def test_what_a_failed_check_is_about_is_not_timed_and_everything_else_is(
     assert "WRONG made up: of dare_ties: it differs" in out
 
 
+@pytest.mark.soak
 def test_rows_that_fail_take_no_other_with_them(tmp_path: Path) -> None:
     code, results = rehearsed(tmp_path, "all", row_seconds=12.0)
     assert code == 1
