@@ -141,10 +141,12 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
     strangers = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
     if strangers:
         raise PlanError(f"the model has no module {listed(strangers)} that takes LoRA")
-    _check_names(layers, lora)
     for name, layer in layers.modules.items():
         parts = parts_of(layers.packed_modules, name)
         found = [layers._get_lora_layer_weights(lora, part) for part in parts]
+        for part, weights in zip(parts, found, strict=True):
+            if weights is not None:
+                _check_name(layers, lora, part)
         shapes = _shapes(layer, len(parts)) if any(weights is not None for weights in found) else None
         if shapes is None:
             continue
@@ -165,15 +167,13 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
                 raise PlanError(f"{part} has shape {(out, width)} in the model, another one in the adapters")
 
 
-def _check_names(layers: Any, lora: LoRAModel) -> None:
-    """Raise PlanError where two modules of an adapter are one of the model: vLLM would take the first."""
-    for name in layers.modules:
-        for part in parts_of(layers.packed_modules, name):
-            found = [other for other in names_of(layers, part) if lora.check_lora_name(other)]
-            if len(found) > 1:
-                raise PlanError(
-                    f"{listed(found)} are one module of the model; all sources of a merge must name it alike"
-                )
+def _check_name(layers: Any, lora: LoRAModel, part: str) -> None:
+    """Raise PlanError where two modules of an adapter are this one of the model: vLLM takes the first."""
+    found = [name for name in names_of(layers, part) if lora.check_lora_name(name)]
+    if len(found) > 1:
+        raise PlanError(
+            f"{listed(found)} are one module of the model; all sources of a merge must name it alike"
+        )
 
 
 def _shapes(layer: Any, count: int) -> list[tuple[int, int]] | None:
