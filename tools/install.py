@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -284,6 +284,19 @@ def install(venv: Path, requested: str) -> None:
     say(f"{venv} is ready, after {time.monotonic() - started:.0f} s")
 
 
+def run(work: Callable[[], None]) -> int:
+    """The exit code of a tool that does this work; where it stops, one line on stderr says why."""
+    try:
+        work()
+    except InstallError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; run it again and it starts over", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the project's virtual environment on this machine.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: %(default)s")
@@ -300,19 +313,15 @@ def main(arguments: list[str] | None = None) -> int:
         f" and the newest of {', '.join(TESTED_VLLM)}, or all",
     )
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         check_python(sys.version_info[:2], importlib.util.find_spec("ensurepip") is not None)
         install(options.venv.absolute(), options.extra)
         if options.vllm and choose_extra(options.extra) == "cpu":
             wanted = TESTED_VLLM if options.vllm == "all" else (TESTED_VLLM[0], TESTED_VLLM[-1])
             install_releases(options.venv.absolute(), [r for r in wanted if r != NEWEST_CPU_VLLM])
-    except InstallError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; run it again and it starts over", file=sys.stderr)
-        return 130
-    return 0
+
+    return run(work)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from install import ROOT, InstallError, run_pip, say
+from install import ROOT, InstallError, run, run_pip, say
 
 # The last of every minor release that vLLM brings or brought, oldest first; the environment's own is newer.
 RELEASES = ("3.6.0", "3.7.1", "3.8.0")
@@ -51,15 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--oldest", action="store_true", help=f"{RELEASES[0]} alone, of {', '.join(RELEASES)}"
     )
     options = parser.parse_args(arguments)
-    try:
-        install(options.venv.absolute(), RELEASES[:1] if options.oldest else RELEASES)
-    except InstallError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; run it again and it starts over", file=sys.stderr)
-        return 130
-    return 0
+    releases = RELEASES[:1] if options.oldest else RELEASES
+    return run(lambda: install(options.venv.absolute(), releases))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from .launch import (
     draft_launches,
     find_pairs,
     pair_addresses,
-    prepare_launches,
     raised_flags,
     source_addresses,
     upload_launches,
@@ -180,9 +179,10 @@ class TritonBackend:
                 rows = target_rows(nowhere, layout.shapes)
                 pairs = pair_addresses(layout, find_pairs(layout, residents, self.device), self._constants)
                 sources = source_addresses(layout, residents)
-                launches = prepare_launches(
-                    layout, _every(nowhere), sources, pairs, rows, layout.rounds, self.device, check=True
+                drafts = draft_launches(
+                    layout, _every(nowhere), sources, pairs, rows, layout.rounds, check=True
                 )
+                launches = upload_launches(drafts, self.device)
                 for one in launches:
                     one.run()
                 verdicts.append((layout.modules, raised_flags(launches).view(-1, 2).amax(1) > 0))

@@ -165,20 +165,6 @@ def upload_launches(drafts: Sequence[Draft], device: torch.device, take: Take | 
     ]
 
 
-def prepare_launches(
-    layout: Layout,
-    chosen: Integers,
-    addresses: Integers,
-    pairs: Integers,
-    targets: Integers,
-    kinds: Integers,
-    device: torch.device,
-    check: bool = False,
-) -> list[Launch]:
-    """What :func:`draft_launches` makes of the same, uploaded."""
-    return upload_launches(draft_launches(layout, chosen, addresses, pairs, targets, kinds, check), device)
-
-
 def raised_flags(launches: Sequence[Launch]) -> torch.Tensor:
     """1 for each target whose result is not finite, by checking launches: int32 ``[n]``, on the device."""
     back = torch.from_numpy(np.argsort(np.concatenate([one.where for one in launches])))
