@@ -1,13 +1,38 @@
 """LoRA adapters merged on demand inside vLLM.
 
-Importing this loads nothing else: vLLM imports the plugin in every one of its processes.
+``from merged_lora import merge, Adapter, parse`` is the public entry; each name is loaded when it is first
+asked for, because vLLM imports the plugin in every one of its processes.
 """
 
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"  # said here alone; pyproject.toml reads it
+if TYPE_CHECKING:
+    from .adapters import Adapter
+    from .engine import merge
+    from .errors import MergeError
+    from .spec import MergeSpec, parse
 
-_HERE = Path(__file__).parent
-if not (_HERE / "reference").is_dir():
-    # A wheel holds reference/, cpu_kernels/ and the others inside this folder, a checkout beside it.
-    __path__.append(str(_HERE.parent))
+__all__ = ["Adapter", "MergeError", "MergeSpec", "merge", "parse"]
+__version__ = "0.1.0"  # pyproject.toml reads it from here
+
+_HOMES = {
+    "Adapter": "adapters",
+    "MergeError": "errors",
+    "MergeSpec": "spec",
+    "merge": "engine",
+    "parse": "spec",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

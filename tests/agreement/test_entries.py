@@ -99,7 +99,7 @@ def target_of(spec: str, sources: Mapping[str, Adapter], module: str) -> np.ndar
         entries.Source(x, w, k.count, k.share, k.key, k.skip, k.spread)
         for x, w, k in zip(dense.dense(pairs, one.scalings), rule.weights, rule.keeps, strict=True)
     ]
-    vote = rule.vote and (rule.vote.frequency, rule.vote.weighted, rule.vote.energy)
+    vote = None if rule.vote is None else (rule.vote.frequency, rule.vote.weighted, rule.vote.energy)
     return np.asarray(entries.merge(inputs, vote, np.float64, rule.select))
 
 

@@ -122,7 +122,7 @@ def test_dare_equals_peft_under_the_same_masks(
     plan = planned(strategy, weights, sources, density=density, **options)
     masks = iter(
         [
-            torch.from_numpy(draws(tensor.numel(), keep.key or 0) < keep.share).reshape(tensor.shape)
+            torch.from_numpy(draws(tensor.numel(), keep.key or 0) < (keep.share or 0)).reshape(tensor.shape)
             for job, _ in jobs(plan, run(plan))
             for tensor, keep in zip(job.inputs, job.rule.keeps, strict=True)
         ]

@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, cast
 
 if __name__ == "__main__":  # where it is imported, that process has decided
     os.environ["TRITON_INTERPRET"] = "1"
@@ -89,7 +90,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-FAULTS = {"ties": raise_it, "ties, cold": die, "svd": partial(time.sleep, 600)}
+FAULTS: dict[str, Callable[[], Any]] = {"ties": raise_it, "ties, cold": die, "svd": partial(time.sleep, 600)}
 """What is done in the place of a row."""
 
 
@@ -105,10 +106,12 @@ def main() -> int:
     faulty, *arguments = sys.argv[1:]
     cases = Bench.cases
     names = ("linear", "ties", "dare_ties", "ties, cold", "linear, planned anew", "svd", "core_ties")
-    gpu.on_a_gpu = lambda: (load_backend("triton"), HostTimer())
+    gpu.on_a_gpu = lambda: (cast(SlotBackend, load_backend("triton")), HostTimer())
     gpu.first_day_work = lambda layers: TINY
     device_agreement.groups = groups
-    Bench.cases = lambda self: (instead(case, faulty) for case in cases(self) if case.name in names)
+    Bench.cases = lambda self: (  # type: ignore[method-assign]
+        instead(case, faulty) for case in cases(self) if case.name in names
+    )
     torch.set_num_threads(1)
     code: int = first_day_worker.main(arguments)
     return code

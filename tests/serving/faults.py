@@ -24,7 +24,7 @@ def _faulty(self: Any, number: int, plan: Any) -> Any:
     return _prepare(self, number, plan)
 
 
-HostMaker.prepare = _faulty
+HostMaker.prepare = _faulty  # type: ignore[method-assign]
 
 
 class Faults:

@@ -113,7 +113,7 @@ def gate() -> MergeGate:
         return Reply(ok=True, key=digest, refusal="", nbytes=1, held=1)
 
     found._prepare = prepare
-    found.sources._copied = copied
+    found.sources._copied = copied  # type: ignore[method-assign]
     for seed, name in enumerate(("sql", "chat", "tone"), 1):
         asyncio.run(found.sources.serve(name, asyncio.run(found.sources.copy(str(seed), {}))))
     return found

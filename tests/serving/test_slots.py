@@ -598,7 +598,8 @@ def test_unless_it_is_said_there_is_room_for_the_sources_of_any_merge(
     ]
     assert f"{len(shapes)} modules, rank {MAX_RANK}, float32" in backend.reason
     room = DeviceSources(torch.device("cpu"))
-    room.reserve(*backend.reserved, backend.reason)
+    (nbytes,) = backend.reserved
+    room.reserve(nbytes, backend.reason)
     room.load(largest[:count])
     with pytest.raises(PlanError, match="gpu-gib") as refused:
         room.load(largest[: count + 1])

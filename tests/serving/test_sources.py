@@ -175,13 +175,18 @@ def test_idle_copies_make_room_and_those_under_way_stay(folder: Path) -> None:
     asyncio.run(run())
 
 
-def test_many_requests_for_one_new_source_read_it_once(folder: Path) -> None:
+def test_many_requests_for_one_new_source_read_it_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         merges = worker()
         gate = gate_with(merges, source_dir=str(folder))
         read: list[str] = []
         find = merges._shelf.find
-        merges._shelf.find = lambda path: read.append(path) or find(path)  # type: ignore[func-returns-value]
+
+        def reading(path: str) -> Path:
+            read.append(path)
+            return find(path)
+
+        monkeypatch.setattr(merges._shelf, "find", reading)
         await asyncio.gather(*(gate.ready(parse(f"sum({1 + i}*a)"), ME) for i in range(20)))
         assert len(read) == 1
 
