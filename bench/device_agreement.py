@@ -22,7 +22,7 @@ from merged_lora.planning import make_plan
 from merged_lora.reference import delta as dense
 from merged_lora.spec import parse
 from merged_lora.strategies import TABLE
-from merged_lora.triton_kernels.trim import LARGE
+from merged_lora.triton_kernels.kernels.trim import LARGE
 
 from . import cases
 from .agreement import DTYPES, EVERY_DTYPE, Check, bits, disagreements, entry_disagreements, named
@@ -32,7 +32,7 @@ SLOT_RANK = 16
 ALIKE = {f"alike.{i}": (48, 80) for i in range(5)} | cases.SMALL
 """Modules of one shape, so that there is a batch, and others."""
 
-RESOLUTION = 1e-7  # of the largest singular value, as ``delta.merge_stack`` promises
+RESOLUTION = 1e-7  # of the largest singular value, as ``lowrank.merge_stack`` promises
 EPS = 2.0**-52
 # The unit roundoff of each dtype, and what rounding may add to a number too small for it: half of the
 # smallest subnormal.

@@ -20,7 +20,7 @@ from merged_lora.errors import BackendError
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan
 from merged_lora.strategies import TABLE
-from merged_lora.triton_kernels import trim
+from merged_lora.triton_kernels.kernels import trim
 
 from . import cases, peers
 from .agreement import named

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from merged_lora.planning import make_plan
-from merged_lora.triton_kernels import launch
+from merged_lora.triton_kernels.factors import launch
 
 from . import cases, machine
 from .pool import Merges, Pool

@@ -21,8 +21,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from merged_lora.errors import MergeError, listed
-from merged_lora.triton_kernels import combine, stream, trim
-from merged_lora.triton_kernels.words import BF16, FP16, FP32, MIXED, THREADS
+from merged_lora.triton_kernels.kernels import combine, sketch, trim
+from merged_lora.triton_kernels.kernels.words import BF16, FP16, FP32, MIXED, THREADS
 
 LARGE_RANK = 256  # of an adapter; few have more
 TARGETS = {
@@ -177,21 +177,21 @@ def _streams() -> Iterator[Case]:
     for precision in ("tf32", "tf32x3"):
         shared = {
             "RANK": 16,
-            "DEPTH": stream.DEPTH,
+            "DEPTH": sketch.DEPTH,
             "PRECISION": precision,
-            "ROWS": stream.ROWS,
-            "COLUMNS": stream.COLUMNS,
+            "ROWS": sketch.ROWS,
+            "COLUMNS": sketch.COLUMNS,
         }
-        yield Case(f"count {precision}", stream._count_kernel, shared | {"BINS": stream.BINS}, False)
+        yield Case(f"count {precision}", sketch._count_kernel, shared | {"BINS": sketch.BINS}, False)
         for rule in ("magnitude_prune", "ties", "dare_ties"):
             keep, blend = RULES[rule]
             chosen = {"SOURCES": 4, "KEEP": keep.value, "RULE": blend.value, "WEIGHTED": False}
-            for rank, width in ((16, 64), (LARGE_RANK, stream.WIDEST)):
+            for rank, width in ((16, 64), (LARGE_RANK, sketch.WIDEST)):
                 sizes = {"SKETCH": "tf32x3", "RANK": rank, "WIDTH": width}
                 name = f"{rule}_svd {{}} {precision}, r={rank}, {width}"
                 constants = shared | chosen | sizes
-                yield Case(name.format("times"), stream._times_kernel, constants, False)
-                yield Case(name.format("transposed"), stream._transposed_times_kernel, constants, False)
+                yield Case(name.format("times"), sketch._times_kernel, constants, False)
+                yield Case(name.format("transposed"), sketch._transposed_times_kernel, constants, False)
 
 
 def _combine(

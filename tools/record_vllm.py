@@ -2,7 +2,7 @@
 
     python3 tools/install.py --vllm all && .venv/bin/python tools/record_vllm.py
 
-Writes vllm_plugin/reliance.json, whose change shows which functions read differently in the new release.
+Writes vllm_plugin/hooks/reliance.json. Its diff shows which functions changed in the new release.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
-from merged_lora.vllm_plugin import reliance
+from merged_lora.vllm_plugin.hooks import reliance
 from merged_lora.vllm_plugin.releases import NEWEST_CPU, TESTED
 
 

@@ -17,10 +17,18 @@ from merged_lora.backends import Progress, Result, Slot
 from merged_lora.errors import BackendError
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan, overflow
-
-from .delta import WORKSPACE, MergedStack
-from .groups import RESULTS, Group, Known, Stacks, grouped, merge_group, whole_bounds
-from .launch import (
+from merged_lora.triton_kernels.batched.entries import Bound
+from merged_lora.triton_kernels.batched.groups import (
+    RESULTS,
+    Group,
+    Known,
+    Stacks,
+    grouped,
+    merge_group,
+    whole_bounds,
+)
+from merged_lora.triton_kernels.batched.lowrank import WORKSPACE, MergedStack
+from merged_lora.triton_kernels.factors.launch import (
     EVERYTHING,
     NOTHING,
     Draft,
@@ -32,11 +40,11 @@ from .launch import (
     source_addresses,
     upload_launches,
 )
-from .layout import Layout, copies, lay_out
+from merged_lora.triton_kernels.factors.layout import Layout, copies, lay_out
+from merged_lora.triton_kernels.kernels.words import KINDS
+
 from .packed import DeviceSources, Resident, padded
-from .rules import Bound
 from .tables import Integers, Part, Ring, target_rows
-from .words import KINDS
 
 TABLES = 16 << 20  # bytes of tables kept on the device; some 60 merges of rank 16 into a slot of an 8B model
 

@@ -16,20 +16,20 @@ def register() -> None:
     Even then vLLM's command line knows the plugin's flags, and whoever sets one reads why it cannot be had.
     """
     try:
-        from .compat_versions import refusals
+        from merged_lora.vllm_plugin.hooks.versions import refusals
 
         problems = refusals()
         if not problems:
-            from . import compat
+            from merged_lora.vllm_plugin.hooks import table
 
-            problems = compat.problems()
+            problems = table.problems()
     except ImportError as error:
         problems = [str(error)]
     if not problems:
-        compat.install()
+        table.install()
         return
     reason = f"merged-lora is not available: {'; '.join(problems)}"
     logger.warning(reason)
-    from . import compat_off
+    from merged_lora.vllm_plugin.hooks import off
 
-    compat_off.install(reason)
+    off.install(reason)

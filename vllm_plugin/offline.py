@@ -9,13 +9,13 @@ from vllm.lora.request import LoRARequest
 
 from merged_lora.planning import check_names
 from merged_lora.spec import MergeSpec, parse
+from merged_lora.vllm_plugin.api_server.gate import log_merge
+from merged_lora.vllm_plugin.hooks.api_server import lora_request
+from merged_lora.vllm_plugin.hooks.worker import CAPTURE, PREPARE
+from merged_lora.vllm_plugin.worker.makers import Facts
+from merged_lora.vllm_plugin.worker.merge_worker import agreed, raise_failure
 
-from .compat_server import lora_request
-from .compat_worker import CAPTURE, PREPARE
 from .identity import MergeIdentity
-from .makers import Facts
-from .server import log_merge
-from .worker import agreed, raise_failure
 
 
 def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, str]) -> LoRARequest:

@@ -7,8 +7,8 @@ Standard library only, because ``tools/install.py`` reads it before anything is 
 from __future__ import annotations
 
 TESTED = ("0.30.0", "0.31.0", "0.32.0", "0.33.0")
-"""Releases that the tests have run on, the oldest first. One before them is refused; one after them is taken
-where its functions have the parameters of ``compat.HOOKS``; ``reliance.py`` tells what reads differently."""
+"""Releases that the tests have run on, the oldest first. An older one is refused. A newer one is accepted if
+its functions have the parameters in ``hooks.table.HOOKS``. ``hooks/reliance.py`` reports what has changed."""
 
 KNOWN_BAD: dict[str, str] = {}
 """Releases, such as ``"0.34.1"``, on which the plugin stays off, with the reason that users read."""

@@ -12,7 +12,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from merged_lora.triton_kernels.backend import load
-from merged_lora.triton_kernels.words import KINDS, narrow, widen
+from merged_lora.triton_kernels.kernels.words import KINDS, narrow, widen
 
 Array = NDArray[Any]
 SIZE = 1 << 16

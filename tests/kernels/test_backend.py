@@ -23,7 +23,8 @@ from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
-from merged_lora.triton_kernels import delta, groups, launch
+from merged_lora.triton_kernels.batched import groups, lowrank
+from merged_lora.triton_kernels.factors import launch
 from merged_lora.triton_kernels.packed import pack
 
 SHAPES = {f"m{i}": (24, 40) for i in range(5)}
@@ -98,16 +99,16 @@ def test_what_fails_leaves_nothing_running_behind(said: Any) -> None:
 
 
 def test_one_group_is_free_before_the_next_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[weakref.ref[delta.MergedStack]] = []
-    real = delta.merge_stack
+    alive: list[weakref.ref[lowrank.MergedStack]] = []
+    real = lowrank.merge_stack
 
-    def watched(stack: delta.Stack) -> delta.MergedStack:
+    def watched(stack: lowrank.Stack) -> lowrank.MergedStack:
         assert not [merged for merged in alive if merged() is not None]
         merged = real(stack)
         alive.append(weakref.ref(merged))
         return merged
 
-    monkeypatch.setattr(delta, "merge_stack", watched)
+    monkeypatch.setattr(lowrank, "merge_stack", watched)
     monkeypatch.setattr(groups, "RESULTS", 2 * (24 + 40) * 3 * 4)
     backend, svd = fresh(), plan("svd(a, b, rank=3)")
     backend.check(svd)

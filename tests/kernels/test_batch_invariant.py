@@ -25,7 +25,7 @@ from merged_lora.plan import Keep, Rule, Vote
 from merged_lora.planning import make_plan
 from merged_lora.strategies import TABLE
 from merged_lora.triton_kernels.backend import load
-from merged_lora.triton_kernels.tiles import DeltaTiles
+from merged_lora.triton_kernels.batched.tiles import DeltaTiles
 
 REPLACED = {
     *("mm", "mm.out", "addmm", "addmm.out", "bmm", "bmm.out", "matmul", "linear"),

@@ -10,7 +10,7 @@ import torch
 from kernels.test_delta import assert_best, deltas, source, stacked, weights_of
 from merged_lora import batched
 from merged_lora.batched import SMALL, block_jacobi, eigenvectors, loops
-from merged_lora.triton_kernels.delta import merge_stack
+from merged_lora.triton_kernels.batched.lowrank import merge_stack
 
 EPS = 2.0**-52
 MODULES = 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from merged_lora.bench import cases, host
-from merged_lora.triton_kernels import combine, trim
+from merged_lora.triton_kernels.kernels import combine, trim
 
 
 def test_all_times_are_written_and_nothing_is_launched(

@@ -27,7 +27,7 @@ from merged_lora.plan import Keep
 from merged_lora.planning import make_plan
 from merged_lora.spec import MergeSpec, parse
 from merged_lora.strategies import TABLE
-from merged_lora.triton_kernels.combine import BLOCK
+from merged_lora.triton_kernels.kernels.combine import BLOCK
 
 COUNTS = (1, 2, 3, 4, 8, 9, 16)
 """Of sources: unrolled, looped, and with and without a correction in the division."""

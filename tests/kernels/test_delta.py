@@ -16,8 +16,8 @@ from merged_lora.bench.device_agreement import HALF_STEP, UNIT
 from merged_lora.factors import DTYPES, Factors
 from merged_lora.plan import DeltaModule, Mean
 from merged_lora.reference import delta as reference
-from merged_lora.triton_kernels import delta
-from merged_lora.triton_kernels.delta import MergedStack, Stack, kind, merge_stack
+from merged_lora.triton_kernels.batched import lowrank as batched
+from merged_lora.triton_kernels.batched.lowrank import MergedStack, Stack, kind, merge_stack
 
 EPS = 2.0**-52
 RESOLUTION = 1e-7  # of the largest singular value: the square root of float64's rounding, times the rank
@@ -393,7 +393,7 @@ def test_a_small_workspace_changes_nothing(
     x, y = source(3, 0, 5), source(5, 1, 5)
     weights = [[1.0, -0.5 * (m + 1)] for m in range(5)]
     whole = merge_stack(stacked([x, y], weights, 8, slerp))
-    monkeypatch.setattr(delta, "WORKSPACE", workspace)
+    monkeypatch.setattr(batched, "WORKSPACE", workspace)
     target = deltas([x, y], weights) if slerp is None else interpolated(x, y, weights, slerp)
     assert_best(merge_stack(stacked([x, y], weights, 4, slerp)), target, 4)
     parts = merge_stack(stacked([x, y], weights, 8, slerp))
@@ -444,7 +444,7 @@ def test_the_workspace_bounds_what_is_taken_beside_the_result(
     sources = [source(8, seed, 12, shape, dtype=dtype) for seed in range(2)]
     stack = stacked(sources, [[1.0, 0.5]] * 12, rank, slerp, dtype)
     workspace = at_a_time * 8 * (sum(shape) * (16 + rank) + 16 * 16**2)
-    monkeypatch.setattr(delta, "WORKSPACE", workspace)
+    monkeypatch.setattr(batched, "WORKSPACE", workspace)
     with Watch(given(stack)) as watch:
         merged = merge_stack(stack)
     kept = sum(x.nbytes for x in (merged.a, merged.b, merged.energy) if x is not None)

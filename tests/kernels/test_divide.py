@@ -10,7 +10,7 @@ import triton.language as tl
 
 from agreement.comparing import FAMILIES, entries
 from merged_lora.triton_kernels.backend import load
-from merged_lora.triton_kernels.combine import _divide
+from merged_lora.triton_kernels.kernels.combine import _divide
 
 SIZE = 1 << 15
 

@@ -9,7 +9,7 @@ from kernels.watching import Watch
 from making import random_adapter
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
-from merged_lora.triton_kernels import fused, groups, tiles
+from merged_lora.triton_kernels.batched import fused_tiles, groups, tiles
 
 MODULES = 16
 SAMPLE = 256
@@ -33,8 +33,8 @@ def test_the_workspace_bounds_what_a_group_takes_beside_its_result(
     for room in (groups, tiles):
         monkeypatch.setattr(room, "TILE_BYTES", 1 << 15)
     monkeypatch.setattr(groups, "SAMPLE_BYTES", 24 * SAMPLE)
-    monkeypatch.setattr(fused, "SAMPLE", SAMPLE)
-    monkeypatch.setattr(fused, "GATHER_BYTES", 1 << 16)
+    monkeypatch.setattr(fused_tiles, "SAMPLE", SAMPLE)
+    monkeypatch.setattr(fused_tiles, "GATHER_BYTES", 1 << 16)
     shapes = {f"m{i:02}": shape for i in range(MODULES)}
     sources = {name: random_adapter(shapes, 4, seed=i) for i, name in enumerate("ab")}
     (group,) = groups.grouped(make_plan(parse(f"{strategy}(a, b)"), sources))

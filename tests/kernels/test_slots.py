@@ -17,7 +17,7 @@ from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as backend_module
-from merged_lora.triton_kernels.combine import BLOCK
+from merged_lora.triton_kernels.kernels.combine import BLOCK
 
 SHAPES = {"m.wide": (24, 300), "m.tall": (BLOCK + 40, 16), "m.odd": (33, 17)}
 RULES = (

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from merged_lora.plan import Keep, Rule, Vote
-from merged_lora.triton_kernels import fused
-from merged_lora.triton_kernels.fused import FusedTiles, is_fused
-from merged_lora.triton_kernels.stream import COLUMNS, ROWS
-from merged_lora.triton_kernels.tiles import DeltaTiles
+from merged_lora.triton_kernels.batched import fused_tiles
+from merged_lora.triton_kernels.batched.fused_tiles import FusedTiles, is_fused
+from merged_lora.triton_kernels.batched.tiles import DeltaTiles
+from merged_lora.triton_kernels.kernels.sketch import COLUMNS, ROWS
 
 RANKS = (3, 20)
 SHAPES = [(1, 1), (ROWS - 1, COLUMNS + 1), (ROWS, COLUMNS), (2 * ROWS + 5, COLUMNS - 1)]
@@ -54,12 +54,12 @@ def test_products_are_those_of_the_tiles_that_torch_forms(shape: tuple[int, int]
     assert float((x - y).norm()) <= 1e-5 * (float(y.norm()) + float(expected.sum().sqrt()))
 
 
-@pytest.mark.parametrize("sample", [1, 50, fused.SAMPLE])
+@pytest.mark.parametrize("sample", [1, 50, fused_tiles.SAMPLE])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
 def test_thresholds_keep_as_many_as_asked_whatever_the_sample_says(
     share: float, sample: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "SAMPLE", sample)
+    monkeypatch.setattr(fused_tiles, "SAMPLE", sample)
     shape = (70, 90)
     count = int(share * 70 * 90)
     a, b, scalings = factors(shape)
@@ -91,7 +91,7 @@ def test_more_columns_than_a_kernel_takes_are_multiplied_in_parts(monkeypatch: p
     tiles = FusedTiles(*factors(shape), [chosen, chosen])
     right, left = torch.randn(2, shape[1], 40), torch.randn(2, shape[0], 40)
     at_once = (*tiles.times(right), tiles.transposed_times(left))
-    monkeypatch.setattr(fused, "WIDEST", 16)
+    monkeypatch.setattr(fused_tiles, "WIDEST", 16)
     in_parts = (*tiles.times(right), tiles.transposed_times(left))
     for x, y in zip(at_once, in_parts, strict=True):
         assert x.shape == y.shape

@@ -15,8 +15,8 @@ from merged_lora.reference.backend import to_bits
 from merged_lora.reference.entries import largest
 from merged_lora.reference.numbers import widen
 from merged_lora.triton_kernels.backend import load
-from merged_lora.triton_kernels.trim import BLOCK, LARGE, SAMPLE, find_thresholds
-from merged_lora.triton_kernels.words import KINDS
+from merged_lora.triton_kernels.kernels.trim import BLOCK, LARGE, SAMPLE, find_thresholds
+from merged_lora.triton_kernels.kernels.words import KINDS
 
 SIZES = (1, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5)
 SMALL_SPANS = BLOCK

@@ -22,8 +22,10 @@ from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
-from merged_lora.triton_kernels import combine, launch, packed, tables, trim
-from merged_lora.triton_kernels.layout import is_launched
+from merged_lora.triton_kernels import packed, tables
+from merged_lora.triton_kernels.factors import launch
+from merged_lora.triton_kernels.factors.layout import is_launched
+from merged_lora.triton_kernels.kernels import combine, trim
 
 META = torch.device("meta")
 SHAPES = {f"m{i}": (24, 40) for i in range(3)}

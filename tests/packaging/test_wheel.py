@@ -71,7 +71,10 @@ def test_the_links_are_relative_and_lead_to_the_folders_beside_the_package() -> 
 def test_the_wheel_holds_every_module_and_one_top_level_package(wheel: Path) -> None:
     places = [PACKAGE, *(PACKAGE / name for name in WINGS)]  # rglob does not follow links
     expected = {file.relative_to(ROOT).as_posix() for place in places for file in place.rglob("*.py")}
-    assert modules_of(wheel) == expected | {"merged_lora/py.typed", "merged_lora/vllm_plugin/reliance.json"}
+    assert modules_of(wheel) == expected | {
+        "merged_lora/py.typed",
+        "merged_lora/vllm_plugin/hooks/reliance.json",
+    }
 
 
 def test_a_wheel_built_from_the_sdist_holds_the_same(wheel: Path, tmp_path: Path) -> None:

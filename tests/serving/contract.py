@@ -77,7 +77,7 @@ def load_plugins() -> dict[str, Any]:
         "untouched": hooked() == before,
         "refusals": [refusal(parser, flags) for flags in FLAGS],
         "refused offline": refusal_offline(),
-        "hooks imported": "merged_lora.vllm_plugin.compat" in sys.modules,
+        "hooks imported": "merged_lora.vllm_plugin.hooks.table" in sys.modules,
     }
 
 
@@ -158,7 +158,7 @@ def no_flags_to_add_to() -> dict[str, Any]:
 def where_it_fits() -> dict[str, Any]:
     """The release as it is."""
     found = load_plugins()
-    from merged_lora.vllm_plugin.compat_versions import difference
+    from merged_lora.vllm_plugin.hooks.versions import difference
 
     return found | {"difference": difference()}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from merged_lora.vllm_plugin.makers import HostMaker
+from merged_lora.vllm_plugin.worker.makers import HostMaker
 
 SLOW, LAST_RANK_FAILS, ALL_FAIL = 700_001, 700_002, 700_003
 SECONDS = 2.0

@@ -13,12 +13,12 @@ import tiny
 from merged_lora.adapters import Adapter
 from merged_lora.backends import load_backend
 from merged_lora.spec import parse
-from merged_lora.vllm_plugin.makers import HostMaker
-from merged_lora.vllm_plugin.metrics import Metrics
-from merged_lora.vllm_plugin.server import MergeGate
+from merged_lora.vllm_plugin.api_server.gate import MergeGate
+from merged_lora.vllm_plugin.api_server.metrics import Metrics
+from merged_lora.vllm_plugin.api_server.sources import Sources
 from merged_lora.vllm_plugin.settings import Settings
-from merged_lora.vllm_plugin.sources import Sources
-from merged_lora.vllm_plugin.worker import MergeWorker, Reply, agreed
+from merged_lora.vllm_plugin.worker.makers import HostMaker
+from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker, Reply, agreed
 
 
 class PlainShelf:

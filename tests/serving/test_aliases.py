@@ -10,8 +10,8 @@ import pytest
 from gates import gate_with, register, worker
 from merged_lora.errors import MergeError, UnknownAdapterError
 from merged_lora.spec import parse
-from merged_lora.vllm_plugin.aliases import MAX_ALIASES, Aliases
-from merged_lora.vllm_plugin.server import MergeGate
+from merged_lora.vllm_plugin.api_server.aliases import MAX_ALIASES, Aliases
+from merged_lora.vllm_plugin.api_server.gate import MergeGate
 
 
 def test_without_a_store_nothing_changes() -> None:

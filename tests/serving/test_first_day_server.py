@@ -142,7 +142,7 @@ def test_adapters_cover_every_module_and_no_two_layers_are_alike() -> None:
 def test_a_checkout_is_laid_out_as_if_it_were_installed(tmp_path: Path) -> None:
     day.lay_out_package(tmp_path)
     code = (
-        "import importlib.metadata as m, merged_lora, merged_lora.triton_kernels.words;"
+        "import importlib.metadata as m, merged_lora, merged_lora.triton_kernels.kernels.words;"
         "(e,) = {e.value for e in m.entry_points(group='vllm.general_plugins', name='merged_lora')};"
         "print(merged_lora.__file__, e)"
     )

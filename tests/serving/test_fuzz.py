@@ -17,9 +17,9 @@ from gates import gate_with, worker
 from merged_lora.bench.server import Server
 from merged_lora.errors import MergeError
 from merged_lora.strategies import TABLE
+from merged_lora.vllm_plugin.api_server.gate import Holder, MergeGate
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.server import Holder, MergeGate
-from merged_lora.vllm_plugin.worker import Reply
+from merged_lora.vllm_plugin.worker.merge_worker import Reply
 
 GENERATED, MUTATED, ASKED = 5_000, 5_000, 500
 

@@ -14,9 +14,9 @@ import tiny
 from gates import PlainShelf, gate_with, register, worker
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import parse
+from merged_lora.vllm_plugin.api_server.gate import BusyError, Holder, MergeGate
 from merged_lora.vllm_plugin.identity import FIRST_ID, MergeIdentity
-from merged_lora.vllm_plugin.server import BusyError, Holder, MergeGate
-from merged_lora.vllm_plugin.worker import Reply, agreed
+from merged_lora.vllm_plugin.worker.merge_worker import Reply, agreed
 
 CONTENTS = ("0" * 32, "1" * 32)
 ME = Holder()

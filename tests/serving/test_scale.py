@@ -18,7 +18,8 @@ import pytest
 import faults
 from merged_lora.bench.server import Server
 from merged_lora.engine import merge
-from merged_lora.vllm_plugin import compat_args, compat_server
+from merged_lora.vllm_plugin.hooks import api_server as server_hooks
+from merged_lora.vllm_plugin.hooks import command_line
 from merged_lora.vllm_plugin.settings import Settings
 from tiny import FLAGS, MAX_RANK, SPECS, Place, importing_tests
 
@@ -142,7 +143,7 @@ def test_two_engines_serve_as_one(place: Place, server: Server, tmp_path: Path) 
 def test_a_server_that_just_ended_is_lost_even_without_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
-    monkeypatch.setattr(compat_args, "settings", Settings(enable=True))
+    monkeypatch.setattr(command_line, "settings", Settings(enable=True))
     pipes = [os.pipe() for _ in range(1 + others)]
     os.close(pipes[0][1])  # as when a process has ended and is not reaped yet
     manager = SimpleNamespace(processes=[SimpleNamespace(sentinel=read) for read, _ in pipes])
@@ -154,11 +155,11 @@ def test_a_server_that_just_ended_is_lost_even_without_an_exit_code(
             raise RuntimeError("died with exit code None")
 
     if others:
-        compat_server.outliving_servers(original)(manager)
+        server_hooks.outliving_servers(original)(manager)
         assert calls == [2, 1]
     else:
         with pytest.raises(RuntimeError):
-            compat_server.outliving_servers(original)(manager)
+            server_hooks.outliving_servers(original)(manager)
     for read, write in pipes[1:]:
         os.close(read)
         os.close(write)

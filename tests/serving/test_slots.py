@@ -35,11 +35,13 @@ from merged_lora.errors import BackendError, PlanError
 from merged_lora.peft_files import tensors_of
 from merged_lora.spec import parse
 from merged_lora.triton_kernels.packed import DeviceSources
-from merged_lora.vllm_plugin import compat_models, compat_slots, compat_worker
+from merged_lora.vllm_plugin.hooks import models as model_hooks
+from merged_lora.vllm_plugin.hooks import slots as slot_hooks
+from merged_lora.vllm_plugin.hooks import worker as worker_hooks
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.makers import HostMaker, Maker, SlotMaker
 from merged_lora.vllm_plugin.settings import Settings
-from merged_lora.vllm_plugin.worker import LIGHT_MERGES, MergeWorker
+from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker, SlotMaker
+from merged_lora.vllm_plugin.worker.merge_worker import LIGHT_MERGES, MergeWorker
 from slots import CopyingBackend, activate, contents
 from tiny import HIDDEN, MAX_RANK, SPECS, VOCABULARY
 
@@ -67,7 +69,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
 def hooked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one hook that activation goes through."""
     original = vars(LoRAModelManager)["activate_adapter"]
-    monkeypatch.setattr(LoRAModelManager, "activate_adapter", compat_worker.filling_slots(original))
+    monkeypatch.setattr(LoRAModelManager, "activate_adapter", worker_hooks.filling_slots(original))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,8 @@ def sources() -> dict[str, Adapter]:
 
 def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
     """The maker of a worker."""
-    build = functools.partial(compat_models.slot_model, manager, backend)
-    return SlotMaker(backend, build, compat_models.compile_filling)
+    build = functools.partial(model_hooks.slot_model, manager, backend)
+    return SlotMaker(backend, build, model_hooks.compile_filling)
 
 
 def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
@@ -98,14 +100,14 @@ def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[s
 def copied(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
     """The same merge in host memory, which vLLM copies into slots with its own code."""
     merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
-    return compat_models.lora_model(manager, 7, merged, "cpu")
+    return model_hooks.lora_model(manager, 7, merged, "cpu")
 
 
 def filled(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
     """The same merge in host memory, which is copied into slots all at once."""
     merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
-    lora = compat_models.host_model(manager, 7, merged)
-    assert isinstance(getattr(lora, compat_slots.ATTRIBUTE), compat_slots.HostFilling)
+    lora = model_hooks.host_model(manager, 7, merged)
+    assert isinstance(getattr(lora, slot_hooks.ATTRIBUTE), slot_hooks.HostFilling)
     return lora
 
 
@@ -214,7 +216,7 @@ def test_a_layer_of_an_unknown_kind_is_left_to_vllm(config: VllmConfig, sources:
     layer.__class__ = Keeping
     with pytest.raises(PlanError, match=rf"{OUTPUT} cannot be merged on a device"):
         written(manager, CopyingBackend(), "sum(sql)", sources)
-    activate(manager, compat_models.host_model(manager, 7, merge("sum(sql)", sources)))
+    activate(manager, model_hooks.host_model(manager, 7, merge("sum(sql)", sources)))
     whole = merge("sum(sql)", sources).modules["model.layers.0.self_attn.o_proj"]
     assert layer.kept == {0: whole.a.float().sum().item()}
     activate(manager, written(manager, CopyingBackend(), "sum(keys)", sources))
@@ -226,7 +228,7 @@ def test_a_layer_of_an_unknown_kind_is_left_to_vllm(config: VllmConfig, sources:
 HEADS = [
     kind
     for kind in vars(lora_layers).values()
-    if isinstance(kind, type) and issubclass(kind, compat_slots.ClassificationHead)
+    if isinstance(kind, type) and issubclass(kind, slot_hooks.ClassificationHead)
 ]
 """Classes of layers that hold a whole classification head for each adapter; vLLM 0.31 brought the first."""
 
@@ -253,7 +255,7 @@ def test_the_kinds_of_layers_are_those_of_the_newest_release() -> None:
     left = {"BaseLayerWithLoRA", "BaseClassificationHeadWithLoRA", "FusedMoE3DWithLoRA", "FusedMoEWithLoRA"}
     left |= {"Step5FusedQKVIndexerWithLoRA", "Step5SparseIndexerWWithLoRA"}
     there = {name for name in lora_layers.__all__ if name.endswith("LoRA")}
-    assert there <= compat_slots.KNOWN_LAYERS | left
+    assert there <= slot_hooks.KNOWN_LAYERS | left
 
 
 def text_only(manager: Any) -> None:
@@ -324,8 +326,8 @@ def test_a_module_the_merge_lacks_is_zeroed_though_the_adapter_has_a_stranger_of
     manager, backend = slots.worker_manager(config), CopyingBackend()
     name = "text.layers.0.self_attn.o_proj"
     stranger = {"a": random_adapter({name: (HIDDEN, HIDDEN)}, 8)}
-    layout = compat_slots.Layout(manager._adapter_manager)
-    compat_slots.DeviceFilling(backend, plan(parse("sum(a)"), stranger), layout, {}).fill(0)
+    layout = slot_hooks.Layout(manager._adapter_manager)
+    slot_hooks.DeviceFilling(backend, plan(parse("sum(a)"), stranger), layout, {}).fill(0)
     assert not any(tensor.any() for tensor in contents(manager, 0).values())
 
 
@@ -400,10 +402,10 @@ def test_a_layer_that_vllm_puts_together_of_several_parts_is_handed_over_to_it(c
     two.create_lora_weights(2, manager.lora_config)
     layers.modules[name] = two
     adapters = {"a": random_adapter({name: (96, HIDDEN)}, 8)}
-    layout = compat_slots.Layout(layers)
+    layout = slot_hooks.Layout(layers)
     assert name not in layout.shards
     merges = plan(parse("sum(a)"), adapters)
-    compat_slots.DeviceFilling(backend, merges, layout, {name: name}).fill(0)
+    slot_hooks.DeviceFilling(backend, merges, layout, {name: name}).fill(0)
     b = adapters["a"].modules[name].b  # the weight is on A
     assert torch.equal(two.lora_b_stacked[0][0, 0, :, :8], torch.cat([b[24:48], b[72:]]))
 
@@ -521,7 +523,7 @@ def test_a_merge_that_the_backend_refuses_is_answered_and_not_kept(
     config: VllmConfig, sources: dict[str, Adapter], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager, backend = slots.worker_manager(config), CopyingBackend()
-    merges = MergeWorker(MAX_RANK, 1 << 30, compat_worker.VllmShelf(manager), maker(manager, backend))
+    merges = MergeWorker(MAX_RANK, 1 << 30, worker_hooks.VllmShelf(manager), maker(manager, backend))
     sources["keys"].save(tmp_path / "keys")
     digest = merges.capture("one", None, str(tmp_path / "keys"))["key"]
 
@@ -540,7 +542,7 @@ def test_a_merge_without_values_is_kept_for_the_next_slot(
 ) -> None:
     manager = slots.worker_manager(config)
     makes = maker(manager, CopyingBackend())
-    merges = MergeWorker(MAX_RANK, 1 << 30, compat_worker.VllmShelf(manager), makes)
+    merges = MergeWorker(MAX_RANK, 1 << 30, worker_hooks.VllmShelf(manager), makes)
     sources["keys"].save(tmp_path / "keys")
     digest = merges.capture("one", None, str(tmp_path / "keys"))["key"]
     paths = [MergeIdentity(parse(f"sum({1 + i}*keys)"), (digest,)).path for i in range(LIGHT_MERGES + 1)]
@@ -563,9 +565,9 @@ def start(
     """What happens when a worker starts, on a machine where the device backend is this one."""
     with pytest.MonkeyPatch.context() as patch:
         real = load_backend
-        patch.setattr(compat_worker, "load_backend", lambda name: real("cpu") if name == "cpu" else backend)
-        made = compat_worker._maker(manager, settings, sleeps)
-        compat_worker._make_ready(manager, made.backend, settings)
+        patch.setattr(worker_hooks, "load_backend", lambda name: real("cpu") if name == "cpu" else backend)
+        made = worker_hooks._maker(manager, settings, sleeps)
+        worker_hooks._make_ready(manager, made.backend, settings)
         return made
 
 
@@ -617,15 +619,15 @@ def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
         additional_config={"merged_lora": {"enable": True}},
         model_config=SimpleNamespace(enable_sleep_mode=False),
     )
-    monkeypatch.setattr(compat_worker, "load_backend", lambda name: backend)
-    compat_worker.with_worker(lambda self, vllm_config: None)(manager, vllm_config)
+    monkeypatch.setattr(worker_hooks, "load_backend", lambda name: backend)
+    worker_hooks.with_worker(lambda self, vllm_config: None)(manager, vllm_config)
     assert backend.reserved == []
 
     def create_lora_manager(self: Any, model: str, vllm_config: Any) -> str:
         self._adapter_manager = layers
         return f"{model} with LoRA"
 
-    ready = compat_worker.then_ready(create_lora_manager)
+    ready = worker_hooks.then_ready(create_lora_manager)
     assert ready(manager, "a model", vllm_config) == "a model with LoRA"
     assert len(backend.reserved) == 1
     assert backend.written
@@ -702,6 +704,6 @@ def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: p
     load_backend.cache_clear()
     try:
         with pytest.raises(BackendError, match="backend triton cannot be loaded"):
-            compat_worker._maker(SimpleNamespace(), Settings(enable=True, backend="triton"), False)
+            worker_hooks._maker(SimpleNamespace(), Settings(enable=True, backend="triton"), False)
     finally:
         load_backend.cache_clear()

@@ -12,8 +12,8 @@ import tiny
 from gates import gate_with, register, worker
 from merged_lora.errors import MergeError, UnknownAdapterError
 from merged_lora.spec import parse
-from merged_lora.vllm_plugin.server import Holder
-from merged_lora.vllm_plugin.snapshots import Snapshots
+from merged_lora.vllm_plugin.api_server.gate import Holder
+from merged_lora.vllm_plugin.worker.snapshots import Snapshots
 
 ME = Holder()
 

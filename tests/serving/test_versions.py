@@ -22,7 +22,7 @@ import install
 from merged_lora.bench.server import ENVIRONMENT, Server, ServerDiedError
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError
-from merged_lora.vllm_plugin import compat, compat_versions, reliance
+from merged_lora.vllm_plugin.hooks import reliance, table, versions
 from merged_lora.vllm_plugin.releases import NEWEST_CPU, TESTED
 from tiny import FLAGS, MAX_RANK, Place
 
@@ -146,7 +146,7 @@ def test_a_signature_holds_from_the_release_with_which_it_began(monkeypatch: pyt
         ("dev", "self request priority"),
     ]:
         monkeypatch.setattr(vllm, "__version__", release)
-        assert compat_versions.since(choices) == expected
+        assert versions.since(choices) == expected
 
 
 def test_a_hook_takes_another_signature_on_the_releases_that_it_names(
@@ -155,12 +155,12 @@ def test_a_hook_takes_another_signature_on_the_releases_that_it_names(
     class Owner:
         def ask(self, request: str, priority: int) -> None: ...
 
-    hook = compat.Hook(Owner, "ask", {"0.30": "self request", "0.34": "self request priority"}, lambda f: f)
-    monkeypatch.setattr(compat, "HOOKS", (hook,))
+    hook = table.Hook(Owner, "ask", {"0.30": "self request", "0.34": "self request priority"}, lambda f: f)
+    monkeypatch.setattr(table, "HOOKS", (hook,))
     monkeypatch.setattr(vllm, "__version__", "0.34.2")
-    assert compat.problems() == []
+    assert table.problems() == []
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    assert compat.problems() == ["Owner.ask takes (self request priority) instead of (self request)"]
+    assert table.problems() == ["Owner.ask takes (self request priority) instead of (self request)"]
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_a_hook_takes_another_signature_on_the_releases_that_it_names(
 def test_tested_alone_refuses_a_release_that_was_not(
     monkeypatch: pytest.MonkeyPatch, release: str, message: str
 ) -> None:
-    compat_versions.check_tested()
+    versions.check_tested()
     monkeypatch.setattr(vllm, "__version__", release)
     with pytest.raises(MergeError, match=f"--merged-lora-vllm tested: vLLM {release} is {message}"):
-        compat_versions.check_tested()
+        versions.check_tested()
 
 
 def test_tested_alone_refuses_a_tested_release_that_was_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_tested_alone_refuses_a_tested_release_that_was_changed(monkeypatch: pyt
     record["lora/request.py:LoRARequest"] = {}
     monkeypatch.setattr(reliance, "recorded", lambda: record)
     with pytest.raises(MergeError, match=r"tested: in vLLM .* 1 of the functions .*request.py:LoRARequest"):
-        compat_versions.check_tested()
+        versions.check_tested()
 
 
 # A release to come

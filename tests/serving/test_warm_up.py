@@ -13,8 +13,8 @@ from merged_lora.backends import Slot
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
-from merged_lora.triton_kernels import launch
-from merged_lora.vllm_plugin.makers import WARMED, warm_up
+from merged_lora.triton_kernels.factors import launch
+from merged_lora.vllm_plugin.worker.makers import WARMED, warm_up
 
 SHAPES = {"m": (24, 40)}
 HALF, WHOLE = torch.bfloat16, torch.float32

@@ -17,10 +17,10 @@ from typing import Any
 
 from merged_lora.errors import AdapterError, MergeError
 from merged_lora.peft_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from merged_lora.vllm_plugin.worker.merge_worker import Reply, raise_failure
+from merged_lora.vllm_plugin.worker.snapshots import CacheFullError
 
 from .metrics import Metrics
-from .snapshots import CacheFullError
-from .worker import Reply, raise_failure
 
 logger = logging.getLogger("vllm.merged_lora")
 
@@ -47,7 +47,7 @@ class Component:
 class Sources:
     """The adapters that may be merged, by name.
 
-    capture, release: ask every worker for a copy, or to drop what is not needed (see ``worker.py``).
+    capture, release: ask every worker for a copy, or to drop what is not needed.
     folder: ``--merged-lora-source-dir``, resolved; None where there is none.
     changes: the lock under which the adapters change, so that vLLM's list and this one agree.
     """

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from merged_lora.errors import MergeError, SpecError
 from merged_lora.spec import MergeSpec, from_json, parse
 
-from .server import BusyError, MergeGate, status_of
+from .gate import BusyError, MergeGate, status_of
 
 MAX_BODY = 1 << 16
 

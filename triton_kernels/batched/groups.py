@@ -13,12 +13,12 @@ import torch
 from merged_lora import bases
 from merged_lora.plan import DeltaModule, EntryModule, FactorModule, MergePlan, Rule
 from merged_lora.streaming import OVERSAMPLING, starting_columns, truncate_tiles
+from merged_lora.triton_kernels.factors.layout import is_launched
 
-from . import delta, rules
-from .delta import WORKSPACE, MergedStack
-from .fused import SAMPLE_BYTES, FusedTiles, is_fused
-from .layout import is_launched
-from .rules import Bound
+from . import entries, lowrank
+from .entries import Bound
+from .fused_tiles import SAMPLE_BYTES, FusedTiles, is_fused
+from .lowrank import WORKSPACE, MergedStack
 from .tiles import GROUP, TILE_BYTES, DeltaTiles, count_bins, last_bin, lower_bits, upper_bits
 
 RESULTS = 64 << 20  # bytes of merged factors that wait for their slots at a time
@@ -56,7 +56,7 @@ def grouped(plan: MergePlan) -> tuple[Group, ...]:
 def kind(module: Module) -> Hashable:
     """What two modules must have in common to be merged together; weights, keys and tensors may differ."""
     if isinstance(module, DeltaModule):
-        return delta.kind(module)
+        return lowrank.kind(module)
     if isinstance(module, FactorModule):
         inputs = (*module.a.inputs, *module.b.inputs)
         ruled: tuple[Hashable, ...] = (_outline(module.a.rule), _outline(module.b.rule))
@@ -75,7 +75,7 @@ def merge_group(group: Group, stacks: Stacks, known: Known) -> MergedStack:
         table = [m.weights for m in group.modules if isinstance(m, DeltaModule)]
         weights = torch.tensor(table, dtype=torch.float64)
         on_device = weights.to(a[0].device, non_blocking=True)
-        return delta.merge_stack(delta.Stack(a, b, on_device, first.rank, first.mean, first.dtype))
+        return lowrank.merge_stack(lowrank.Stack(a, b, on_device, first.rank, first.mean, first.dtype))
     parts = [_merge_part(part, _sliced(stacks, where), known) for where, part in _chunks(group)]
     energies = [part.energy for part in parts if part.energy is not None]
     repeated = [part.repeated for part in parts if part.repeated is not None]
@@ -101,7 +101,7 @@ def whole_bounds(
             for where, part in _chunks(group):
                 coordinates = _coordinates(part, _sliced(stacks(group), where))
                 for source, x in zip(group.modules[0].present, coordinates.values, strict=True):
-                    yield part.names, source, rules.magnitudes(x)
+                    yield part.names, source, entries.magnitudes(x)
 
     thresholds = _whole_thresholds(lambda: ((i, x) for _, i, x in magnitudes()), plan.counts)
     ties: dict[tuple[str, int], torch.Tensor] = {}
@@ -119,7 +119,7 @@ def whole_bounds(
             wanted[source] -= kept
             low, high = (
                 Bound(*(torch.tensor([x], device=places.device) for x in pair))
-                for pair in ((thresholds[source][0], cut), (rules.INFINITY, 0))
+                for pair in ((thresholds[source][0], cut), (entries.INFINITY, 0))
             )
             found[name].append((low, high))
     return found
@@ -147,7 +147,7 @@ def _whole_thresholds(
     found = []
     for i, count in enumerate(wanted):
         if i not in upper or count == 0:
-            found.append((rules.INFINITY, 0))
+            found.append((entries.INFINITY, 0))
             continue
         bins, left = first[i]
         low, left = last_bin(lower[i], left)
@@ -160,8 +160,8 @@ def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
     a, b = stacks
     if isinstance(first, FactorModule):
         pairs = [m for m in group.modules if isinstance(m, FactorModule)]
-        new_a = rules.combine([x.float() for x in a], [m.a.rule for m in pairs])
-        new_b = rules.combine([x.float() for x in b], [m.b.rule for m in pairs])
+        new_a = entries.combine([x.float() for x in a], [m.a.rule for m in pairs])
+        new_b = entries.combine([x.float() for x in b], [m.b.rule for m in pairs])
         return MergedStack(new_a.to(first.a.dtype), new_b.to(first.b.dtype), None)
     assert isinstance(first, EntryModule)
     ruled = _rules(group)
@@ -175,7 +175,7 @@ def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
     else:
         coordinates = _coordinates(group, stacks)
         bounds = _stacked_bounds([known[name] for name in group.names]) if known else None
-        merged = rules.combine(coordinates.values, ruled, bounds)
+        merged = entries.combine(coordinates.values, ruled, bounds)
         weights = torch.tensor([rule.weights for rule in ruled])
         new_a, new_b, energy = bases.placed(coordinates, merged, weights, first.rank)
         repeated = coordinates.repeated

@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from .tables import Integers, block_items, upload
+from merged_lora.triton_kernels.tables import Integers, block_items, upload
+
 from .words import FP16, FP32, INFINITY, MAGNITUDE, WARPS, pointer, widen
 
 BLOCK = 4096  # entries of a tensor looked at together

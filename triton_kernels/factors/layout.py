@@ -10,11 +10,18 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from merged_lora.plan import FactorModule, Keep, MergePlan, Module, Vote
-
-from .combine import COPY, KEEP_ALL, KEEP_LARGEST, KEEP_RANDOM, SUM, VOTE_FREQUENCY, VOTE_TOTAL
-from .packed import Packed
-from .tables import Integers
-from .words import KINDS
+from merged_lora.triton_kernels.kernels.combine import (
+    COPY,
+    KEEP_ALL,
+    KEEP_LARGEST,
+    KEEP_RANDOM,
+    SUM,
+    VOTE_FREQUENCY,
+    VOTE_TOTAL,
+)
+from merged_lora.triton_kernels.kernels.words import KINDS
+from merged_lora.triton_kernels.packed import Packed
+from merged_lora.triton_kernels.tables import Integers
 
 Floats = NDArray[np.float32]
 

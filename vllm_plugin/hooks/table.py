@@ -1,7 +1,7 @@
 """What is wrapped of vLLM; for which releases of it, ``releases.py`` says.
 
-The wrappers stand in ``compat_args.py`` (command line), ``compat_server.py`` (API server) and
-``compat_worker.py`` (workers); no other file touches vLLM but the offline helper.  Each calls the original
+The wrappers stand in ``command_line.py`` (command line), ``api_server.py`` (API server) and
+``worker.py`` (workers); no other file touches vLLM but the offline helper.  Each calls the original
 unchanged unless the plugin is enabled, so that an installed but unused plugin changes nothing.  A function
 whose parameters are not the known ones is a reason to refuse, not to guess.
 """
@@ -25,8 +25,8 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.v1.metrics.stats import LoRARequestStates
 from vllm.v1.worker.worker_base import WorkerBase
 
-from . import compat_args, compat_server, compat_worker
-from .compat_versions import since
+from . import api_server, command_line, worker
+from .versions import since
 
 
 @dataclass(frozen=True)
@@ -44,57 +44,55 @@ class Hook:
 
 
 HOOKS = (
-    Hook(EngineArgs, "add_cli_args", "parser", compat_args.with_flags),
-    Hook(EngineArgs, "from_cli_args", "cls args", compat_args.with_settings),
-    Hook(EngineArgs, "create_engine_config", "self usage_context headless", compat_args.with_lora_enabled),
+    Hook(EngineArgs, "add_cli_args", "parser", command_line.with_flags),
+    Hook(EngineArgs, "from_cli_args", "cls args", command_line.with_settings),
+    Hook(EngineArgs, "create_engine_config", "self usage_context headless", command_line.with_lora_enabled),
     Hook(
         vllm.entrypoints.cli.serve,
         "wait_for_completion_or_failure",
         "api_server_manager engine_manager coordinator",
-        compat_server.outliving_servers,
+        api_server.outliving_servers,
     ),
-    Hook(vllm.entrypoints.openai.models.api_router, "attach_router", "app", compat_server.with_routes),
+    Hook(vllm.entrypoints.openai.models.api_router, "attach_router", "app", api_server.with_routes),
     Hook(
         OpenAIServingModels,
         "__init__",
         "self engine_client base_model_paths lora_modules",
-        compat_server.with_gate,
+        api_server.with_gate,
     ),
-    Hook(OpenAIServingModels, "init_static_loras", "self", compat_server.then_check_aliases),
-    Hook(
-        OpenAIServingModels, "load_lora_adapter", "self request base_model_name", compat_server.after_copying
-    ),
-    Hook(OpenAIServingModels, "unload_lora_adapter", "self request", compat_server.then_forget),
-    Hook(OpenAIServingModels, "show_available_models", "self", compat_server.with_aliases),
-    Hook(OpenAIServingModels, "model_name", "self lora_request", compat_server.with_sent_name),
-    Hook(BaseServing, "_check_model", "self request", compat_server.through_gate),
-    Hook(PoolingBaseServing, "_check_model", "self request", compat_server.through_gate),
+    Hook(OpenAIServingModels, "init_static_loras", "self", api_server.then_check_aliases),
+    Hook(OpenAIServingModels, "load_lora_adapter", "self request base_model_name", api_server.after_copying),
+    Hook(OpenAIServingModels, "unload_lora_adapter", "self request", api_server.then_forget),
+    Hook(OpenAIServingModels, "show_available_models", "self", api_server.with_aliases),
+    Hook(OpenAIServingModels, "model_name", "self lora_request", api_server.with_sent_name),
+    Hook(BaseServing, "_check_model", "self request", api_server.through_gate),
+    Hook(PoolingBaseServing, "_check_model", "self request", api_server.through_gate),
     Hook(
         BaseServing,
         "_maybe_get_adapters",
         "self request supports_default_mm_loras",
-        compat_server.with_merge,
+        api_server.with_merge,
     ),
     Hook(
         LoRARequestStates,
         "_request_update",
         "self req_id lora_name waiting running",
-        compat_server.with_one_label,
+        api_server.with_one_label,
     ),
     Hook(
         WorkerLoRAManager,
         "__init__",
         "self vllm_config device embedding_modules lora_model_cls",
-        compat_worker.with_worker,
+        worker.with_worker,
     ),
-    Hook(WorkerLoRAManager, "_load_adapter", "self lora_request", compat_worker.or_merge),
+    Hook(WorkerLoRAManager, "_load_adapter", "self lora_request", worker.or_merge),
     Hook(
         LRUCacheWorkerLoRAManager,
         "create_lora_manager",
         "self model vllm_config",
-        compat_worker.then_ready,
+        worker.then_ready,
     ),
-    Hook(LoRAModelManager, "activate_adapter", "self lora_id", compat_worker.filling_slots),
+    Hook(LoRAModelManager, "activate_adapter", "self lora_id", worker.filling_slots),
 )
 
 
@@ -106,7 +104,7 @@ def problems() -> list[str]:
         if original is None:
             found.append(f"{hook.owner.__name__}.{hook.name} is missing")
             continue
-        actual = " ".join(inspect.signature(inspect.unwrap(compat_args.plain(original))).parameters)
+        actual = " ".join(inspect.signature(inspect.unwrap(command_line.plain(original))).parameters)
         expected = hook.parameters if isinstance(hook.parameters, str) else since(hook.parameters)
         if actual != expected:
             found.append(f"{hook.owner.__name__}.{hook.name} takes ({actual}) instead of ({expected})")
@@ -115,10 +113,10 @@ def problems() -> list[str]:
 
 def install() -> None:
     """Wrap the hooks, once per process."""
-    if hasattr(WorkerBase, compat_worker.CAPTURE):
+    if hasattr(WorkerBase, worker.CAPTURE):
         return
     for hook in HOOKS:
-        compat_args.wrap_method(hook.owner, hook.name, hook.wrap)
-    setattr(WorkerBase, compat_worker.CAPTURE, compat_worker.rpc_capture)
-    setattr(WorkerBase, compat_worker.RELEASE, compat_worker.rpc_release)
-    setattr(WorkerBase, compat_worker.PREPARE, compat_worker.rpc_prepare)
+        command_line.wrap_method(hook.owner, hook.name, hook.wrap)
+    setattr(WorkerBase, worker.CAPTURE, worker.rpc_capture)
+    setattr(WorkerBase, worker.RELEASE, worker.rpc_release)
+    setattr(WorkerBase, worker.PREPARE, worker.rpc_prepare)

@@ -1,6 +1,6 @@
 """Every touch with vLLM's managers of adapters in a worker: where it reads one, activates one, and is called.
 
-The table of what is wrapped stands in ``compat.py``; what a merge becomes there, in ``compat_models.py``.
+The table of what is wrapped stands in ``table.py``; what a merge becomes there, in ``models.py``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Backend, SlotBackend, load_backend
 from merged_lora.errors import AdapterError, BackendError, PlanError, UnknownAdapterError
 from merged_lora.factors import Factors
+from merged_lora.vllm_plugin.identity import is_merge_path
+from merged_lora.vllm_plugin.settings import Settings
+from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker, SlotMaker, warm_up
+from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker, Reply
+from merged_lora.vllm_plugin.worker.snapshots import GIB
 
-from .compat_models import (
+from .models import (
     check_fit,
     compile_filling,
     host_model,
@@ -32,12 +37,7 @@ from .compat_models import (
     lora_model,
     slot_model,
 )
-from .compat_slots import ATTRIBUTE, Filling, Layout
-from .identity import is_merge_path
-from .makers import HostMaker, Maker, SlotMaker, warm_up
-from .settings import Settings
-from .snapshots import GIB
-from .worker import MergeWorker, Reply
+from .slots import ATTRIBUTE, Filling, Layout
 
 logger = logging.getLogger("vllm.merged_lora")
 

@@ -1,6 +1,6 @@
 """How merges get into the slots of vLLM's layers: written there by a backend, or copied from host memory.
 
-The table of what is wrapped stands in ``compat.py``.
+The table of what is wrapped stands in ``table.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The passes of ``stream.py`` put together: exact thresholds, then products with the merged deltas.
+"""The passes of ``kernels/sketch.py`` put together: exact thresholds, then products with the merged deltas.
 
 For rules that keep entries by magnitude or at random; see ``tiles.py`` for all others.
 """
@@ -11,11 +11,11 @@ import torch
 import triton
 
 from merged_lora.plan import Rule
+from merged_lora.triton_kernels.factors.layout import blend_rule, keep_rule
+from merged_lora.triton_kernels.kernels import sketch
+from merged_lora.triton_kernels.kernels.sketch import BINS, DEPTH, KEEP_BETWEEN, WIDEST
 
-from . import stream
-from .layout import blend_rule, keep_rule
-from .rules import INFINITY
-from .stream import BINS, DEPTH, KEEP_BETWEEN, WIDEST
+from .entries import INFINITY
 
 SAMPLE = 1 << 14  # entries of each source and module that tell where a threshold will be
 SAMPLE_BYTES = 24 * SAMPLE  # of them, sorted
@@ -54,7 +54,7 @@ class FusedTiles:
         vote = rule.vote
         counted = any(keep.count is not None for keep in rule.keeps)
         skipping = any(keep.skip for keep in rule.keeps)
-        self._sources = stream.Sources(
+        self._sources = sketch.Sources(
             a=_filled(a, 1, rank),
             b=_filled(b, 2, rank),
             scalings=scalings.contiguous(),
@@ -64,7 +64,7 @@ class FusedTiles:
             keys=torch.tensor(keys).to(device),
             shares=torch.tensor([k.share or 0 for k in rule.keeps], dtype=torch.int32).to(device),
             rescales=torch.tensor([k.rescale for k in rule.keeps], dtype=torch.float32).to(device),
-            precision=stream.precision({x.dtype for x in (*a, *b)}),
+            precision=sketch.precision({x.dtype for x in (*a, *b)}),
             keep=KEEP_BETWEEN.value if skipping else keep_rule(rule.keeps),
             rule=blend_rule(vote),
             weighted=vote is not None and vote.weighted,
@@ -81,13 +81,13 @@ class FusedTiles:
 
     def times(self, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`merged_lora.streaming.Tiles`."""
-        pairs = [stream.times(self._sources, part) for part in _parts(right)]
+        pairs = [sketch.times(self._sources, part) for part in _parts(right)]
         product = torch.cat([product for product, _ in pairs], dim=2)
         return product[:, :, : right.shape[2]], pairs[0][1].double().sum(1)
 
     def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
         """See :class:`merged_lora.streaming.Tiles`."""
-        parts = [stream.transposed_times(self._sources, part) for part in _parts(left)]
+        parts = [sketch.transposed_times(self._sources, part) for part in _parts(left)]
         return torch.cat(parts, dim=2)[:, :, : left.shape[2]]
 
     def _find(self, counts: Sequence[int]) -> torch.Tensor:
@@ -101,7 +101,7 @@ class FusedTiles:
         open_ = (wanted > 0) & (wanted < self._size)
         found = torch.where(wanted > 0, 0, INFINITY).int()
         while bool(open_.any()):
-            counted = stream.count(self._sources, base, shift).long()
+            counted = sketch.count(self._sources, base, shift).long()
             from_top = counted[..., :BINS].flip(-1).cumsum(-1) + counted[..., BINS:]
             place = (from_top < wanted[..., None]).sum(-1)
             missed = (place == BINS) | (counted[..., BINS] >= wanted)

@@ -1,6 +1,6 @@
 """What the plugin relies on in vLLM's source, and whether it reads as in the releases that were tested.
 
-The hooks' parameters (``compat.HOOKS``) say whether the plugin fits at all. What the functions around them do
+The hooks' parameters (``table.HOOKS``) say whether the plugin fits at all. What the functions around them do
 can change as well: those that are wrapped, those that are called, and whatever calls one of the wrapped.
 Each has a digest of its source here, free of comments, docstrings, annotations and layout; of a function that
 calls, the calls alone, as its other lines change with every release. Reads files and imports none of vLLM.

@@ -14,8 +14,8 @@ import torch
 from merged_lora.batched import multiplied
 from merged_lora.plan import Rule
 
-from . import rules
-from .rules import INFINITY, Bound
+from . import entries
+from .entries import INFINITY, Bound
 
 TILE_BYTES = 8 << 20  # of a tile of every source, or GROUP rows; intermediates take some ten times as much
 GROUP = 8  # rows: each tile begins at a whole Philox call
@@ -72,23 +72,23 @@ class DeltaTiles:
     def _kept(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """What is kept of those, ``[modules, entries]``, before anything is selected across sources."""
         for start, values in self._tiles():
-            yield start, rules.keep(values, self._rules, start * self._columns, self._bounds)
+            yield start, entries.keep(values, self._rules, start * self._columns, self._bounds)
 
     def _selected(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
         for start, values in self._kept():
             if self._chosen is None:
                 yield start, values
             else:
-                score = rules.deviations(values)
-                yield start, rules.select(values, score, self._chosen, start * self._columns)
+                score = entries.deviations(values)
+                yield start, entries.select(values, score, self._chosen, start * self._columns)
 
     def _merged(self) -> Iterator[tuple[int, torch.Tensor]]:
         for start, values in self._selected():
-            merged = rules.blend(values, self._rules, self._coefficients)
+            merged = entries.blend(values, self._rules, self._coefficients)
             yield start, merged.view(self._modules, -1, self._columns)
 
     def _scores(self) -> Iterator[torch.Tensor]:
-        return (rules.deviations(values) for _, values in self._kept())
+        return (entries.deviations(values) for _, values in self._kept())
 
     def _find_bounds(self, rule: Rule) -> list[tuple[Bound, Bound] | None]:
         found: list[tuple[Bound, Bound] | None] = []
@@ -117,7 +117,7 @@ class DeltaTiles:
         thr = bins << 16 | low
         cut, met, end = every + size, every.clone(), 0
         for x in values():
-            ties = (rules.magnitudes(x) == thr[:, None]).cumsum(1) + met[:, None]
+            ties = (entries.magnitudes(x) == thr[:, None]).cumsum(1) + met[:, None]
             reached = (met < wanted) & (ties[:, -1] >= wanted)
             cut = torch.where(reached, end + (ties < wanted[:, None]).sum(1) + 1, cut)
             met, end = ties[:, -1], end + ties.shape[1]
@@ -129,7 +129,7 @@ class DeltaTiles:
             torch.stack([x.double().square().sum(1) for x in values], dim=1) for _, values in self._selected()
         )
         assert isinstance(sums, torch.Tensor)
-        return rules.energy_shares(sums)
+        return entries.energy_shares(sums)
 
 
 def upper_bits(mags: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ def count_bins(mags: torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor]
 
 def _counted(tiles: Iterator[torch.Tensor], place: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The same of the entries of all tiles."""
-    return functools.reduce(torch.add, (count_bins(rules.magnitudes(x), place) for x in tiles))
+    return functools.reduce(torch.add, (count_bins(entries.magnitudes(x), place) for x in tiles))
 
 
 def last_bin(counts: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,12 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .combine import BLOCK, KEEP_LARGEST, KEEP_RANDOM, Tables, Variant, combine
+from merged_lora.triton_kernels.kernels.combine import (
+    BLOCK,
+    KEEP_LARGEST,
+    KEEP_RANDOM,
+    Tables,
+    Variant,
+    combine,
+)
+from merged_lora.triton_kernels.kernels.trim import find_thresholds
+from merged_lora.triton_kernels.kernels.words import INFINITY, MAGNITUDE, MIXED
+from merged_lora.triton_kernels.packed import Resident
+from merged_lora.triton_kernels.tables import Integers, Take, aligned, block_items, upload
+
 from .layout import Layout
-from .packed import Resident
-from .tables import Integers, Take, aligned, block_items, upload
-from .trim import find_thresholds
-from .words import INFINITY, MAGNITUDE, MIXED
 
 KEPT_THRESHOLDS = 8  # per adapter, one for each density it was last merged with
 EVERYTHING, NOTHING = (0, MAGNITUDE.value), (INFINITY.value, 0)

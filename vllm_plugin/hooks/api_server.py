@@ -1,6 +1,6 @@
 """Every touch with vLLM's API server: the gate of all requests, its routes, and what it shows.
 
-The table of what is wrapped stands in ``compat.py``.
+The table of what is wrapped stands in ``table.py``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.lora.request import LoRARequest
 
 from merged_lora.errors import MergeError
+from merged_lora.vllm_plugin.api_server.gate import BusyError, MergeGate, status_of
+from merged_lora.vllm_plugin.api_server.metrics import metrics
+from merged_lora.vllm_plugin.api_server.routes import make_router
+from merged_lora.vllm_plugin.api_server.sources import Sources
+from merged_lora.vllm_plugin.identity import SCHEME, MergeIdentity
+from merged_lora.vllm_plugin.settings import Settings
+from merged_lora.vllm_plugin.worker.merge_worker import Reply, agreed
 
-from . import compat_args
-from .compat_slots import ATTRIBUTE
-from .compat_worker import CAPTURE, PREPARE, RELEASE
-from .identity import SCHEME, MergeIdentity
-from .metrics import metrics
-from .routes import make_router
-from .server import BusyError, MergeGate, status_of
-from .settings import Settings
-from .sources import Sources
-from .worker import Reply, agreed
+from . import command_line
+from .slots import ATTRIBUTE
+from .worker import CAPTURE, PREPARE, RELEASE
 
 logger = logging.getLogger("vllm.merged_lora")
 
@@ -86,7 +86,7 @@ def with_gate(original: Callable[..., None]) -> Callable[..., None]:
         async def ask(method: str, *arguments: Any) -> Reply:
             return agreed(await _on_every_worker(engine_client, method, arguments))
 
-        settings = compat_args.settings
+        settings = command_line.settings
         sources = Sources(
             functools.partial(ask, CAPTURE),
             functools.partial(ask, RELEASE),
@@ -363,7 +363,7 @@ def outliving_servers(original: Callable[..., None]) -> Callable[..., None]:
                 ended = set(connection.wait([process.sentinel for process in processes], timeout=0))
                 living = [process for process in processes if process.sentinel not in ended]
                 lost = len(processes) - len(living)
-                if not compat_args.settings.enable or not living or not lost:
+                if not command_line.settings.enable or not living or not lost:
                     raise
                 logger.error("%d API server(s) died; the %d others serve on", lost, len(living))
                 api_server_manager.processes = living

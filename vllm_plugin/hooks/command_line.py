@@ -1,6 +1,6 @@
 """Every touch with vLLM's command line: the plugin's flags, and how they reach its processes.
 
-The table of what is wrapped stands in ``compat.py``.
+The table of what is wrapped stands in ``table.py``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import vllm
 from vllm.platforms import current_platform
 
 from merged_lora.errors import MergeError
+from merged_lora.vllm_plugin.settings import FLAGS, KEY, TESTED_ALONE, Settings, option, parse_alias
 
-from .compat_versions import check_tested, difference
-from .settings import FLAGS, KEY, TESTED_ALONE, Settings, option, parse_alias
+from .versions import check_tested, difference
 
 logger = logging.getLogger("vllm.merged_lora")
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 
-from .compat_args import given_flags, with_flags, wrap_method
-from .settings import KEY
+from merged_lora.vllm_plugin.settings import KEY
+
+from .command_line import given_flags, with_flags, wrap_method
 
 _INSTALLED = "merged_lora_off"
 

@@ -11,9 +11,9 @@ import vllm
 from packaging.version import InvalidVersion, Version
 
 from merged_lora.errors import MergeError
+from merged_lora.vllm_plugin.releases import KNOWN_BAD, TESTED, minor
 
 from . import reliance
-from .releases import KNOWN_BAD, TESTED, minor
 
 SHOWN = 5  # of the names that read differently
 

@@ -21,15 +21,15 @@ from merged_lora.plan import SHARES
 from merged_lora.planning import check_names
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
 from merged_lora.strategies import find
+from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
+from merged_lora.vllm_plugin.settings import Settings, check_alias_name
+from merged_lora.vllm_plugin.worker.makers import Facts
+from merged_lora.vllm_plugin.worker.merge_worker import Reply, raise_failure
+from merged_lora.vllm_plugin.worker.snapshots import CacheFullError
 
 from .aliases import Aliases
-from .identity import NUMBER_TAKEN, MergeIdentity
-from .makers import Facts
 from .metrics import Metrics
-from .settings import Settings, check_alias_name
-from .snapshots import CacheFullError
 from .sources import Sources
-from .worker import Reply, raise_failure
 
 LEAST_SHARE = 1.0 / SHARES  # of entries that are drawn
 logger = logging.getLogger("vllm.merged_lora")

@@ -1,7 +1,7 @@
 """In each worker: snapshots of the adapters in memory, and merges made from them for vLLM's own slots.
 
 How a merge is made is a maker's business (``makers.py``), and how vLLM reads and holds an adapter a shelf's
-(``compat_worker.py``).  Calls come in by RPC; none ever raises, on any rank, because vLLM does not survive a
+(``hooks/worker.py``).  Calls come in by RPC; none ever raises, on any rank, because vLLM does not survive a
 failed RPC at tensor parallel sizes above 1.  What the step path needs later is then certain to succeed: it
 reads no disk, and the merge it may have to repeat has succeeded before.
 """
@@ -20,8 +20,8 @@ from merged_lora.adapters import Adapter
 from merged_lora.engine import plan
 from merged_lora.errors import AdapterError, MergeError, PlanError, UnknownAdapterError
 from merged_lora.plan import MergePlan
+from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
 
-from .identity import NUMBER_TAKEN, MergeIdentity
 from .makers import Facts, Maker
 from .snapshots import CacheFullError, Snapshots
 

@@ -1,6 +1,6 @@
 """How an adapter, or a merge, becomes what vLLM holds of it in a worker.
 
-The table of what is wrapped stands in ``compat.py``.
+The table of what is wrapped stands in ``table.py``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from merged_lora.backends import SlotBackend
 from merged_lora.errors import PlanError, listed
 from merged_lora.peft_files import config_of, tensors_of
 from merged_lora.plan import MergePlan
+from merged_lora.vllm_plugin.worker.makers import outline
 
-from .compat_slots import ATTRIBUTE, DeviceFilling, HostFilling, Layout, names_of, parts_of
-from .makers import outline
+from .slots import ATTRIBUTE, DeviceFilling, HostFilling, Layout, names_of, parts_of
 
 
 def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:

@@ -1,0 +1,1 @@
+"""The Triton kernels and their launchers. Knows tensors and tables, not plans."""

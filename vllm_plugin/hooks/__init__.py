@@ -1,0 +1,1 @@
+"""Everything that touches vLLM: the table of wrapped functions, and the wrappers by part of vLLM."""

@@ -1,0 +1,1 @@
+"""What runs in each worker: copies of the sources, and the merges made from them."""
