@@ -201,8 +201,32 @@ def _keep(said: _Said, index: int, size: int, source: Adapter, module: str, side
         return _largest(count, min(int(said.gammas[index] * size), size - count))
     identity = f"{said.seed}\0{source.digest}\0{module}\0{side}"
     key = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
-    spread = round(said.epsilons[index] * SHARES) if said.epsilons is not None and density < 1.0 else 0
-    return Keep(share=max(1, round(density * SHARES)), key=key, spread=spread)
+    share, spread = _drawn(density, None if said.epsilons is None else said.epsilons[index])
+    return Keep(share=share, key=key, spread=spread)
+
+
+def _drawn(density: float, epsilon: float | None) -> tuple[int, int]:
+    """The share of entries kept at random and its spread within a row, both in 65536ths."""
+    spread = 0 if epsilon is None or density == 1.0 else round(epsilon * SHARES)
+    return max(1, round(density * SHARES)), spread
+
+
+def amplification(spec: MergeSpec) -> float:
+    """The largest factor by which the spec itself multiplies an entry of a source's delta.
+
+    It covers weights, ``scale`` and the rescaling of entries kept at random. What the strategy makes of the
+    adapters' own lengths and angles is not in it.
+    """
+    strategy = find(spec.strategy)
+    rescales = [1.0] * len(spec.sources)
+    if strategy.recipe.keep in ("random", "graded"):
+        epsilons = spec.per_source("epsilon") if strategy.option("epsilon") else (None,) * len(spec.sources)
+        drawn = [_drawn(d, e) for d, e in zip(spec.per_source("density"), epsilons, strict=True)]
+        times = 2 if strategy.recipe.space == "factors" else 1  # A and B are rescaled each on its own
+        rescales = [(SHARES / max(1, share - spread)) ** times for share, spread in drawn]
+    power = 2 if spec.option("compat") == "lorax" else 1  # raw weights on both factors
+    largest = max(abs(w) ** power * rescale for w, rescale in zip(spec.weights(), rescales, strict=True))
+    return largest * abs(float(spec.option("scale")))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(1024)

@@ -17,10 +17,8 @@ from http import HTTPStatus
 from typing import Any
 
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
-from merged_lora.plan import SHARES
-from merged_lora.planning import check_names
+from merged_lora.planning import amplification, check_names
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
-from merged_lora.strategies import find
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
 from merged_lora.vllm_plugin.settings import Settings, check_alias_name
 from merged_lora.vllm_plugin.worker.makers import Facts
@@ -31,7 +29,6 @@ from .aliases import Aliases
 from .metrics import Metrics
 from .sources import Sources
 
-LEAST_SHARE = 1.0 / SHARES  # of entries that are drawn
 logger = logging.getLogger("vllm.merged_lora")
 
 
@@ -229,7 +226,7 @@ class MergeGate:
             raise SpecError(
                 f"the spec has {len(str(spec))} characters; at most {limits.max_spec_length} are taken"
             )
-        strength = _strength(spec)
+        strength = amplification(spec)
         if strength > limits.max_strength * (1 + 1e-9):  # but for the rounding of what it is made of
             raise SpecError(
                 f"the merge multiplies a source by {strength:.7g}; this server multiplies by at most "
@@ -304,22 +301,3 @@ def log_merge(identity: MergeIdentity, facts: Facts) -> None:
         lowest,
         facts.seconds * 1e3,
     )
-
-
-def _strength(spec: MergeSpec) -> float:
-    """The most that the spec itself multiplies an entry of a source's delta by, whatever the adapters are.
-
-    What overflows in a model's activations can outlive its request in the memory that vLLM's attention uses
-    again, and then spoils the answers of others: so what a client may amplify has a bound.
-    """
-    recipe = find(spec.strategy).recipe
-    shares = (1.0,) * len(spec.sources)
-    if recipe.keep in ("random", "graded"):
-        # What is drawn with a probability is divided by it, on factors in A and in B.
-        spreads = spec.per_source("epsilon") if recipe.keep == "graded" else (0.0,) * len(shares)
-        densities = zip(spec.per_source("density"), spreads, strict=True)
-        least = (density - epsilon if density < 1.0 else 1.0 for density, epsilon in densities)
-        shares = tuple(max(p, LEAST_SHARE) ** (2 if recipe.space == "factors" else 1) for p in least)
-    power = 2 if spec.option("compat") == "lorax" else 1
-    largest = max(abs(w) ** power / share for w, share in zip(spec.weights(), shares, strict=True))
-    return largest * abs(float(spec.option("scale")))  # type: ignore[arg-type]
