@@ -249,7 +249,11 @@ class Bench:
                 yield self._warm_case(strategy)
         for strategy in USUAL:
             yield self._warm_case(strategy, slot_rank=4 * work.rank)
-        for strategy in (s.name for s in TABLE.values() if s.recipe.entrywise and s.name not in ENTRY_AIMS):
+        for strategy in (
+            s.name
+            for s in TABLE.values()
+            if s.recipe.space in ("entries", "core") and s.name not in ENTRY_AIMS
+        ):
             yield self._case(strategy, strategy, partial(self._of_entries, strategy))
         for strategy in ("linear", "dare_ties"):
             case = f"{strategy} beside PEFT"

@@ -15,9 +15,10 @@ from merged_lora.lowrank import Each, in_turn, merge_modules
 from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan
 from merged_lora.streaming import starting_columns, truncate_tiles
 
-from .combine import Combiner, Integers, batches
-from .thresholds import Pair, Visit, find_pairs
-from .tiles import DeltaTiles
+from .combine import combine
+from .pool import Integers, Pool, batches
+from .thresholds import Visit, find_thresholds
+from .tiles import NumbaTiles
 
 AT_A_TIME = 64 << 20  # bytes of coordinates and their bases, or of float64 factors, that are merged
 
@@ -36,35 +37,35 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._combiner = Combiner()
+        self._pool = Pool()
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}
         energy: dict[str, Energy] = {}
         repeated: list[str] = []
-        pairs = {name: m for name, m in plan.modules.items() if isinstance(m, FactorModule)}
-        jobs = [job for m in pairs.values() for job in (m.a, m.b)]
-        merged = self._combiner.merge(jobs, _halved(progress))
-        for i, (name, module) in enumerate(pairs.items()):
+        factors = {name: m for name, m in plan.modules.items() if isinstance(m, FactorModule)}
+        jobs = [job for m in factors.values() for job in (m.a, m.b)]
+        merged = combine(self._pool, jobs, _halved(progress))
+        for i, (name, module) in enumerate(factors.items()):
             modules[name] = Factors(merged[2 * i], merged[2 * i + 1], 1.0, module.embedding)
         deltas = [(name, m) for name, m in plan.modules.items() if isinstance(m, DeltaModule)]
-        for some in batches(deltas, lambda pair: _vector_bytes(pair[1]), AT_A_TIME):
-            members = [module for _, module in some]
+        for part in batches(deltas, lambda item: _vector_bytes(item[1]), AT_A_TIME):
+            members = [module for _, module in part]
             done = merge_modules(members, self._each(members))
-            for (name, _), one in zip(some, done, strict=True):
-                modules[name] = one.factors
-                if one.energy is not None:
-                    energy[name] = one.energy
-            progress(len(some))
+            for (name, _), merged_module in zip(part, done, strict=True):
+                modules[name] = merged_module.factors
+                if merged_module.energy is not None:
+                    energy[name] = merged_module.energy
+            progress(len(part))
         for name, other in plan.modules.items():
             if isinstance(other, EntryModule) and other.basis is None:
                 modules[name], energy[name] = self._merge_tiles(other)
                 progress(1)
-        known = self._known(plan)
+        thresholds = self._model_thresholds(plan)
         for batch in self._batches(plan):
-            for name, (factors, kept) in self._merge_coordinates(batch, known).items():
-                modules[name] = factors
+            for name, (result, kept) in self._merge_coordinates(batch, thresholds).items():
+                modules[name] = result
                 if kept is not None:
                     energy[name] = kept
             repeated += [name for name, one in batch.items() if bool(one.coordinates.repeated)]
@@ -74,19 +75,20 @@ class CpuBackend:
     def _merge_tiles(self, module: EntryModule) -> tuple[Factors, Energy]:
         """A module whose deltas are merged entry by entry."""
         start = starting_columns(*_stacked(module), module.rank)
-        a, b, energy = truncate_tiles(DeltaTiles(module, self._combiner), start, module.rank)
+        a, b, energy = truncate_tiles(NumbaTiles(module, self._pool), start, module.rank)
         kept, asked = energy[0].tolist()
         return _factors(a[0], b[0], module), (kept, asked)
 
     def _merge_coordinates(
-        self, batch: Mapping[str, Coordinated], known: Mapping[str, Integers]
+        self, batch: Mapping[str, Coordinated], thresholds: Mapping[str, Integers]
     ) -> dict[str, tuple[Factors, Energy | None]]:
-        """Modules on their coordinates.  known: thresholds, where they are those of the whole model."""
+        """Modules merged on their coordinates.  thresholds: if they are those of the whole model."""
         jobs = [
             FactorJob(tuple([x[0] for x in one.coordinates.values]), one.module.rule, torch.float32)
             for one in batch.values()
         ]
-        merged = self._combiner.merge(jobs, lambda _: None, [known[name] for name in batch] if known else ())
+        found = [thresholds[name] for name in batch] if thresholds else ()
+        merged = combine(self._pool, jobs, lambda _: None, found)
         each = self._each([one.module for one in batch.values()])
         done = each(_placed, list(zip(batch.values(), merged, strict=True)))
         return dict(zip(batch, done, strict=True))
@@ -98,18 +100,18 @@ class CpuBackend:
             for name, module in plan.modules.items()
             if isinstance(module, EntryModule) and module.basis is not None
         ]
-        for some in batches(modules, lambda pair: _coordinate_bytes(pair[1]), AT_A_TIME):
-            names, members = zip(*some, strict=True)
+        for part in batches(modules, lambda item: _coordinate_bytes(item[1]), AT_A_TIME):
+            names, members = zip(*part, strict=True)
             yield dict(zip(names, self._each(members)(_coordinated, members), strict=True))
 
     def _each(self, modules: Sequence[DeltaModule | EntryModule]) -> Each:
         """How modules are gone through: each on one core, or in turn, with torch on all of them."""
         # The large products of an output basis, and those of few large modules, torch spreads better itself.
         output = any(isinstance(module, EntryModule) and module.basis == "output" for module in modules)
-        return in_turn if output or len(modules) < self._combiner.cores else self._combiner.each
+        return in_turn if output or len(modules) < self._pool.cores else self._pool.each
 
-    def _known(self, plan: MergePlan) -> dict[str, Integers]:
-        """Thresholds by module where entries are counted over the whole model: ``[sources, 2]`` each."""
+    def _model_thresholds(self, plan: MergePlan) -> dict[str, Integers]:
+        """Thresholds by module if entries are counted over the whole model: ``[sources, 2]`` each."""
         if plan.counts is None:
             return {}
         sizes = [0] * len(plan.counts)
@@ -128,10 +130,13 @@ class CpuBackend:
                         if begins is None or begin in begins:
                             visit(0, i, x.data_ptr(), x.numel(), begin)
 
-        pairs: list[Pair] = find_pairs(scan, 1, list(enumerate(plan.counts)), sizes)
+        found = find_thresholds(scan, 1, list(enumerate(plan.counts)), sizes)
         return {
             name: np.array(
-                [(pairs[i][0], pairs[i][1] - begin) for i, begin in zip(m.present, starts[name], strict=True)]
+                [
+                    (found[i].value, found[i].cut - begin)
+                    for i, begin in zip(m.present, starts[name], strict=True)
+                ]
             )
             for name, m in plan.modules.items()
         }
@@ -158,7 +163,7 @@ def _placed(pair: tuple[Coordinated, torch.Tensor]) -> tuple[Factors, Energy | N
 
 
 def _vector_bytes(module: DeltaModule) -> int:
-    """Of float64 copies of the factors, twice."""
+    """Bytes of two float64 copies of the factors."""
     return 16 * sum(x.numel() for f in module.sources for x in (f.a, f.b))
 
 
@@ -179,12 +184,12 @@ def _factors(a: torch.Tensor, b: torch.Tensor, module: EntryModule) -> Factors:
 
 
 def _halved(progress: Progress) -> Progress:
-    """Progress in modules, told in tensors: two make a module."""
+    """Progress in modules, from progress in tensors: two make a module."""
     done = 0
 
-    def tell(tensors: int) -> None:
+    def report(tensors: int) -> None:
         nonlocal done
         before, done = done, done + tensors
         progress(done // 2 - before // 2)
 
-    return tell
+    return report

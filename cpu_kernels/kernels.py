@@ -7,10 +7,10 @@ Thresholds: for each tensor the pair ``(thr, cut)`` that keeps exactly ``count``
 A magnitude is an entry's bit pattern without its sign, which orders like its absolute value.  16-bit
 dtypes are counted into 32768 bins in one pass; float32 by its upper 15 bits first, then the lower 16 of
 those in the bin that holds the threshold.  A second pass finds the index at which the ties are cut.
-``thr`` is told as float32 bits for every dtype: widening keeps the order, and the merge compares there.
+``thr`` is given as float32 bits for every dtype: widening keeps the order, and the merge compares there.
 
 The merge works in blocks that stay in the first-level cache; every inner loop is over entries, branch-free,
-so that LLVM vectorises it, and every operation rounds to float32 in source order, as ``reference.factors``
+so that LLVM vectorises it, and every operation rounds to float32 in source order, as ``reference.entries``
 does.  Tensors come as addresses: a tuple of arrays would be compiled anew for every count of sources, a row
 of addresses is not.  They belong to contiguous tensors that the caller keeps alive.
 
@@ -269,9 +269,9 @@ def combine_tensors(
     key,
     rescale,
     coefficient,
-    rule,
+    blend,
     weighted,
-    known,
+    thresholds,
 ):
     """Merge the given items, each one whole tensor or a part of one.
 
@@ -279,9 +279,9 @@ def combine_tensors(
     entry in the whole (a multiple of 8), first row and number of rows in the source tables.  Per source row:
     address, kind, float32 weight, count of the largest entries kept (or KEEP_ALL), share of 65536 (or
     NO_DRAW) and key of the random mask, float32 rescale, float32 coefficient in an energy mean.
-    rule: SUM, VOTE_TOTAL, VOTE_FREQUENCY or VOTE_ENERGY for all items; weighted: whether the vote counts
-    weighted values.  known: ``(thr, cut)`` per source row, used instead of the counts where it has rows; cut
-    counts from the item's first entry.
+    blend: SUM, VOTE_TOTAL, VOTE_FREQUENCY or VOTE_ENERGY for all items; weighted: whether the vote counts
+    weighted values.  thresholds: ``(thr, cut)`` per source row, used instead of the counts if it has rows;
+    cut counts from the item's first entry.
     """
     bits = np.empty(BLOCK, np.uint32)
     x = bits.view(np.float32)
@@ -301,14 +301,14 @@ def combine_tensors(
         # Thresholds are found right before they are used, while the tensor is still in the cache.
         for s in range(sources[item]):
             row = first[item] + s
-            if known.size:
-                thr[s], cut[s] = known[row, 0], known[row, 1]
+            if thresholds.size:
+                thr[s], cut[s] = thresholds[row, 0], thresholds[row, 1]
             else:
                 thr[s], cut[s] = find_threshold(address[row], size[item], kind[row], count[row], bins)
         for start in range(0, size[item], BLOCK):
             n = min(BLOCK, size[item] - start)
             total[:n] = zero
-            if rule != SUM:
+            if blend != SUM:
                 positive[:n] = zero
                 negative[:n] = zero
                 counts[:n] = 0
@@ -323,11 +323,11 @@ def combine_tensors(
                     _fill_draws(begin[item] + start, key[row], draws)
                     _keep_random(x, n, draws, share[row], rescale[row])
                 w = weight[row]
-                if rule == SUM:
+                if blend == SUM:
                     for i in range(n):
                         total[i] += x[i] * w
                     continue
-                if rule == VOTE_ENERGY:
+                if blend == VOTE_ENERGY:
                     _vote_energy(x, n, w, coefficient[row], total, positive, negative, pluses, minuses)
                     continue
                 for i in range(n):
@@ -335,20 +335,20 @@ def combine_tensors(
                     z = y if weighted else x[i]
                     up = z > zero
                     down = z < zero
-                    if rule == VOTE_TOTAL:
+                    if blend == VOTE_TOTAL:
                         total[i] += z
                     else:
                         total[i] += (one if up else zero) - (one if down else zero)
                     positive[i] += y if up else zero
                     negative[i] += y if down else zero
                     counts[i] += np.int32(up) + (NEGATIVE if down else np.int32(0))
-            if rule == VOTE_ENERGY:
+            if blend == VOTE_ENERGY:
                 for i in range(n):
                     elected = total[i] >= zero
                     voters = pluses[i] if elected else minuses[i]
                     agreeing = positive[i] if elected else negative[i]
                     total[i] = agreeing / (voters if voters > zero else one)
-            elif rule != SUM:
+            elif blend != SUM:
                 for i in range(n):
                     # Both sides are read before one is chosen: a choice of addresses would not vectorise.
                     plus, plus_count = positive[i], np.int32(counts[i] & 0xFFFF)

@@ -2,13 +2,13 @@
 
 A plan holds the sources' tensors untouched and, for each module, a job with exact scalars: weights,
 kept counts, random keys.  Backends follow it to the letter; that is why they can agree to the bit.
-How a plan comes about is told in ``planning.py``.
+``planning.py`` builds plans.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,61 +26,145 @@ SHARES = 65536
 """Random masks compare 16-bit draws, so a share is a whole number of 65536ths."""
 
 
-@dataclass(frozen=True)
 class Keep:
-    """Which entries of an input take part: its ``count`` largest, or ``share`` of 65536 at random.
-
-    skip:   that many of the very largest are left out before the ``count`` largest are taken.
-    key:    of the random numbers.
-    spread: with a random share, how much larger it is for the largest entry of a row, and how much smaller
-            for the smallest; in between it grows with the entry's rank in the row.
-    """
-
-    count: int | None = None
-    share: int | None = None
-    key: int | None = None
-    skip: int = 0
-    spread: int = 0
+    """Which entries of an input take part. The classes are named after the recipe's words."""
 
     @property
     def rescale(self) -> float:
-        """What a random share is multiplied by, so that the mean stays; a float32 value."""
-        return 1.0 if self.share is None else as_float32(SHARES / self.share)
+        """The most that a kept entry is multiplied by so that the mean stays; a float32 value."""
+        return 1.0
+
+    @property
+    def empty(self) -> bool:
+        """Whether no entry is kept."""
+        return False
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """For each threshold that the rule compares scores with, the number of entries that lie above it."""
+        return ()
 
 
 @dataclass(frozen=True)
-class Vote:
-    """How signs are elected, and how those that agree are averaged.
+class _Counted(Keep):
+    count: int
 
-    frequency: by count instead of by sum.  weighted: on weighted instead of plain values.
-    energy: the mean of those that agree weighs each source by the sum of its squares, instead of equally.
+    @property
+    def empty(self) -> bool:
+        """Whether no entry is kept."""
+        return self.count == 0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of entries above the one threshold."""
+        return (self.count,)
+
+
+@dataclass(frozen=True)
+class _Drawn(Keep):
+    share: int
+    key: int
+
+
+@dataclass(frozen=True)
+class All(Keep):
+    """Every entry."""
+
+
+@dataclass(frozen=True)
+class Largest(_Counted):
+    """The ``count`` largest magnitudes; among equals those that come first."""
+
+
+@dataclass(frozen=True)
+class LargestInModel(Keep):
+    """The largest magnitudes of a source over all modules; ``MergePlan.counts`` holds how many."""
+
+
+@dataclass(frozen=True)
+class Middle(_Counted):
+    """The ``count`` largest magnitudes after the ``skip`` largest; ``skip`` is at least 1."""
+
+    skip: int
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of entries above the lower and above the upper threshold."""
+        return self.skip + self.count, self.skip
+
+
+@dataclass(frozen=True)
+class Varied(_Counted):
+    """The ``count`` entries whose values vary most between the inputs, the same in all of them."""
+
+
+@dataclass(frozen=True)
+class Random(_Drawn):
+    """A ``share`` of 65536 at random, rescaled.  key: 64 bits, of the random numbers."""
+
+    @property
+    def rescale(self) -> float:
+        """What kept entries are multiplied by so that the mean stays; a float32 value."""
+        return as_float32(SHARES / self.share)
+
+
+@dataclass(frozen=True)
+class Graded(_Drawn):
+    """At random, each rescaled by its own share, which rises with an entry's rank in its row.
+
+    It rises from ``share - spread`` for the smallest entry to ``share + spread`` for the largest, within 1
+    and 65536; ``spread`` is at least 1.
+    """
+
+    spread: int
+
+    @property
+    def rescale(self) -> float:
+        """What the entry with the smallest share is multiplied by; a float32 value."""
+        return as_float32(SHARES / max(1, self.share - self.spread))
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The weighted sum."""
+
+
+@dataclass(frozen=True)
+class AgreeingMean:
+    """The mean of the weighted entries whose own sign is the elected one.
+
+    frequency: elect by the count of signs instead of by the sum of values.
+    weighted:  elect on weighted instead of plain values.
     """
 
     frequency: bool
     weighted: bool
-    energy: bool = False
+
+
+@dataclass(frozen=True)
+class EnergyMean:
+    """The mean of those that agree with the sign of the sum, each weighted by its input's sum of squares."""
+
+
+Blend = Sum | AgreeingMean | EnergyMean
 
 
 @dataclass(frozen=True)
 class Rule:
     """How same-shaped inputs are combined, entry by entry.
 
-    weights: one float32 value per input.  keeps: one per input.
-    vote: None for the weighted sum, else the mean of those that agree with the elected sign.
-    select: before anything else, only that many entries are kept in all inputs: those whose values vary most
-    between them; None for all.
+    weights: one float32 value per input.
+    keeps:   one per input.
+    blend:   what is made of the kept entries.
     """
 
     weights: tuple[float, ...]
     keeps: tuple[Keep, ...]
-    vote: Vote | None
-    select: int | None = None
+    blend: Blend
 
-    @property
-    def simple(self) -> bool:
-        """Whether each input is kept by a number or at random, all alike, and averaged alike."""
-        plain = not any(keep.skip or keep.spread for keep in self.keeps)
-        return plain and self.select is None and not (self.vote and self.vote.energy)
+    def consists_of(self, keeps: Collection[type[Keep]], blends: Collection[type[Blend]]) -> bool:
+        """Whether it keeps and blends by these classes alone; a wing declares which it fuses."""
+        return type(self.blend) in blends and all(type(keep) in keeps for keep in self.keeps)
 
 
 @dataclass(frozen=True)
@@ -167,17 +251,27 @@ class EntryModule:
     @property
     def entries(self) -> tuple[int, int]:
         """Rows and columns of what the rule is applied to."""
-        rows, columns = self.sources[0].shape
-        if self.basis is None:
-            return rows, columns
-        if self.basis == "output":
-            return min(sum(f.rank for f in self.sources), rows), columns
-        return self.rank, self.rank
+        total = sum(f.rank for f in self.sources)
+        return entries_of(self.sources[0].shape, total, self.rank, self.basis)
 
     @property
     def results(self) -> Results:
         """Shape and dtype of the merged A and B."""
         return _results(self)
+
+
+def entries_of(shape: tuple[int, int], total: int, rank: int, basis: Basis | None) -> tuple[int, int]:
+    """Rows and columns of what an :class:`EntryModule` combines.
+
+    shape: of the delta.
+    total: sum of the sources' ranks.
+    rank:  of the result.
+    basis: as in :class:`EntryModule`.
+    """
+    rows, columns = shape
+    if basis is None:
+        return rows, columns
+    return (min(total, rows), columns) if basis == "output" else (rank, rank)
 
 
 def _results(module: DeltaModule | EntryModule) -> Results:

@@ -14,48 +14,59 @@ from .factors import Factors, promoted
 from .peft_files import Header
 from .plan import (
     SHARES,
+    AgreeingMean,
+    All,
+    Blend,
     DeltaModule,
+    EnergyMean,
     EntryModule,
     FactorJob,
     FactorModule,
+    Graded,
     Keep,
+    Largest,
+    LargestInModel,
     Mean,
     MergePlan,
+    Middle,
     Module,
+    Random,
     Rule,
-    Vote,
+    Sum,
+    Varied,
     as_float32,
+    entries_of,
 )
-from .recipe import MEANS, Recipe, Value
+from .recipe import DIVIDED_BY_SUM, MEANS, Recipe, Value
 from .spec import MergeSpec
 from .strategies import TABLE, find
 from .weighing import auto_weights
 
+CANCELLING = 1e-6
+"""Weights whose sum is at most this share of the sum of their magnitudes cannot be divided by it."""
+
 
 def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | None = None) -> MergePlan:
-    """The plan of a merge; raises PlanError or UnknownAdapterError where it cannot be done.
+    """The checked plan of a merge.
 
-    adapters: by source name; further ones are ignored.  limit: largest rank of the result, None for any.
+    adapters: by source name; further ones are ignored.
+    limit:    largest rank of the result, None for any.
+
+    Raises PlanError or UnknownAdapterError if the merge cannot be done.
     """
     check_names(spec, adapters)
     sources = [adapters[name] for name in spec.names]
     for name, adapter in zip(spec.names, sources, strict=True):
         if adapter.nonfinite:
             raise PlanError(f"{name}: {adapter.nonfinite} holds NaN or infinity")
-    said = _Said.by(spec, sources)
+    planner = _Planner(_Settings.of(spec, sources), sources, limit)
     header, notes = _header(sources)
-    recipe = said.recipe
-    build = (
-        _factor_module if recipe.space == "factors" else _entry_module if recipe.entrywise else _delta_module
-    )
-    modules: dict[str, Module] = {}
-    for module in sorted({name for adapter in sources for name in adapter.modules}):
-        present = [i for i, adapter in enumerate(sources) if module in adapter.modules]
-        _check_shapes(module, {said.names[i]: sources[i].modules[module] for i in present})
-        modules[module] = build(said, module, sources, present, limit)
-    counts = _whole_counts(said, modules)
-    notes += _missing_notes(spec, sources, len(modules)) + _result_notes(said, modules, counts)
-    return MergePlan(spec, recipe, header, modules, tuple(sources), tuple(notes), counts)
+    modules = {
+        name: planner.module(name) for name in sorted({name for source in sources for name in source.modules})
+    }
+    counts = planner.model_counts(modules)
+    notes += _missing_notes(spec, sources, len(modules)) + planner.result_notes(modules, counts)
+    return MergePlan(spec, planner.recipe, header, modules, tuple(sources), tuple(notes), counts)
 
 
 def check_names(spec: MergeSpec, known: Collection[str]) -> None:
@@ -64,151 +75,6 @@ def check_names(spec: MergeSpec, known: Collection[str]) -> None:
     if missing:
         way_out = f"known: {listed(sorted(known))}" if known else "none is known"
         raise UnknownAdapterError(f"unknown adapter {listed(repr(name) for name in missing)}; {way_out}")
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What a spec says, read once for all modules.  None where its strategy takes no such option."""
-
-    strategy: str
-    recipe: Recipe
-    names: tuple[str, ...]
-    weights: tuple[float, ...]
-    auto: Mapping[str, tuple[float, ...]] | None
-    scale: float
-    densities: tuple[float, ...] | None
-    gammas: tuple[float, ...] | None
-    epsilons: tuple[float, ...] | None
-    select: float | None
-    seed: Value | None
-    rank: int | None
-    t: float | None
-    lorax: bool
-    whole: bool
-    vote: Vote | None
-
-    def weights_of(self, module: str, present: Sequence[int]) -> tuple[float, ...]:
-        """The weights of those sources that have a module."""
-        return tuple(self.weights[i] for i in present) if self.auto is None else self.auto[module]
-
-    @classmethod
-    def by(cls, spec: MergeSpec, sources: Sequence[Adapter]) -> _Said:
-        strategy = find(spec.strategy)
-        rank, t, select = (spec.option(name) for name in ("rank", "t", "select_topk"))
-        vote, blend = None, strategy.recipe.blend
-        if blend == "agreeing_mean":
-            vote = Vote(
-                frequency=spec.option("majority_sign_method") == "frequency",
-                # Balanced deltas vote with their new lengths; trimming does not know the difference.
-                weighted=spec.option("elect") == "weighted" or spec.automatic,
-            )
-        if blend == "energy_mean":
-            vote = Vote(frequency=False, weighted=False, energy=True)
-
-        def shares(name: str) -> tuple[float, ...] | None:
-            return spec.per_source(name) if strategy.option(name) else None
-
-        return cls(
-            strategy=strategy.name,
-            recipe=strategy.recipe,
-            names=spec.names,
-            weights=spec.weights(),
-            auto=auto_weights(sources, blend == "sum") if spec.automatic else None,
-            scale=float(spec.option("scale")),  # type: ignore[arg-type]
-            densities=shares("density"),
-            gammas=shares("gamma"),
-            epsilons=shares("epsilon"),
-            select=select if isinstance(select, float) and select < 1.0 else None,
-            seed=spec.option("seed"),
-            rank=rank if isinstance(rank, int) else None,
-            t=t if isinstance(t, float) else None,
-            lorax=spec.option("compat") == "lorax",
-            whole=spec.option("scope") == "model",
-            vote=vote,
-        )
-
-
-def _factor_module(
-    said: _Said, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
-) -> FactorModule:
-    factors = [sources[i].modules[module] for i in present]
-    if len({f.rank for f in factors}) > 1:
-        ranks = {said.names[i]: f.rank for i, f in zip(present, factors, strict=True)}
-        others = [s.name for s in TABLE.values() if s.recipe.space != "factors"]
-        raise PlanError(
-            f"{said.strategy} needs equal ranks, but {module} has "
-            f"{listed(f'{rank} in {name}' for name, rank in ranks.items())}; "
-            f"these strategies take different ranks: {', '.join(others)}"
-        )
-    if limit is not None and factors[0].rank > limit:
-        raise PlanError(f"{module} has rank {factors[0].rank}, the limit is {limit}; svd can reduce the rank")
-    jobs = []
-    both = _factor_weights(
-        said.lorax, said.scale, said.weights_of(module, present), tuple(f.scaling for f in factors)
-    )
-    for side, weights in zip("ab", both, strict=True):
-        inputs = tuple(f.a if side == "a" else f.b for f in factors)
-        rule = _rule(said, weights, sources, present, module, side, inputs[0].numel())
-        jobs.append(FactorJob(inputs, rule, promoted([t.dtype for t in inputs])))
-    return FactorModule(jobs[0], jobs[1], tuple(present), factors[0].embedding)
-
-
-@functools.lru_cache(1024)  # most modules of an adapter have one scaling
-def _factor_weights(
-    lorax: bool, scale: float, weights: tuple[float, ...], scalings: tuple[float, ...]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What each source's A and B are multiplied with, as float32 values."""
-    if lorax:
-        # LoRAX puts the raw weight on each factor and applies the first adapter's scaling to the product.
-        root = _signed_root(scale * scalings[0])
-        a, b = [w * root for w in weights], [w * abs(root) for w in weights]
-    else:
-        a = [_signed_root(as_float32(scale * w * s)) for w, s in zip(weights, scalings, strict=True)]
-        b = [abs(w) for w in a]
-    return tuple(map(as_float32, a)), tuple(map(as_float32, b))
-
-
-def _rule(
-    said: _Said,
-    weights: Sequence[float],
-    sources: Sequence[Adapter],
-    present: Sequence[int],
-    module: str,
-    side: str,
-    size: int,
-) -> Rule:
-    """How tensors of ``size`` entries are combined, those of the present sources."""
-    # Where only one source has the module there is nothing that its entries could differ from.
-    select = int(said.select * size) if said.select is not None and len(present) > 1 else None
-    keeps = tuple([_keep(said, i, size, sources[i], module, side) for i in present])
-    return Rule(tuple(weights), keeps, said.vote, select)
-
-
-_ALL = Keep()
-
-
-def _keep(said: _Said, index: int, size: int, source: Adapter, module: str, side: str) -> Keep:
-    rule = said.recipe.keep
-    if rule in ("all", "varied") or said.densities is None or said.whole:
-        return _ALL
-    density = said.densities[index]
-    if density == 1.0 and rule not in ("random", "graded"):
-        return _ALL
-    if rule == "largest":
-        return _largest(int(density * size), 0)
-    if rule == "middle" and said.gammas is not None:
-        count = int(density * size)
-        return _largest(count, min(int(said.gammas[index] * size), size - count))
-    identity = f"{said.seed}\0{source.digest}\0{module}\0{side}"
-    key = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
-    share, spread = _drawn(density, None if said.epsilons is None else said.epsilons[index])
-    return Keep(share=share, key=key, spread=spread)
-
-
-def _drawn(density: float, epsilon: float | None) -> tuple[int, int]:
-    """The share of entries kept at random and its spread within a row, both in 65536ths."""
-    spread = 0 if epsilon is None or density == 1.0 else round(epsilon * SHARES)
-    return max(1, round(density * SHARES)), spread
 
 
 def amplification(spec: MergeSpec) -> float:
@@ -221,116 +87,298 @@ def amplification(spec: MergeSpec) -> float:
     rescales = [1.0] * len(spec.sources)
     if strategy.recipe.keep in ("random", "graded"):
         epsilons = spec.per_source("epsilon") if strategy.option("epsilon") else (None,) * len(spec.sources)
-        drawn = [_drawn(d, e) for d, e in zip(spec.per_source("density"), epsilons, strict=True)]
+        drawn = [_drawn(d, e, 0) for d, e in zip(spec.per_source("density"), epsilons, strict=True)]
         times = 2 if strategy.recipe.space == "factors" else 1  # A and B are rescaled each on its own
-        rescales = [(SHARES / max(1, share - spread)) ** times for share, spread in drawn]
+        rescales = [keep.rescale**times for keep in drawn]
     power = 2 if spec.option("compat") == "lorax" else 1  # raw weights on both factors
     largest = max(abs(w) ** power * rescale for w, rescale in zip(spec.weights(), rescales, strict=True))
     return largest * abs(float(spec.option("scale")))  # type: ignore[arg-type]
 
 
-@functools.lru_cache(1024)
-def _largest(count: int, skip: int) -> Keep:
-    return Keep(count=count, skip=skip)
+@dataclass(frozen=True)
+class _Settings:
+    """The options of a spec, read once for all modules; None if its strategy does not take an option."""
 
+    strategy: str
+    recipe: Recipe
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    auto: Mapping[str, tuple[float, ...]] | None
+    scale: float
+    densities: tuple[float, ...] | None
+    gammas: tuple[float, ...] | None
+    epsilons: tuple[float, ...] | None
+    select_topk: float | None
+    seed: Value | None
+    rank: int | None
+    t: float | None
+    lorax: bool
+    whole_model: bool
+    blend: Blend
 
-def _delta_module(
-    said: _Said, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
-) -> DeltaModule:
-    rule, blend = said.recipe.rank, said.recipe.blend
-    factors = tuple(sources[i].modules[module] for i in present)
-    total = sum(f.rank for f in factors)
-    rank = total
-    if rule == "exact" and limit is not None and total > limit:
-        raise PlanError(
-            f"cat needs rank {total} for {module}, the limit is {limit}; "
-            "use sum, which approximates, or raise the limit"
+    @classmethod
+    def of(cls, spec: MergeSpec, sources: Sequence[Adapter]) -> _Settings:
+        strategy = find(spec.strategy)
+        rank, t, select = (spec.option(name) for name in ("rank", "t", "select_topk"))
+
+        def shares(name: str) -> tuple[float, ...] | None:
+            return spec.per_source(name) if strategy.option(name) else None
+
+        return cls(
+            strategy=strategy.name,
+            recipe=strategy.recipe,
+            names=spec.names,
+            weights=spec.weights(),
+            auto=auto_weights(sources, strategy.recipe.blend == "sum") if spec.automatic else None,
+            scale=float(spec.option("scale")),  # type: ignore[arg-type]
+            densities=shares("density"),
+            gammas=shares("gamma"),
+            epsilons=shares("epsilon"),
+            select_topk=select if isinstance(select, float) and select < 1.0 else None,
+            seed=spec.option("seed"),
+            rank=rank if isinstance(rank, int) else None,
+            t=t if isinstance(t, float) else None,
+            lorax=spec.option("compat") == "lorax",
+            whole_model=spec.option("scope") == "model",
+            blend=_blend(spec, strategy.recipe),
         )
-    if rule == "fit" and limit is not None:
-        rank = min(total, limit)
-    if rule == "truncate":
-        rank = min(total, _rank_asked(said, factors, limit))
-    given = said.weights_of(module, present)
-    relative = blend in MEANS
-    weights = tuple(
-        as_float32(said.scale * (1.0 if relative else w) * f.scaling)
-        for w, f in zip(given, factors, strict=True)
-    )
-    mean = None
-    if relative:
-        mean = Mean("slerp" if blend == "nuslerp" else blend, given, len(sources))
-        if blend == "karcher" and abs(math.fsum(given)) <= 1e-6 * math.fsum(map(abs, given)):
+
+
+def _blend(spec: MergeSpec, recipe: Recipe) -> Blend:
+    if recipe.blend == "agreeing_mean":
+        return AgreeingMean(
+            frequency=spec.option("majority_sign_method") == "frequency",
+            # Balanced deltas vote with their new lengths; trimming does not know the difference.
+            weighted=spec.option("elect") == "weighted" or spec.automatic,
+        )
+    return EnergyMean() if recipe.blend == "energy_mean" else Sum()
+
+
+class _Planner:
+    """Builds the modules of a plan.
+
+    settings: of the spec.
+    sources:  the adapters in the spec's order.
+    limit:    largest rank of the result, None for any.
+    """
+
+    def __init__(self, settings: _Settings, sources: Sequence[Adapter], limit: int | None) -> None:
+        self.recipe = settings.recipe
+        self._settings = settings
+        self._sources = sources
+        self._limit = limit
+
+    def module(self, name: str) -> Module:
+        """How one module is merged."""
+        present = tuple([i for i, source in enumerate(self._sources) if name in source.modules])
+        factors = tuple([self._sources[i].modules[name] for i in present])
+        _check_shapes(name, {self._settings.names[i]: f for i, f in zip(present, factors, strict=True)})
+        if self.recipe.space == "factors":
+            return self._factor_module(name, present, factors)
+        if self.recipe.space == "sums":
+            return self._delta_module(name, present, factors)
+        return self._entry_module(name, present, factors)
+
+    def model_counts(self, modules: Mapping[str, Module]) -> tuple[int, ...] | None:
+        """The number of entries of each source kept over all modules, None if each module has its own."""
+        densities = self._settings.densities
+        if not self._settings.whole_model or densities is None:
+            return None
+        sizes = [0] * len(self._sources)
+        for module in modules.values():
+            if isinstance(module, EntryModule):
+                for i in module.present:
+                    sizes[i] += math.prod(module.entries)
+        return tuple(int(density * size) for density, size in zip(densities, sizes, strict=True))
+
+    def result_notes(self, modules: Mapping[str, Module], counts: tuple[int, ...] | None) -> list[str]:
+        """What a user should know about the result."""
+        notes, rank = [], self._settings.rank
+        largest = max((module.results[0][0][0] for module in modules.values()), default=0)
+        if rank is not None and largest < rank:
+            notes.append(f"rank={rank} is more than there is to keep: the result has rank {largest}")
+        if all(map(_is_zero, modules.values())) or (counts is not None and not any(counts)):
+            notes.append("the merge is zero: its weights, scale or density leave nothing")
+        return notes
+
+    def _factor_module(
+        self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]
+    ) -> FactorModule:
+        settings, rank = self._settings, factors[0].rank
+        if len({f.rank for f in factors}) > 1:
+            ranks = {settings.names[i]: f.rank for i, f in zip(present, factors, strict=True)}
+            others = [s.name for s in TABLE.values() if s.recipe.space != "factors"]
             raise PlanError(
-                f"the weights of those sources that have {module} add up to 0, and karcher divides by that; "
-                "change the weights"
+                f"{settings.strategy} needs equal ranks, but {name} has "
+                f"{listed(f'{rank} in {source}' for source, rank in ranks.items())}; "
+                f"these strategies take different ranks: {', '.join(others)}"
             )
-    if blend == "slerp" and said.t is not None:
-        shares = (1.0 - said.t, said.t)
-        mean = Mean("slerp", tuple(shares[i] for i in present), len(sources))
-    if mean is not None and mean.rule == "slerp" and len(present) == 1:
-        # The other source's delta is zero here, and the path to it is a straight line.
-        weights, mean = (as_float32(weights[0] * mean.shares[0]),), None
-    dtype = promoted([t.dtype for f in factors for t in (f.a, f.b)])
-    return DeltaModule(factors, tuple(present), weights, rank, mean, dtype, factors[0].embedding)
+        if self._limit is not None and rank > self._limit:
+            raise PlanError(f"{name} has rank {rank}, the limit is {self._limit}; svd can reduce the rank")
+        scalings = tuple(f.scaling for f in factors)
+        both = _factor_weights(settings.lorax, settings.scale, self._weights(name, present), scalings)
+        jobs = []
+        for side, weights in zip("ab", both, strict=True):
+            inputs = tuple(f.a if side == "a" else f.b for f in factors)
+            rule = self._rule(weights, name, side, present, inputs[0].numel())
+            jobs.append(FactorJob(inputs, rule, promoted([t.dtype for t in inputs])))
+        return FactorModule(jobs[0], jobs[1], present, factors[0].embedding)
 
-
-def _entry_module(
-    said: _Said, module: str, sources: Sequence[Adapter], present: Sequence[int], limit: int | None
-) -> EntryModule:
-    recipe = said.recipe
-    factors = tuple(sources[i].modules[module] for i in present)
-    rows, columns = factors[0].shape
-    total = sum(f.rank for f in factors)
-    if recipe.rank == "fit":
-        rank = min(total, limit or total)
-    else:
-        # A merge of entries has no rank but that of its shape; one of coordinates has that of the bases.
-        bound = min(rows, columns, total) if recipe.basis == "both" else min(rows, columns)
-        rank = min(bound, _rank_asked(said, factors, limit))
-    size = rows * columns
-    if recipe.basis == "output":
-        size = min(total, rows) * columns
-    elif recipe.basis == "both":
-        size = rank * rank
-    given = said.weights_of(module, present)
-    if said.auto is None:
-        scalings, weights = tuple(f.scaling for f in factors), tuple(said.scale * w for w in given)
-    else:
-        # The deltas themselves are balanced, so that the weak ones are heard in a basis and in a vote.
-        scalings = tuple(w * f.scaling for w, f in zip(given, factors, strict=True))
-        weights = (said.scale,) * len(factors)
-    return EntryModule(
-        sources=factors,
-        present=tuple(present),
-        scalings=tuple(map(as_float32, scalings)),
-        rule=_rule(said, tuple(map(as_float32, weights)), sources, present, module, "delta", size),
-        basis=recipe.basis,
-        rank=rank,
-        dtype=promoted([t.dtype for f in factors for t in (f.a, f.b)]),
-        embedding=factors[0].embedding,
-    )
-
-
-def _rank_asked(said: _Said, factors: Sequence[Factors], limit: int | None) -> int:
-    """The option ``rank``, or the largest of the sources' ranks within the limit."""
-    if said.rank is not None and limit is not None and said.rank > limit:
-        raise PlanError(
-            f"rank={said.rank} is over the limit of {limit}; ask for a smaller rank or raise the limit"
+    def _delta_module(self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]) -> DeltaModule:
+        settings, blend = self._settings, self.recipe.blend
+        rank = self._sum_rank(name, factors)
+        given = self._weights(name, present)
+        relative = blend in MEANS
+        weights = tuple(
+            as_float32(settings.scale * (1.0 if relative else w) * f.scaling)
+            for w, f in zip(given, factors, strict=True)
         )
-    largest = max(f.rank for f in factors)
-    return min(largest, limit or largest) if said.rank is None else said.rank
+        mean = None
+        if relative:
+            mean = Mean("slerp" if blend == "nuslerp" else blend, given, len(self._sources))
+            cancelling = abs(math.fsum(given)) <= CANCELLING * math.fsum(map(abs, given))
+            if blend in DIVIDED_BY_SUM and cancelling:
+                raise PlanError(
+                    f"the weights of those sources that have {name} add up to 0, and {settings.strategy} "
+                    "divides by that; change the weights"
+                )
+        if blend == "slerp" and settings.t is not None:
+            shares = (1.0 - settings.t, settings.t)
+            mean = Mean("slerp", tuple(shares[i] for i in present), len(self._sources))
+        if mean is not None and mean.rule == "slerp" and len(present) == 1:
+            # The other source's delta is zero here, and the path to it is a straight line.
+            weights, mean = (as_float32(weights[0] * mean.shares[0]),), None
+        dtype = promoted([t.dtype for f in factors for t in (f.a, f.b)])
+        return DeltaModule(factors, present, weights, rank, mean, dtype, factors[0].embedding)
+
+    def _sum_rank(self, name: str, factors: Sequence[Factors]) -> int:
+        total, limit = sum(f.rank for f in factors), self._limit
+        if self.recipe.rank == "truncate":
+            return min(total, self._rank_asked(factors))
+        if limit is None or total <= limit:
+            return total
+        if self.recipe.rank == "exact":
+            raise PlanError(
+                f"{self._settings.strategy} needs rank {total} for {name}, the limit is {limit}; "
+                "use sum, which approximates, or raise the limit"
+            )
+        return limit
+
+    def _entry_module(self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]) -> EntryModule:
+        settings, recipe = self._settings, self.recipe
+        rows, columns = factors[0].shape
+        total = sum(f.rank for f in factors)
+        if recipe.rank == "fit":
+            rank = min(total, self._limit or total)
+        else:
+            # A merge of entries has no rank but that of its shape; one of coordinates has that of the bases.
+            bound = min(rows, columns, total) if recipe.basis == "both" else min(rows, columns)
+            rank = min(bound, self._rank_asked(factors))
+        given = self._weights(name, present)
+        if settings.auto is None:
+            scalings, weights = tuple(f.scaling for f in factors), tuple(settings.scale * w for w in given)
+        else:
+            # The deltas themselves are balanced, so that the weak ones are heard in a basis and in a vote.
+            scalings = tuple(w * f.scaling for w, f in zip(given, factors, strict=True))
+            weights = (settings.scale,) * len(factors)
+        size = math.prod(entries_of((rows, columns), total, rank, recipe.basis))
+        return EntryModule(
+            sources=factors,
+            present=present,
+            scalings=tuple(map(as_float32, scalings)),
+            rule=self._rule(tuple(map(as_float32, weights)), name, "delta", present, size),
+            basis=recipe.basis,
+            rank=rank,
+            dtype=promoted([t.dtype for f in factors for t in (f.a, f.b)]),
+            embedding=factors[0].embedding,
+        )
+
+    def _weights(self, name: str, present: Sequence[int]) -> tuple[float, ...]:
+        """The weights of those sources that have a module."""
+        settings = self._settings
+        return tuple([settings.weights[i] for i in present]) if settings.auto is None else settings.auto[name]
+
+    def _rank_asked(self, factors: Sequence[Factors]) -> int:
+        """The option ``rank``, or the largest of the sources' ranks within the limit."""
+        rank, limit = self._settings.rank, self._limit
+        if rank is not None and limit is not None and rank > limit:
+            raise PlanError(
+                f"rank={rank} is over the limit of {limit}; ask for a smaller rank or raise the limit"
+            )
+        largest = max(f.rank for f in factors)
+        return min(largest, limit or largest) if rank is None else rank
+
+    def _rule(
+        self, weights: tuple[float, ...], name: str, side: str, present: Sequence[int], size: int
+    ) -> Rule:
+        """How tensors of ``size`` entries are combined, one of each source that has the module."""
+        settings = self._settings
+        if self.recipe.keep == "varied":
+            # If only one source has the module there is nothing that its entries could differ from.
+            share = settings.select_topk
+            keep: Keep = ALL if share is None or len(present) == 1 else Varied(int(share * size))
+            return Rule(weights, (keep,) * len(present), settings.blend)
+        keeps = [self._keep(i, name, side, size) for i in present]
+        return Rule(weights, tuple(keeps), settings.blend)
+
+    def _keep(self, index: int, name: str, side: str, size: int) -> Keep:
+        """Which of ``size`` entries of one source take part."""
+        settings, rule = self._settings, self.recipe.keep
+        if rule == "all" or settings.densities is None:
+            return ALL
+        if settings.whole_model:
+            return LargestInModel()
+        density = settings.densities[index]
+        if rule in ("random", "graded"):
+            identity = f"{settings.seed}\0{self._sources[index].digest}\0{name}\0{side}"
+            key = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
+            return _drawn(density, None if settings.epsilons is None else settings.epsilons[index], key)
+        if density == 1.0:
+            return ALL
+        count = int(density * size)
+        skip = 0 if settings.gammas is None else min(int(settings.gammas[index] * size), size - count)
+        return _largest(count, skip)
 
 
-def _whole_counts(said: _Said, modules: Mapping[str, Module]) -> tuple[int, ...] | None:
-    """How many entries of each source are kept over all modules, where that is how they are counted."""
-    if not said.whole or said.densities is None:
-        return None
-    sizes = [0] * len(said.names)
-    for module in modules.values():
-        if isinstance(module, EntryModule):
-            for i in module.present:
-                sizes[i] += math.prod(module.entries)
-    return tuple(int(density * size) for density, size in zip(said.densities, sizes, strict=True))
+ALL = All()
+
+
+@functools.lru_cache(1024)
+def _largest(count: int, skip: int) -> Largest | Middle:
+    return Middle(count, skip) if skip else Largest(count)
+
+
+def _drawn(density: float, epsilon: float | None, key: int) -> Random | Graded:
+    """Entries kept at random; shares are whole 65536ths, and density 1 switches epsilon off."""
+    share = max(1, round(density * SHARES))
+    spread = 0 if epsilon is None or density == 1.0 else round(epsilon * SHARES)
+    return Graded(share, key, spread) if spread else Random(share, key)
+
+
+@functools.lru_cache(1024)  # most modules of an adapter have one scaling
+def _factor_weights(
+    lorax: bool, scale: float, weights: tuple[float, ...], scalings: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The numbers that each source's A and B are multiplied by, as float32 values."""
+    if lorax:
+        # LoRAX puts the raw weight on each factor and applies the first adapter's scaling to the product.
+        root = _signed_root(scale * scalings[0])
+        a, b = [w * root for w in weights], [w * abs(root) for w in weights]
+    else:
+        a = [_signed_root(as_float32(scale * w * s)) for w, s in zip(weights, scalings, strict=True)]
+        b = [abs(w) for w in a]
+    return tuple(map(as_float32, a)), tuple(map(as_float32, b))
+
+
+def _is_zero(module: Module) -> bool:
+    """Whether nothing is kept, or all of it is multiplied by 0."""
+    if isinstance(module, DeltaModule):
+        return not any(module.weights)
+    rules = (module.a.rule, module.b.rule) if isinstance(module, FactorModule) else (module.rule,)
+    return any(
+        all(not weight or keep.empty for weight, keep in zip(rule.weights, rule.keeps, strict=True))
+        for rule in rules
+    )
 
 
 def _header(sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
@@ -349,33 +397,11 @@ def _header(sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
     ), notes
 
 
-def _check_shapes(module: str, factors: Mapping[str, Factors]) -> None:
-    shapes = {name: (f.shape, f.embedding) for name, f in factors.items()}
+def _check_shapes(name: str, factors: Mapping[str, Factors]) -> None:
+    shapes = {source: (f.shape, f.embedding) for source, f in factors.items()}
     if len(set(shapes.values())) > 1:
-        found = listed(f"{shape} in {name}" for name, (shape, _) in shapes.items())
-        raise PlanError(f"{module} has delta shapes {found}: these adapters belong to different base models")
-
-
-def _result_notes(said: _Said, modules: Mapping[str, Module], counts: tuple[int, ...] | None) -> list[str]:
-    notes = []
-    largest = max((module.results[0][0][0] for module in modules.values()), default=0)
-    if said.rank is not None and largest < said.rank:
-        notes.append(f"rank={said.rank} is more than there is to keep: the result has rank {largest}")
-    if all(map(_is_zero, modules.values())) or (counts is not None and not any(counts)):
-        notes.append("the merge is zero: its weights, scale or density leave nothing")
-    return notes
-
-
-def _is_zero(module: Module) -> bool:
-    """Whether nothing is kept, or all of it is multiplied by 0."""
-    if isinstance(module, DeltaModule):
-        return not any(module.weights)
-    rules = (module.a.rule, module.b.rule) if isinstance(module, FactorModule) else (module.rule,)
-    return any(
-        rule.select == 0
-        or all(not weight or keep.count == 0 for weight, keep in zip(rule.weights, rule.keeps, strict=True))
-        for rule in rules
-    )
+        found = listed(f"{shape} in {source}" for source, (shape, _) in shapes.items())
+        raise PlanError(f"{name} has delta shapes {found}: these adapters belong to different base models")
 
 
 def _missing_notes(spec: MergeSpec, sources: Sequence[Adapter], total: int) -> list[str]:

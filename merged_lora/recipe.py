@@ -14,7 +14,7 @@ from typing import Literal
 Number = int | float
 Value = Number | str | bool | tuple[float, ...]
 
-Space = Literal["factors", "delta", "core"]
+Space = Literal["factors", "sums", "entries", "core"]
 KeepRule = Literal["all", "largest", "middle", "random", "graded", "varied"]
 Blend = Literal[
     "sum", "agreeing_mean", "energy_mean", "slerp", "nuslerp", "karcher", "multislerp", "model_stock"
@@ -22,9 +22,10 @@ Blend = Literal[
 RankRule = Literal["equal", "fit", "exact", "truncate"]
 Basis = Literal["output", "both"]
 
-ENTRYWISE: tuple[Blend, ...] = ("sum", "agreeing_mean", "energy_mean")
 MEANS: tuple[Blend, ...] = ("nuslerp", "karcher", "multislerp", "model_stock")
 """Blends that take the weights relative to their sum."""
+DIVIDED_BY_SUM: tuple[Blend, ...] = ("karcher",)
+"""Those of them that divide by the sum of the weights of the sources that have a module."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,15 @@ class Option:
 class Recipe:
     """How a strategy computes; see docs/semantics.md for the formula behind each word.
 
-    space:  ``factors`` works on A and on B apart, ``delta`` on ``dW = s B A`` (never held whole), ``core``
-            on the coordinates of the deltas in a basis that the sources share.
-    keep:   which entries of a source take part: all; the ``largest`` (trim); the ``middle``: the largest
-            after a few outliers (breadcrumbs); a ``random`` share (DARE), ``graded`` by rank within a row
-            (DELLA); those that ``varied`` most between the sources (SCE).
+    space:  what is combined: the entries of A and of B apart (``factors``), the deltas ``dW = s B A`` with
+            one number each (``sums``), the entries of the deltas, which are never held whole (``entries``),
+            or their coordinates in a basis that the sources share (``core``).
+    keep:   which entries of a source take part: ``all``, the ``largest`` (trim), the ``middle``: the largest
+            after a few outliers (breadcrumbs), a ``random`` share (DARE), a share ``graded`` by rank within a
+            row (DELLA), or those that ``varied`` most between the sources (SCE).
     blend:  entry by entry the weighted ``sum``, the mean of those that agree with the elected sign, or that
-            mean weighted by each source's energy (SCE); else one scalar per source and module, from the
-            inner products of the deltas.
+            mean weighted by each source's energy (SCE). In ``sums`` also one scalar for each source and
+            module, from the inner products of the deltas.
     rank:   ``equal`` ranks in and out; ``fit``: sum of ranks, truncated to the limit; ``exact``: sum of
             ranks, refused over the limit; ``truncate``: the option ``rank``.
     basis:  in ``core`` space, which sides share a basis: the ``output`` side, or ``both``.
@@ -64,13 +66,6 @@ class Recipe:
     blend: Blend = "sum"
     rank: RankRule = "equal"
     basis: Basis | None = None
-
-    @property
-    def entrywise(self) -> bool:
-        """Whether each entry of the deltas, or of their coordinates, is merged on its own."""
-        return self.space == "core" or (
-            self.space == "delta" and (self.keep != "all" or self.blend in ENTRYWISE[1:])
-        )
 
 
 @dataclass(frozen=True)

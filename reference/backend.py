@@ -10,7 +10,25 @@ import torch
 
 from merged_lora.backends import Progress, Result
 from merged_lora.factors import Factors
-from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan, Rule
+from merged_lora.plan import (
+    AgreeingMean,
+    All,
+    DeltaModule,
+    EnergyMean,
+    EntryModule,
+    FactorJob,
+    FactorModule,
+    Graded,
+    Keep,
+    Largest,
+    LargestInModel,
+    MergePlan,
+    Middle,
+    Random,
+    Rule,
+    Sum,
+    Varied,
+)
 
 from . import delta, entries
 from .numbers import STORAGE, Array, narrow, widen
@@ -63,17 +81,45 @@ def from_bits(bits: Array, dtype: torch.dtype) -> torch.Tensor:
 
 def _merge_job(job: FactorJob) -> torch.Tensor:
     values = [widen(*to_bits(tensor)) for tensor in job.inputs]
-    merged = _combine(values, job.rule, np.float32)
+    merged = combine(values, job.rule, np.float32)
     return from_bits(narrow(merged, _NAMES[job.dtype]), job.dtype)
 
 
-def _combine(values: Sequence[Array], rule: Rule, number: type[Any]) -> Array:
-    sources = [
-        entries.Source(x, weight, keep.count, keep.share, keep.key, keep.skip, keep.spread)
-        for x, weight, keep in zip(values, rule.weights, rule.keeps, strict=True)
-    ]
-    vote = None if rule.vote is None else (rule.vote.frequency, rule.vote.weighted, rule.vote.energy)
-    return entries.merge(sources, vote, number, rule.select)
+def combine(values: Sequence[Array], rule: Rule, number: type[Any]) -> Array:
+    """The merged values of a rule, whose every operation rounds to ``number`` (float32 or float64).
+
+    values: of every source ``[rows, columns]``.
+    """
+    kept = kept_values([x.astype(number) for x in values], rule.keeps)
+    match rule.blend:
+        case Sum():
+            return entries.weighted_sum(kept, rule.weights)
+        case AgreeingMean(frequency, weighted):
+            return entries.agreeing_mean(kept, rule.weights, frequency, weighted)
+        case EnergyMean():
+            return entries.agreeing_mean(kept, rule.weights, energy=True)
+
+
+def kept_values(values: Sequence[Array], keeps: Sequence[Keep]) -> list[Array]:
+    """The values of every source, 0 where they are not kept."""
+    if isinstance(keeps[0], Varied):
+        return entries.keep_varied(values, keeps[0].count)
+    return [_keep(x, keep) for x, keep in zip(values, keeps, strict=True)]
+
+
+def _keep(values: Array, keep: Keep) -> Array:
+    match keep:
+        case All() | LargestInModel():  # the latter are chosen for the whole model before
+            return values
+        case Largest(count):
+            return entries.keep_largest(values, count)
+        case Middle(count, skip):
+            return entries.keep_largest(values, count, skip)
+        case Random(share, key):
+            return entries.keep_random(values, share, key)
+        case Graded(share, key, spread):
+            return entries.keep_random(values, share, key, spread)
+    raise TypeError(f"the reference has no rule for {keep}")
 
 
 def _merge_delta(module: DeltaModule) -> tuple[Factors, tuple[float, float] | None]:
@@ -101,7 +147,7 @@ def _merge_entries(
     """chosen: which entries of each source are kept, where that is not counted in the module alone."""
     deltas = delta.dense(_pairs(module), module.scalings)
     if module.basis is None:
-        merged = _combine(deltas, module.rule, np.float64)
+        merged = combine(deltas, module.rule, np.float64)
         new_a, new_b, energy = delta.truncate(merged, module.rank)
         return _factors(new_a, new_b, module), energy
     if module.basis == "both":
@@ -109,12 +155,12 @@ def _merge_entries(
         coordinates = [left.T @ x @ right for x in deltas]
         squares = np.square(module.rule.weights)
         kept, asked = (float(squares @ [np.sum(x * x) for x in xs]) for xs in (coordinates, deltas))
-        return _factors(_combine(coordinates, module.rule, np.float64) @ right.T, left, module), (kept, asked)
+        return _factors(combine(coordinates, module.rule, np.float64) @ right.T, left, module), (kept, asked)
     coordinates = _in_output_basis(module)
     if chosen is not None:
         coordinates = [np.where(mask, x, 0.0) for mask, x in zip(chosen, coordinates, strict=True)]
     left = delta.output_basis(deltas, module.entries[0])
-    merged = _combine(coordinates, module.rule, np.float64)
+    merged = combine(coordinates, module.rule, np.float64)
     new_a, new_b, energy = delta.truncate(left @ merged, module.rank)
     return _factors(new_a, new_b, module), energy if module.rank < module.entries[0] else None
 

@@ -1,12 +1,11 @@
-"""Merging entry by entry, as docs/semantics.md says it: on factors, on deltas, or on coordinates.
+"""Merging entry by entry, as docs/semantics.md defines it: on factors, on deltas, or on coordinates.
 
-``merge`` with ``np.float32`` is what every backend must equal bit for bit on factors; with ``np.float64`` it
-is the same rule without rounding, the oracle of what is meant.
+Values are ``[rows, columns]`` of one dtype. On float32 values every backend must give the same bits in
+factors space. On float64 values these are the same rules without rounding, the oracle of what is meant.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,25 +18,6 @@ Mask = NDArray[np.bool_]
 SHARES = 65536
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """One input: its values ``[rows, columns]``, its weight, and which of its entries are kept.
-
-    count, skip: keep the ``count`` largest after the ``skip`` largest.
-    share, key, spread: keep entries whose draw is under their share (of 65536), and divide them by it; the
-    share rises from ``share - spread`` for the smallest entry of a row to ``share + spread``.
-    All None: keep everything.
-    """
-
-    values: Array
-    weight: float
-    count: int | None = None
-    share: int | None = None
-    key: int | None = None
-    skip: int = 0
-    spread: int = 0
-
-
 def largest(values: Array, count: int, skip: int = 0) -> Mask:
     """The ``count`` largest magnitudes after the ``skip`` largest; among equals the lowest index first."""
     order = np.argsort(-np.abs(values).reshape(-1), kind="stable")
@@ -46,31 +26,40 @@ def largest(values: Array, count: int, skip: int = 0) -> Mask:
     return mask.reshape(values.shape)
 
 
-def shares(source: Source) -> Array:
-    """The share of each entry of a source that is kept at random, in 65536ths."""
-    assert source.share is not None
-    columns = source.values.shape[-1]
-    if not source.spread or columns == 1:
-        return np.full(source.values.shape, source.share)
-    descending = np.argsort(-np.abs(source.values), axis=-1, kind="stable")
+def keep_largest(values: Array, count: int, skip: int = 0) -> Array:
+    """The values, 0 where they are not among the ``count`` largest after the ``skip`` largest."""
+    return np.where(largest(values, count, skip), values, values.dtype.type(0))
+
+
+def shares(values: Array, share: int, spread: int) -> Array:
+    """The share of each entry that is kept at random, in 65536ths, rising with its rank in its row."""
+    columns = values.shape[-1]
+    if not spread or columns == 1:
+        return np.full(values.shape, share)
+    descending = np.argsort(-np.abs(values), axis=-1, kind="stable")
     rank = np.empty_like(descending)
     np.put_along_axis(rank, descending, np.arange(columns - 1, -1, -1)[None, :], axis=-1)
-    rise = (2 * source.spread * rank + (columns - 1) // 2) // (columns - 1)
-    return np.asarray(np.clip(source.share - source.spread + rise, 1, SHARES))
+    rise = (2 * spread * rank + (columns - 1) // 2) // (columns - 1)
+    return np.asarray(np.clip(share - spread + rise, 1, SHARES))
 
 
-def kept(source: Source) -> Mask:
-    """Which entries of a source take part."""
-    if source.count is not None:
-        return largest(source.values, source.count, source.skip)
-    if source.share is not None and source.key is not None:
-        drawn = draws(source.values.size, source.key).reshape(source.values.shape)
-        return np.asarray(drawn < shares(source))
-    return np.ones(source.values.shape, dtype=bool)
+@np.errstate(over="ignore", invalid="ignore")  # what overflows comes out as infinity or NaN, for all to see
+def keep_random(values: Array, share: int, key: int, spread: int = 0) -> Array:
+    """The values whose draw is under their share, divided by it; 0 for the others."""
+    number = values.dtype.type
+    limits = shares(values, share, spread)
+    rescaled = values * (SHARES / limits).astype(np.float32).astype(number)
+    drawn = draws(values.size, key).reshape(values.shape)
+    return np.where(drawn < limits, rescaled, number(0))
 
 
-def varied(values: Sequence[Array], count: int, number: type[Any]) -> Mask:
-    """The ``count`` entries that differ most between sources, by the sum of squared deviations."""
+@np.errstate(over="ignore", invalid="ignore")
+def keep_varied(values: Sequence[Array], count: int) -> list[Array]:
+    """The values of every source, 0 outside the ``count`` entries that differ most between sources.
+
+    The difference is the sum of squared deviations from the mean.
+    """
+    number = values[0].dtype.type
     mean = np.zeros(values[0].shape, dtype=number)
     for x in values:
         mean = mean + x
@@ -78,7 +67,8 @@ def varied(values: Sequence[Array], count: int, number: type[Any]) -> Mask:
     total = np.zeros_like(mean)
     for x in values:
         total = total + (x - mean) * (x - mean)
-    return largest(total, count)
+    chosen = largest(total, count)
+    return [np.where(chosen, x, number(0)) for x in values]
 
 
 def energies(values: Sequence[Array]) -> list[float]:
@@ -99,40 +89,39 @@ def energies(values: Sequence[Array]) -> list[float]:
     return [float(np.float32(total / sum(totals))) for total in totals]
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what overflows comes out as infinity or NaN, for all to see
-def merge(
-    sources: Sequence[Source],
-    vote: tuple[bool, bool, bool] | None,
-    number: type[Any],
-    select: int | None = None,
-) -> Array:
-    """The merged values; every operation rounds to ``number`` (float32 or float64), in source order.
+@np.errstate(over="ignore", invalid="ignore")
+def weighted_sum(values: Sequence[Array], weights: Sequence[float]) -> Array:
+    """The weighted sum, every operation rounded to the dtype of the values, in source order."""
+    number = values[0].dtype.type
+    result = np.zeros(values[0].shape, dtype=number)
+    for x, weight in zip(values, weights, strict=True):
+        result = result + x * number(weight)
+    return result
 
-    vote: None for the weighted sum; else (frequency, weighted, energy): how signs are elected, and the result
-    is the mean of the weighted entries whose own sign is the elected one (0 where none is), with ``energy``
-    weighed by each source's share of all squares.  select: keep only that many entries, the most varied.
+
+@np.errstate(over="ignore", invalid="ignore")
+def agreeing_mean(
+    values: Sequence[Array],
+    weights: Sequence[float],
+    frequency: bool = False,
+    weighted: bool = False,
+    energy: bool = False,
+) -> Array:
+    """The mean of the weighted entries whose own sign is the elected one; 0 where none is.
+
+    frequency: elect by the count of signs instead of by the sum of values.
+    weighted:  elect on weighted instead of plain values.
+    energy:    weigh each source by its share of all squares instead of equally.
+
+    Every operation rounds to the dtype of the values, in source order.
     """
-    values = []
-    for source in sources:
-        x = source.values.astype(number)
-        if source.share is not None:
-            x = x * (SHARES / shares(source)).astype(np.float32).astype(number)
-        values.append(np.where(kept(source), x, number(0)))
-    if select is not None:
-        chosen = varied(values, select, number)
-        values = [np.where(chosen, x, number(0)) for x in values]
+    number = values[0].dtype.type
     zero = np.zeros(values[0].shape, dtype=number)
-    if vote is None:
-        result = zero
-        for source, x in zip(sources, values, strict=True):
-            result = result + x * number(source.weight)
-        return result
-    frequency, weighted, energy = vote
     coefficients = energies(values) if energy else [1.0] * len(values)
     total, positive, negative = zero.copy(), zero.copy(), zero.copy()
     positives, negatives = zero.copy(), zero.copy()
-    for source, x, c in zip(sources, values, coefficients, strict=True):
-        y = x * number(source.weight)
+    for x, weight, c in zip(values, weights, coefficients, strict=True):
+        y = x * number(weight)
         z = y if weighted else x
         if energy:
             y = y * number(c)

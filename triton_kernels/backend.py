@@ -17,15 +17,15 @@ from merged_lora.backends import Progress, Result, Slot
 from merged_lora.errors import BackendError
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan, overflow
-from merged_lora.triton_kernels.batched.entries import Bound
+from merged_lora.triton_kernels.batched.entries import Threshold
 from merged_lora.triton_kernels.batched.groups import (
     RESULTS,
     Group,
-    Known,
+    ModelThresholds,
     Stacks,
     grouped,
     merge_group,
-    whole_bounds,
+    model_thresholds,
 )
 from merged_lora.triton_kernels.batched.lowrank import WORKSPACE, MergedStack
 from merged_lora.triton_kernels.factors.launch import (
@@ -98,7 +98,7 @@ class Prepared:
 
     layout: Layout
     groups: tuple[Group, ...]
-    known: dict[str, list[tuple[Bound, Bound] | None]] = field(default_factory=dict)
+    known: dict[str, list[tuple[Threshold, ...]]] = field(default_factory=dict)
     written: list[Written] = field(default_factory=list)
 
 
@@ -310,7 +310,7 @@ class TritonBackend:
         self,
         group: Group,
         residents: Sequence[Resident],
-        known: Known,
+        known: ModelThresholds,
         slots: Mapping[str, Slot],
         told: Told,
     ) -> None:
@@ -322,18 +322,20 @@ class TritonBackend:
             one.run()
         told.add(group, merged)
 
-    def _try(self, group: Group, residents: Sequence[Resident], known: Known, told: Told) -> torch.Tensor:
+    def _try(
+        self, group: Group, residents: Sequence[Resident], known: ModelThresholds, told: Told
+    ) -> torch.Tensor:
         """Merge a group: for each module whether the result overflows."""
         merged = merge_group(group, _stacks(group, residents), known)
         a, b = (x.isfinite().flatten(1).all(1) for x in (merged.a, merged.b))
         told.add(group, merged)
         return ~(a & b)
 
-    def _known(self, plan: MergePlan, prepared: Prepared, residents: Sequence[Resident]) -> Known:
+    def _known(self, plan: MergePlan, prepared: Prepared, residents: Sequence[Resident]) -> ModelThresholds:
         """Thresholds of the whole model, found once for each plan."""
         if plan.counts is not None and not prepared.known:
             prepared.known.update(
-                whole_bounds(plan, prepared.groups, lambda group: _stacks(group, residents))
+                model_thresholds(plan, prepared.groups, lambda group: _stacks(group, residents))
             )
         return prepared.known
 

@@ -10,7 +10,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Result, load_backend
 from merged_lora.factors import DTYPES, Factors
 from merged_lora.peft_files import Header
-from merged_lora.plan import FactorJob, FactorModule, Keep, MergePlan, Rule
+from merged_lora.plan import FactorJob, FactorModule, Keep, MergePlan, Rule, Sum
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.strategies import find
@@ -60,7 +60,7 @@ def plan_of(tensor: torch.Tensor, keep: Keep) -> MergePlan:
     """A plan in which both factors of one module ``m`` are these entries, kept by this rule."""
     spec = parse("linear(a)")
     factors = Factors(tensor[None, :], tensor[:, None])
-    jobs = [FactorJob((x,), Rule((1.0,), (keep,), None), x.dtype) for x in (factors.a, factors.b)]
+    jobs = [FactorJob((x,), Rule((1.0,), (keep,), Sum()), x.dtype) for x in (factors.a, factors.b)]
     module = FactorModule(jobs[0], jobs[1], (0,), False)
     return MergePlan(
         spec, find(spec.strategy).recipe, Header(), {"m": module}, (Adapter({"m": factors}),), ()

@@ -36,8 +36,7 @@ def kept_whole(strategy: str) -> str:
 
 def is_streamed(strategy: str) -> bool:
     """Whether it merges the entries of the deltas themselves, in float32 tiles."""
-    recipe = TABLE[strategy].recipe
-    return recipe.entrywise and recipe.space == "delta"
+    return TABLE[strategy].recipe.space == "entries"
 
 
 def assert_streamed(got: Factors, expected: Factors, times: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from agreement.comparing import merged, plan_of, run
 from merged_lora.adapters import Adapter
 from merged_lora.factors import Factors
-from merged_lora.plan import SHARES, Keep
+from merged_lora.plan import SHARES, Random
 
 CERTAINTY = math.log(2 / 1e-9) / 2
 """Hoeffding: a sum of independent terms with ranges c_i leaves its mean by t with probability at most
@@ -123,7 +123,7 @@ def test_a_larger_density_keeps_what_a_smaller_one_kept() -> None:
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1023, 1024, 1025, 5000])
 def test_an_entry_is_kept_or_not_whatever_follows_it(count: int, backend: str) -> None:
     def kept(size: int) -> torch.Tensor:
-        keep = Keep(share=SHARES // 2, key=0xFEDCBA9876543210)
+        keep = Random(share=SHARES // 2, key=0xFEDCBA9876543210)
         return run(plan_of(torch.ones(size), keep), backend).modules["m"].a[0]
 
     assert torch.equal(kept(count), kept(6000)[:count])

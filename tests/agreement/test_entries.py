@@ -14,14 +14,15 @@ from making import SMALL, random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Result
 from merged_lora.cpu_kernels import tiles
-from merged_lora.cpu_kernels.combine import Combiner
+from merged_lora.cpu_kernels.pool import Pool
 from merged_lora.engine import merge
 from merged_lora.errors import PlanError
 from merged_lora.factors import Factors
-from merged_lora.plan import EntryModule
+from merged_lora.plan import EntryModule, Largest
 from merged_lora.planning import make_plan
 from merged_lora.reference import delta as dense
 from merged_lora.reference import entries
+from merged_lora.reference.backend import combine
 from merged_lora.spec import parse
 from merged_lora.strategies import TABLE
 
@@ -33,7 +34,8 @@ EXACT = [
     if s.recipe.space == "core"
     or s.recipe.blend in ("slerp", "nuslerp", "karcher", "multislerp", "model_stock")
 ]
-STREAMED = [s.name for s in TABLE.values() if s.recipe.entrywise and s.recipe.space == "delta"]
+ENTRYWISE = [s.name for s in TABLE.values() if s.recipe.space in ("entries", "core")]
+STREAMED = [s.name for s in TABLE.values() if s.recipe.space == "entries"]
 BACKENDS = ["cpu", "triton"]
 
 
@@ -94,13 +96,7 @@ def target_of(spec: str, sources: Mapping[str, Adapter], module: str) -> np.ndar
     one = make_plan(parse(spec), sources).modules[module]
     assert isinstance(one, EntryModule)
     pairs = [(f.a.numpy(), f.b.numpy()) for f in one.sources]
-    rule = one.rule
-    inputs = [
-        entries.Source(x, w, k.count, k.share, k.key, k.skip, k.spread)
-        for x, w, k in zip(dense.dense(pairs, one.scalings), rule.weights, rule.keeps, strict=True)
-    ]
-    vote = None if rule.vote is None else (rule.vote.frequency, rule.vote.weighted, rule.vote.energy)
-    return np.asarray(entries.merge(inputs, vote, np.float64, rule.select))
+    return combine(dense.dense(pairs, one.scalings), one.rule, np.float64)
 
 
 def assert_nearly_best(result: Result, spec: str, sources: Mapping[str, Adapter]) -> None:
@@ -149,16 +145,17 @@ def test_exactly_as_many_entries_are_kept_as_asked_and_those_of_the_oracle(densi
     sources = adapters(True)
     module = make_plan(parse(f"ties_svd(a, b, density={density})"), sources).modules["m"]
     assert isinstance(module, EntryModule)
-    mine = tiles.DeltaTiles(module, Combiner())
+    mine = tiles.NumbaTiles(module, Pool())
     pairs = [(f.a.numpy(), f.b.numpy()) for f in module.sources]
     streamed = np.zeros((2, *LARGE["m"]), np.float32)
 
-    def look(_: int, room: tiles.Room, start: int, rows: int) -> None:
-        streamed[:, start : start + rows] = room.tile[:, :rows].numpy()
+    def visit(_: int, buffers: tiles.TileBuffers, start: int, rows: int) -> None:
+        streamed[:, start : start + rows] = buffers.tile[:, :rows].numpy()
 
-    mine.walk(look)
+    mine.walk(visit)
     for i, x in enumerate(dense.dense(pairs, module.scalings)):
-        factors, keep, (thr, cut) = module.sources[i], module.rule.keeps[i], mine.low[i]
+        factors, keep, ((thr, cut),) = module.sources[i], module.rule.keeps[i], mine.thresholds[i]
+        assert isinstance(keep, Largest)
         assert keep.count == int(density * x.size)
         mags = streamed[i].view(np.int32).reshape(-1).astype(np.int64) & 0x7FFFFFFF
         kept = (mags > thr) | ((mags == thr) & (np.arange(mags.size) < cut))
@@ -249,7 +246,7 @@ def test_deltas_of_zeros_merge_to_zeros(strategy: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("strategy", [s.name for s in TABLE.values() if s.recipe.entrywise])
+@pytest.mark.parametrize("strategy", ENTRYWISE)
 def test_shapes_of_one_row_or_one_column_and_ranks_beyond_them(strategy: str, backend: str) -> None:
     for shape in ((1, 9), (9, 1), (3, 5)):
         few = {name: random_adapter({"m": shape}, 4, seed=i) for i, name in enumerate("ab")}

@@ -67,7 +67,7 @@ def test_means(spec: str, name: str, backend: str) -> None:
 def test_della_keeps_each_entry_with_the_same_chance() -> None:
     for side in "ab":
         for i in range(3):
-            source = entries.Source(VALUES[f"{side}{i}"].numpy(), 1.0, share=32768, key=0, spread=9830)
+            shares = entries.shares(VALUES[f"{side}{i}"].numpy(), share=32768, spread=9830)
             chances = VALUES[f"della {side}{i}"].double().numpy() * entries.SHARES
             # 0.15 is not a whole number of 65536ths, and each share is rounded to one.
-            assert np.abs(entries.shares(source) - chances).max() <= 1.0
+            assert np.abs(shares - chances).max() <= 1.0

@@ -9,11 +9,11 @@ import torch
 from agreement.comparing import NAMES, jobs, run
 from merged_lora.adapters import Adapter
 from merged_lora.factors import Factors
-from merged_lora.plan import FactorJob
+from merged_lora.plan import AgreeingMean, FactorJob
 from merged_lora.planning import make_plan
-from merged_lora.reference import entries as reference
+from merged_lora.reference import backend as reference
 from merged_lora.reference.backend import to_bits
-from merged_lora.reference.numbers import widen
+from merged_lora.reference.numbers import Array, widen
 from merged_lora.spec import parse
 
 U = 2.0**-24
@@ -25,28 +25,18 @@ WEIGHTED = ", ".join(
 WITH_NEGATIVES = WEIGHTED.replace("0.5*b", "-0.5*b").replace("0.7*e", "-0.7*e")
 
 
-def sources_of(job: FactorJob) -> list[reference.Source]:
-    return [
-        reference.Source(
-            widen(*to_bits(tensor)), weight, keep.count, keep.share, keep.key, keep.skip, keep.spread
-        )
-        for tensor, weight, keep in zip(job.inputs, job.rule.weights, job.rule.keeps, strict=True)
-    ]
+def inputs_of(job: FactorJob) -> list[Array]:
+    return [widen(*to_bits(tensor)).astype(np.float64) for tensor in job.inputs]
 
 
 def oracle(job: FactorJob) -> torch.Tensor:
     """The job in float64."""
-    vote = job.rule.vote
-    words = None if vote is None else (vote.frequency, vote.weighted, vote.energy)
-    return torch.from_numpy(reference.merge(sources_of(job), words, np.float64))
+    return torch.from_numpy(reference.combine(inputs_of(job), job.rule, np.float64))
 
 
 def kept_entries(job: FactorJob) -> list[torch.Tensor]:
     """The entries of each source that take part, in float64, rescaled."""
-    return [
-        torch.from_numpy(reference.kept(source)) * tensor.double() * keep.rescale
-        for source, tensor, keep in zip(sources_of(job), job.inputs, job.rule.keeps, strict=True)
-    ]
+    return [torch.from_numpy(x) for x in reference.kept_values(inputs_of(job), job.rule.keeps)]
 
 
 def bound(job: FactorJob) -> torch.Tensor:
@@ -64,10 +54,11 @@ def bound(job: FactorJob) -> torch.Tensor:
 
 def close_votes(job: FactorJob) -> torch.Tensor:
     """Entries whose total is so near zero that float32 may elect the other sign, by the same lemma."""
-    if job.rule.vote is None or job.rule.vote.frequency:
+    blend = job.rule.blend
+    if not isinstance(blend, AgreeingMean) or blend.frequency:
         return torch.zeros(job.inputs[0].shape, dtype=torch.bool)
     values = kept_entries(job)
-    if job.rule.vote.weighted:
+    if blend.weighted:
         values = [w * x for w, x in zip(job.rule.weights, values, strict=True)]
     stacked = torch.stack(values)
     roundings = (len(values) + 2) * U

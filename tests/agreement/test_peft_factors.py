@@ -14,7 +14,7 @@ from merged_lora.bench import peers
 from merged_lora.bench.agreement import allowed_difference
 from merged_lora.bench.cases import SMALL, distinct_sources
 from merged_lora.factors import DTYPES
-from merged_lora.plan import MergePlan
+from merged_lora.plan import MergePlan, Random
 from merged_lora.planning import make_plan
 from merged_lora.reference.philox import draws
 from merged_lora.spec import MergeSpec, Source
@@ -122,9 +122,10 @@ def test_dare_equals_peft_under_the_same_masks(
     plan = planned(strategy, weights, sources, density=density, **options)
     masks = iter(
         [
-            torch.from_numpy(draws(tensor.numel(), keep.key or 0) < (keep.share or 0)).reshape(tensor.shape)
+            torch.from_numpy(draws(tensor.numel(), keep.key) < keep.share).reshape(tensor.shape)
             for job, _ in jobs(plan, run(plan))
             for tensor, keep in zip(job.inputs, job.rule.keeps, strict=True)
+            if isinstance(keep, Random)
         ]
     )
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ from agreement.comparing import merged
 from making import SMALL, random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.bench import peers
-from merged_lora.plan import EntryModule
+from merged_lora.plan import EntryModule, Random
 from merged_lora.planning import make_plan
 from merged_lora.reference.philox import draws
 from merged_lora.spec import parse
@@ -63,10 +63,11 @@ def test_dare_with_the_same_masks(strategy: str, monkeypatch: pytest.MonkeyPatch
     for name, module in plan.modules.items():
         assert isinstance(module, EntryModule)
         masks = [
-            torch.from_numpy(draws(x.size, keep.key or 0).reshape(x.shape) < (keep.share or 0)).double()
+            torch.from_numpy(draws(x.size, keep.key).reshape(x.shape) < keep.share).double()
             for x, keep in (
                 (f.delta().numpy(), keep) for f, keep in zip(module.sources, module.rule.keeps, strict=True)
             )
+            if isinstance(keep, Random)
         ]
         given = iter(masks)
         monkeypatch.setattr(torch, "bernoulli", lambda chances, given=given: next(given))

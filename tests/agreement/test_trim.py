@@ -9,13 +9,13 @@ from agreement import comparing
 from agreement.comparing import plan_of, run
 from merged_lora.cpu_kernels.kernels import BLOCK, TIE_BLOCK
 from merged_lora.factors import DTYPES
-from merged_lora.plan import Keep
+from merged_lora.plan import Largest
 
 SIZE = 3 * max(BLOCK, TIE_BLOCK) + 5
 
 
 def trimmed(tensor: torch.Tensor, count: int, backend: str) -> torch.Tensor:
-    return run(plan_of(tensor, Keep(count=count)), backend).modules["m"].a[0]
+    return run(plan_of(tensor, Largest(count)), backend).modules["m"].a[0]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])

@@ -11,19 +11,18 @@ import torch
 from merged_lora.adapters import Adapter
 from merged_lora.backends import load_backend
 from merged_lora.cpu_kernels import combine
-from merged_lora.cpu_kernels.combine import Combiner
+from merged_lora.cpu_kernels.pool import Pool
 from merged_lora.factors import Factors
-from merged_lora.plan import FactorJob, Keep, Rule, Vote
+from merged_lora.plan import AgreeingMean, FactorJob, Middle, Rule
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 PROGRAM = """
 import sys, threading, torch
-from merged_lora.cpu_kernels.combine import Combiner
+from merged_lora.cpu_kernels.pool import Pool
 
 if sys.argv[1] == "pool":
-    combiner = Combiner()
-    assert set(combiner.each(lambda _: torch.get_num_threads(), range(32))) == {1}
+    assert set(Pool().each(lambda _: torch.get_num_threads(), range(32))) == {1}
 print(torch.get_num_threads())
 later = threading.Thread(target=lambda: print(torch.get_num_threads()))
 later.start()
@@ -43,16 +42,16 @@ def test_torch_uses_one_thread_in_those_of_the_pool_and_as_many_as_before_in_all
 
 def test_jobs_prepared_one_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    rule = Rule((0.7, -0.4), (Keep(count=40, skip=5), Keep(count=50, skip=3)), Vote(False, True))
+    rule = Rule((0.7, -0.4), (Middle(40, 5), Middle(50, 3)), AgreeingMean(False, True))
     jobs = [
         FactorJob(tuple([torch.randn(4, 16 + i, generator=generator) for _ in range(2)]), rule, torch.float32)
         for i in range(5)
     ]
-    told: list[int] = []
-    whole = Combiner().merge(jobs, told.append)
+    pool, done = Pool(), list[int]()
+    whole = combine.combine(pool, jobs, done.append)
     monkeypatch.setattr(combine, "COPY_BYTES", 1)
-    parts = Combiner().merge(jobs, told.append)
-    assert sum(told) == 2 * len(jobs)
+    parts = combine.combine(pool, jobs, done.append)
+    assert sum(done) == 2 * len(jobs)
     assert all(torch.equal(x, y) for x, y in zip(whole, parts, strict=True))
 
 

@@ -21,11 +21,11 @@ from agreement.comparing import assert_same_bits
 from agreement.test_bits import spec_of
 from making import random_adapter
 from merged_lora.batched import multiplied
-from merged_lora.plan import Keep, Rule, Vote
+from merged_lora.plan import AgreeingMean, Largest, Rule
 from merged_lora.planning import make_plan
 from merged_lora.strategies import TABLE
 from merged_lora.triton_kernels.backend import load
-from merged_lora.triton_kernels.batched.tiles import DeltaTiles
+from merged_lora.triton_kernels.batched.tiles import TorchTiles
 
 REPLACED = {
     *("mm", "mm.out", "addmm", "addmm.out", "bmm", "bmm.out", "matmul", "linear"),
@@ -91,9 +91,9 @@ def test_rules_that_look_at_all_entries_call_none_either(strategy: str, options:
 def test_tiles_that_torch_forms_call_none_either() -> None:
     device = load().device
     a, b = (torch.ones(2, *shape, device=device) for shape in ((3, 40), (24, 3)))
-    rule = Rule((1.0,), (Keep(count=100),), Vote(False, False))
+    rule = Rule((1.0,), (Largest(100),), AgreeingMean(False, False))
     with replaced():
-        tiles = DeltaTiles([a], [b], torch.ones(2, 1, device=device), [rule, rule])
+        tiles = TorchTiles([a], [b], torch.ones(2, 1, device=device), [rule, rule])
         tiles.times(a.new_ones(2, 40, 5))
         tiles.transposed_times(a.new_ones(2, 24, 5))
 

@@ -5,10 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merged_lora.plan import Keep, Rule, Vote
+from merged_lora.plan import (
+    AgreeingMean,
+    All,
+    Blend,
+    EnergyMean,
+    Graded,
+    Keep,
+    Largest,
+    Middle,
+    Random,
+    Rule,
+    Sum,
+    Varied,
+)
 from merged_lora.triton_kernels.batched import fused_tiles
-from merged_lora.triton_kernels.batched.fused_tiles import FusedTiles, is_fused
-from merged_lora.triton_kernels.batched.tiles import DeltaTiles
+from merged_lora.triton_kernels.batched.fused_tiles import FUSED, TritonTiles
+from merged_lora.triton_kernels.batched.tiles import TorchTiles
 from merged_lora.triton_kernels.kernels.sketch import COLUMNS, ROWS
 
 RANKS = (3, 20)
@@ -23,19 +36,22 @@ def factors(shape: tuple[int, int]) -> tuple[list[torch.Tensor], list[torch.Tens
     return a, b, torch.tensor([[1.0, 0.5], [2.0, 0.3]])
 
 
-def rule(keeps: tuple[Keep, ...], vote: Vote | None = None) -> Rule:
-    return Rule((1.0, -0.5), keeps, vote)
+SUM = Sum()
+
+
+def rule(keeps: tuple[Keep, ...], blend: Blend = SUM) -> Rule:
+    return Rule((1.0, -0.5), keeps, blend)
 
 
 def rules_of(size: int) -> dict[str, Rule]:
-    half, few = Keep(count=size // 2), Keep(count=size // 5, skip=size // 10)
-    drawn = (Keep(share=40000, key=5), Keep(share=20000, key=(1 << 64) - 7))
+    half, few = Largest(size // 2), Middle(size // 5, size // 10)
+    drawn = (Random(40000, 5), Random(20000, (1 << 64) - 7))
     return {
-        "all": rule((Keep(), Keep()), Vote(False, False)),
-        "largest": rule((half, half), Vote(True, False)),
-        "largest of one": rule((half, Keep())),
-        "between": rule((few, few), Vote(False, True)),
-        "random": rule(drawn, Vote(False, False)),
+        "all": rule((All(), All()), AgreeingMean(False, False)),
+        "largest": rule((half, half), AgreeingMean(True, False)),
+        "largest of one": rule((half, All())),
+        "between": rule((few, few), AgreeingMean(False, True)),
+        "random": rule(drawn, AgreeingMean(False, False)),
     }
 
 
@@ -44,7 +60,7 @@ def rules_of(size: int) -> dict[str, Rule]:
 def test_products_are_those_of_the_tiles_that_torch_forms(shape: tuple[int, int], name: str) -> None:
     chosen = rules_of(shape[0] * shape[1])[name]
     a, b, scalings = factors(shape)
-    ours, theirs = (kind(a, b, scalings, [chosen, chosen]) for kind in (FusedTiles, DeltaTiles))
+    ours, theirs = (kind(a, b, scalings, [chosen, chosen]) for kind in (TritonTiles, TorchTiles))
     right, left = torch.randn(2, shape[1], 5), torch.randn(2, shape[0], 5)
     (x, norms), (y, expected) = ours.times(right), theirs.times(right)
     # Sums of up to 69 float32 products, in other orders: 69 u of their magnitudes, and 1e-5 covers that.
@@ -63,7 +79,7 @@ def test_thresholds_keep_as_many_as_asked_whatever_the_sample_says(
     shape = (70, 90)
     count = int(share * 70 * 90)
     a, b, scalings = factors(shape)
-    tiles = FusedTiles(a, b, scalings, [rule((Keep(count=count), Keep(count=count)))] * 2)
+    tiles = TritonTiles(a, b, scalings, [rule((Largest(count), Largest(count)))] * 2)
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         delta = (y.double() @ x.double()) * scalings[:, i, None, None]
         slack = (
@@ -78,17 +94,16 @@ def test_thresholds_keep_as_many_as_asked_whatever_the_sample_says(
 
 
 def test_what_the_kernels_know() -> None:
-    plain = rule((Keep(count=3), Keep(count=3)), Vote(False, False))
-    assert is_fused(plain)
-    assert not is_fused(rule((Keep(share=9, key=1, spread=3),) * 2))
-    assert not is_fused(Rule((1.0,), (Keep(),), Vote(False, False, True)))
-    assert not is_fused(Rule((1.0,), (Keep(),), None, select=4))
+    assert rule((Largest(3), All()), AgreeingMean(False, False)).consists_of(*FUSED)
+    assert not rule((Graded(9, 1, 3),) * 2).consists_of(*FUSED)
+    assert not rule((All(),) * 2, EnergyMean()).consists_of(*FUSED)
+    assert not rule((Varied(4),) * 2).consists_of(*FUSED)
 
 
 def test_more_columns_than_a_kernel_takes_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (ROWS + 3, COLUMNS + 5)
     chosen = rules_of(shape[0] * shape[1])["largest"]
-    tiles = FusedTiles(*factors(shape), [chosen, chosen])
+    tiles = TritonTiles(*factors(shape), [chosen, chosen])
     right, left = torch.randn(2, shape[1], 40), torch.randn(2, shape[0], 40)
     at_once = (*tiles.times(right), tiles.transposed_times(left))
     monkeypatch.setattr(fused_tiles, "WIDEST", 16)

@@ -1,4 +1,4 @@
-"""Entries combined by any rule, in torch operations on any device: where no kernel is worth its while.
+"""Entries combined by any rule, in torch on any device: for cases too small or too rare for a kernel.
 
 For coordinates in shared bases, which are small, and for rules that look at whole rows or across sources
 before they keep an entry (DELLA, breadcrumbs, SCE).  Every operation rounds to float32 in the order of
@@ -7,12 +7,25 @@ before they keep an entry (DELLA, breadcrumbs, SCE).  Every operation rounds to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from merged_lora.plan import SHARES, Rule
+from merged_lora.plan import (
+    SHARES,
+    AgreeingMean,
+    EnergyMean,
+    Graded,
+    Keep,
+    Largest,
+    LargestInModel,
+    Middle,
+    Random,
+    Rule,
+    Sum,
+    Varied,
+)
 
 MAGNITUDE = 0x7FFFFFFF
 INFINITY = 0x7F800000
@@ -20,38 +33,38 @@ HALF = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False)
-class Bound:
-    """The largest entries: kept where the magnitude's bits exceed ``thr``, or equal it before index ``cut``.
+class Threshold:
+    """Keeps the magnitudes above ``value``, and of those equal to it the entries before index ``cut``.
 
-    thr, cut: int64 ``[modules]``.
+    value: bits of float32 magnitudes, int64 ``[modules]``.
+    cut:   flat indices in the whole tensor, int64 ``[modules]``.
     """
 
-    thr: torch.Tensor
+    value: torch.Tensor
     cut: torch.Tensor
 
-    def keeps(self, magnitudes: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Which of ``magnitudes [modules, entries]`` are kept; index: of the entries in the whole tensor."""
-        thr, cut = self.thr[:, None], self.cut[:, None]
-        return (magnitudes > thr) | ((magnitudes == thr) & (index < cut))
+    def keeps(self, scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Whether each of the float32 scores ``[modules, entries]`` is kept; index: in the whole tensor."""
+        mags, value, cut = magnitudes(scores), self.value[:, None], self.cut[:, None]
+        return (mags > value) | ((mags == value) & (index < cut))
+
+
+Thresholds = Sequence[tuple[Threshold, ...]]
+"""For every source the thresholds that its keep rule needs, in the order of ``Keep.counts``."""
 
 
 def combine(
-    values: Sequence[torch.Tensor],
-    rules: Sequence[Rule],
-    known: Sequence[tuple[Bound, Bound] | None] | None = None,
+    values: Sequence[torch.Tensor], rules: Sequence[Rule], thresholds: Thresholds | None = None
 ) -> torch.Tensor:
     """The merged entries of several modules, float32 ``[modules, rows, columns]``.
 
-    values: per source float32 ``[modules, rows, columns]``.  rules: one per module; they may differ in
-    weights and keys alone.  known: what :func:`bounds` would find by the rules' counts, to be used instead.
+    values:     of every source, float32 ``[modules, rows, columns]``.
+    rules:      one per module; they may differ in weights and keys alone.
+    thresholds: if they are those of the whole model, instead of what the rules' counts give.
     """
-    shape = values[0].shape
-    kept = keep(values, rules, 0, bounds(values, rules[0]) if known is None else known)
-    if rules[0].select is not None:
-        score = deviations(kept)
-        chosen = largest(magnitudes(score), rules[0].select)
-        kept = select(kept, score, chosen, 0)
-    return blend(kept, rules, coefficients(kept, rules[0])).view(shape)
+    found = find_in(values, rules[0].keeps) if thresholds is None else thresholds
+    kept = keep_entries(values, rules, 0, found)
+    return blend(kept, rules, coefficients(kept, rules[0])).view(values[0].shape)
 
 
 def magnitudes(x: torch.Tensor) -> torch.Tensor:
@@ -59,59 +72,81 @@ def magnitudes(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[0], -1).view(torch.int32) & MAGNITUDE
 
 
-def largest(mags: torch.Tensor, count: int) -> Bound:
-    """What keeps exactly ``count`` entries of each module, among equal magnitudes those that come first."""
+def largest(mags: torch.Tensor, count: int) -> Threshold:
+    """The threshold of each module that keeps ``count`` entries, among equals those that come first."""
     size = mags.shape[1]
     every = torch.zeros(mags.shape[0], dtype=torch.int64, device=mags.device)
     if count >= size:
-        return Bound(every, every + size)
+        return Threshold(every, every + size)
     if count == 0:
-        return Bound(every + INFINITY, every)
+        return Threshold(every + INFINITY, every)
     thr = mags.sort(dim=1, descending=True).values[:, count - 1 : count]
     wanted = count - (mags > thr).sum(1, keepdim=True)
     met = (mags == thr).cumsum(1)
     cut = (met < wanted).sum(1) + 1
-    return Bound(thr[:, 0].long(), cut)
+    return Threshold(thr[:, 0].long(), cut)
 
 
-def bounds(values: Sequence[torch.Tensor], rule: Rule) -> list[tuple[Bound, Bound] | None]:
-    """Per source what keeps the largest with the skipped, and what keeps the skipped; None for all."""
-    found: list[tuple[Bound, Bound] | None] = []
-    for x, one in zip(values, rule.keeps, strict=True):
-        if one.count is None:
-            found.append(None)
-            continue
-        mags = magnitudes(x)
-        found.append((largest(mags, one.skip + one.count), largest(mags, one.skip)))
-    return found
+def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The float32 scores of one source's entries ``[modules, entries]``, whose magnitudes decide."""
+    flat = [x.reshape(x.shape[0], -1) for x in values] if isinstance(keep, Varied) else [values[index]]
+    return deviations(flat) if isinstance(keep, Varied) else flat[0].reshape(flat[0].shape[0], -1)
 
 
-def keep(
-    values: Sequence[torch.Tensor],
-    rules: Sequence[Rule],
-    begin: int,
-    known: Sequence[tuple[Bound, Bound] | None],
+def find_in(values: Sequence[torch.Tensor], keeps: Sequence[Keep]) -> Thresholds:
+    """The thresholds of whole tensors ``[modules, rows, columns]``, by source."""
+
+    def find(index: int, keep: Keep) -> tuple[Threshold, ...]:
+        if not keep.counts:
+            return ()
+        mags = magnitudes(scores_of(keep, index, values))
+        return tuple(largest(mags, count) for count in keep.counts)
+
+    return by_source(keeps, find)
+
+
+def by_source(keeps: Sequence[Keep], find: Callable[[int, Keep], tuple[Threshold, ...]]) -> Thresholds:
+    """The thresholds of every source; for ``varied`` all sources share those of the first."""
+    if isinstance(keeps[0], Varied):
+        return [find(0, keeps[0])] * len(keeps)
+    return [find(i, keep) for i, keep in enumerate(keeps)]
+
+
+def keep_entries(
+    values: Sequence[torch.Tensor], rules: Sequence[Rule], begin: int, thresholds: Thresholds
 ) -> list[torch.Tensor]:
-    """Each source's entries, 0 where they are not kept, ``[modules, entries]``; random ones are rescaled.
+    """The entries of every source ``[modules, entries]``, 0 if they are not kept; drawn ones are rescaled.
 
-    begin: flat index of the first entry in the whole tensor, a multiple of 8.
+    values: float32 ``[modules, rows, columns]``.
+    begin:  flat index of the first entry in the whole tensor, a multiple of 8.
     """
+    keeps = rules[0].keeps
+    index = torch.arange(begin, begin + values[0][0].numel(), device=values[0].device)
+    varied = scores_of(keeps[0], 0, values) if isinstance(keeps[0], Varied) else None
     kept = []
-    for i, (x, pair, one) in enumerate(zip(values, known, rules[0].keeps, strict=True)):
+    for i, (x, keep, found) in enumerate(zip(values, keeps, thresholds, strict=True)):
         flat = x.reshape(x.shape[0], -1)
-        if pair is not None:
-            index = torch.arange(begin, begin + flat.shape[1], device=x.device)
-            mags = magnitudes(x)
-            inside = pair[0].keeps(mags, index) & ~pair[1].keeps(mags, index)
-            flat = torch.where(inside, flat, 0.0)
-        elif one.share is not None:
-            keys = [rule.keeps[i].key or 0 for rule in rules]
-            drawn = draws(keys, begin, flat.shape[1], x.device)
-            share = shares(x, one.share, one.spread).reshape(flat.shape)
-            rescale = (SHARES / share.double()).float()
-            flat = torch.where(drawn < share, flat * rescale, 0.0)
+        match keep:
+            case Random() | Graded():
+                keys = [_key(rule.keeps[i]) for rule in rules]
+                drawn = draws(keys, begin, flat.shape[1], x.device)
+                spread = keep.spread if isinstance(keep, Graded) else 0
+                share = shares(x, keep.share, spread).reshape(flat.shape)
+                rescale = (SHARES / share.double()).float()
+                flat = torch.where(drawn < share, flat * rescale, 0.0)
+            case Middle():
+                low, high = found
+                flat = torch.where(low.keeps(flat, index) & ~high.keeps(flat, index), flat, 0.0)
+            case Largest() | LargestInModel() | Varied():
+                (low,) = found
+                flat = torch.where(low.keeps(flat if varied is None else varied, index), flat, 0.0)
         kept.append(flat)
     return kept
+
+
+def _key(keep: Keep) -> int:
+    assert isinstance(keep, Random | Graded)
+    return keep.key
 
 
 def shares(x: torch.Tensor, share: int, spread: int) -> torch.Tensor:
@@ -138,15 +173,6 @@ def deviations(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def select(
-    values: Sequence[torch.Tensor], score: torch.Tensor, chosen: Bound, begin: int
-) -> list[torch.Tensor]:
-    """The values ``[modules, entries]``, 0 where their score is not among the largest."""
-    index = torch.arange(begin, begin + score.shape[1], device=score.device)
-    mask = chosen.keeps(magnitudes(score), index)
-    return [torch.where(mask, x, 0.0) for x in values]
-
-
 def squares(values: Sequence[torch.Tensor], exponent: torch.Tensor, bits: int) -> torch.Tensor:
     """Per source the sum of squares in units of ``2 ** (2 * exponent - bits)``, int64 ``[modules, sources]``.
 
@@ -162,7 +188,7 @@ def squares(values: Sequence[torch.Tensor], exponent: torch.Tensor, bits: int) -
 
 def coefficients(values: Sequence[torch.Tensor], rule: Rule) -> torch.Tensor | None:
     """Each source's share of all squares, float32 ``[modules, sources]``; None where no rule asks for it."""
-    if rule.vote is None or not rule.vote.energy:
+    if not isinstance(rule.blend, EnergyMean):
         return None
     most = torch.stack([x.abs().amax(1) for x in values], dim=1).amax(1)
     exponent = torch.frexp(most.double()).exponent
@@ -181,20 +207,21 @@ def blend(values: Sequence[torch.Tensor], rules: Sequence[Rule], given: torch.Te
     table = torch.tensor([rule.weights for rule in rules], dtype=torch.float32).to(values[0].device)
     weights = [w[:, None] for w in table.unbind(1)]
     total = torch.zeros_like(values[0])
-    vote = rules[0].vote
-    if vote is None:
+    how = rules[0].blend
+    if isinstance(how, Sum):
         for x, w in zip(values, weights, strict=True):
             total = total + x * w
         return total
+    frequency, weighted = (how.frequency, how.weighted) if isinstance(how, AgreeingMean) else (False, False)
     positive, negative = torch.zeros_like(total), torch.zeros_like(total)
     positives, negatives = torch.zeros_like(total), torch.zeros_like(total)
     for i, (x, w) in enumerate(zip(values, weights, strict=True)):
         y = x * w
-        z = y if vote.weighted else x
+        z = y if weighted else x
         c = torch.ones_like(w) if given is None else given[:, i : i + 1]
         if given is not None:
             y = y * c
-        total = total + (z.sign() if vote.frequency else z)
+        total = total + (z.sign() if frequency else z)
         positive = torch.where(z > 0, positive + y, positive)
         negative = torch.where(z < 0, negative + y, negative)
         positives = torch.where(z > 0, positives + c, positives)

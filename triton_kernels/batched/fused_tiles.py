@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from merged_lora.plan import Rule
-from merged_lora.triton_kernels.factors.layout import blend_rule, keep_rule
+from merged_lora.plan import AgreeingMean, All, Keep, Largest, Middle, Random, Rule, Sum
+from merged_lora.triton_kernels.factors.layout import blend_word, keep_word
 from merged_lora.triton_kernels.kernels import sketch
 from merged_lora.triton_kernels.kernels.sketch import BINS, DEPTH, KEEP_BETWEEN, WIDEST
 
@@ -24,14 +24,11 @@ FULL = 20  # bits of a bin where all magnitudes are counted: 2^31 = BINS * 2^20
 NARROWEST = 16  # columns of a product
 
 
-def is_fused(rule: Rule) -> bool:
-    """Whether the kernels know such a rule."""
-    graded = any(keep.spread for keep in rule.keeps)
-    energy = rule.vote is not None and rule.vote.energy
-    return not graded and not energy and rule.select is None
+FUSED = (All, Largest, Middle, Random), (Sum, AgreeingMean)
+"""Keep rules and blends that the kernels know."""
 
 
-class FusedTiles:
+class TritonTiles:
     """Merged deltas of several modules, as :class:`merged_lora.streaming.Tiles`.
 
     a: per source ``[modules, rank_i, in]``, b: per source ``[modules, out, rank_i]``, of any float dtype.
@@ -47,13 +44,12 @@ class FusedTiles:
     ) -> None:
         device, rule = a[0].device, given[0]
         rank = -(-max(x.shape[1] for x in a) // DEPTH) * DEPTH
-        keys = [[_signed(keep.key or 0) for keep in one.keeps] for one in given]
+        keys = [[_signed(_key(keep)) for keep in one.keeps] for one in given]
         number = len(a)
         nothing = torch.zeros(len(given), number, device=device)
         self._size = b[0].shape[1] * a[0].shape[2]
-        vote = rule.vote
-        counted = any(keep.count is not None for keep in rule.keeps)
-        skipping = any(keep.skip for keep in rule.keeps)
+        counted = any(keep.counts for keep in rule.keeps)
+        skipping = any(isinstance(keep, Middle) for keep in rule.keeps)
         self._sources = sketch.Sources(
             a=_filled(a, 1, rank),
             b=_filled(b, 2, rank),
@@ -62,17 +58,17 @@ class FusedTiles:
             low=nothing,
             high=nothing + float("inf"),
             keys=torch.tensor(keys).to(device),
-            shares=torch.tensor([k.share or 0 for k in rule.keeps], dtype=torch.int32).to(device),
+            shares=torch.tensor([_share(k) for k in rule.keeps], dtype=torch.int32).to(device),
             rescales=torch.tensor([k.rescale for k in rule.keeps], dtype=torch.float32).to(device),
             precision=sketch.precision({x.dtype for x in (*a, *b)}),
-            keep=KEEP_BETWEEN.value if skipping else keep_rule(rule.keeps),
-            rule=blend_rule(vote),
-            weighted=vote is not None and vote.weighted,
+            keep=KEEP_BETWEEN.value if skipping else keep_word(rule.keeps),
+            rule=blend_word(rule.blend),
+            weighted=isinstance(rule.blend, AgreeingMean) and rule.blend.weighted,
         )
         if counted:
-            self._sources.low.copy_(self._find([_count(k.count, k.skip, self._size) for k in rule.keeps]))
+            self._sources.low.copy_(self._find([k.counts[0] if k.counts else self._size for k in rule.keeps]))
         if skipping:
-            self._sources.high.copy_(self._find([k.skip for k in rule.keeps]))
+            self._sources.high.copy_(self._find([k.skip if isinstance(k, Middle) else 0 for k in rule.keeps]))
 
     @property
     def low(self) -> torch.Tensor:
@@ -139,8 +135,12 @@ class FusedTiles:
         return low.int(), bits_needed.int()
 
 
-def _count(count: int | None, skip: int, size: int) -> int:
-    return size if count is None else count + skip
+def _share(keep: Keep) -> int:
+    return keep.share if isinstance(keep, Random) else 0
+
+
+def _key(keep: Keep) -> int:
+    return keep.key if isinstance(keep, Random) else 0
 
 
 def _signed(key: int) -> int:

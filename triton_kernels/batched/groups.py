@@ -11,24 +11,24 @@ from dataclasses import dataclass, replace
 import torch
 
 from merged_lora import bases
-from merged_lora.plan import DeltaModule, EntryModule, FactorModule, MergePlan, Rule
+from merged_lora.plan import DeltaModule, EntryModule, FactorModule, Graded, MergePlan, Random, Rule
 from merged_lora.streaming import OVERSAMPLING, starting_columns, truncate_tiles
 from merged_lora.triton_kernels.factors.layout import is_launched
 
 from . import entries, lowrank
-from .entries import Bound
-from .fused_tiles import SAMPLE_BYTES, FusedTiles, is_fused
+from .entries import Threshold
+from .fused_tiles import FUSED, SAMPLE_BYTES, TritonTiles
 from .lowrank import WORKSPACE, MergedStack
-from .tiles import GROUP, TILE_BYTES, DeltaTiles, count_bins, last_bin, lower_bits, upper_bits
+from .tiles import GROUP, TILE_BYTES, TorchTiles, count_bins, last_bin, lower_bits, upper_bits
 
 RESULTS = 64 << 20  # bytes of merged factors that wait for their slots at a time
-TEMPORARIES = 12  # as many times the bytes of what is combined does torch hold while it combines
+TEMPORARIES = 12  # peak temporaries of ``entries.combine``, as a multiple of its input size
 
 Module = DeltaModule | EntryModule | FactorModule
 Stacks = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 """A per source ``[modules, rank_i, in]`` and B per source ``[modules, out, rank_i]``."""
-Known = Mapping[str, list[tuple[Bound, Bound] | None]]
-"""By module, what each source keeps, where entries are counted over the whole model."""
+ModelThresholds = Mapping[str, list[tuple[Threshold, ...]]]
+"""By module, the thresholds of each source if entries are counted over the whole model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def grouped(plan: MergePlan) -> tuple[Group, ...]:
 
 
 def kind(module: Module) -> Hashable:
-    """What two modules must have in common to be merged together; weights, keys and tensors may differ."""
+    """The properties that modules merged together share; weights, keys and tensors may differ."""
     if isinstance(module, DeltaModule):
         return lowrank.kind(module)
     if isinstance(module, FactorModule):
@@ -67,7 +67,7 @@ def kind(module: Module) -> Hashable:
     return factors, module.present, ruled, module.embedding
 
 
-def merge_group(group: Group, stacks: Stacks, known: Known) -> MergedStack:
+def merge_group(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> MergedStack:
     """The merged factors of a group of modules, whose sources' factors are given as stacks."""
     first = group.modules[0]
     a, b = stacks
@@ -76,7 +76,7 @@ def merge_group(group: Group, stacks: Stacks, known: Known) -> MergedStack:
         weights = torch.tensor(table, dtype=torch.float64)
         on_device = weights.to(a[0].device, non_blocking=True)
         return lowrank.merge_stack(lowrank.Stack(a, b, on_device, first.rank, first.mean, first.dtype))
-    parts = [_merge_part(part, _sliced(stacks, where), known) for where, part in _chunks(group)]
+    parts = [_merge_part(part, _sliced(stacks, where), thresholds) for where, part in _chunks(group)]
     energies = [part.energy for part in parts if part.energy is not None]
     repeated = [part.repeated for part in parts if part.repeated is not None]
     return MergedStack(
@@ -87,10 +87,10 @@ def merge_group(group: Group, stacks: Stacks, known: Known) -> MergedStack:
     )
 
 
-def whole_bounds(
+def model_thresholds(
     plan: MergePlan, groups: Sequence[Group], stacks: Callable[[Group], Stacks]
-) -> dict[str, list[tuple[Bound, Bound] | None]]:
-    """What each module keeps of each source where entries are counted over the whole model."""
+) -> dict[str, list[tuple[Threshold, ...]]]:
+    """The thresholds of each module if entries are counted over the whole model; else none."""
     if plan.counts is None:
         return {}
     modules = {name: m for name, m in plan.modules.items() if isinstance(m, EntryModule)}
@@ -103,13 +103,13 @@ def whole_bounds(
                 for source, x in zip(group.modules[0].present, coordinates.values, strict=True):
                     yield part.names, source, entries.magnitudes(x)
 
-    thresholds = _whole_thresholds(lambda: ((i, x) for _, i, x in magnitudes()), plan.counts)
+    last = _last_kept(lambda: ((i, x) for _, i, x in magnitudes()), plan.counts)
     ties: dict[tuple[str, int], torch.Tensor] = {}
     for names, source, mags in magnitudes():
         for name, row in zip(names, mags, strict=True):
-            ties[name, source] = (row == thresholds[source][0]).nonzero()[:, 0]
-    found: dict[str, list[tuple[Bound, Bound] | None]] = {}
-    wanted = [ties_kept for _, ties_kept in thresholds]
+            ties[name, source] = (row == last[source][0]).nonzero()[:, 0]
+    found: dict[str, list[tuple[Threshold, ...]]] = {}
+    wanted = [ties_kept for _, ties_kept in last]
     for name, module in modules.items():  # in the order of the plan, which is the order of the indices
         found[name] = []
         for source in module.present:
@@ -117,20 +117,18 @@ def whole_bounds(
             kept = min(wanted[source], places.numel())
             cut = int(places[kept - 1]) + 1 if kept else 0
             wanted[source] -= kept
-            low, high = (
-                Bound(*(torch.tensor([x], device=places.device) for x in pair))
-                for pair in ((thresholds[source][0], cut), (entries.INFINITY, 0))
-            )
-            found[name].append((low, high))
+            pair = [torch.tensor([x], device=places.device) for x in (last[source][0], cut)]
+            found[name].append((Threshold(*pair),))
     return found
 
 
-def _whole_thresholds(
+def _last_kept(
     magnitudes: Callable[[], Iterator[tuple[int, torch.Tensor]]], wanted: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """For each source the magnitude, as bits, from which on the largest lie, and how many equal it and count.
+    """For each source the bits of the smallest kept magnitude, and how many entries that equal it are kept.
 
-    magnitudes: goes through all of them, with the number of their source.  wanted: of each source.
+    magnitudes: goes through all of them, with the index of their source.
+    wanted:     number of entries kept, by source.
     """
 
     def counted(places: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> dict[int, torch.Tensor]:
@@ -155,7 +153,7 @@ def _whole_thresholds(
     return found
 
 
-def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
+def _merge_part(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> MergedStack:
     first = group.modules[0]
     a, b = stacks
     if isinstance(first, FactorModule):
@@ -169,13 +167,13 @@ def _merge_part(group: Group, stacks: Stacks, known: Known) -> MergedStack:
     energy: torch.Tensor | None
     if first.basis is None:
         scalings = _scalings(group, a[0].device)
-        kind_of_tiles = FusedTiles if is_fused(ruled[0]) else DeltaTiles
+        kind_of_tiles = TritonTiles if ruled[0].consists_of(*FUSED) else TorchTiles
         tiles = kind_of_tiles(a, b, scalings.float(), ruled)
         new_a, new_b, energy = truncate_tiles(tiles, starting_columns(a, b, scalings, first.rank), first.rank)
     else:
         coordinates = _coordinates(group, stacks)
-        bounds = _stacked_bounds([known[name] for name in group.names]) if known else None
-        merged = entries.combine(coordinates.values, ruled, bounds)
+        found = _stacked([thresholds[name] for name in group.names]) if thresholds else None
+        merged = entries.combine(coordinates.values, ruled, found)
         weights = torch.tensor([rule.weights for rule in ruled])
         new_a, new_b, energy = bases.placed(coordinates, merged, weights, first.rank)
         repeated = coordinates.repeated
@@ -199,24 +197,18 @@ def _scalings(group: Group, device: torch.device) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
 
 
-def _stacked_bounds(
-    rows: Sequence[list[tuple[Bound, Bound] | None]],
-) -> list[tuple[Bound, Bound] | None]:
-    """Bounds of one module each as bounds of all of them."""
-
-    def stack(pairs: Sequence[tuple[Bound, Bound] | None]) -> tuple[Bound, Bound]:
-        low, high = zip(*(pair for pair in pairs if pair is not None), strict=True)
-        both = [
-            Bound(torch.cat([x.thr for x in one]), torch.cat([x.cut for x in one])) for one in (low, high)
-        ]
-        return both[0], both[1]
-
-    return [stack(column) for column in zip(*rows, strict=True)]
+def _stacked(rows: Sequence[list[tuple[Threshold, ...]]]) -> list[tuple[Threshold, ...]]:
+    """The thresholds of one module each as thresholds of all of them."""
+    return [
+        (Threshold(torch.cat([x.value for (x,) in column]), torch.cat([x.cut for (x,) in column])),)
+        for column in zip(*rows, strict=True)
+    ]
 
 
 def _outline(rule: Rule) -> Hashable:
     """A rule without what may differ between the modules of a group."""
-    return tuple(replace(keep, key=None) for keep in rule.keeps), rule.vote, rule.select
+    keeps = tuple(replace(keep, key=0) if isinstance(keep, Random | Graded) else keep for keep in rule.keeps)
+    return keeps, rule.blend
 
 
 def _parts(modules: Mapping[str, Module]) -> Iterator[Group]:

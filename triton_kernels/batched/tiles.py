@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from merged_lora.batched import multiplied
-from merged_lora.plan import Rule
+from merged_lora.plan import EnergyMean, Keep, Rule, Varied
 
 from . import entries
-from .entries import INFINITY, Bound
+from .entries import INFINITY, Threshold, Thresholds
 
 TILE_BYTES = 8 << 20  # of a tile of every source, or GROUP rows; intermediates take some ten times as much
 GROUP = 8  # rows: each tile begins at a whole Philox call
 BINS = 1 << 16
 
 
-class DeltaTiles:
+class TorchTiles:
     """Merged deltas of several modules, as :class:`merged_lora.streaming.Tiles`.
 
     a: per source ``[modules, rank_i, in]``, b: per source ``[modules, out, rank_i]``, of any float dtype.
@@ -42,10 +42,8 @@ class DeltaTiles:
         self._modules, self._rows, self._columns = a[0].shape[0], b[0].shape[1], a[0].shape[2]
         row = 4 * self._modules * len(a) * self._columns
         self._step = max(1, TILE_BYTES // row // GROUP) * GROUP
-        rule = given[0]
-        self._bounds = self._find_bounds(rule)
-        self._chosen = None if rule.select is None else self._find(self._scores, rule.select)
-        self._coefficients = self._energies() if rule.vote is not None and rule.vote.energy else None
+        self._thresholds: Thresholds = entries.by_source(given[0].keeps, self._find_thresholds)
+        self._coefficients = self._energies() if isinstance(given[0].blend, EnergyMean) else None
 
     def times(self, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`merged_lora.streaming.Tiles`."""
@@ -70,48 +68,37 @@ class DeltaTiles:
             yield start, [multiplied(b[:, rows], a) for b, a in zip(self._b, self._a, strict=True)]
 
     def _kept(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """What is kept of those, ``[modules, entries]``, before anything is selected across sources."""
+        """The kept entries of those, ``[modules, entries]``."""
         for start, values in self._tiles():
-            yield start, entries.keep(values, self._rules, start * self._columns, self._bounds)
-
-    def _selected(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        for start, values in self._kept():
-            if self._chosen is None:
-                yield start, values
-            else:
-                score = entries.deviations(values)
-                yield start, entries.select(values, score, self._chosen, start * self._columns)
+            begin = start * self._columns
+            yield start, entries.keep_entries(values, self._rules, begin, self._thresholds)
 
     def _merged(self) -> Iterator[tuple[int, torch.Tensor]]:
-        for start, values in self._selected():
+        for start, values in self._kept():
             merged = entries.blend(values, self._rules, self._coefficients)
             yield start, merged.view(self._modules, -1, self._columns)
 
-    def _scores(self) -> Iterator[torch.Tensor]:
-        return (entries.deviations(values) for _, values in self._kept())
+    def _find_thresholds(self, index: int, keep: Keep) -> tuple[Threshold, ...]:
+        """The thresholds of one source."""
 
-    def _find_bounds(self, rule: Rule) -> list[tuple[Bound, Bound] | None]:
-        found: list[tuple[Bound, Bound] | None] = []
-        for i, one in enumerate(rule.keeps):
-            if one.count is None:
-                found.append(None)
-                continue
+        def scores() -> Iterator[torch.Tensor]:
+            if isinstance(keep, Varied):
+                for _, values in self._tiles():
+                    yield entries.scores_of(keep, index, values)
+                return
+            for start in range(0, self._rows, self._step):  # no need to form the tiles of the others
+                yield multiplied(self._b[index][:, start : start + self._step], self._a[index])
 
-            def values(i: int = i) -> Iterator[torch.Tensor]:
-                for start in range(0, self._rows, self._step):
-                    yield multiplied(self._b[i][:, start : start + self._step], self._a[i])
+        return tuple(self._find(scores, count) for count in keep.counts)
 
-            found.append((self._find(values, one.skip + one.count), self._find(values, one.skip)))
-        return found
-
-    def _find(self, values: Callable[[], Iterator[torch.Tensor]], count: int) -> Bound:
-        """What keeps exactly ``count`` of all entries that the iterator yields."""
+    def _find(self, values: Callable[[], Iterator[torch.Tensor]], count: int) -> Threshold:
+        """The threshold that keeps exactly ``count`` of all scores that the iterator yields."""
         size = self._rows * self._columns
         every = torch.zeros(self._modules, dtype=torch.int64, device=self._a[0].device)
         if count >= size:
-            return Bound(every, every + size)
+            return Threshold(every, every + size)
         if count == 0:
-            return Bound(every + INFINITY, every)
+            return Threshold(every + INFINITY, every)
         bins, wanted = last_bin(_counted(values(), upper_bits), every + count)
         low, wanted = last_bin(_counted(values(), lower_bits(bins)), wanted)
         thr = bins << 16 | low
@@ -121,12 +108,12 @@ class DeltaTiles:
             reached = (met < wanted) & (ties[:, -1] >= wanted)
             cut = torch.where(reached, end + (ties < wanted[:, None]).sum(1) + 1, cut)
             met, end = ties[:, -1], end + ties.shape[1]
-        return Bound(thr, cut)
+        return Threshold(thr, cut)
 
     def _energies(self) -> torch.Tensor:
         """Each source's share of all squares of what is kept, float32 ``[modules, sources]``."""
         sums = sum(
-            torch.stack([x.double().square().sum(1) for x in values], dim=1) for _, values in self._selected()
+            torch.stack([x.double().square().sum(1) for x in values], dim=1) for _, values in self._kept()
         )
         assert isinstance(sums, torch.Tensor)
         return entries.energy_shares(sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -9,7 +10,18 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from merged_lora.plan import FactorModule, Keep, MergePlan, Module, Vote
+from merged_lora.plan import (
+    AgreeingMean,
+    All,
+    Blend,
+    FactorModule,
+    Keep,
+    Largest,
+    MergePlan,
+    Module,
+    Random,
+    Sum,
+)
 from merged_lora.triton_kernels.kernels.combine import (
     COPY,
     KEEP_ALL,
@@ -26,6 +38,8 @@ from merged_lora.triton_kernels.tables import Integers
 Floats = NDArray[np.float32]
 
 UNLIMITED = -1  # as a count: every entry is kept
+LAUNCHED = (All, Largest, Random), (Sum, AgreeingMean)
+"""Keep rules and blends that the kernel of ``kernels/combine.py`` does itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +86,10 @@ class Layout:
 
 
 def is_launched(module: Module) -> TypeGuard[FactorModule]:
-    """Whether a module is merged by the kernel of ``combine.py``, with all its like in one launch."""
-    return isinstance(module, FactorModule) and module.a.rule.simple and module.b.rule.simple
+    """Whether a module is merged by the kernel of ``kernels/combine.py``, with all its like in one launch."""
+    return isinstance(module, FactorModule) and all(
+        job.rule.consists_of(*LAUNCHED) for job in (module.a, module.b)
+    )
 
 
 def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
@@ -81,6 +97,7 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
     pairs = {name: module for name, module in plan.modules.items() if is_launched(module)}
     jobs = [job for module in pairs.values() for job in (module.a, module.b)]
     keeps = [keep for job in jobs for keep in job.rule.keeps]
+    kept_counts, shares, keys, rescales = zip(*map(_row, keeps), strict=True) if keeps else ((),) * 4
     tensor = np.repeat(np.arange(len(jobs)), [len(job.inputs) for job in jobs])
     source = np.array([i for module in pairs.values() for _ in "ab" for i in module.present], np.int64)
     rounds = np.array([KINDS[job.dtype] for job in jobs], np.int64)
@@ -91,7 +108,7 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
         made[tensor, source] = values
         return made
 
-    counts = table([UNLIMITED if k.count is None else k.count for k in keeps], np.int64, UNLIMITED)
+    counts = table(kept_counts, np.int64, UNLIMITED)
     shapes = np.array([job.inputs[0].shape for job in jobs], np.int64).reshape(-1, 2)
     places = []
     for i, one in enumerate(packed):
@@ -100,8 +117,7 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
         sizes, kept = shapes[mine].prod(1), counts[mine, i]
         searched = (kept > 0) & (kept < sizes)
         places.append(Place(mine, rows, mine % 2, sizes, kept, searched, key=rows.tobytes() + kept.tobytes()))
-    rescales = {share: keep.rescale for share, keep in {keep.share: keep for keep in keeps}.items()}
-    vote = jobs[0].rule.vote if jobs else None
+    blend = jobs[0].rule.blend if jobs else Sum()
     return Layout(
         modules=tuple(pairs),
         shapes=shapes,
@@ -110,27 +126,47 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
         weights=table([w for job in jobs for w in job.rule.weights], np.float32, 0),
         kinds=table([KINDS[t.dtype] for job in jobs for t in job.inputs], np.int64, rounds[:, None]),
         counts=counts,
-        shares=table([k.share or 0 for k in keeps], np.int64, 0),
-        rescales=table([rescales[k.share] for k in keeps], np.float32, 0),
-        keys=table([k.key or 0 for k in keeps], np.uint64, 0).view(np.int64),
-        keep=keep_rule(keeps),
-        rule=blend_rule(vote),
-        weighted=vote is not None and vote.weighted,
+        shares=table(shares, np.int64, 0),
+        rescales=table(rescales, np.float32, 0),
+        keys=table(keys, np.uint64, 0).view(np.int64),
+        keep=keep_word(keeps),
+        rule=blend_word(blend),
+        weighted=isinstance(blend, AgreeingMean) and blend.weighted,
     )
 
 
-def keep_rule(keeps: Collection[Keep]) -> int:
+def _row(keep: Keep) -> tuple[int, int, int, float]:
+    """Count, share, key and rescale of a keep rule of LAUNCHED."""
+    match keep:
+        case All():
+            return UNLIMITED, 0, 0, 1.0
+        case Largest(count):
+            return count, 0, 0, 1.0
+        case Random(share, key):
+            return UNLIMITED, share, key, _rescale_of(share)
+    raise TypeError(f"the kernel has no rule for {keep}")
+
+
+@functools.lru_cache(64)
+def _rescale_of(share: int) -> float:
+    return Random(share, 0).rescale
+
+
+def keep_word(keeps: Collection[Keep]) -> int:
     """The word of ``combine.Variant`` for how entries are kept."""
-    if any(keep.share is not None for keep in keeps):
+    if any(isinstance(keep, Random) for keep in keeps):
         return int(KEEP_RANDOM.value)
-    return int((KEEP_ALL if all(keep.count is None for keep in keeps) else KEEP_LARGEST).value)
+    return int((KEEP_LARGEST if any(isinstance(keep, Largest) for keep in keeps) else KEEP_ALL).value)
 
 
-def blend_rule(vote: Vote | None) -> int:
+def blend_word(blend: Blend) -> int:
     """The word of ``combine.Variant`` for how entries are blended."""
-    if vote is None:
-        return int(SUM.value)
-    return int((VOTE_FREQUENCY if vote.frequency else VOTE_TOTAL).value)
+    match blend:
+        case Sum():
+            return int(SUM.value)
+        case AgreeingMean(frequency):
+            return int((VOTE_FREQUENCY if frequency else VOTE_TOTAL).value)
+    raise TypeError(f"the kernel has no blend for {blend}")
 
 
 def copies(kinds: Integers) -> Layout:

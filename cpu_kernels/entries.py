@@ -1,0 +1,119 @@
+"""Which entries a keep rule keeps, in float32 values of every source: whole tensors, or a tile of each.
+
+A new rule is a case in :func:`keep_entries` and, if its scores are not the values themselves, in
+:func:`scores_of`. What decides about an entry is a score, whose
+magnitude is compared with thresholds; only the entries of a draw have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from merged_lora.plan import Graded, Keep, Largest, Middle, Random, Varied
+
+from . import kernels
+from .thresholds import Query, Threshold
+
+Thresholds = Sequence[tuple[Threshold, ...]]
+"""For every source the thresholds that its keep rule needs, in the order of ``Keep.counts``."""
+
+
+def queries_of(keeps: Sequence[Keep]) -> list[Query]:
+    """The thresholds to be found for the rules of all sources: index of a source, and a count."""
+    scored = keeps[:1] if isinstance(keeps[0], Varied) else keeps  # varied: all share those of the first
+    return [(i, count) for i, keep in enumerate(scored) for count in keep.counts]
+
+
+def by_source(keeps: Sequence[Keep], found: Sequence[Threshold]) -> list[tuple[Threshold, ...]]:
+    """The thresholds of each source, from those of all queries in their order."""
+    if isinstance(keeps[0], Varied):
+        return [tuple(found)] * len(keeps)
+    left = iter(found)
+    return [tuple(next(left) for _ in keep.counts) for keep in keeps]
+
+
+def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
+    """The float32 scores of one source's entries, ``[rows, columns]``.
+
+    values: of every source, float32 ``[rows, columns]``, contiguous.
+    buffer: float32, at least as many entries; holds the scores if they are not the values themselves.
+    """
+    x = values[index]
+    if isinstance(keep, Varied):
+        score = buffer.view(-1)[: x.numel()].view(x.shape)
+        kernels.deviations(addresses(values), x.numel(), score.data_ptr())
+        return score
+    return x
+
+
+def find_in(
+    values: Sequence[torch.Tensor], keeps: Sequence[Keep], buffer: torch.Tensor
+) -> list[tuple[Threshold, ...]]:
+    """The thresholds of whole tensors, by source."""
+    bins = np.zeros(2 * kernels.BINS, np.uint32)
+    found = []
+    for i, count in queries_of(keeps):
+        score = scores_of(keeps[i], i, values, buffer)
+        pair = kernels.find_threshold(score.data_ptr(), score.numel(), kernels.FP32, count, bins)
+        found.append(Threshold(*pair))
+    return by_source(keeps, found)
+
+
+def keep_entries(
+    values: Sequence[torch.Tensor],
+    begin: int,
+    keeps: Sequence[Keep],
+    thresholds: Thresholds,
+    buffer: torch.Tensor,
+) -> None:
+    """Set to zero, in place, the entries that are not kept, and rescale those that are drawn.
+
+    values: of every source, float32 ``[rows, columns]``, contiguous.
+    begin:  flat index of the first entry in the whole tensor, a multiple of 8; 0 for whole tensors.
+    keeps:  the rule of every source.
+    buffer: scratch, float32, as many entries as one source has here.
+    """
+    rows, columns = values[0].shape
+    size = rows * columns
+    if isinstance(keeps[0], Varied):  # before any source changes, because all of them are in the scores
+        scores_of(keeps[0], 0, values, buffer)
+    for x, keep, found in zip(values, keeps, thresholds, strict=True):
+        address = x.data_ptr()
+        match keep:
+            case Random(share, key):
+                kernels.keep_graded(address, rows, columns, begin, share, 0, np.uint64(key))
+            case Graded(share, key, spread):
+                kernels.keep_graded(address, rows, columns, begin, share, spread, np.uint64(key))
+            case Largest():
+                (low,) = found
+                kernels.keep_where(address, size, address, low.value, low.cut - begin)
+            case Middle():
+                low, high = found
+                kernels.keep_between(address, size, low.value, low.cut - begin, high.value, high.cut - begin)
+            case Varied():
+                (low,) = found
+                kernels.keep_where(address, size, buffer.data_ptr(), low.value, low.cut - begin)
+
+
+def energies_of(values: Sequence[torch.Tensor]) -> list[float]:
+    """Each source's share of the sum of all squares, in integers so that no order matters."""
+    size = values[0].numel()
+    exponent = math.frexp(max(float(x.abs().max()) for x in values))[1]
+    bits = 62 - max(size - 1, 1).bit_length()
+    return shares_of([kernels.sum_squares(x.data_ptr(), size, exponent, bits) for x in values])
+
+
+def shares_of(squares: Sequence[float]) -> list[float]:
+    """Each one's share of the sum, equal shares if that is zero."""
+    total = sum(squares)
+    return [one / total if total else 1.0 / len(squares) for one in squares]
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> NDArray[np.int64]:
+    """The address of each tensor's first entry."""
+    return np.array([tensor.data_ptr() for tensor in tensors], np.int64)
