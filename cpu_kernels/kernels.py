@@ -188,7 +188,7 @@ def _trim32(data, count, counts):
 @njit(nogil=True, cache=True, error_model="numpy")
 def find_threshold(address, size, kind, count, bins):
     """``(thr, cut)`` of a tensor; a negative count keeps everything.  bins: scratch, ``2 * BINS`` uint32."""
-    if count < 0 or count >= size:
+    if count < 0 or count > size:
         return 0, size
     if count == 0:
         return INFINITY, 0

@@ -60,7 +60,7 @@ def find_thresholds(
     """
     found: dict[int, Threshold] = {}
     for at, (source, count) in enumerate(queries):
-        if count >= sizes[source]:
+        if count > sizes[source]:
             found[at] = KEEP_EVERYTHING
         elif count == 0:
             found[at] = KEEP_NOTHING

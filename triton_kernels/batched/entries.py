@@ -74,10 +74,7 @@ def magnitudes(x: torch.Tensor) -> torch.Tensor:
 
 def largest(mags: torch.Tensor, count: int) -> Threshold:
     """The threshold of each module that keeps ``count`` entries, among equals those that come first."""
-    size = mags.shape[1]
     every = torch.zeros(mags.shape[0], dtype=torch.int64, device=mags.device)
-    if count >= size:
-        return Threshold(every, every + size)
     if count == 0:
         return Threshold(every + INFINITY, every)
     thr = mags.sort(dim=1, descending=True).values[:, count - 1 : count]
@@ -89,8 +86,9 @@ def largest(mags: torch.Tensor, count: int) -> Threshold:
 
 def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor]) -> torch.Tensor:
     """The float32 scores of one source's entries ``[modules, entries]``, whose magnitudes decide."""
-    flat = [x.reshape(x.shape[0], -1) for x in values] if isinstance(keep, Varied) else [values[index]]
-    return deviations(flat) if isinstance(keep, Varied) else flat[0].reshape(flat[0].shape[0], -1)
+    if isinstance(keep, Varied):
+        return deviations(values).flatten(1)
+    return values[index].flatten(1)
 
 
 def find_in(values: Sequence[torch.Tensor], keeps: Sequence[Keep]) -> Thresholds:

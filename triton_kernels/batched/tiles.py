@@ -87,7 +87,8 @@ class TorchTiles:
                     yield entries.scores_of(keep, index, values)
                 return
             for start in range(0, self._rows, self._step):  # no need to form the tiles of the others
-                yield multiplied(self._b[index][:, start : start + self._step], self._a[index])
+                tile = multiplied(self._b[index][:, start : start + self._step], self._a[index])
+                yield entries.scores_of(keep, 0, [tile])
 
         return tuple(self._find(scores, count) for count in keep.counts)
 
@@ -95,8 +96,6 @@ class TorchTiles:
         """The threshold that keeps exactly ``count`` of all scores that the iterator yields."""
         size = self._rows * self._columns
         every = torch.zeros(self._modules, dtype=torch.int64, device=self._a[0].device)
-        if count >= size:
-            return Threshold(every, every + size)
         if count == 0:
             return Threshold(every + INFINITY, every)
         bins, wanted = last_bin(_counted(values(), upper_bits), every + count)
