@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from merged_lora.plan import Graded, Keep, Largest, Middle, Random, Varied
+from merged_lora.plan import Graded, Important, Keep, Largest, Middle, Random, Varied
 
 from . import kernels
-from .thresholds import Query, Threshold
+from .thresholds import KEEP_EVERYTHING, Query, Threshold
 
 Thresholds = Sequence[tuple[Threshold, ...]]
 """For every source the thresholds that its keep rule needs, in the order of ``Keep.counts``."""
@@ -44,11 +44,18 @@ def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor], buffer: to
     buffer: float32, at least as many entries; holds the scores if they are not the values themselves.
     """
     x = values[index]
-    if isinstance(keep, Varied):
-        score = buffer.view(-1)[: x.numel()].view(x.shape)
-        kernels.deviations(addresses(values), x.numel(), score.data_ptr())
-        return score
-    return x
+    score = buffer.view(-1)[: x.numel()].view(x.shape)
+    match keep:
+        case Varied():
+            kernels.deviations(addresses(values), x.numel(), score.data_ptr())
+        case Important():
+            p = x.double().softmax(1).add_(1e-8)
+            q = 1.0 / x.shape[1] + 1e-8
+            divergence = (p * (p / q).log_()).sum(1, keepdim=True)
+            torch.mul(x.abs(), divergence.clamp_(min=0.0).float(), out=score)
+        case _:
+            return x
+    return score
 
 
 def find_in(
@@ -95,6 +102,11 @@ def keep_entries(
             case Middle():
                 low, high = found
                 kernels.keep_between(address, size, low.value, low.cut - begin, high.value, high.cut - begin)
+            case Important():
+                score = scores_of(keep, 0, [x], buffer)
+                upper, median, lower = np.array([t.value for t in found], np.int32).view(np.float32)
+                limit = int((median + np.float32(1.5) * (upper - lower)).view(np.int32))
+                kernels.keep_where(address, size, score.data_ptr(), limit, KEEP_EVERYTHING.cut)
             case Varied():
                 (low,) = found
                 kernels.keep_where(address, size, buffer.data_ptr(), low.value, low.cut - begin)

@@ -99,6 +99,26 @@ class Varied(_Counted):
 
 
 @dataclass(frozen=True)
+class Important(Keep):
+    """The entries whose importance is at least ``median + 1.5 (upper - lower)`` of its quartiles.
+
+    The importance of an entry is its magnitude times the Kullback-Leibler divergence of its row's softmax
+    from the uniform distribution.
+
+    upper, median, lower: the number of entries at or above each quartile.
+    """
+
+    upper: int
+    median: int
+    lower: int
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of entries at or above each quartile."""
+        return self.upper, self.median, self.lower
+
+
+@dataclass(frozen=True)
 class Random(_Drawn):
     """A ``share`` of 65536 at random, rescaled.  key: 64 bits, of the random numbers."""
 

@@ -23,6 +23,7 @@ from .plan import (
     FactorJob,
     FactorModule,
     Graded,
+    Important,
     Keep,
     Largest,
     LargestInModel,
@@ -324,6 +325,8 @@ class _Planner:
     def _keep(self, index: int, name: str, side: str, size: int) -> Keep:
         """Which of ``size`` entries of one source take part."""
         settings, rule = self._settings, self.recipe.keep
+        if rule == "important":
+            return Important(*(size - int(share * (size - 1)) for share in (0.75, 0.5, 0.25)))
         if rule == "all" or settings.densities is None:
             return ALL
         if settings.whole_model:

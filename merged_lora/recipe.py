@@ -15,7 +15,7 @@ Number = int | float
 Value = Number | str | bool | tuple[float, ...]
 
 Space = Literal["factors", "sums", "entries", "core"]
-KeepRule = Literal["all", "largest", "middle", "random", "graded", "varied"]
+KeepRule = Literal["all", "largest", "middle", "random", "graded", "varied", "important"]
 Blend = Literal[
     "sum", "agreeing_mean", "energy_mean", "slerp", "nuslerp", "karcher", "multislerp", "model_stock"
 ]
@@ -52,7 +52,8 @@ class Recipe:
             or their coordinates in a basis that the sources share (``core``).
     keep:   which entries of a source take part: ``all``, the ``largest`` (trim), the ``middle``: the largest
             after a few outliers (breadcrumbs), a ``random`` share (DARE), a share ``graded`` by rank within a
-            row (DELLA), or those that ``varied`` most between the sources (SCE).
+            row (DELLA), those that ``varied`` most between the sources (SCE), or the ``important``: those
+            whose magnitude, times how far their row is from uniform, stands out (Arcee Fusion).
     blend:  entry by entry the weighted ``sum``, the mean of those that agree with the elected sign, or that
             mean weighted by each source's energy (SCE). In ``sums`` also one scalar for each source and
             module, from the inner products of the deltas.

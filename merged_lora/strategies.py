@@ -44,6 +44,7 @@ KEPT_BY: dict[KeepRule, tuple[Option, ...]] = {
     "random": (DENSITY,),
     "graded": (DENSITY, EPSILON),
     "varied": (SELECT,),
+    "important": (),
 }
 """The options that each keep rule takes."""
 
@@ -238,6 +239,13 @@ def _rows() -> Iterator[Strategy]:
     yield on_entries(dare_ties, "PEFT combination_type='dare_ties_svd'")
     yield on_entries(magnitude_prune, "PEFT combination_type='magnitude_prune_svd'")
     yield from map(on_entries, (della, della_linear, breadcrumbs, breadcrumbs_ties, sce))
+
+    yield row(
+        "arcee_fusion",
+        Recipe("entries", keep="important", rank="truncate"),
+        "keep the entries of each delta that stand out in importance, sum, then the best approximation",
+        "mergekit's Arcee Fusion, on deltas over a base of zeros",
+    )
 
     # On coordinates in bases that the sources share.
     yield row(

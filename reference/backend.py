@@ -19,6 +19,7 @@ from merged_lora.plan import (
     FactorJob,
     FactorModule,
     Graded,
+    Important,
     Keep,
     Largest,
     LargestInModel,
@@ -115,6 +116,8 @@ def _keep(values: Array, keep: Keep) -> Array:
             return entries.keep_largest(values, count)
         case Middle(count, skip):
             return entries.keep_largest(values, count, skip)
+        case Important():
+            return entries.keep_important(values)
         case Random(share, key):
             return entries.keep_random(values, share, key)
         case Graded(share, key, spread):

@@ -53,6 +53,27 @@ def keep_random(values: Array, share: int, key: int, spread: int = 0) -> Array:
     return np.where(drawn < limits, rescaled, number(0))
 
 
+def importance(values: Array) -> Array:
+    """Magnitude times the Kullback-Leibler divergence of the row's softmax from the uniform distribution.
+
+    Both distributions are raised by 1e-8 first, as in mergekit. The divergence is computed in float64.
+    """
+    powers = np.exp(values - values.max(axis=-1, keepdims=True), dtype=np.float64)
+    p = powers / powers.sum(axis=-1, keepdims=True) + 1e-8
+    q = 1.0 / values.shape[-1] + 1e-8
+    divergence = (p * np.log(p / q)).sum(axis=-1, keepdims=True)
+    return np.asarray(np.abs(values) * np.maximum(divergence, 0.0).astype(values.dtype))
+
+
+def keep_important(values: Array) -> Array:
+    """The values, 0 where their importance is less than the median plus 1.5 times the interquartile range."""
+    score = importance(values)
+    ordered = np.sort(score, axis=None)
+    lower, median, upper = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
+    limit = median + values.dtype.type(1.5) * (upper - lower)
+    return np.where(score >= limit, values, values.dtype.type(0))
+
+
 @np.errstate(over="ignore", invalid="ignore")
 def keep_varied(values: Sequence[Array], count: int) -> list[Array]:
     """The values of every source, 0 outside the ``count`` entries that differ most between sources.

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.merge_methods.arcee_fusion import (  # type: ignore[import-not-found]
+    arcee_fusion_merge_method,
+)
 from mergekit.merge_methods.base import TensorGroup  # type: ignore[import-not-found]
 from mergekit.merge_methods.generalized_task_arithmetic import (  # type: ignore[import-not-found]
     ConsensusMethod,
@@ -73,6 +76,8 @@ def main() -> None:
         found[f"{name} breadcrumbs"] = breadcrumbs(tensors, None)
         found[f"{name} breadcrumbs_ties"] = breadcrumbs(tensors, ConsensusMethod.sum)
         found[f"{name} sce"] = merged(sce_merge, tensors, select_topk=0.4)
+    # Deltas of a usual size; the rows of larger ones are far from uniform, whatever they hold.
+    found |= {f"arcee_fusion {i}": merged(arcee_fusion_merge_method, [x * 0.1]) for i, x in enumerate(deltas)}
     found["karcher"] = karcher_merge_tensors(deltas, SHARES, max_iter=500, tol=1e-13)
     found["multislerp"] = merged(multislerp, deltas, weight=dict(enumerate(SHARES)))
     found["nuslerp"] = merged(nuslerp_merge_method, deltas[:2], weight={0: 0.7, 1: 0.3})

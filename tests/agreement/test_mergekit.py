@@ -5,6 +5,7 @@ The values come from its own functions, see mergekit_values.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,16 @@ def test_merges_of_entries_in_factors_space(strategy: str, backend: str) -> None
     result = merged(f"{strategy}(a, b, c, {SUMS[strategy]})", sources(), backend).modules["m"]
     for side, got in (("a", result.a), ("b", result.b)):
         assert_close(got, VALUES[f"{side} {strategy}"], 1e-6)  # a handful of float32 roundings
+
+
+@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
+@pytest.mark.parametrize(("name", "index"), [("a", 0), ("b", 1), ("c", 2)])
+def test_arcee_fusion_over_a_base_of_zeros(name: str, index: int, backend: str) -> None:
+    small = {n: Adapter({"m": replace(s.modules["m"], scaling=0.1)}) for n, s in sources().items()}
+    got = merged(f"arcee_fusion({name}, rank={FULL})", small, backend).modules["m"].delta()
+    expected = VALUES[f"arcee_fusion {index}"]
+    assert 0.05 < (expected != 0).double().mean() < 0.5  # the rule leaves something out, and something in
+    assert_close(got, expected, 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "numpy"])

@@ -17,6 +17,7 @@ from merged_lora.plan import (
     AgreeingMean,
     EnergyMean,
     Graded,
+    Important,
     Keep,
     Largest,
     LargestInModel,
@@ -86,9 +87,20 @@ def largest(mags: torch.Tensor, count: int) -> Threshold:
 
 def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor]) -> torch.Tensor:
     """The float32 scores of one source's entries ``[modules, entries]``, whose magnitudes decide."""
-    if isinstance(keep, Varied):
-        return deviations(values).flatten(1)
+    match keep:
+        case Varied():
+            return deviations(values).flatten(1)
+        case Important():
+            return importance(values[index]).flatten(1)
     return values[index].flatten(1)
+
+
+def importance(x: torch.Tensor) -> torch.Tensor:
+    """See ``reference.entries.importance``; ``[modules, rows, columns]``."""
+    p = x.double().softmax(2) + 1e-8
+    q = 1.0 / x.shape[2] + 1e-8
+    divergence = (p * (p / q).log()).sum(2, keepdim=True)
+    return x.abs() * divergence.clamp(min=0.0).float()
 
 
 def find_in(values: Sequence[torch.Tensor], keeps: Sequence[Keep]) -> Thresholds:
@@ -132,6 +144,11 @@ def keep_entries(
                 share = shares(x, keep.share, spread).reshape(flat.shape)
                 rescale = (SHARES / share.double()).float()
                 flat = torch.where(drawn < share, flat * rescale, 0.0)
+            case Important():
+                upper, median, lower = (t.value.int().view(torch.float32) for t in found)
+                limit = median + 1.5 * (upper - lower)
+                score = scores_of(keep, i, values)
+                flat = torch.where(score >= limit[:, None], flat, 0.0)
             case Middle():
                 low, high = found
                 flat = torch.where(low.keeps(flat, index) & ~high.keeps(flat, index), flat, 0.0)
