@@ -11,11 +11,9 @@ from merged_lora.planning import check_names
 from merged_lora.spec import MergeSpec, parse
 from merged_lora.vllm_plugin.api_server.gate import log_merge
 from merged_lora.vllm_plugin.hooks.api_server import lora_request
-from merged_lora.vllm_plugin.hooks.worker import CAPTURE, PREPARE
-from merged_lora.vllm_plugin.worker.makers import Facts
-from merged_lora.vllm_plugin.worker.merge_worker import agreed, raise_failure
 
 from .identity import MergeIdentity
+from .rpc import CAPTURE, PREPARE, Facts, agreed, raise_failure
 
 
 def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, str]) -> LoRARequest:

@@ -16,9 +16,10 @@ from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import MergeGate
 from merged_lora.vllm_plugin.api_server.metrics import Metrics
 from merged_lora.vllm_plugin.api_server.sources import Sources
+from merged_lora.vllm_plugin.rpc import Reply, agreed
 from merged_lora.vllm_plugin.settings import Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker
-from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker, Reply, agreed
+from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 
 
 class PlainShelf:

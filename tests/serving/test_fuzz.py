@@ -19,7 +19,7 @@ from merged_lora.errors import MergeError
 from merged_lora.strategies import TABLE
 from merged_lora.vllm_plugin.api_server.gate import Holder, MergeGate
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.worker.merge_worker import Reply
+from merged_lora.vllm_plugin.rpc import Reply
 
 GENERATED, MUTATED, ASKED = 5_000, 5_000, 500
 

@@ -16,7 +16,7 @@ from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Holder, MergeGate
 from merged_lora.vllm_plugin.identity import FIRST_ID, MergeIdentity
-from merged_lora.vllm_plugin.worker.merge_worker import Reply, agreed
+from merged_lora.vllm_plugin.rpc import Reply, agreed
 
 CONTENTS = ("0" * 32, "1" * 32)
 ME = Holder()

@@ -38,6 +38,7 @@ from merged_lora.triton_kernels.packed import DeviceSources
 from merged_lora.vllm_plugin.hooks import models as model_hooks
 from merged_lora.vllm_plugin.hooks import slots as slot_hooks
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
+from merged_lora.vllm_plugin.hooks.wrapping import ATTRIBUTE
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.settings import Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker, SlotMaker
@@ -107,7 +108,7 @@ def filled(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel
     """The same merge in host memory, which is copied into slots all at once."""
     merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
     lora = model_hooks.host_model(manager, 7, merged)
-    assert isinstance(getattr(lora, slot_hooks.ATTRIBUTE), slot_hooks.HostFilling)
+    assert isinstance(getattr(lora, ATTRIBUTE), slot_hooks.HostFilling)
     return lora
 
 

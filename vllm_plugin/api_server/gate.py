@@ -20,10 +20,8 @@ from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.planning import amplification, check_names
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
+from merged_lora.vllm_plugin.rpc import CacheFullError, Facts, Reply, raise_failure
 from merged_lora.vllm_plugin.settings import Settings, check_alias_name
-from merged_lora.vllm_plugin.worker.makers import Facts
-from merged_lora.vllm_plugin.worker.merge_worker import Reply, raise_failure
-from merged_lora.vllm_plugin.worker.snapshots import CacheFullError
 
 from .aliases import Aliases
 from .metrics import Metrics

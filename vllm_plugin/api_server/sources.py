@@ -17,8 +17,7 @@ from typing import Any
 
 from merged_lora.errors import AdapterError, MergeError
 from merged_lora.peft_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
-from merged_lora.vllm_plugin.worker.merge_worker import Reply, raise_failure
-from merged_lora.vllm_plugin.worker.snapshots import CacheFullError
+from merged_lora.vllm_plugin.rpc import CacheFullError, Reply, raise_failure
 
 from .metrics import Metrics
 

@@ -29,12 +29,11 @@ from merged_lora.vllm_plugin.api_server.metrics import metrics
 from merged_lora.vllm_plugin.api_server.routes import make_router
 from merged_lora.vllm_plugin.api_server.sources import Sources
 from merged_lora.vllm_plugin.identity import SCHEME, MergeIdentity
+from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE, Reply, agreed
 from merged_lora.vllm_plugin.settings import Settings
-from merged_lora.vllm_plugin.worker.merge_worker import Reply, agreed
 
 from . import command_line
-from .slots import ATTRIBUTE
-from .worker import CAPTURE, PREPARE, RELEASE
+from .wrapping import ATTRIBUTE
 
 logger = logging.getLogger("vllm.merged_lora")
 

@@ -31,20 +31,6 @@ settings = Settings()
 """Those of the engine whose configuration this process made last; API servers read them."""
 
 
-def plain(method: Any) -> Callable[..., Any]:
-    """The function in a method of whatever kind."""
-    return method.__func__ if isinstance(method, staticmethod | classmethod) else method
-
-
-def wrap_method(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a wrapper in the place of a function that a class or a module has, a method of the same kind."""
-    original = vars(owner)[name]
-    wrapped: Any = wrap(plain(original))
-    if isinstance(original, staticmethod | classmethod):
-        wrapped = type(original)(wrapped)
-    setattr(owner, name, wrapped)
-
-
 def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``EngineArgs.add_cli_args``."""
 

@@ -23,7 +23,8 @@ from merged_lora.peft_files import config_of, tensors_of
 from merged_lora.plan import MergePlan
 from merged_lora.vllm_plugin.worker.makers import outline
 
-from .slots import ATTRIBUTE, DeviceFilling, HostFilling, Layout, names_of, parts_of
+from .slots import DeviceFilling, HostFilling, Layout, names_of, parts_of
+from .wrapping import ATTRIBUTE
 
 
 def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:

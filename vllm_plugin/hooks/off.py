@@ -10,7 +10,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from merged_lora.vllm_plugin.settings import KEY
 
-from .command_line import given_flags, with_flags, wrap_method
+from .command_line import given_flags, with_flags
+from .wrapping import wrap_method
 
 _INSTALLED = "merged_lora_off"
 

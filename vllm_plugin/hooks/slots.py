@@ -23,9 +23,6 @@ from merged_lora.plan import MergePlan
 
 logger = logging.getLogger("vllm.merged_lora")
 
-ATTRIBUTE = "merged_lora"
-"""Under this name each object of vLLM keeps what belongs to it: a manager its worker, a merge its filling."""
-
 ClassificationHead: Any = getattr(  # 0.33 made it the base of two kinds, 0.31 brought the first
     lora_layers, "BaseClassificationHeadWithLoRA", getattr(lora_layers, "ClassificationHeadWithLoRA", ())
 )

@@ -25,8 +25,11 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.v1.metrics.stats import LoRARequestStates
 from vllm.v1.worker.worker_base import WorkerBase
 
+from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE
+
 from . import api_server, command_line, worker
 from .versions import since
+from .wrapping import plain, wrap_method
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def problems() -> list[str]:
         if original is None:
             found.append(f"{hook.owner.__name__}.{hook.name} is missing")
             continue
-        actual = " ".join(inspect.signature(inspect.unwrap(command_line.plain(original))).parameters)
+        actual = " ".join(inspect.signature(inspect.unwrap(plain(original))).parameters)
         expected = hook.parameters if isinstance(hook.parameters, str) else since(hook.parameters)
         if actual != expected:
             found.append(f"{hook.owner.__name__}.{hook.name} takes ({actual}) instead of ({expected})")
@@ -113,10 +116,10 @@ def problems() -> list[str]:
 
 def install() -> None:
     """Wrap the hooks, once per process."""
-    if hasattr(WorkerBase, worker.CAPTURE):
+    if hasattr(WorkerBase, CAPTURE):
         return
     for hook in HOOKS:
-        command_line.wrap_method(hook.owner, hook.name, hook.wrap)
-    setattr(WorkerBase, worker.CAPTURE, worker.rpc_capture)
-    setattr(WorkerBase, worker.RELEASE, worker.rpc_release)
-    setattr(WorkerBase, worker.PREPARE, worker.rpc_prepare)
+        wrap_method(hook.owner, hook.name, hook.wrap)
+    setattr(WorkerBase, CAPTURE, worker.rpc_capture)
+    setattr(WorkerBase, RELEASE, worker.rpc_release)
+    setattr(WorkerBase, PREPARE, worker.rpc_prepare)

@@ -24,9 +24,10 @@ from merged_lora.backends import Backend, SlotBackend, load_backend
 from merged_lora.errors import AdapterError, BackendError, PlanError, UnknownAdapterError
 from merged_lora.factors import Factors
 from merged_lora.vllm_plugin.identity import is_merge_path
+from merged_lora.vllm_plugin.rpc import Reply
 from merged_lora.vllm_plugin.settings import Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker, SlotMaker, warm_up
-from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker, Reply
+from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from merged_lora.vllm_plugin.worker.snapshots import GIB
 
 from .models import (
@@ -37,12 +38,12 @@ from .models import (
     lora_model,
     slot_model,
 )
-from .slots import ATTRIBUTE, Filling, Layout
+from .slots import Filling, Layout
+from .wrapping import ATTRIBUTE
 
 logger = logging.getLogger("vllm.merged_lora")
 
 ALIGNMENT = 64  # bytes; what a source's tensor may take beyond its own on a device
-CAPTURE, RELEASE, PREPARE = "merged_lora_capture", "merged_lora_release", "merged_lora_prepare"
 
 
 def with_worker(original: Callable[..., None]) -> Callable[..., None]:

@@ -9,7 +9,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from merged_lora.engine import merge, plan, run
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan, Module
 from merged_lora.spec import parse
+from merged_lora.vllm_plugin.rpc import Facts
 
 logger = logging.getLogger("vllm.merged_lora")
 
@@ -30,23 +30,6 @@ WARMED_COUNTS = (2, 3, 4, 5)
 
 Model = TypeVar("Model")
 Made = TypeVar("Made", covariant=True)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is worth telling of a merge that was made.
-
-    rank: the largest.  kept_energy: share of the squared norm that a cut rank left, 1 where none was cut;
-    kept_by_module: the same for every module whose rank was cut.
-    seconds: how long it took in this worker; on a device, how long its trial took.
-    """
-
-    backend: str
-    rank: int
-    modules: int
-    kept_energy: float
-    kept_by_module: dict[str, float]
-    seconds: float
 
 
 class Maker(Protocol[Made]):

@@ -8,49 +8,27 @@ reads no disk, and the merge it may have to repeat has succeeded before.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypedDict, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from merged_lora.adapters import Adapter
 from merged_lora.engine import plan
-from merged_lora.errors import AdapterError, MergeError, PlanError, UnknownAdapterError
+from merged_lora.errors import AdapterError, PlanError, UnknownAdapterError
 from merged_lora.plan import MergePlan
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
+from merged_lora.vllm_plugin.rpc import Facts, Reply, answer
 
-from .makers import Facts, Maker
-from .snapshots import CacheFullError, Snapshots
-
-logger = logging.getLogger("vllm.merged_lora")
+from .makers import Maker
+from .snapshots import Snapshots
 
 Model = TypeVar("Model")
 
 PREPARED_AHEAD = 4  # merges kept for a slot that vLLM has not asked for yet; an older one is made again
 LIGHT_MERGES = 64  # merges without values that are kept, taken or not: about 1 MB for 500 modules
-
-
-class Reply(TypedDict, total=False):
-    """What an RPC answers: ``ok`` with results, or not ``ok`` with an error and its kind.
-
-    key: names the copy of an adapter, or the merge.  refusal: why an adapter that is served cannot be merged.
-    nbytes: of that copy.  held: bytes of all copies.  facts: see ``makers.Facts``.  made: whether the merge
-    was made now.  missing: bytes that would have to go, where the cache is full.
-    """
-
-    ok: bool
-    key: str
-    refusal: str
-    nbytes: int
-    held: int
-    facts: dict[str, Any]
-    made: bool
-    error: str
-    kind: str  # "user", "unknown" (adapter), "full" (cache) or "internal"
-    missing: int
 
 
 class Shelf(Protocol[Model]):
@@ -154,7 +132,7 @@ class MergeWorker(Generic[Model]):
                 "held": self._snapshots.nbytes,
             }
 
-        return _never_raising(work)
+        return answer(work)
 
     def release(self, owner: str, needed: Collection[str]) -> Reply:
         """Drop the copies that nobody needs, now that this owner needs no more than those."""
@@ -163,7 +141,7 @@ class MergeWorker(Generic[Model]):
             self._keep(owner, needed)
             return {"ok": True, "key": "", "held": self._snapshots.nbytes}
 
-        return _never_raising(work)
+        return answer(work)
 
     def prepare(self, path: str, loaded: Collection[int]) -> Reply:
         """Make and check the merge that ``path`` names, so that loading it cannot fail.
@@ -189,7 +167,7 @@ class MergeWorker(Generic[Model]):
             held = self._snapshots.nbytes
             return {"ok": True, "key": identity.digest, "facts": asdict(facts), "made": made, "held": held}
 
-        return _never_raising(work)
+        return answer(work)
 
     # The step path
 
@@ -243,41 +221,3 @@ class MergeWorker(Generic[Model]):
                 raise UnknownAdapterError(f"no snapshot of {name!r} in this worker; register it again")
             sources[name] = copy
         return plan(identity.spec, sources, self._max_rank)
-
-
-def _never_raising(work: Callable[[], Reply]) -> Reply:
-    try:
-        return work()
-    except UnknownAdapterError as error:
-        return {"ok": False, "kind": "unknown", "error": str(error)}
-    except CacheFullError as error:
-        return {"ok": False, "kind": "full", "error": str(error), "missing": error.missing}
-    except MergeError as error:
-        return {"ok": False, "kind": "user", "error": str(error)}
-    except Exception as error:
-        logger.exception("merging failed")
-        return {"ok": False, "kind": "internal", "error": f"{type(error).__name__}: {error}"}
-
-
-def agreed(replies: Sequence[Reply]) -> Reply:
-    """The one answer of all ranks: the first failure, or what they agree on and all their bytes."""
-    for reply in replies:
-        if not reply["ok"]:
-            return reply
-    if len({reply["key"] for reply in replies}) != 1:
-        return {
-            "ok": False,
-            "kind": "internal",
-            "error": "the workers read different content for one adapter",
-        }
-    made = any(reply.get("made", False) for reply in replies)
-    return {**replies[0], "held": sum(reply["held"] for reply in replies), "made": made}
-
-
-def raise_failure(reply: Reply) -> None:
-    """Raise what a reply reports: a MergeError for a user's mistake, a RuntimeError for a fault of ours."""
-    if not reply["ok"]:
-        if reply["kind"] == "full":
-            raise CacheFullError(reply["error"], reply["missing"])
-        kinds: dict[str, type[Exception]] = {"unknown": UnknownAdapterError, "user": MergeError}
-        raise kinds.get(reply["kind"], RuntimeError)(reply["error"])

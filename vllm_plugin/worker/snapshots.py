@@ -9,19 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from merged_lora.errors import AdapterError, MergeError
+from merged_lora.errors import AdapterError
+from merged_lora.vllm_plugin.rpc import CacheFullError
 
 GIB = 1 << 30
 
 Copy = TypeVar("Copy")
-
-
-class CacheFullError(MergeError):
-    """The copies that are needed leave no room for one more; ``missing`` bytes would have to go."""
-
-    def __init__(self, message: str, missing: int) -> None:
-        super().__init__(message)
-        self.missing = missing
 
 
 @dataclass(frozen=True)

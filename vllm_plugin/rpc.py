@@ -1,0 +1,114 @@
+"""The protocol between API servers and workers: the methods of a worker, and what they reply.
+
+A method of a worker never raises, on any rank, because vLLM does not survive a failed RPC at tensor parallel
+sizes above 1: it replies with the error and its kind, and the API server raises it again.  Knows nothing of
+vLLM, and nothing of how a merge is made.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from merged_lora.errors import MergeError, UnknownAdapterError
+
+logger = logging.getLogger("vllm.merged_lora")
+
+CAPTURE, RELEASE, PREPARE = "merged_lora_capture", "merged_lora_release", "merged_lora_prepare"
+"""Names under which vLLM's ``collective_rpc`` finds the three methods on a worker."""
+
+
+class Reply(TypedDict, total=False):
+    """The reply of a worker: ``ok`` and results, or not ``ok`` and an error.
+
+    ok:      whether the method succeeded.
+    key:     key of the adapter's copy, or digest of the merge.
+    refusal: why an adapter that is served cannot be merged; empty if it can.
+    nbytes:  bytes of that copy.
+    held:    bytes of all copies in this worker.
+    facts:   the fields of :class:`Facts`.
+    made:    whether the merge was made by this call.
+    error:   message of the error.
+    kind:    ``user``, ``unknown`` (adapter), ``full`` (cache) or ``internal``.
+    missing: bytes that have to be freed first, if the cache is full.
+    """
+
+    ok: bool
+    key: str
+    refusal: str
+    nbytes: int
+    held: int
+    facts: dict[str, Any]
+    made: bool
+    error: str
+    kind: str
+    missing: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a worker reports of a merge that it made.
+
+    backend:        name of the backend.
+    rank:           largest rank of a module.
+    modules:        number of modules.
+    kept_energy:    share of the squared norm kept where the rank was cut; 1 if it was cut nowhere.
+    kept_by_module: the same for each module whose rank was cut.
+    seconds:        time to make the merge in this worker; on a device, time to try it.
+    """
+
+    backend: str
+    rank: int
+    modules: int
+    kept_energy: float
+    kept_by_module: dict[str, float]
+    seconds: float
+
+
+class CacheFullError(MergeError):
+    """The copies in use leave no room for one more; ``missing`` bytes have to be freed first."""
+
+    def __init__(self, message: str, missing: int) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+def answer(method: Callable[[], Reply]) -> Reply:
+    """The reply of a method, or a reply with the error that it raised.  A fault of ours is logged."""
+    try:
+        return method()
+    except UnknownAdapterError as error:
+        return {"ok": False, "kind": "unknown", "error": str(error)}
+    except CacheFullError as error:
+        return {"ok": False, "kind": "full", "error": str(error), "missing": error.missing}
+    except MergeError as error:
+        return {"ok": False, "kind": "user", "error": str(error)}
+    except Exception as error:
+        logger.exception("merging failed")
+        return {"ok": False, "kind": "internal", "error": f"{type(error).__name__}: {error}"}
+
+
+def agreed(replies: Sequence[Reply]) -> Reply:
+    """One reply for all ranks: the first failure, or the results they agree on with their bytes added up."""
+    for reply in replies:
+        if not reply["ok"]:
+            return reply
+    if len({reply["key"] for reply in replies}) != 1:
+        return {
+            "ok": False,
+            "kind": "internal",
+            "error": "the workers read different content for one adapter",
+        }
+    made = any(reply.get("made", False) for reply in replies)
+    return {**replies[0], "held": sum(reply["held"] for reply in replies), "made": made}
+
+
+def raise_failure(reply: Reply) -> None:
+    """Raise the error in a reply: a MergeError for a user's mistake, a RuntimeError for a fault of ours."""
+    if not reply["ok"]:
+        if reply["kind"] == "full":
+            raise CacheFullError(reply["error"], reply["missing"])
+        kinds: dict[str, type[Exception]] = {"unknown": UnknownAdapterError, "user": MergeError}
+        raise kinds.get(reply["kind"], RuntimeError)(reply["error"])
