@@ -9,10 +9,10 @@ from vllm.lora.request import LoRARequest
 
 from merged_lora.planning import check_names
 from merged_lora.spec import MergeSpec, parse
-from merged_lora.vllm_plugin.api_server.gate import log_merge
 from merged_lora.vllm_plugin.hooks.api_server import lora_request
 
 from .identity import MergeIdentity
+from .merge_log import log_merge
 from .rpc import CAPTURE, PREPARE, Facts, agreed, raise_failure
 
 

@@ -20,6 +20,7 @@ from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.planning import amplification, check_names
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
+from merged_lora.vllm_plugin.merge_log import log_merge
 from merged_lora.vllm_plugin.rpc import CacheFullError, Facts, Reply, raise_failure
 from merged_lora.vllm_plugin.settings import Settings, check_alias_name
 
@@ -280,22 +281,3 @@ class MergeGate:
             self._known.popitem(last=False)
             self._metrics.evictions.labels("merge").inc()
         return live
-
-
-def log_merge(identity: MergeIdentity, facts: Facts) -> None:
-    """The one line that the log has of a merge that was made."""
-    lowest = ""
-    if facts.kept_by_module:
-        module, share = min(facts.kept_by_module.items(), key=lambda item: item[1])
-        lowest = f" lowest={share:.4f} lowest_in={module!r}"
-    logger.info(
-        "merged spec=%r digest=%s backend=%s rank=%d modules=%d kept_energy=%r%s ms=%.1f",
-        str(identity.spec),
-        identity.digest,
-        facts.backend,
-        facts.rank,
-        facts.modules,
-        facts.kept_energy,
-        lowest,
-        facts.seconds * 1e3,
-    )
