@@ -6,10 +6,11 @@ A strategy is a :class:`Recipe` (where the arithmetic happens and which rule eac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from .checks import flag, number, one_of, whole_number
 
 Number = int | float
 Value = Number | str | bool | tuple[float, ...]
@@ -87,76 +88,39 @@ class Strategy:
         return next((option for option in self.options if option.name == name), None)
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError("must be a finite number") from None
-    if not math.isfinite(number):
-        raise ValueError("must be a finite number")
-    return number + 0.0  # -0.0 becomes 0.0
-
-
 def _density(value: object) -> float:
-    number = _number(value)
-    if not 0.0 < number <= 1.0:
+    share = number(value)
+    if not 0.0 < share <= 1.0:
         raise ValueError("must be over 0 and at most 1")
-    return number
+    return share
 
 
 def _unit(value: object) -> float:
-    number = _number(value)
-    if not 0.0 <= number <= 1.0:
+    share = number(value)
+    if not 0.0 <= share <= 1.0:
         raise ValueError("must be between 0 and 1")
-    return number
+    return share
 
 
-def _whole(low: int, high: int) -> Callable[[object], int]:
-    def check(value: object) -> int:
-        whole = value if isinstance(value, int) and not isinstance(value, bool) else int(_number(value))
-        if whole != value or not low <= whole <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return whole
-
-    return check
-
-
-def _one_of(*words: str) -> Callable[[object], str]:
-    def check(value: object) -> str:
-        if value not in words:
-            raise ValueError("must be " + " or ".join(f'"{word}"' for word in words))
-        return str(value)
-
-    return check
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
-SCALE = Option("scale", 1.0, _number, "a factor on the whole merged delta")
-NORMALIZE = Option("normalize", False, _flag, "divide the weights by their sum first")
+SCALE = Option("scale", 1.0, number, "a factor on the whole merged delta")
+NORMALIZE = Option("normalize", False, flag, "divide the weights by their sum first")
 DENSITY = Option(
     "density", 0.5, _density, "share of entries kept, one value or one per source", per_source=True
 )
 MAJORITY = Option(
     "majority_sign_method",
     "total",
-    _one_of("total", "frequency"),
+    one_of("total", "frequency"),
     "elect each entry's sign by the sum of values or by the count of signs",
 )
 ELECT = Option(
     "elect",
     "unweighted",
-    _one_of("unweighted", "weighted"),
+    one_of("unweighted", "weighted"),
     "whether the vote counts values before or after weighting",
 )
-SEED = Option("seed", 0, _whole(0, 2**63 - 1), "seed of the random masks")
-RANK = Option("rank", None, _whole(1, 65536), "rank of the result; by default the largest source rank")
+SEED = Option("seed", 0, whole_number(0, 2**63 - 1), "seed of the random masks")
+RANK = Option("rank", None, whole_number(1, 65536), "rank of the result; by default the largest source rank")
 GAMMA = Option("gamma", 0.01, _unit, "share of the very largest entries left out", per_source=True)
 EPSILON = Option(
     "epsilon",
@@ -169,19 +133,19 @@ SELECT = Option(
     "select_topk", 1.0, _density, "share of entries kept: those that vary most between the sources"
 )
 SCOPE = Option(
-    "scope", "module", _one_of("module", "model"), "whether density counts entries per module or in all"
+    "scope", "module", one_of("module", "model"), "whether density counts entries per module or in all"
 )
 T = Option("t", 0.5, _unit, "position between the first source (0) and the second (1)")
 COMPAT = Option(
     "compat",
     "none",
-    _one_of("none", "lorax"),
+    one_of("none", "lorax"),
     'with "lorax": raw weights on both factors, the first source\'s scaling',
 )
 WEIGHTS = Option(
     "weights",
     "given",
-    _one_of("given", "auto"),
+    one_of("given", "auto"),
     'with "auto": weights that keep the merge from overshooting, found from the sources alone',
 )
 EVERYWHERE = (WEIGHTS, SCALE, NORMALIZE)

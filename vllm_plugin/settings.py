@@ -1,7 +1,7 @@
-"""The plugin's settings; they travel in ``additional_config["merged_lora"]`` to every process of vLLM.
+"""The plugin's settings, which travel in ``additional_config["merged_lora"]`` to every process of vLLM.
 
-What only API servers need is taken out again where an engine's configuration is made: vLLM hashes that
-configuration into the keys of its compile cache, and an alias changes nothing that is compiled.
+What only API servers need is taken out when an engine's configuration is made: vLLM hashes that configuration
+into the keys of its compile cache, and an alias changes nothing that is compiled.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from merged_lora import checks
 from merged_lora.backends import MODULES
 from merged_lora.errors import MergeError, SpecError
 from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, parse
@@ -19,6 +20,8 @@ from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, parse
 KEY = "merged_lora"
 BACKENDS = ("auto", *MODULES)
 ANY_RELEASE, TESTED_ALONE = "any", "tested"
+MAX_COUNT = 1 << 20
+"""Largest value of a setting that counts merges."""
 
 
 def option(key: str) -> str:
@@ -27,31 +30,14 @@ def option(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class Flag:
-    """A setting that takes one value: its name, its check, and what the command line says of it.
-
-    check: the value as it is kept; raises MergeError, whose message goes on after "KEY is ...".
-    workers: the engine's workers need it, not the API servers alone.
-    """
-
-    key: str
-    check: Callable[[object], Any]
-    help: str
-    metavar: str | None = None
-    workers: bool = False
-
-    @property
-    def option(self) -> str:
-        """Its name on the command line."""
-        return option(self.key)
-
-
-@dataclass(frozen=True)
 class Settings:
     """What the operator asked for.
 
-    aliases: names served beside the adapters, each with its merge.  alias_store: the file by which API
-    servers share what is changed of them at run time; made by the plugin.  The others stand in FLAGS.
+    enable:      whether merges are served at all.
+    aliases:     names served beside the adapters, each with its merge.
+    alias_store: file through which API servers share aliases that change at run time; made by the plugin.
+
+    :data:`FLAGS` describes the others.
     """
 
     enable: bool = False
@@ -71,28 +57,33 @@ class Settings:
 
     @classmethod
     def of(cls, additional_config: object) -> Settings:
-        """The settings in vLLM's ``additional_config``; raises MergeError where they are malformed."""
+        """The settings in vLLM's ``additional_config``; raises MergeError if they are malformed."""
         given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
         if given is None:
             return cls()
-        known = [entry.name for entry in fields(cls)]
-        if not isinstance(given, Mapping) or not set(given) <= set(known):
-            raise MergeError(f'additional_config["{KEY}"] is an object with some of: {", ".join(known)}')
+        names = [entry.name for entry in fields(cls)]
+        if not isinstance(given, Mapping) or not set(given) <= set(names):
+            raise MergeError(f'additional_config["{KEY}"] must be an object with some of: {", ".join(names)}')
         aliases = given.get("aliases", {})
         if not isinstance(given.get("enable", False), bool) or not isinstance(aliases, Mapping):
-            raise MergeError(f'additional_config["{KEY}"]: "enable" is true or false, "aliases" an object')
+            raise MergeError(
+                f'additional_config["{KEY}"]: "enable" must be true or false, "aliases" must be an object'
+            )
         values = {"enable": given.get("enable", False), "alias_store": given.get("alias_store")}
         values["aliases"] = {name: _alias(name, text) for name, text in aliases.items()}
         for flag in FLAGS:
             if flag.key in given:
                 try:
-                    values[flag.key] = flag.check(given[flag.key])
+                    values[flag.key] = flag.read(given[flag.key])
                 except MergeError as error:
-                    raise MergeError(f'additional_config["{KEY}"]: "{flag.key}" is {error}') from None
+                    raise MergeError(f'additional_config["{KEY}"]: "{flag.key}" {error}') from None
         return cls(**values)
 
     def to_config(self, api_server: bool) -> dict[str, Any]:
-        """The form in ``additional_config``: all of it, or for an engine what its workers need."""
+        """The settings as ``additional_config`` holds them.
+
+        api_server: include what only API servers need; without it, what an engine's workers need is left.
+        """
         config: dict[str, Any] = {"enable": self.enable}
         if api_server and self.aliases:
             config["aliases"] = {name: str(spec) for name, spec in self.aliases.items()}
@@ -100,16 +91,51 @@ class Settings:
             config["alias_store"] = self.alias_store
         for flag in FLAGS:
             value = getattr(self, flag.key)
-            if (api_server or flag.workers) and value != getattr(Settings(), flag.key):
+            if (api_server or flag.workers) and value != flag.default:
                 config[flag.key] = value
         return config
 
 
+@dataclass(frozen=True)
+class Flag:
+    """A setting that takes one value.
+
+    key:     its name in ``additional_config``.
+    check:   returns a value in canonical form, or raises ValueError, whose message starts with "must be".
+    help:    what the command line says about it.
+    metavar: its value in the command line's help; None for a flag without a value.
+    workers: whether the engine's workers need it, and not only the API servers.
+    """
+
+    key: str
+    check: Callable[[object], Any]
+    help: str
+    metavar: str | None = None
+    workers: bool = False
+
+    @property
+    def option(self) -> str:
+        """Its name on the command line."""
+        return option(self.key)
+
+    @property
+    def default(self) -> Any:
+        """Its value if nobody sets it."""
+        return getattr(Settings, self.key)
+
+    def read(self, value: object) -> Any:
+        """A value, or the text of one, in canonical form; raises MergeError."""
+        try:
+            return self.check(value)
+        except ValueError as error:
+            raise MergeError(f"{error}, got {str(value)[:256]!r}") from None
+
+
 def parse_alias(text: str) -> tuple[str, str]:
-    """``NAME=SPEC`` as its two parts; raises MergeError."""
+    """The two parts of ``NAME=SPEC``; raises MergeError."""
     name, equals, spec = text.partition("=")
     if not equals or not name.strip():
-        raise MergeError(f"expected NAME=SPEC, got {text[:64]!r}")
+        raise MergeError(f"must be NAME=SPEC, got {text[:64]!r}")
     _alias(name.strip(), spec)
     return name.strip(), spec
 
@@ -132,85 +158,66 @@ def _alias(name: str, text: object) -> MergeSpec:
         raise MergeError(f"alias {name!r}: {error}") from None
 
 
-# Checks; what comes from a command line is text
-
-
-def _one_of(*words: str) -> Callable[[object], str]:
-    def check(value: object) -> str:
-        if value not in words:
-            raise MergeError(f"one of {', '.join(words)}, got {str(value)[:64]!r}")
-        return str(value)
-
-    return check
-
-
-def _number(value: object) -> float:
-    """The number that a value is or spells, NaN where it is none."""
+def _spelled(value: object) -> object:
+    """The number that a text from a command line spells; any other value as it is."""
+    if not isinstance(value, str):
+        return value
     try:
-        return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+        return int(value) if value.isdecimal() else float(value)
+    except ValueError:
+        return value
 
 
-def _gib(value: object) -> float:
-    number = _number(value)
-    if not 0 < number < math.inf:
-        raise MergeError(f"a number of GiB above 0, got {str(value)[:64]!r}")
-    return number
+def _number(is_allowed: Callable[[float], bool], message: str) -> Callable[[object], float]:
+    """A check with one message for everything that is no number or is not allowed."""
 
-
-def _between(low: int, high: int) -> Callable[[object], int]:
-    def check(value: object) -> int:
-        number = int(value) if isinstance(value, str) and value.isdecimal() else value
-        if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= high:
-            raise MergeError(f"a whole number from {low} to {high}, got {str(value)[:64]!r}")
+    def check(value: object) -> float:
+        try:
+            number = checks.number(_spelled(value))
+        except ValueError:
+            raise ValueError(message) from None
+        if not is_allowed(number):
+            raise ValueError(message)
         return number
 
     return check
 
 
-def _one_or_more(value: object) -> float:
-    number = _number(value)
-    if not 1.0 <= number < math.inf:
-        raise MergeError(f"a number from 1 on, got {str(value)[:64]!r}")
-    return number
+def _whole_number(low: int, high: int) -> Callable[[object], int]:
+    check = checks.whole_number(low, high)
+    return lambda value: check(_spelled(value))
 
 
 def _folder(value: object) -> str:
     if not isinstance(value, str) or "\0" in value or not Path(value).is_dir():
-        raise MergeError(f"a folder that exists, got {str(value)[:256]!r}")
+        raise ValueError("must be a folder that exists")
     return str(Path(value).resolve())
 
 
-def _switch(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise MergeError(f"true or false, got {str(value)[:64]!r}")
-    return value
-
+_gib = _number(lambda gib: gib > 0, "must be a number of GiB above 0")
 
 FLAGS = (
     Flag(
         "backend",
-        _one_of(*BACKENDS),
-        "What merges: "
-        + ", ".join(BACKENDS)
-        + "; auto, the default, takes triton where there is a GPU, else cpu.",
+        checks.one_of(*BACKENDS),
+        f"The backend that merges: {', '.join(BACKENDS)}; {Settings.backend}, the default, is triton on a "
+        "machine with a GPU and cpu on any other.",
         "NAME",
         workers=True,
     ),
     Flag(
         "cache_gib",
         _gib,
-        "Host memory, in each worker, for copies of the adapters; 4 by default. The server does not start, "
-        "and loads no adapter, where they do not fit.",
+        f"Host memory for copies of the adapters in each worker; {Settings.cache_gib:g} by default. The "
+        "server does not start, and loads no adapter, if they do not fit.",
         "GIB",
         workers=True,
     ),
     Flag(
         "gpu_gib",
         _gib,
-        "Device memory for the adapters that are merged on a GPU; by default room for as many of the largest "
-        "adapter that vLLM takes as a merge has sources at most, or as --max-loras if that is more.",
+        "Device memory for the sources of merges on a GPU. By default there is room for as many adapters of "
+        "the largest size that vLLM accepts as a merge may have sources, or as --max-loras if that is more.",
         "GIB",
         workers=True,
     ),
@@ -222,46 +229,48 @@ FLAGS = (
     ),
     Flag(
         "runtime_aliases",
-        _switch,
+        checks.flag,
         "Let clients add, redefine and remove aliases: POST and DELETE /v1/merged_lora/{alias}.",
     ),
     Flag(
         "max_spec_length",
-        _between(16, MAX_TEXT),
-        f"Longest spec that is read, in characters; {MAX_TEXT} by default.",
+        _whole_number(16, MAX_TEXT),
+        f"Maximum length of a spec in characters; {Settings.max_spec_length} by default.",
         "N",
     ),
     Flag(
         "max_sources",
-        _between(1, MAX_SOURCES),
-        "Most sources of one merge; 8 by default.",
+        _whole_number(1, MAX_SOURCES),
+        f"Maximum number of sources of a merge; {Settings.max_sources} by default.",
         "N",
         workers=True,
     ),
     Flag(
         "max_strength",
-        _one_or_more,
-        "Most that a merge may multiply an entry of a source's delta by; 1e6 by default.",
+        _number(lambda factor: 1.0 <= factor < math.inf, "must be a number of at least 1"),
+        "Largest factor by which a merge may multiply an entry of a source's delta; "
+        f"{Settings.max_strength:.0f} by default.",
         "X",
     ),
     Flag(
         "max_ad_hoc",
-        _between(0, 1 << 20),
-        "Most merges without an alias that are remembered as made, the least recently used is forgotten; "
-        "256 by default, 0 serves aliases alone.",
+        _whole_number(0, MAX_COUNT),
+        "Number of merges without an alias that are kept ready; the least recently used one is forgotten for "
+        f"a new one. {Settings.max_ad_hoc} by default; with 0 only aliases are served.",
         "N",
     ),
     Flag(
         "max_waiting",
-        _between(0, 1 << 20),
-        "Most new merges that wait while one is made; a request for one more gets status 429. 32 by default.",
+        _whole_number(0, MAX_COUNT),
+        "Number of new merges that may wait while one is made; a request for one more gets status 429. "
+        f"{Settings.max_waiting} by default.",
         "N",
     ),
     Flag(
         "vllm",
-        _one_of(ANY_RELEASE, TESTED_ALONE),
-        "Releases of vLLM to start on: any, the default, warns where one reads otherwise than those tested; "
-        "tested refuses it.",
+        checks.one_of(ANY_RELEASE, TESTED_ALONE),
+        f"Releases of vLLM to start on: {Settings.vllm}, the default, warns if the release differs from the "
+        "tested ones in what the plugin relies on; tested refuses to start on it.",
         "any|tested",
     ),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+import re
+from argparse import ArgumentError, ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def test_a_size_that_is_none_is_refused_where_it_is_read(value: str) -> None:
         parsed("--merged-lora-gpu-gib", value)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("source-dir", "/nope", "must be a folder that exists, got '/nope'"),
+        ("max-sources", "99", "must be a whole number from 1 to 16, got '99'"),
+        ("max-sources", "2.5", "must be a whole number from 1 to 16, got '2.5'"),
+        ("vllm", "all", 'must be "any" or "tested", got \'all\''),
+        ("modules", "mix", "must be NAME=SPEC, got 'mix'"),
+    ],
+)
+def test_the_command_line_says_what_a_value_must_be(flag: str, value: str, message: str) -> None:
+    with pytest.raises(ArgumentError) as refused:
+        parsed(f"--merged-lora-{flag}", value)
+    assert str(refused.value) == f"argument --merged-lora-{flag}: {message}"
+
+
 def test_what_was_said_once_is_not_said_again_in_another_process() -> None:
     args = parsed(
         "--enable-merged-lora", "--merged-lora-modules", "mix=sum(a, b)", "--merged-lora-max-sources", "3"
@@ -93,8 +110,10 @@ def test_every_flag_says_its_default() -> None:
     defaults = Settings()
     for flag in FLAGS:
         value = getattr(defaults, flag.key)
+        assert flag.default == value
         if value not in (None, False):
-            assert f"{value:g}" if isinstance(value, float) else str(value) in flag.help, flag.key
+            said = f"{value:.0f}" if isinstance(value, float) else str(value)
+            assert re.search(rf"\b{said}\b", flag.help), flag.key
 
 
 def test_settings_travel_and_leave_behind_what_is_not_for_an_engine(tmp_path: Path) -> None:
@@ -116,20 +135,20 @@ def test_settings_travel_and_leave_behind_what_is_not_for_an_engine(tmp_path: Pa
         ({"aliases": ["mix"]}, "an object"),
         ({"aliases": {"mix": 7}}, "'mix'"),
         (5, "an object"),
-        ({"backend": "cuda"}, "one of auto, triton, cpu, numpy, got 'cuda'"),
+        ({"backend": "cuda"}, "must be one of auto, triton, cpu, numpy, got 'cuda'"),
         ({"backend": ["triton"]}, "one of auto"),
-        ({"gpu_gib": 0}, "\"gpu_gib\" is a number of GiB above 0, got '0'"),
+        ({"gpu_gib": 0}, "\"gpu_gib\" must be a number of GiB above 0, got '0'"),
         ({"cache_gib": True}, "a number"),
         ({"cache_gib": float("nan")}, "above 0"),
-        ({"max_sources": 17}, "whole number from 1 to 16, got '17'"),
-        ({"max_strength": 0.5}, "a number from 1 on, got '0.5'"),
-        ({"max_strength": float("inf")}, "a number from 1 on"),
-        ({"max_strength": True}, "a number from 1 on"),
-        ({"max_strength": "much"}, "a number from 1 on"),
+        ({"max_sources": 17}, "\"max_sources\" must be a whole number from 1 to 16, got '17'"),
+        ({"max_strength": 0.5}, "must be a number of at least 1, got '0.5'"),
+        ({"max_strength": float("inf")}, "a number of at least 1"),
+        ({"max_strength": True}, "a number of at least 1"),
+        ({"max_strength": "much"}, "a number of at least 1"),
         ({"max_ad_hoc": -1}, "whole number from 0"),
         ({"max_waiting": 1.5}, "whole number"),
         ({"max_spec_length": "many"}, "whole number"),
-        ({"source_dir": "/no/such/folder"}, "a folder that exists"),
+        ({"source_dir": "/no/such/folder"}, "must be a folder that exists, got '/no/such/folder'"),
         ({"source_dir": "a\0b"}, "a folder that exists"),
         ({"runtime_aliases": 1}, "true or false"),
     ],

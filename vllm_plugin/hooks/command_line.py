@@ -55,7 +55,7 @@ def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
                 group.add_argument(flag.option, action="store_const", const=True, help=flag.help)
             else:
                 group.add_argument(
-                    flag.option, type=_checked(flag.check), metavar=flag.metavar, help=flag.help
+                    flag.option, type=_checked(flag.read), metavar=flag.metavar, help=flag.help
                 )
         return parser
 
@@ -67,7 +67,7 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return parse(text)
         except MergeError as error:
-            raise argparse.ArgumentTypeError(f"is {error}") from None
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return argument
 
