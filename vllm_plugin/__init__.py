@@ -11,9 +11,9 @@ logger = logging.getLogger("vllm.merged_lora")
 
 
 def register() -> None:
-    """Hook into vLLM; on a release that the hooks do not fit, say so in one line and leave vLLM as it is.
+    """Hook into vLLM; on a release that the hooks do not fit, log one line and leave vLLM as it is.
 
-    Even then vLLM's command line knows the plugin's flags, and whoever sets one reads why it cannot be had.
+    Even then vLLM's command line knows the plugin's flags, and refuses them with the reason.
     """
     try:
         from merged_lora.vllm_plugin.hooks.versions import refusals

@@ -1,8 +1,8 @@
-"""Who a merge is, inside vLLM: one name, one path and one id, all made from its digest.
+"""The identity of a merge inside vLLM: a name, a path and an id, all made from its digest.
 
-vLLM keys its prefix cache by name and path, its slots by id, and metric labels by name.  A digest of rule,
-weights and the content of every source in all three means: other content, other identity.  No text that a
-client sent stands in the name.
+vLLM keys its prefix cache by name and path, its slots by id, and metric labels by name.  All three contain a
+digest of the rule, the weights and the content of every source, so that other content has another identity.
+The name contains no text that a client sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from merged_lora.errors import SpecError
 from merged_lora.spec import MergeSpec, parse
 
 SCHEME = "merged-lora:"
-FIRST_ID = 1 << 30  # vLLM counts its own ids up from 1, and keeps ids in 32 signed bits
+FIRST_ID = 1 << 30  # vLLM counts its own ids up from 1, and stores ids in 32 signed bits
 NUMBER_TAKEN = "this merge's id is taken by another merge; change a weight in its last digit"
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 
@@ -25,6 +25,7 @@ _CONTENT = re.compile(r"[0-9a-f]{32}")
 class MergeIdentity:
     """A merge of sources with known content.
 
+    spec:     the merge.
     contents: content digest of each source of the spec, in its order.
     """
 
@@ -33,12 +34,12 @@ class MergeIdentity:
 
     @cached_property
     def digest(self) -> str:
-        """32 hexadecimal characters that stand for this merge and no other."""
+        """32 hexadecimal characters, different for every merge."""
         return self.spec.digest(dict(zip(self.spec.names, self.contents, strict=True)))
 
     @property
     def name(self) -> str:
-        """The adapter name under which vLLM knows it."""
+        """The adapter name that vLLM uses for it."""
         return SCHEME + self.digest
 
     @property
@@ -53,7 +54,7 @@ class MergeIdentity:
 
     @classmethod
     def from_path(cls, path: str) -> MergeIdentity:
-        """The merge that such a URI means; raises SpecError where it is not one."""
+        """The merge of such a URI; raises SpecError if the text is none."""
         name, _, query = path.partition("?")
         fields = parse_qs(query)
         if not is_merge_path(path) or set(fields) != {"spec", "contents"}:
@@ -69,5 +70,5 @@ class MergeIdentity:
 
 
 def is_merge_path(path: str) -> bool:
-    """Whether an adapter's path names a merge."""
+    """Whether an adapter's path is the path of a merge."""
     return path.startswith(SCHEME)

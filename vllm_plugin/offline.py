@@ -23,8 +23,8 @@ def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, 
     spec:     such as ``ties(0.7*sql, 0.3*chat, density=0.5)``.
     adapters: a folder, or a name on the hub, for every source of the spec.
 
-    The merge is made here, on every worker, from copies of the adapters, which stay in memory.  Raises
-    MergeError where it cannot be.
+    Every worker makes the merge before this returns, from copies of the adapters that stay in memory.
+    Raises MergeError if it cannot be made.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     check_names(spec, adapters)

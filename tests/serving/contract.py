@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import vllm
@@ -163,7 +164,52 @@ def where_it_fits() -> dict[str, Any]:
     return found | {"difference": difference()}
 
 
+class Layer:
+    """A layer that records what vLLM does to it."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
+
+    def reset_lora(self, index: int) -> None:
+        """Record it."""
+        self.calls.append(f"reset {self.name} {index}")
+
+    def set_lora(self, index: int, *_: object) -> None:
+        """Record it."""
+        self.calls.append(f"set {self.name} {index}")
+
+
+def a_slot_filled_by_a_writer() -> dict[str, Any]:
+    """vLLM's activation of a merge that has a writer of its own, and of an adapter that has none."""
+    load_plugins()
+    from merged_lora.vllm_plugin.hooks.wrapping import ATTRIBUTE
+
+    calls: list[str] = []
+    ours, theirs, written = Layer("ours", calls), Layer("theirs", calls), SimpleNamespace(id=7)
+    writer = SimpleNamespace(
+        slot_map=SimpleNamespace(left_to_vllm={"theirs": theirs}),
+        write=lambda index: calls.append(f"write {index}"),
+    )
+    setattr(written, ATTRIBUTE, writer)
+    manager = SimpleNamespace(
+        modules={"ours": ours, "theirs": theirs},
+        lora_index_to_id=[None, None],
+        _active_adapters={},
+        _registered_adapters={7: written, 8: SimpleNamespace(id=8)},
+        _get_lora_layer_weights=lambda lora, name: None,
+    )
+    activated = [LoRAModelManager.activate_adapter(manager, number) for number in (7, 8, 7)]
+    return {
+        "activated": activated,
+        "ids": manager.lora_index_to_id,
+        "active": sorted(manager._active_adapters),
+        "calls": calls,
+        "modules": list(manager.modules),
+    }
+
+
 CASES = (
+    a_slot_filled_by_a_writer,
     without_plugins,
     an_older_release,
     a_bad_release,

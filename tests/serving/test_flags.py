@@ -16,7 +16,7 @@ from merged_lora.vllm_plugin.settings import FLAGS, Settings, parse_alias
 
 def parsed(*arguments: str, **more: Any) -> Namespace:
     """The arguments of ``vllm serve`` that the plugin adds, in front of those that it changes."""
-    parser = command_line.with_flags(lambda parser: parser)(ArgumentParser(exit_on_error=False))
+    parser = command_line.wrap_add_cli_args(lambda parser: parser)(ArgumentParser(exit_on_error=False))
     args: Namespace = parser.parse_args(list(arguments))
     for name, value in ({"additional_config": None, "grpc": False} | more).items():
         setattr(args, name, value)
@@ -26,7 +26,7 @@ def parsed(*arguments: str, **more: Any) -> Namespace:
 def configured(*arguments: str, **more: Any) -> Any:
     """What they leave in ``additional_config``."""
     args = parsed(*arguments, **more)
-    command_line.with_settings(lambda cls, args: args)(None, args)
+    command_line.wrap_from_cli_args(lambda cls, args: args)(None, args)
     return args.additional_config
 
 
@@ -88,7 +88,7 @@ def test_what_was_said_once_is_not_said_again_in_another_process() -> None:
         "--enable-merged-lora", "--merged-lora-modules", "mix=sum(a, b)", "--merged-lora-max-sources", "3"
     )
     for _ in range(2):  # as in the process that starts API servers, then in each of them
-        command_line.with_settings(lambda cls, args: args)(None, args)
+        command_line.wrap_from_cli_args(lambda cls, args: args)(None, args)
     settings = Settings.of(args.additional_config)
     assert (list(settings.aliases), settings.max_sources) == (["mix"], 3)
 

@@ -10,7 +10,6 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +17,6 @@ import pytest
 import faults
 from merged_lora.bench.server import Server
 from merged_lora.engine import merge
-from merged_lora.vllm_plugin.hooks import api_server as server_hooks
-from merged_lora.vllm_plugin.hooks import command_line
-from merged_lora.vllm_plugin.settings import Settings
 from tiny import FLAGS, MAX_RANK, SPECS, Place, importing_tests
 
 pytestmark = pytest.mark.engine
@@ -137,30 +133,3 @@ def test_two_engines_serve_as_one(place: Place, server: Server, tmp_path: Path) 
             > 0
         )
         assert several.post("/v1/completions", {"model": "linear(sql, wide)", "prompt": "x"})[0] == 400
-
-
-@pytest.mark.parametrize("others", [1, 0])
-def test_a_server_that_just_ended_is_lost_even_without_an_exit_code(
-    monkeypatch: pytest.MonkeyPatch, others: int
-) -> None:
-    monkeypatch.setattr(command_line, "settings", Settings(enable=True))
-    pipes = [os.pipe() for _ in range(1 + others)]
-    os.close(pipes[0][1])  # as when a process has ended and is not reaped yet
-    manager = SimpleNamespace(processes=[SimpleNamespace(sentinel=read) for read, _ in pipes])
-    calls: list[int] = []
-
-    def original(manager: Any) -> None:
-        calls.append(len(manager.processes))
-        if len(calls) == 1:
-            raise RuntimeError("died with exit code None")
-
-    if others:
-        server_hooks.outliving_servers(original)(manager)
-        assert calls == [2, 1]
-    else:
-        with pytest.raises(RuntimeError):
-            server_hooks.outliving_servers(original)(manager)
-    for read, write in pipes[1:]:
-        os.close(read)
-        os.close(write)
-    os.close(pipes[0][0])

@@ -70,7 +70,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
 def hooked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one hook that activation goes through."""
     original = vars(LoRAModelManager)["activate_adapter"]
-    monkeypatch.setattr(LoRAModelManager, "activate_adapter", worker_hooks.filling_slots(original))
+    monkeypatch.setattr(LoRAModelManager, "activate_adapter", worker_hooks.wrap_activate_adapter(original))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def sources() -> dict[str, Adapter]:
 def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
     """The maker of a worker."""
     build = functools.partial(model_hooks.slot_model, manager, backend)
-    return SlotMaker(backend, build, model_hooks.compile_filling)
+    return SlotMaker(backend, build, model_hooks.compile_slot_writer)
 
 
 def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
@@ -108,7 +108,7 @@ def filled(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel
     """The same merge in host memory, which is copied into slots all at once."""
     merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
     lora = model_hooks.host_model(manager, 7, merged)
-    assert isinstance(getattr(lora, ATTRIBUTE), slot_hooks.HostFilling)
+    assert isinstance(getattr(lora, ATTRIBUTE), slot_hooks.HostSlotWriter)
     return lora
 
 
@@ -252,18 +252,18 @@ def test_a_slot_keeps_no_head_of_the_adapter_before(
 
 
 def test_the_kinds_of_layers_are_those_of_the_newest_release() -> None:
-    """One that is new is left to vLLM until it was read; then it stands in KNOWN_LAYERS, or here."""
+    """One that is new is left to vLLM until it was read; then it stands in SUPPORTED_LAYERS, or here."""
     left = {"BaseLayerWithLoRA", "BaseClassificationHeadWithLoRA", "FusedMoE3DWithLoRA", "FusedMoEWithLoRA"}
     left |= {"Step5FusedQKVIndexerWithLoRA", "Step5SparseIndexerWWithLoRA"}
     there = {name for name in lora_layers.__all__ if name.endswith("LoRA")}
-    assert there <= slot_hooks.KNOWN_LAYERS | left
+    assert there <= slot_hooks.SUPPORTED_LAYERS | left
 
 
 def text_only(manager: Any) -> None:
     """Make the tiny model one that vLLM takes for multimodal, its language model being ``text``."""
     layers = manager._adapter_manager
-    if not hasattr(layers, "_get_text_lora_names"):
-        pytest.skip("vLLM 0.33 brought adapters of the text model alone")
+    if not slot_hooks.HAS_TEXT_NAMES:
+        pytest.skip("this release has no adapters of the text model alone")
     layers.supports_mm = True
     layers.mm_mapping = SimpleNamespace(language_model=["text."])
     layers.model.hf_to_vllm_mapper = None
@@ -327,8 +327,8 @@ def test_a_module_the_merge_lacks_is_zeroed_though_the_adapter_has_a_stranger_of
     manager, backend = slots.worker_manager(config), CopyingBackend()
     name = "text.layers.0.self_attn.o_proj"
     stranger = {"a": random_adapter({name: (HIDDEN, HIDDEN)}, 8)}
-    layout = slot_hooks.Layout(manager._adapter_manager)
-    slot_hooks.DeviceFilling(backend, plan(parse("sum(a)"), stranger), layout, {}).fill(0)
+    slot_map = slot_hooks.SlotMap(manager._adapter_manager)
+    slot_hooks.DeviceSlotWriter(backend, plan(parse("sum(a)"), stranger), slot_map, {}).write(0)
     assert not any(tensor.any() for tensor in contents(manager, 0).values())
 
 
@@ -403,10 +403,10 @@ def test_a_layer_that_vllm_puts_together_of_several_parts_is_handed_over_to_it(c
     two.create_lora_weights(2, manager.lora_config)
     layers.modules[name] = two
     adapters = {"a": random_adapter({name: (96, HIDDEN)}, 8)}
-    layout = slot_hooks.Layout(layers)
-    assert name not in layout.shards
+    slot_map = slot_hooks.SlotMap(layers)
+    assert name not in slot_map.shards
     merges = plan(parse("sum(a)"), adapters)
-    slot_hooks.DeviceFilling(backend, merges, layout, {name: name}).fill(0)
+    slot_hooks.DeviceSlotWriter(backend, merges, slot_map, {name: name}).write(0)
     b = adapters["a"].modules[name].b  # the weight is on A
     assert torch.equal(two.lora_b_stacked[0][0, 0, :, :8], torch.cat([b[24:48], b[72:]]))
 
@@ -524,7 +524,7 @@ def test_a_merge_that_the_backend_refuses_is_answered_and_not_kept(
     config: VllmConfig, sources: dict[str, Adapter], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager, backend = slots.worker_manager(config), CopyingBackend()
-    merges = MergeWorker(MAX_RANK, 1 << 30, worker_hooks.VllmShelf(manager), maker(manager, backend))
+    merges = MergeWorker(MAX_RANK, 1 << 30, worker_hooks.VllmPlainAdapters(manager), maker(manager, backend))
     sources["keys"].save(tmp_path / "keys")
     digest = merges.capture("one", None, str(tmp_path / "keys"))["key"]
 
@@ -543,7 +543,7 @@ def test_a_merge_without_values_is_kept_for_the_next_slot(
 ) -> None:
     manager = slots.worker_manager(config)
     makes = maker(manager, CopyingBackend())
-    merges = MergeWorker(MAX_RANK, 1 << 30, worker_hooks.VllmShelf(manager), makes)
+    merges = MergeWorker(MAX_RANK, 1 << 30, worker_hooks.VllmPlainAdapters(manager), makes)
     sources["keys"].save(tmp_path / "keys")
     digest = merges.capture("one", None, str(tmp_path / "keys"))["key"]
     paths = [MergeIdentity(parse(f"sum({1 + i}*keys)"), (digest,)).path for i in range(LIGHT_MERGES + 1)]
@@ -621,14 +621,14 @@ def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
         model_config=SimpleNamespace(enable_sleep_mode=False),
     )
     monkeypatch.setattr(worker_hooks, "load_backend", lambda name: backend)
-    worker_hooks.with_worker(lambda self, vllm_config: None)(manager, vllm_config)
+    worker_hooks.wrap_init(lambda self, vllm_config: None)(manager, vllm_config)
     assert backend.reserved == []
 
     def create_lora_manager(self: Any, model: str, vllm_config: Any) -> str:
         self._adapter_manager = layers
         return f"{model} with LoRA"
 
-    ready = worker_hooks.then_ready(create_lora_manager)
+    ready = worker_hooks.wrap_create_lora_manager(create_lora_manager)
     assert ready(manager, "a model", vllm_config) == "a model with LoRA"
     assert len(backend.reserved) == 1
     assert backend.written

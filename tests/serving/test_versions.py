@@ -43,15 +43,18 @@ def modules(adapters: dict[str, Path]) -> tuple[str, ...]:
 
 
 def python_path(folder: Path) -> dict[str, str]:
-    """The environment of a process that imports vLLM from this fother."""
-    return {"PYTHONPATH": "" if folder == DISTRIBUTIONS else str(folder)}
+    """The environment of a process that imports vLLM from this folder, and all else as this process does."""
+    releases = {path.resolve() for path in INSTALLED.values()}
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    others = [path for path in given if Path(path).resolve() not in releases]
+    return {"PYTHONPATH": os.pathsep.join([*([] if folder == DISTRIBUTIONS else [str(folder)]), *others])}
 
 
 # The contract
 
 
 def contract_of(folder: Path) -> dict[str, Any]:
-    """What ``contract.py`` reports on the release in this fother."""
+    """What ``contract.py`` reports on the release in this folder."""
     program = [sys.executable, str(Path(__file__).with_name("contract.py"))]
     environment = os.environ | ENVIRONMENT | python_path(folder)
     run = subprocess.run(program, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -133,7 +136,34 @@ def test_a_release_that_is_refused_for_its_number_has_no_hook_looked_for(contrac
     assert not contract["a_bad_release"]["hooks imported"]
 
 
+def test_vllm_leaves_the_slot_of_a_merge_to_its_writer(contract: dict[str, Any]) -> None:
+    # wrap_activate_adapter takes vLLM's modules away for the length of a call: were vLLM to write into a slot
+    # in some other way, no signature would change.
+    assert contract["a_slot_filled_by_a_writer"] == {
+        "activated": [True, True, False],
+        "ids": [7, 8],
+        "active": [7, 8],
+        "calls": ["reset theirs 0", "write 0", "reset ours 1", "reset theirs 1"],
+        "modules": ["ours", "theirs"],
+    }
+
+
 # Signatures and numbers
+
+
+@pytest.mark.parametrize("hook", table.HOOKS, ids=lambda hook: f"{hook.owner.__name__}.{hook.name}")
+def test_a_wrapper_is_named_for_what_it_wraps(hook: table.Hook) -> None:
+    assert hook.wrap.__name__ == f"wrap_{hook.name.strip('_')}"
+
+
+def test_what_depends_on_a_release_is_found_by_one_search() -> None:
+    # Nothing else asks for vLLM's version, or whether vLLM has something.
+    folder = Path(str(table.__file__)).parent
+    for file in sorted(folder.glob("*.py")):
+        if file.name not in ("versions.py", "off.py", "reliance.py"):
+            text = file.read_text(encoding="utf-8")
+            assert "__version__" not in text, file
+            assert "hasattr(" not in text.replace("hasattr(WorkerBase, CAPTURE)", ""), file
 
 
 def test_a_signature_holds_from_the_release_with_which_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +172,7 @@ def test_a_signature_holds_from_the_release_with_which_it_began(monkeypatch: pyt
         ("0.30.0", "self request"),
         ("0.33.1", "self request"),
         ("0.34.0", "self request priority"),
+        ("0.34.0rc1", "self request priority"),
         ("0.40.0.dev7+g1234567", "self request priority"),
         ("dev", "self request priority"),
     ]:

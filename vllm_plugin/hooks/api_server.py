@@ -1,6 +1,6 @@
-"""Every touch with vLLM's API server: the gate of all requests, its routes, and what it shows.
+"""Hooks into vLLM's API server: every request passes the gate; routes, models and metrics show merges.
 
-The table of what is wrapped stands in ``table.py``.
+``table.py`` lists the functions of vLLM that are wrapped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
-from multiprocessing import connection
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -32,17 +31,24 @@ from merged_lora.vllm_plugin.identity import SCHEME, MergeIdentity
 from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE, Reply, agreed
 from merged_lora.vllm_plugin.settings import Settings
 
-from . import command_line
+from .current import current
+from .versions import since
 from .wrapping import ATTRIBUTE
 
 logger = logging.getLogger("vllm.merged_lora")
 
+LOGS_BODIES = since({"0.30": False, "0.31": True})
+"""Whether vLLM's check of a model logs the request's body, if requests are logged."""
+
 
 @dataclass(frozen=True)
 class Served:
-    """What one request is served with: the request itself, its adapter, and what it asked for.
+    """A request that passed the gate.
 
-    model: the name that replies give.  asked: what the request said, ``model`` and ``merged_adapters``.
+    request: the request itself.
+    adapter: the merge that serves it.
+    model:   the model's name in replies.
+    asked:   the request's ``model`` and ``merged_adapters``.
     """
 
     request: weakref.ref[Any]
@@ -51,10 +57,10 @@ class Served:
     asked: tuple[str | None, object]
 
     def is_for(self, request: Any) -> bool:
-        """Whether that is the request which was checked, or one that vLLM derived from it.
+        """Whether a request is the one that was checked, or one that vLLM derived from it.
 
-        vLLM may make several requests of one, a batch of chats into its chats, and ask each for its adapter.
-        Such a request says the same, but for fields that vLLM does not know and may leave out.
+        vLLM may split a request, such as a batch of chats, and look up the adapter of each part.  A part
+        names the same model; fields that vLLM does not know may be missing from it.
         """
         model, body = self.asked
         return self.request() is request or (request.model == model and _body(request) in (None, body))
@@ -65,15 +71,15 @@ _retry_after: ContextVar[list[int] | None] = ContextVar("merged_lora_retry_after
 
 
 def lora_request(identity: MergeIdentity) -> LoRARequest:
-    """The request by which vLLM activates a merge."""
+    """The request with which vLLM activates a merge."""
     return LoRARequest(lora_name=identity.name, lora_int_id=identity.number, lora_path=identity.path)
 
 
 # The gate
 
 
-def with_gate(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``OpenAIServingModels.__init__``."""
+def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``OpenAIServingModels.__init__``: attach a gate, or None if merges are not enabled."""
 
     @functools.wraps(original)
     def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
@@ -85,7 +91,7 @@ def with_gate(original: Callable[..., None]) -> Callable[..., None]:
         async def ask(method: str, *arguments: Any) -> Reply:
             return agreed(await _on_every_worker(engine_client, method, arguments))
 
-        settings = command_line.settings
+        settings = current.settings
         sources = Sources(
             functools.partial(ask, CAPTURE),
             functools.partial(ask, RELEASE),
@@ -98,7 +104,7 @@ def with_gate(original: Callable[..., None]) -> Callable[..., None]:
 
 
 async def _on_every_worker(engine_client: Any, method: str, arguments: tuple[Any, ...]) -> list[Reply]:
-    """The replies of all workers of all engines; vLLM's own call gives those of the first engine alone."""
+    """The replies of all workers of all engines; vLLM's own call returns those of the first engine only."""
     core = engine_client.engine_core
     if len(getattr(core, "core_engines", ())) < 2:
         replies: list[Reply] = await engine_client.collective_rpc(method, args=arguments)
@@ -118,8 +124,8 @@ def _base_names(models: Any) -> list[str]:
     return [model.name for model in models.base_model_paths]
 
 
-def then_check_aliases(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-    """Wrap ``OpenAIServingModels.init_static_loras``."""
+def wrap_init_static_loras(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Wrap ``OpenAIServingModels.init_static_loras``: then the aliases given at the start are checked."""
 
     @functools.wraps(original)
     async def init_static_loras(self: Any) -> None:
@@ -137,10 +143,10 @@ def then_check_aliases(original: Callable[..., Awaitable[None]]) -> Callable[...
 # Adapters
 
 
-def after_copying(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Wrap ``OpenAIServingModels.load_lora_adapter``: copy it first, so that vLLM's loading cannot fail.
+def wrap_load_lora_adapter(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap ``OpenAIServingModels.load_lora_adapter``: copy the adapter first, so that loading cannot fail.
 
-    vLLM reads an adapter in a call that raises, which it does not survive at tensor parallel sizes above 1.
+    vLLM reads an adapter in an RPC that may raise, which it does not survive at tensor parallel sizes over 1.
     """
 
     @functools.wraps(original)
@@ -169,8 +175,8 @@ def after_copying(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
     return load_lora_adapter
 
 
-def then_forget(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Wrap ``OpenAIServingModels.unload_lora_adapter``."""
+def wrap_unload_lora_adapter(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap ``OpenAIServingModels.unload_lora_adapter``: then the adapter is no source any more."""
 
     @functools.wraps(original)
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
@@ -189,8 +195,8 @@ def then_forget(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaita
 # Requests
 
 
-def through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Wrap ``_check_model`` of both families of routes."""
+def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap ``_check_model`` of both families of routes: a merge is made here, before it is served."""
 
     @functools.wraps(original)
     async def _check_model(self: Any, request: Any) -> Any:
@@ -203,16 +209,15 @@ def through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Await
             if spec is None:
                 gate.sources.hold(request.model, request)
                 return await original(self, request)
-            log_body = getattr(getattr(self, "request_logger", None), "log_request_body", None)
-            if log_body is not None:  # vLLM 0.31 brought it
-                log_body(request)
-            if isinstance(self, ServingTokenization):  # needs the name to be right, and no merge
+            if LOGS_BODIES and getattr(self, "request_logger", None) is not None:
+                self.request_logger.log_request_body(request)
+            if isinstance(self, ServingTokenization):  # needs a valid name, but no merge
                 await gate.sources.refresh(spec.names, request)
                 identity = gate.identify(spec)
             else:
                 identity = (await gate.ready(spec, request)).identity
         except MergeError as error:
-            _tell_when_to_retry(error)
+            _set_retry_after(error)
             refusal = _refusal(error, "model" if _body(request) is None else "merged_adapters")
             if isinstance(self, PoolingBaseServing):  # its callers expect an exception
                 raise HTTPException(refusal.error.code, refusal.error.message) from None
@@ -225,15 +230,15 @@ def through_gate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Await
     return _check_model
 
 
-def with_merge(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``BaseServing._maybe_get_adapters``."""
+def wrap_maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``BaseServing._maybe_get_adapters``: a request that passed the gate is served by its merge."""
 
     @functools.wraps(original)
     def _maybe_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         served = _served.get()
         if served is not None and served.is_for(request):
             return served.adapter
-        # vLLM checks a request before it asks for its adapter; were that to change, it must be seen.
+        # vLLM checks a request before it looks up its adapter; if that ever changes, it must be noticed.
         if served is not None or (_gate(self.models) is not None and _body(request) is not None):
             raise RuntimeError("a request for a merge was not checked; it is not served with another model")
         return original(self, request, *args, **kwargs)
@@ -241,8 +246,8 @@ def with_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     return _maybe_get_adapters
 
 
-def with_sent_name(original: Callable[..., str]) -> Callable[..., str]:
-    """Wrap ``OpenAIServingModels.model_name``: a reply's model is what the client sent."""
+def wrap_model_name(original: Callable[..., str]) -> Callable[..., str]:
+    """Wrap ``OpenAIServingModels.model_name``: a reply names the model as the client did."""
 
     @functools.wraps(original)
     def model_name(self: Any, lora_request: Any = None) -> str:
@@ -263,16 +268,16 @@ def _refusal(error: MergeError, param: str) -> ErrorResponse:
     return BaseServing.create_error_response(str(error), kind, status, param)
 
 
-def _tell_when_to_retry(error: MergeError) -> None:
+def _set_retry_after(error: MergeError) -> None:
     seconds = _retry_after.get()
     if isinstance(error, BusyError) and seconds is not None:
         seconds.append(error.seconds)
 
 
 class RetryAfter:
-    """ASGI middleware: the header ``Retry-After`` of requests that the gate refused for being busy.
+    """ASGI middleware that adds the header ``Retry-After`` if the gate refused a request because it is busy.
 
-    The refusal itself goes out as vLLM's routes send all errors, each in its own format, without headers.
+    vLLM's routes send the refusal like any error, each in its own format, and without headers.
     """
 
     def __init__(self, app: Any) -> None:
@@ -292,11 +297,11 @@ class RetryAfter:
         await self._app(scope, receive, sending)
 
 
-# What the server shows
+# Routes, models and metrics
 
 
-def with_routes(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``attach_router`` of the routes about models."""
+def wrap_attach_router(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``attach_router`` of the routes about models: our routes are added to them."""
 
     @functools.wraps(original)
     def attach_router(app: FastAPI) -> None:
@@ -317,8 +322,8 @@ def _gate_of(request: Request) -> tuple[MergeGate, Collection[str]]:
     return gate, _base_names(models)
 
 
-def with_aliases(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Wrap ``OpenAIServingModels.show_available_models``."""
+def wrap_show_available_models(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap ``OpenAIServingModels.show_available_models``: aliases are models too."""
 
     @functools.wraps(original)
     async def show_available_models(self: Any) -> Any:
@@ -335,8 +340,8 @@ def with_aliases(original: Callable[..., Awaitable[Any]]) -> Callable[..., Await
     return show_available_models
 
 
-def with_one_label(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``LoRARequestStates._request_update``: one label for all merges, or each would stay for good."""
+def wrap_request_update(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``LoRARequestStates._request_update``: all merges share a label, as labels are never freed."""
 
     @functools.wraps(original)
     def _request_update(self: Any, req_id: str, lora_name: str | None, waiting: bool, running: bool) -> None:
@@ -345,26 +350,3 @@ def with_one_label(original: Callable[..., None]) -> Callable[..., None]:
         original(self, req_id, lora_name, waiting, running)
 
     return _request_update
-
-
-def outliving_servers(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``wait_for_completion_or_failure``: an API server that dies takes the others not with it."""
-
-    @functools.wraps(original)
-    def wait(api_server_manager: Any, *args: Any, **kwargs: Any) -> None:
-        while True:
-            try:
-                original(api_server_manager, *args, **kwargs)
-                return
-            except RuntimeError:
-                processes = api_server_manager.processes
-                # As vLLM itself looks: a process that ends may not have an exit code yet.
-                ended = set(connection.wait([process.sentinel for process in processes], timeout=0))
-                living = [process for process in processes if process.sentinel not in ended]
-                lost = len(processes) - len(living)
-                if not command_line.settings.enable or not living or not lost:
-                    raise
-                logger.error("%d API server(s) died; the %d others serve on", lost, len(living))
-                api_server_manager.processes = living
-
-    return wait

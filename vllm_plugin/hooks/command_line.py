@@ -1,6 +1,6 @@
-"""Every touch with vLLM's command line: the plugin's flags, and how they reach its processes.
+"""Hooks into vLLM's command line: the plugin's flags, and their way to vLLM's processes.
 
-The table of what is wrapped stands in ``table.py``.
+``table.py`` lists the functions of vLLM that are wrapped.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from vllm.platforms import current_platform
 from merged_lora.errors import MergeError
 from merged_lora.vllm_plugin.settings import FLAGS, KEY, TESTED_ALONE, Settings, option, parse_alias
 
+from .current import current
 from .versions import check_tested, difference
 
 logger = logging.getLogger("vllm.merged_lora")
 
-settings = Settings()
-"""Those of the engine whose configuration this process made last; API servers read them."""
 
-
-def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``EngineArgs.add_cli_args``."""
+def wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.add_cli_args``: the plugin's flags are added."""
 
     @functools.wraps(original)
     def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +39,7 @@ def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--enable-merged-lora",
             action="store_true",
-            help="Serve merges of LoRA adapters that a request names; implies --enable-lora.",
+            help="Serve merges of LoRA adapters that requests name; implies --enable-lora.",
         )
         group.add_argument(
             "--merged-lora-modules",
@@ -73,13 +71,13 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def given_flags(args: Any) -> dict[str, Any]:
-    """The values of the plugin's flags on a command line, but for ``--enable-merged-lora``, by their keys."""
+    """The values of the flags that were given, except ``--enable-merged-lora``, by key."""
     values = {key: getattr(args, f"merged_lora_{key}", None) for key in ("modules", *(f.key for f in FLAGS))}
     return {key: value for key, value in values.items() if value is not None}
 
 
-def with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``EngineArgs.from_cli_args``."""
+def wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.from_cli_args``: the flags become ``additional_config["merged_lora"]``."""
 
     @functools.wraps(original)
     def from_cli_args(cls: Any, args: Any) -> Any:
@@ -91,11 +89,11 @@ def with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
             merged = _combined(configured, dict(given)) | {"enable": True}
             if merged.get("runtime_aliases") and "alias_store" not in merged:
                 merged["alias_store"] = _new_alias_store()
-            # API servers of their own get these arguments pickled, before the plugin is loaded there.
+            # Separate API servers get these arguments pickled, before the plugin is loaded there.
             args.additional_config = {**(args.additional_config or {}), KEY: merged}
             args.enable_lora = True
             for name in given:
-                setattr(args, f"merged_lora_{name}", None)  # said once, or they would say it again
+                setattr(args, f"merged_lora_{name}", None)  # otherwise they would be combined a second time
         elif given:
             raise ValueError(f"{option(next(iter(given)))} needs --enable-merged-lora")
         return original(cls, args)
@@ -104,7 +102,7 @@ def with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _combined(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What ``additional_config`` and the command line say together; raises ValueError where they disagree."""
+    """Settings of ``additional_config`` and of the command line; raises ValueError if they disagree."""
     aliases = given.pop("modules", [])
     names = [*configured.get("aliases", {}), *(name for name, _ in aliases)]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -119,26 +117,25 @@ def _combined(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, An
 
 
 def _new_alias_store() -> str:
-    """A file, private to this user, by which the API servers of this server share their aliases."""
+    """A file, private to this user, through which the API servers of one server share their aliases."""
     folder = tempfile.mkdtemp(prefix="merged-lora-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return str(Path(folder) / "aliases.json")
 
 
-def with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``EngineArgs.create_engine_config``."""
+def wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineArgs.create_engine_config``: check the settings and leave those that workers need."""
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        global settings
-        settings = Settings.of(self.additional_config)
+        settings = current.settings = Settings.of(self.additional_config)
         if settings.enable:
             _check_release(settings.vllm)
             if vllm.envs.VLLM_USE_RUST_FRONTEND:
                 raise ValueError(
                     "merged LoRA does not work with the Rust front end, which bypasses its hooks"
                 )
-            # Said here because a worker's error is buried in its log; the device itself is not touched yet.
+            # Checked here because a worker's error is buried in its log; no device is initialised yet.
             interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
             if settings.backend == "triton" and current_platform.is_cpu() and not interpreted:
                 raise ValueError(
@@ -153,13 +150,13 @@ def with_lora_enabled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_release(accepted: str) -> None:
-    """Refuse a vLLM that was not tested where the operator wants that; else warn of what differs."""
+    """Warn if vLLM differs from the tested releases; refuse it if the operator accepts only those."""
     if accepted == TESTED_ALONE:
         try:
             check_tested()
         except MergeError as error:
             raise ValueError(str(error)) from None
-    elif multiprocessing.parent_process() is None:  # vLLM's own processes would only repeat it
+    elif multiprocessing.parent_process() is None:  # child processes would only repeat it
         changes = difference()
         if changes:
             logger.warning("%s; merges may go wrong, and --merged-lora-vllm tested would not start", changes)

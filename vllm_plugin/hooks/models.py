@@ -1,6 +1,6 @@
-"""How an adapter, or a merge, becomes what vLLM holds of it in a worker.
+"""From an adapter or a merge to the ``LoRAModel`` that vLLM holds in a worker.
 
-The table of what is wrapped stands in ``table.py``.
+``table.py`` lists the functions of vLLM that are wrapped.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from merged_lora.peft_files import config_of, tensors_of
 from merged_lora.plan import MergePlan
 from merged_lora.vllm_plugin.worker.makers import outline
 
-from .slots import DeviceFilling, HostFilling, Layout, names_of, parts_of
+from .slots import DeviceSlotWriter, HostSlotWriter, SlotMap, names_of, parts_of
 from .wrapping import ATTRIBUTE
 
 
 def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
-    """The adapter as vLLM holds it, in host memory; raises PlanError where it does not fit the model.
+    """The adapter as vLLM holds it in host memory; raises PlanError if it does not fit the model.
 
-    Where vLLM's slots are in host memory too, it also holds what fills them all at once, which takes less
-    time than vLLM's way, layer by layer.
+    If vLLM's slots are in host memory too, a writer that fills all of them at once is attached: that takes
+    less time than vLLM's way, layer by layer.
     """
     if manager.device.type != "cpu":
         return lora_model(manager, number, adapter, "cpu")
     layers = manager._adapter_manager
     if any(factors.embedding for factors in adapter.modules.values()) or _skips(layers):
         lora = lora_model(manager, number, adapter, "cpu")
-    else:  # the same, without looking at every name again
+    else:  # the same, without mapping every name again
         named, dtype = _names(layers, adapter), manager.lora_config.lora_dtype
         weights = {
             named[name]: LoRALayerWeights(
@@ -48,47 +48,47 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
         }
         lora = manager._lora_model_cls(number, adapter.rank, weights)
         check_fit(layers, lora)
-    layout = _layout(layers)
-    if not layout.strangers(lora):
-        setattr(lora, ATTRIBUTE, HostFilling(layout, layout.found(lora)))
+    slot_map = _slot_map(layers)
+    if not slot_map.unsupported_modules(lora):
+        setattr(lora, ATTRIBUTE, HostSlotWriter(slot_map, slot_map.weights_of(lora)))
     return lora
 
 
 def slot_model(manager: Any, backend: SlotBackend, number: int, plan: MergePlan) -> LoRAModel:
-    """The merge as vLLM holds it: shapes, and what fills its slot.
+    """The merge as vLLM holds it until it is activated: shapes without values, and a writer for its slot.
 
-    Tensors without values go through all of vLLM's own checks and packing, and take no memory.  Raises
-    PlanError where the merge does not fit the model.
+    Tensors on the device ``meta`` go through all of vLLM's own checks and packing, and take no memory.
+    Raises PlanError if the merge does not fit the model.
     """
     outlines = {name: outline(module) for name, module in plan.modules.items()}
     adapter = Adapter(outlines, plan.header)
     lora = lora_model(manager, number, adapter, "meta")
     layers = manager._adapter_manager
-    layout = _layout(layers)
-    layout.check(lora)
+    slot_map = _slot_map(layers)
+    slot_map.check(lora)
     ours = {theirs: name for name, theirs in _names(layers, adapter).items()}
-    modules = {part: ours[weights.module_name] for part, weights in layout.found(lora).items()}
-    setattr(lora, ATTRIBUTE, DeviceFilling(backend, plan, layout, modules))
+    modules = {part: ours[weights.module_name] for part, weights in slot_map.weights_of(lora).items()}
+    setattr(lora, ATTRIBUTE, DeviceSlotWriter(backend, plan, slot_map, modules))
     return lora
 
 
-def compile_filling(lora: LoRAModel) -> None:
-    """Compile what filling a slot with a merge of :func:`slot_model` will launch."""
-    filling: DeviceFilling = getattr(lora, ATTRIBUTE)
-    filling.compile()
+def compile_slot_writer(lora: LoRAModel) -> None:
+    """Compile the kernels that write a merge of :func:`slot_model` into a slot."""
+    writer: DeviceSlotWriter = getattr(lora, ATTRIBUTE)
+    writer.compile()
 
 
-def _layout(layers: Any) -> Layout:
-    layout: Layout | None = getattr(layers, ATTRIBUTE, None)
-    if layout is None:  # made late, because vLLM makes the layers after their manager
-        layout = Layout(layers)
-        setattr(layers, ATTRIBUTE, layout)
-    return layout
+def _slot_map(layers: Any) -> SlotMap:
+    slot_map: SlotMap | None = getattr(layers, ATTRIBUTE, None)
+    if slot_map is None:  # made on first use, because vLLM makes the layers after their manager
+        slot_map = SlotMap(layers)
+        setattr(layers, ATTRIBUTE, slot_map)
+    return slot_map
 
 
 def _names(layers: Any, adapter: Adapter) -> dict[str, str]:
     """vLLM's name for each module of an adapter."""
-    known: dict[tuple[str, bool], str] = _layout(layers).names
+    known: dict[tuple[str, bool], str] = _slot_map(layers).names
     mapper = _mapper(layers.model)
     found = {}
     for name, factors in adapter.modules.items():
@@ -104,7 +104,7 @@ def _skips(layers: Any) -> Any:
 
 
 def lora_model(manager: Any, number: int, adapter: Adapter, device: str) -> LoRAModel:
-    """The adapter as vLLM makes it of tensors; raises PlanError where it does not fit the model."""
+    """The adapter as vLLM builds it from tensors; raises PlanError if it does not fit the model."""
     layers = manager._adapter_manager
     config = {k: v for k, v in config_of(adapter.modules, adapter.header).items() if v is not None}
     helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
@@ -132,16 +132,16 @@ def _mapper(model: Any) -> Any:
 
 
 def check_fit(layers: Any, lora: LoRAModel) -> None:
-    """Raise PlanError for modules the model does not have, or has in another shape, or of too large a rank.
+    """Raise PlanError for a module that the model lacks or has in another shape, or of too large a rank.
 
-    vLLM finds most of this only when it copies an adapter into a slot, in a step.
+    vLLM notices most of this only when it copies an adapter into a slot, during a step.
     """
     limit: int = layers.lora_config.max_lora_rank
     packed: Mapping[str, list[str]] = layers.packed_modules_mapping
     kinds = {part for kind in layers.supported_lora_modules for part in packed.get(kind) or [kind]}
-    strangers = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
-    if strangers:
-        raise PlanError(f"the model has no module {listed(strangers)} that takes LoRA")
+    unsupported = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
+    if unsupported:
+        raise PlanError(f"the model has no module {listed(unsupported)} that takes LoRA")
     for name, layer in layers.modules.items():
         parts = parts_of(layers.packed_modules, name)
         found = [layers._get_lora_layer_weights(lora, part) for part in parts]
@@ -153,7 +153,7 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
             continue
         if len(shapes) != len(parts):
             raise PlanError(
-                f"{name} keeps {len(parts)} modules in {len(shapes)} slices; such a layer takes no merge"
+                f"{name} stores {len(parts)} modules in {len(shapes)} slices; such a layer takes no merge"
             )
         for part, weights, (out, width) in zip(parts, found, shapes, strict=True):
             if weights is None:
@@ -169,7 +169,7 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
 
 
 def _check_name(layers: Any, lora: LoRAModel, part: str) -> None:
-    """Raise PlanError where two modules of an adapter are this one of the model: vLLM takes the first."""
+    """Raise PlanError if two modules of an adapter are the same one of the model: vLLM takes the first."""
     found = [name for name in names_of(layers, part) if lora.check_lora_name(name)]
     if len(found) > 1:
         raise PlanError(
@@ -178,7 +178,7 @@ def _check_name(layers: Any, lora: LoRAModel, part: str) -> None:
 
 
 def _shapes(layer: Any, count: int) -> list[tuple[int, int]] | None:
-    """Shapes ``(out, in)`` of the deltas that a layer takes, over all ranks; None where they are unknown."""
+    """Shapes ``(out, in)`` of the deltas that a layer takes, over all ranks; None if they are unknown."""
     if isinstance(layer, VocabParallelEmbeddingWithLoRA):
         return [(layer.lora_b_stacked.shape[-2], layer.lora_a_stacked.shape[1])]
     if isinstance(layer, LogitsProcessorWithLoRA):
@@ -191,7 +191,7 @@ def _shapes(layer: Any, count: int) -> list[tuple[int, int]] | None:
         width = layer.lora_a_stacked[0].shape[-1]
     else:
         outs, width = getattr(base, "output_sizes", [base.output_size]), base.input_size
-        if isinstance(base, QKVParallelLinear) and len(outs) == 3:  # its own sizes count copies of K and V
+        if isinstance(base, QKVParallelLinear) and len(outs) == 3:  # output_sizes counts copies of K and V
             heads, kv_heads = base.total_num_heads, base.total_num_kv_heads
             outs = [heads * base.head_size, kv_heads * base.head_size, kv_heads * base.v_head_size]
     if count == 1:
@@ -200,9 +200,9 @@ def _shapes(layer: Any, count: int) -> list[tuple[int, int]] | None:
 
 
 def largest_adapter(layers: Any) -> tuple[int, int]:
-    """How many modules of the model take LoRA, and the bytes of an adapter of all of them, over all ranks.
+    """The number of modules that take LoRA, and the bytes of an adapter of all of them, over all ranks.
 
-    Of the rank ``--max-lora-rank`` and in the dtype of vLLM's slots.
+    The adapter has the rank ``--max-lora-rank`` and the dtype of vLLM's slots.
     """
     rank, dtype = layers.lora_config.max_lora_rank, layers.lora_config.lora_dtype
     shapes = [
@@ -214,5 +214,5 @@ def largest_adapter(layers: Any) -> tuple[int, int]:
 
 
 def _is_padded(layer: Any, given: tuple[int, int], slot: tuple[int, int]) -> bool:
-    """Whether an adapter's output head has fewer tokens than vLLM's, which vLLM fills up."""
+    """Whether this is an output head for fewer tokens than vLLM's: vLLM pads it."""
     return isinstance(layer, LogitsProcessorWithLoRA) and given[0] < slot[0] and given[1] == slot[1]

@@ -1,4 +1,4 @@
-"""The command line of a vLLM on which the plugin stays off: its flags are known, and refused with reason."""
+"""The command line of a vLLM on which the plugin stays off: it refuses the plugin's flags with a reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from merged_lora.vllm_plugin.settings import KEY
 
-from .command_line import given_flags, with_flags
+from .command_line import given_flags, wrap_add_cli_args
 from .wrapping import wrap_method
 
 _INSTALLED = "merged_lora_off"
@@ -41,7 +41,7 @@ def install(reason: str) -> None:
 
         return create_engine_config
 
-    wraps = {"add_cli_args": with_flags, "from_cli_args": refusing, "create_engine_config": checking}
+    wraps = {"add_cli_args": wrap_add_cli_args, "from_cli_args": refusing, "create_engine_config": checking}
     for name, wrap in wraps.items():
-        if name in vars(EngineArgs):  # one that is gone may be why the plugin stays off
+        if name in vars(EngineArgs):  # a missing one may be why the plugin stays off
             wrap_method(EngineArgs, name, wrap)

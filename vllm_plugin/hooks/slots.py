@@ -1,6 +1,6 @@
-"""How merges get into the slots of vLLM's layers: written there by a backend, or copied from host memory.
+"""The slots of vLLM's layers: where they are, and how a merge is written or copied into them.
 
-The table of what is wrapped stands in ``table.py``.
+``table.py`` lists the functions of vLLM that are wrapped.
 """
 
 from __future__ import annotations
@@ -21,13 +21,20 @@ from merged_lora.backends import Slot, SlotBackend
 from merged_lora.errors import PlanError, listed
 from merged_lora.plan import MergePlan
 
+from .versions import since
+
 logger = logging.getLogger("vllm.merged_lora")
 
-ClassificationHead: Any = getattr(  # 0.33 made it the base of two kinds, 0.31 brought the first
-    lora_layers, "BaseClassificationHeadWithLoRA", getattr(lora_layers, "ClassificationHeadWithLoRA", ())
+CLASSIFICATION_HEAD = since(
+    {"0.30": None, "0.31": "ClassificationHeadWithLoRA", "0.33": "BaseClassificationHeadWithLoRA"}
 )
+ClassificationHead: Any = getattr(lora_layers, CLASSIFICATION_HEAD) if CLASSIFICATION_HEAD else ()
+"""Class of the layers that hold a whole classification head for each adapter; ``()`` if there are none."""
 
-KNOWN_LAYERS = frozenset(
+HAS_TEXT_NAMES = since({"0.30": False, "0.33": True})
+"""Whether an adapter of the text model alone fits a multimodal one, whose names have a prefix."""
+
+SUPPORTED_LAYERS = frozenset(
     f"{name}WithLoRA"
     for name in (
         *("ClassificationHead", "ColumnParallelLinear", "LogitsProcessor", "MergedColumnParallelLinear"),
@@ -41,53 +48,54 @@ KNOWN_LAYERS = frozenset(
         *("QKVParallelLinear", "RowParallelLinear"),
     )
 }
-"""Classes of ``vllm.lora.layers`` that were read; one derived from them may keep more of an adapter."""
+"""Classes of ``vllm.lora.layers`` that are supported; one derived from them may store more of an adapter."""
 
 Begin = tuple[int, int]
 """Row and column of a tensor at which a part of it begins."""
 
-Pair = tuple[torch.Tensor | None, torch.Tensor | None]
-"""A and B of one module; None twice where an adapter lacks it."""
+FactorPair = tuple[torch.Tensor | None, torch.Tensor | None]
+"""A and B of one module; both None if the adapter does not have it."""
 
 
-class Filling(Protocol):
-    """Fills slots with one merge."""
+class SlotWriter(Protocol):
+    """Writes one merge into slots."""
 
     @property
-    def layout(self) -> Layout:
-        """Where the slots are."""
+    def slot_map(self) -> SlotMap:
+        """The slots of the model's layers."""
         ...
 
-    def fill(self, index: int) -> None:
-        """Write the merge into every layer of the model, over what the slot held before."""
+    def write(self, index: int) -> None:
+        """Write the merge into the slot of every layer, over what the slot held before."""
         ...
 
 
 def parts_of(packed: Mapping[str, list[str]], name: str) -> list[str]:
-    """The modules that vLLM packs into this one, by their full names; itself where it packs none."""
+    """The full names of the modules that vLLM packs into this one; its own name if it packs none."""
     return packed.get(name) or [name]
 
 
 def names_of(layers: Any, part: str) -> list[str]:
-    """The names by which vLLM finds a module in an adapter.
-
-    Since 0.33, an adapter of the text model alone fits a multimodal one, whose names have a prefix.
-    """
-    others = getattr(layers, "_get_text_lora_names", None)
-    return [part, *(others(part) if others is not None else ())]
+    """The names under which vLLM looks for a module in an adapter; the first one found counts."""
+    return [part, *(layers._get_text_lora_names(part) if HAS_TEXT_NAMES else ())]
 
 
-class Layout:
-    """Where the layers of a model keep their adapters.
+class SlotMap:
+    """The slots in which the layers of a model keep their adapters.
 
-    direct: for each module of an adapter that a backend can write itself, by vLLM's name, its stacked slots
-    ``[slots, 1, rank, in]`` and ``[slots, 1, out, rank]``.  others: layers that take whole tensors through
-    vLLM's own code, because they are sharded or keep them in another form.  shards: of those, by name, the
-    layers of which a backend on a device can write this rank's shard itself: where A and B of each of their
-    modules begin.  left_to_vllm: layers of a kind that is not known here; vLLM's own activation empties them,
-    or fills them.  parts: all modules of these.
-    names: vLLM's for each module seen so far, by its own name and whether it is an embedding.  used: for
-    slots whose content is known, the rank beyond which all is zero.
+    direct:       modules that a backend can write itself, by vLLM's name, with their stacked slots
+                  ``[slots, 1, rank, in]`` and ``[slots, 1, out, rank]``.
+    others:       layers that take whole tensors through vLLM's own code, because they are sharded or store
+                  them in another form.
+    shards:       those of ``others`` of which a backend on a device can write this rank's shard itself, with
+                  the beginnings of A and B of each of their modules.
+    left_to_vllm: layers of an unsupported class; vLLM's own activation empties or fills them.
+    parts:        all modules of these layers, in order.
+    names:        vLLM's name for each module seen so far, by its name in the adapter and whether it is an
+                  embedding.
+    used:         for each slot with known content, the rank from which on everything is zero.
+    packed:       modules that vLLM packs into one, by the name of that one.
+    dtype:        dtype of the slots.
     """
 
     def __init__(self, layers: Any) -> None:
@@ -109,7 +117,7 @@ class Layout:
             if _is_direct(layer, len(parts)):
                 slots = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
                 self.direct |= dict(zip(parts, slots, strict=True))
-            elif is_known(layer):
+            elif is_supported(layer):
                 self.others[name] = layer
                 begins = _begins(layer, len(parts))
                 if begins is not None:
@@ -118,35 +126,35 @@ class Layout:
                 self.left_to_vllm[name] = layer
 
     def check(self, lora: LoRAModel) -> None:
-        """Raise PlanError where a merge holds what no backend can hand to vLLM: experts, for one."""
-        inside = self.strangers(lora)
-        if inside:
+        """Raise PlanError if a merge has modules that no backend can hand to vLLM, such as experts."""
+        unsupported = self.unsupported_modules(lora)
+        if unsupported:
             raise PlanError(
-                f"{listed(inside)} cannot be merged on a device; "
+                f"{listed(unsupported)} cannot be merged on a device; "
                 "start the server with --merged-lora-backend cpu"
             )
 
-    def strangers(self, lora: LoRAModel) -> list[str]:
-        """The modules of an adapter that stand in layers of a kind which is not known here."""
+    def unsupported_modules(self, lora: LoRAModel) -> list[str]:
+        """The modules of an adapter that are in layers of an unsupported class."""
         parts = {part for name in self.left_to_vllm for part in (name, *parts_of(self.packed, name))}
         inside = tuple(f"{name}." for part in parts for name in names_of(self._layers, part))
         return sorted(module for module in lora.loras if f"{module}.".startswith(inside))
 
-    def found(self, lora: LoRAModel) -> dict[str, Any]:
-        """An adapter's weights for each module that it has, before vLLM packs them."""
+    def weights_of(self, lora: LoRAModel) -> dict[str, Any]:
+        """The weights of each module that an adapter has, before vLLM packs them."""
         found = {part: self._layers._get_lora_layer_weights(lora, part) for part in self.parts}
         return {part: weights for part, weights in found.items() if weights is not None}
 
-    def at(self, index: int) -> dict[str, Slot]:
-        """The slots of that index, one for every module in ``direct``."""
+    def slots(self, index: int) -> dict[str, Slot]:
+        """The slot with that index of each module in ``direct``."""
         if index not in self._slots:
             self._slots[index] = {
                 part: Slot(a[index, 0], b[index, 0]) for part, (a, b) in self.direct.items()
             }
         return self._slots[index]
 
-    def sharded_at(self, index: int) -> dict[str, Slot]:
-        """The slots of that index of the modules of the layers in ``shards``."""
+    def sharded_slots(self, index: int) -> dict[str, Slot]:
+        """The slot with that index of each module of the layers in ``shards``."""
         if index not in self._sharded:
             self._sharded[index] = {
                 part: Slot(a[index, 0], b[index, 0], begin_a=begin_a, begin_b=begin_b)
@@ -161,8 +169,8 @@ class Layout:
             }
         return self._sharded[index]
 
-    def set(self, name: str, index: int, pairs: Sequence[Pair]) -> None:
-        """Let vLLM's own code take the factors of one of the other layers, a pair for each of its modules."""
+    def set_layer(self, name: str, index: int, pairs: Sequence[FactorPair]) -> None:
+        """Let vLLM's own code store the factors of a layer in ``others``, one pair for each module."""
         layer = self.others[name]
         if isinstance(layer, ClassificationHead):
             layer.reset_module_to_save(index)
@@ -175,21 +183,21 @@ class Layout:
             layer.set_lora(index, a[0], b[0])
 
 
-def is_known(layer: Any) -> bool:
-    """Whether a layer is of one of the classes that were read, not of one that is derived from them."""
-    return type(layer).__module__.startswith("vllm.lora.layers.") and type(layer).__name__ in KNOWN_LAYERS
+def is_supported(layer: Any) -> bool:
+    """Whether a layer is of a supported class itself, and not of a class derived from one."""
+    return type(layer).__module__.startswith("vllm.lora.layers.") and type(layer).__name__ in SUPPORTED_LAYERS
 
 
 def _is_direct(layer: Any, parts: int) -> bool:
-    """Whether setting this layer's adapter means no more than copying one pair of factors for each part."""
+    """Whether vLLM sets this layer's adapter by copying one pair of whole factors for each part."""
     return _copies(layer, parts) and layer.tp_size == 1
 
 
 def _copies(layer: Any, parts: int) -> bool:
-    """Whether setting this layer's adapter copies one pair of factors, or this rank's part, for each part."""
+    """Whether vLLM sets this layer's adapter by copying one pair of factors, or its shard, for each part."""
     copying = (BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora)
     return (
-        is_known(layer)
+        is_supported(layer)
         and isinstance(layer, BaseLinearLayerWithLoRA)
         and not isinstance(layer, ClassificationHead)
         and type(layer).set_lora in copying
@@ -201,13 +209,13 @@ def _copies(layer: Any, parts: int) -> bool:
 
 
 LARGE = 1 << 24
-"""Rows, and columns, of a tensor that no shard of any layer reaches the end of."""
+"""Rows and columns of a stand-in tensor that is larger than any layer."""
 
 
 def _begins(layer: Any, parts: int) -> list[tuple[Begin, Begin]] | None:
-    """Where this rank's part of A and B of each of a layer's modules begins, as vLLM cuts them.
+    """The beginnings of this rank's shards of A and B, for each module of a layer, as vLLM cuts them.
 
-    None where that is not one part of each, as large as the slot.
+    None if a shard is not one rectangle of the whole factor that fills the slot.
     """
     if not _copies(layer, parts):
         return None
@@ -228,7 +236,7 @@ def _begins(layer: Any, parts: int) -> list[tuple[Begin, Begin]] | None:
 
 
 def _begin(whole: torch.Tensor, part: torch.Tensor, slot: torch.Tensor) -> Begin | None:
-    """Row and column at which a view of ``whole`` begins; None where it is none, or no slot full."""
+    """Row and column at which a view of ``whole`` begins; None if it is no view or does not fill the slot."""
     fits = all(x in (y, LARGE) for x, y in zip(part.shape, slot.shape[2:], strict=True))
     if not fits or not (part is whole or part._base is whole) or part.stride() != whole.stride():
         return None
@@ -237,19 +245,22 @@ def _begin(whole: torch.Tensor, part: torch.Tensor, slot: torch.Tensor) -> Begin
 
 
 @dataclass(frozen=True, eq=False)
-class DeviceFilling:
-    """Fills slots with one merge that a backend makes there.
+class DeviceSlotWriter:
+    """Writes a merge into slots by letting a backend make it there.
 
-    modules: the plan's module for each module of vLLM's that it holds.
+    backend:  merges on the device of the slots.
+    plan:     the plan of the merge.
+    slot_map: the slots of the model's layers.
+    modules:  name in the plan of each module, by vLLM's name.
     """
 
     backend: SlotBackend
     plan: MergePlan
-    layout: Layout
+    slot_map: SlotMap
     modules: Mapping[str, str]
 
-    def fill(self, index: int) -> None:
-        """Write the merge into every layer of the model, over what the slot held before."""
+    def write(self, index: int) -> None:
+        """Merge into the slot of every layer, over what the slot held before."""
         start = time.perf_counter()
         slots, empty = self._slots(index)
         self.backend.write(self.plan, slots, empty)
@@ -266,7 +277,7 @@ class DeviceFilling:
         )
 
     def compile(self) -> None:
-        """Compile what :meth:`fill` will launch, so that no step of the engine has to wait for it."""
+        """Compile the kernels that :meth:`write` launches, so that no step of the engine waits for them."""
         self.backend.compile(self.plan, *self._slots(0))
         for name in self._others():
             whole = {module: self._empty(module) for module in self._held(name) if module is not None}
@@ -274,9 +285,9 @@ class DeviceFilling:
                 self.backend.compile(self.plan, whole)
 
     def _slots(self, index: int) -> tuple[dict[str, Slot], list[Slot]]:
-        """Slots by the plan's modules, and those of modules that the merge lacks."""
+        """The slots of the merge's modules, by name, and the slots of modules that it does not have."""
         slots, empty = {}, []
-        for part, slot in (self.layout.at(index) | self.layout.sharded_at(index)).items():
+        for part, slot in (self.slot_map.slots(index) | self.slot_map.sharded_slots(index)).items():
             if part in self.modules:
                 slots[self.modules[part]] = slot
             else:
@@ -284,46 +295,47 @@ class DeviceFilling:
         return slots, empty
 
     def _others(self) -> list[str]:
-        """The layers that take whole tensors through vLLM's own code."""
-        return [name for name in self.layout.others if name not in self.layout.shards]
+        """Names of the layers that take whole tensors through vLLM's own code."""
+        return [name for name in self.slot_map.others if name not in self.slot_map.shards]
 
     def _held(self, name: str) -> list[str | None]:
-        """The plan's modules that one layer takes, in its order; None where the merge lacks one."""
-        return [self.modules.get(part) for part in parts_of(self.layout.packed, name)]
+        """Names in the plan of a layer's modules, in its order; None for one that the merge does not have."""
+        return [self.modules.get(part) for part in parts_of(self.slot_map.packed, name)]
 
     def _hand_over(self, name: str, index: int) -> None:
-        """Merge one layer into tensors of its own and let vLLM take them."""
+        """Merge the modules of one layer into tensors of their own and let vLLM store them."""
         held = self._held(name)
         whole = {module: self._empty(module) for module in held if module is not None}
         if whole:
             self.backend.write(self.plan, whole)
-        pairs: list[Pair] = [(whole[m].a, whole[m].b) if m is not None else (None, None) for m in held]
-        self.layout.set(name, index, pairs)
+        pairs: list[FactorPair] = [(whole[m].a, whole[m].b) if m is not None else (None, None) for m in held]
+        self.slot_map.set_layer(name, index, pairs)
 
     def _empty(self, module: str) -> Slot:
-        """A slot as large as the result, because vLLM shards and transposes what it is given."""
+        """A slot with the shape of the whole result, because vLLM shards and transposes what it is given."""
         shapes = [shape for shape, _ in self.plan.modules[module].results]
-        dtype, device = self.layout.dtype, self.backend.device
+        dtype, device = self.slot_map.dtype, self.backend.device
         return Slot(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 @dataclass(frozen=True, eq=False)
-class HostFilling:
-    """Fills slots with one merge that lies in host memory, where vLLM's slots do too.
+class HostSlotWriter:
+    """Copies a merge in host memory into slots that are in host memory too.
 
-    weights: vLLM's own, for each of its modules that the merge has.
+    slot_map: the slots of the model's layers.
+    weights:  vLLM's own weights, for each module that the merge has.
     """
 
-    layout: Layout
+    slot_map: SlotMap
     weights: Mapping[str, Any]
 
-    def fill(self, index: int) -> None:
-        """Copy the merge into every layer of the model, over what the slot held before."""
-        used = self.layout.used.pop(index, None)  # unknown, should this fail halfway
+    def write(self, index: int) -> None:
+        """Copy the merge into the slot of every layer, over what the slot held before."""
+        used = self.slot_map.used.pop(index, None)  # if this fails halfway, the content is unknown
         rests, targets, factors = [], [], []
-        for part, slot in self.layout.at(index).items():
+        for part, slot in self.slot_map.slots(index).items():
             weights = self.weights.get(part)
-            # Read off the tensor: before 0.32, vLLM's own word for the rank may be wrong.
+            # Read from the tensor: before 0.32, the rank that vLLM stores beside it may be wrong.
             rank = weights.lora_a.shape[0] if weights is not None else 0
             if used is None or rank < used:
                 rests += [slot.a[rank:used], slot.b[:, rank:used]]
@@ -335,11 +347,11 @@ class HostFilling:
         if targets:
             torch._foreach_copy_(targets, factors)
         ranks = (weights.lora_a.shape[0] for weights in self.weights.values())
-        self.layout.used[index] = max(ranks, default=0)
-        for name in self.layout.others:
-            self.layout.set(name, index, list(self._pairs(name)))
+        self.slot_map.used[index] = max(ranks, default=0)
+        for name in self.slot_map.others:
+            self.slot_map.set_layer(name, index, list(self._pairs(name)))
 
-    def _pairs(self, name: str) -> Iterator[Pair]:
-        for part in parts_of(self.layout.packed, name):
+    def _pairs(self, name: str) -> Iterator[FactorPair]:
+        for part in parts_of(self.slot_map.packed, name):
             weights = self.weights.get(part)
             yield (weights.lora_a, weights.lora_b) if weights is not None else (None, None)

@@ -1,9 +1,8 @@
-"""What is wrapped of vLLM; for which releases of it, ``releases.py`` says.
+"""The functions of vLLM that are wrapped; ``releases.py`` has the releases of vLLM that they were read in.
 
-The wrappers stand in ``command_line.py`` (command line), ``api_server.py`` (API server) and
-``worker.py`` (workers); no other file touches vLLM but the offline helper.  Each calls the original
-unchanged unless the plugin is enabled, so that an installed but unused plugin changes nothing.  A function
-whose parameters are not the known ones is a reason to refuse, not to guess.
+``wrap_NAME`` wraps the function ``NAME``; its docstring says why.  Each wrapper calls the original unchanged
+unless the plugin is enabled, so that an installed but unused plugin changes nothing.  If a function has other
+parameters than it had when it was read, the plugin refuses to start instead of guessing.
 """
 
 from __future__ import annotations
@@ -27,17 +26,20 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE
 
-from . import api_server, command_line, worker
+from . import api_server, command_line, supervision, worker
 from .versions import since
 from .wrapping import plain, wrap_method
 
 
 @dataclass(frozen=True)
 class Hook:
-    """A function of vLLM: where it stands, its name and parameters as they were read, and what wraps it.
+    """A function of vLLM that is wrapped.
 
-    parameters: the same on every release, or by the release with which each list of them began, such as
-    ``{"0.30": "self request", "0.34": "self request priority"}``.
+    owner:      the class or module that it belongs to.
+    name:       its name.
+    parameters: its parameters: the same for every release, or by the first release that has them, such as
+                ``{"0.30": "self request", "0.34": "self request priority"}``.
+    wrap:       makes the wrapper from the original.
     """
 
     owner: Any
@@ -47,60 +49,70 @@ class Hook:
 
 
 HOOKS = (
-    Hook(EngineArgs, "add_cli_args", "parser", command_line.with_flags),
-    Hook(EngineArgs, "from_cli_args", "cls args", command_line.with_settings),
-    Hook(EngineArgs, "create_engine_config", "self usage_context headless", command_line.with_lora_enabled),
+    Hook(EngineArgs, "add_cli_args", "parser", command_line.wrap_add_cli_args),
+    Hook(EngineArgs, "from_cli_args", "cls args", command_line.wrap_from_cli_args),
+    Hook(
+        EngineArgs,
+        "create_engine_config",
+        "self usage_context headless",
+        command_line.wrap_create_engine_config,
+    ),
     Hook(
         vllm.entrypoints.cli.serve,
         "wait_for_completion_or_failure",
         "api_server_manager engine_manager coordinator",
-        api_server.outliving_servers,
+        supervision.wrap_wait_for_completion_or_failure,
     ),
-    Hook(vllm.entrypoints.openai.models.api_router, "attach_router", "app", api_server.with_routes),
+    Hook(vllm.entrypoints.openai.models.api_router, "attach_router", "app", api_server.wrap_attach_router),
     Hook(
         OpenAIServingModels,
         "__init__",
         "self engine_client base_model_paths lora_modules",
-        api_server.with_gate,
+        api_server.wrap_init,
     ),
-    Hook(OpenAIServingModels, "init_static_loras", "self", api_server.then_check_aliases),
-    Hook(OpenAIServingModels, "load_lora_adapter", "self request base_model_name", api_server.after_copying),
-    Hook(OpenAIServingModels, "unload_lora_adapter", "self request", api_server.then_forget),
-    Hook(OpenAIServingModels, "show_available_models", "self", api_server.with_aliases),
-    Hook(OpenAIServingModels, "model_name", "self lora_request", api_server.with_sent_name),
-    Hook(BaseServing, "_check_model", "self request", api_server.through_gate),
-    Hook(PoolingBaseServing, "_check_model", "self request", api_server.through_gate),
+    Hook(OpenAIServingModels, "init_static_loras", "self", api_server.wrap_init_static_loras),
+    Hook(
+        OpenAIServingModels,
+        "load_lora_adapter",
+        "self request base_model_name",
+        api_server.wrap_load_lora_adapter,
+    ),
+    Hook(OpenAIServingModels, "unload_lora_adapter", "self request", api_server.wrap_unload_lora_adapter),
+    Hook(OpenAIServingModels, "show_available_models", "self", api_server.wrap_show_available_models),
+    Hook(OpenAIServingModels, "model_name", "self lora_request", api_server.wrap_model_name),
+    Hook(BaseServing, "_check_model", "self request", api_server.wrap_check_model),
+    Hook(PoolingBaseServing, "_check_model", "self request", api_server.wrap_check_model),
     Hook(
         BaseServing,
         "_maybe_get_adapters",
         "self request supports_default_mm_loras",
-        api_server.with_merge,
+        api_server.wrap_maybe_get_adapters,
     ),
     Hook(
         LoRARequestStates,
         "_request_update",
         "self req_id lora_name waiting running",
-        api_server.with_one_label,
+        api_server.wrap_request_update,
     ),
     Hook(
         WorkerLoRAManager,
         "__init__",
         "self vllm_config device embedding_modules lora_model_cls",
-        worker.with_worker,
+        worker.wrap_init,
     ),
-    Hook(WorkerLoRAManager, "_load_adapter", "self lora_request", worker.or_merge),
+    Hook(WorkerLoRAManager, "_load_adapter", "self lora_request", worker.wrap_load_adapter),
     Hook(
         LRUCacheWorkerLoRAManager,
         "create_lora_manager",
         "self model vllm_config",
-        worker.then_ready,
+        worker.wrap_create_lora_manager,
     ),
-    Hook(LoRAModelManager, "activate_adapter", "self lora_id", worker.filling_slots),
+    Hook(LoRAModelManager, "activate_adapter", "self lora_id", worker.wrap_activate_adapter),
 )
 
 
 def problems() -> list[str]:
-    """Why the hooks do not fit the vLLM that is installed; empty where they do."""
+    """Why the hooks do not fit the installed vLLM; empty if they do."""
     found = []
     for hook in HOOKS:
         original = vars(hook.owner).get(hook.name)
@@ -115,7 +127,7 @@ def problems() -> list[str]:
 
 
 def install() -> None:
-    """Wrap the hooks, once per process."""
+    """Wrap the functions and add the worker's methods, once per process."""
     if hasattr(WorkerBase, CAPTURE):
         return
     for hook in HOOKS:

@@ -1,11 +1,13 @@
-"""The vLLM that is installed, held beside the releases that the plugin is for.
+"""The installed release of vLLM, compared with the releases that the plugin is for.
 
-Imports nothing that the hooks need, because other releases may lack it.
+Imports nothing that the hooks need, because another release may not have it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import vllm
 from packaging.version import InvalidVersion, Version
@@ -15,11 +17,14 @@ from merged_lora.vllm_plugin.releases import KNOWN_BAD, TESTED, minor
 
 from . import reliance
 
-SHOWN = 5  # of the names that read differently
+SHOWN = 5
+"""Number of changed functions that a message names."""
+
+Choice = TypeVar("Choice")
 
 
 def installed() -> Version | None:
-    """The release, None where a build from source does not say which it is."""
+    """The installed release; None if a build from source does not say which it is."""
     try:
         return Version(vllm.__version__)
     except InvalidVersion:
@@ -27,7 +32,7 @@ def installed() -> Version | None:
 
 
 def refusals() -> list[str]:
-    """Why the plugin stays off on this release, whatever its functions look like; empty where it does not."""
+    """Why the plugin stays off on this release, whatever its functions look like; empty if it does not."""
     release = installed()
     if release is not None and release < Version(TESTED[0]):
         return [f"vLLM {release} is older than {TESTED[0]}, the first release that it works with"]
@@ -35,15 +40,20 @@ def refusals() -> list[str]:
     return [f"vLLM {release} is known not to work with it: {reason}"] if reason else []
 
 
-def since(choices: dict[str, str]) -> str:
-    """Of values by the release with which each began, the one for the release that is installed."""
+def since(choices: Mapping[str, Choice]) -> Choice:
+    """The value for the release that is installed.  Everything that depends on a release asks here.
+
+    choices: values, each by the first release that it is for, such as ``{"0.30": False, "0.31": True}``.
+
+    A build from source that does not say its release gets the last value.
+    """
     release = installed()
-    begun = [r for r in choices if release is None or Version(r) <= release]
+    begun = [r for r in choices if release is None or Version(r) <= Version(release.base_version)]
     return choices[max(begun or choices, key=Version)]
 
 
 def difference() -> str:
-    """What reads differently here than in the tested releases, in one line; empty where nothing does."""
+    """One line about what differs from the tested releases; empty if nothing does."""
     names = reliance.changed(reliance.read(Path(vllm.__file__).parent), reliance.recorded())
     if not names:
         return ""
@@ -55,7 +65,7 @@ def difference() -> str:
 
 
 def check_tested() -> None:
-    """Raise MergeError unless this release was tested and reads as it did then."""
+    """Raise MergeError unless this release was tested and its source is unchanged since."""
     release = installed()
     if release is None or minor(release.base_version) not in map(minor, TESTED):
         raise MergeError(

@@ -1,6 +1,6 @@
-"""Every touch with vLLM's managers of adapters in a worker: where it reads one, activates one, and is called.
+"""Hooks into vLLM's managers of adapters in a worker, and the methods that API servers call there.
 
-The table of what is wrapped stands in ``table.py``; what a merge becomes there, in ``models.py``.
+``table.py`` lists the functions of vLLM that are wrapped; ``models.py`` builds what vLLM holds of a merge.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from merged_lora.vllm_plugin.worker.snapshots import GIB
 
 from .models import (
     check_fit,
-    compile_filling,
+    compile_slot_writer,
     host_model,
     largest_adapter,
     lora_model,
     slot_model,
 )
-from .slots import Filling, Layout
+from .slots import SlotMap, SlotWriter
 from .wrapping import ATTRIBUTE
 
 logger = logging.getLogger("vllm.merged_lora")
 
-ALIGNMENT = 64  # bytes; what a source's tensor may take beyond its own on a device
+ALIGNMENT = 64
+"""Bytes of padding that a tensor of a source may need on a device."""
 
 
-def with_worker(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``WorkerLoRAManager.__init__``."""
+def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``WorkerLoRAManager.__init__``: attach a MergeWorker, or None if merges are not enabled."""
 
     @functools.wraps(original)
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -57,7 +58,7 @@ def with_worker(original: Callable[..., None]) -> Callable[..., None]:
         if settings.enable:
             maker = _maker(self, settings, vllm_config.model_config.enable_sleep_mode)
             limit = int(settings.cache_gib * GIB)
-            worker = MergeWorker(self.lora_config.max_lora_rank, limit, VllmShelf(self), maker)
+            worker = MergeWorker(self.lora_config.max_lora_rank, limit, VllmPlainAdapters(self), maker)
         setattr(self, ATTRIBUTE, worker)
 
     return init
@@ -66,21 +67,21 @@ def with_worker(original: Callable[..., None]) -> Callable[..., None]:
 def _maker(manager: Any, settings: Settings, sleeps: bool) -> Maker[LoRAModel]:
     backend = load_backend(settings.backend)
     maker: Maker[LoRAModel]
-    unfit = _unfit(backend, manager, sleeps)
+    unfit = _unsuitable(backend, manager, sleeps)
     if unfit and settings.backend == "auto":
         logger.warning("%s; merging on the CPU", unfit)
         backend = load_backend("cpu")
     elif unfit:
         raise BackendError(f"{unfit}; start the server with --merged-lora-backend cpu")
     if isinstance(backend, SlotBackend):
-        maker = SlotMaker(backend, functools.partial(slot_model, manager, backend), compile_filling)
+        maker = SlotMaker(backend, functools.partial(slot_model, manager, backend), compile_slot_writer)
     else:
         maker = HostMaker(backend, functools.partial(host_model, manager))
     return maker
 
 
-def then_ready(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``LRUCacheWorkerLoRAManager.create_lora_manager``: from then on the model's layers are known."""
+def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``LRUCacheWorkerLoRAManager.create_lora_manager``, after which the model's layers exist."""
 
     @functools.wraps(original)
     def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
@@ -94,21 +95,21 @@ def then_ready(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_ready(manager: Any, backend: Backend, settings: Settings) -> None:
-    """Take the memory that merges need on a device, and compile what they launch."""
+    """Reserve the memory that merges need on a device, and compile the kernels that they launch."""
     if isinstance(backend, SlotBackend):
-        # Now, while the model is loaded, and for good: vLLM measures afterwards what is left for the KV
-        # cache, so this memory counts like weights and no merge ever has to ask for more.
-        nbytes, reason = _room(manager._adapter_manager, settings)
+        # Reserved while the model is loaded, and kept: vLLM measures afterwards how much is left for the KV
+        # cache, so this memory counts as weights do, and no merge ever needs more.
+        nbytes, reason = _source_memory(manager._adapter_manager, settings)
         backend.reserve(nbytes, reason)
         logger.info("%.3g GiB of device memory for the sources of merges: %s", nbytes / GIB, reason)
     warm_up(backend, manager.lora_config.lora_dtype)
 
 
-def _room(layers: Any, settings: Settings) -> tuple[int, str]:
-    """Bytes for sources on a device, and where that number comes from.
+def _source_memory(layers: Any, settings: Settings) -> tuple[int, str]:
+    """Bytes to reserve for sources on a device, and where that number comes from.
 
-    All sources of a merge must be there at a time.  Where there are more slots than a merge has sources, as
-    many sources as slots may stay from merge to merge.
+    All sources of a merge have to be there at the same time.  If there are more slots than a merge may have
+    sources, as many sources as slots may stay from one merge to the next.
     """
     if settings.gpu_gib is not None:
         return int(settings.gpu_gib * GIB), "--merged-lora-gpu-gib"
@@ -123,8 +124,8 @@ def _room(layers: Any, settings: Settings) -> tuple[int, str]:
     )
 
 
-def _unfit(backend: Backend, manager: Any, sleeps: bool) -> str:
-    """Why a backend cannot serve this engine; empty where it can."""
+def _unsuitable(backend: Backend, manager: Any, sleeps: bool) -> str:
+    """Why a backend cannot serve this engine; empty if it can."""
     if not isinstance(backend, SlotBackend):
         return ""
     if backend.device.type != manager.device.type:
@@ -134,8 +135,8 @@ def _unfit(backend: Backend, manager: Any, sleeps: bool) -> str:
     return ""
 
 
-def or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``WorkerLoRAManager._load_adapter``."""
+def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``WorkerLoRAManager._load_adapter``: merges and copied adapters come from memory."""
 
     @functools.wraps(original)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
@@ -150,35 +151,36 @@ def or_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     return _load_adapter
 
 
-def filling_slots(original: Callable[..., bool]) -> Callable[..., bool]:
-    """Wrap ``LoRAModelManager.activate_adapter``: vLLM chooses the slot, the backend fills it.
+def wrap_activate_adapter(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Wrap ``LoRAModelManager.activate_adapter``: vLLM chooses the slot, and a writer fills it.
 
-    An activation that fails leaves the adapter inactive, and nothing that it wrote is taken for known.
+    While vLLM does its bookkeeping, its ``modules`` are those that no writer fills, so that it copies nothing
+    into the others.  After an activation that fails, the adapter is inactive and the slot's content counts as
+    unknown.
     """
 
     @functools.wraps(original)
     def activate_adapter(self: Any, lora_id: int) -> bool:
-        layout: Layout | None = getattr(self, ATTRIBUTE, None)
-        filling: Filling | None = getattr(self._registered_adapters.get(lora_id), ATTRIBUTE, None)
-        if filling is None:
+        slot_map: SlotMap | None = getattr(self, ATTRIBUTE, None)
+        writer: SlotWriter | None = getattr(self._registered_adapters.get(lora_id), ATTRIBUTE, None)
+        if writer is None:
             try:
                 activated = original(self, lora_id)
             except BaseException:
-                if layout is not None:
-                    layout.used.clear()  # vLLM may have written into a slot that it does not name
+                if slot_map is not None:
+                    slot_map.used.clear()  # vLLM may have written into any slot
                 raise
-            if layout is not None and activated:
-                layout.used.pop(self.lora_index_to_id.index(lora_id), None)
+            if slot_map is not None and activated:
+                slot_map.used.pop(self.lora_index_to_id.index(lora_id), None)
             return activated
-        # vLLM keeps its books, and copies no more than what no filling does.
-        modules, self.modules = self.modules, filling.layout.left_to_vllm
+        modules, self.modules = self.modules, writer.slot_map.left_to_vllm
         try:
             activated = original(self, lora_id)
         finally:
             self.modules = modules
         if activated:
             try:
-                filling.fill(self.lora_index_to_id.index(lora_id))
+                writer.write(self.lora_index_to_id.index(lora_id))
             except BaseException:
                 self.deactivate_adapter(lora_id)
                 raise
@@ -190,19 +192,19 @@ def filling_slots(original: Callable[..., bool]) -> Callable[..., bool]:
 def rpc_capture(
     self: Any, owner: str, needed: Collection[str] | None, path: str, options: Mapping[str, Any] | None
 ) -> Reply:
-    """The worker's method ``CAPTURE``."""
+    """The worker's method named ``CAPTURE``; see :meth:`MergeWorker.capture`."""
     merges, _ = _merge_worker(self)
     return _DISABLED if merges is None else merges.capture(owner, needed, path, options)
 
 
 def rpc_release(self: Any, owner: str, needed: Collection[str]) -> Reply:
-    """The worker's method ``RELEASE``."""
+    """The worker's method named ``RELEASE``; see :meth:`MergeWorker.release`."""
     merges, _ = _merge_worker(self)
     return _DISABLED if merges is None else merges.release(owner, needed)
 
 
 def rpc_prepare(self: Any, path: str) -> Reply:
-    """The worker's method ``PREPARE``."""
+    """The worker's method named ``PREPARE``; see :meth:`MergeWorker.prepare`."""
     merges, loaded = _merge_worker(self)
     return _DISABLED if merges is None else merges.prepare(path, loaded)
 
@@ -215,18 +217,18 @@ def _merge_worker(worker: Any) -> tuple[MergeWorker[LoRAModel] | None, set[int]]
     return getattr(manager, ATTRIBUTE, None), manager.list_adapters() if manager is not None else set()
 
 
-class VllmShelf:
-    """How vLLM's manager in a worker reads and holds plain adapters."""
+class VllmPlainAdapters:
+    """Plain adapters as vLLM's manager in a worker reads and holds them."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
 
     def find(self, path: str) -> Path:
-        """The folder that an adapter's path or hub name means."""
+        """The folder of the adapter with this path or this name on the hub."""
         return Path(get_adapter_absolute_path(path))
 
     def read(self, path: str, options: Mapping[str, Any]) -> LoRAModel:
-        """The adapter as vLLM reads it from disk.  Raises MergeError with vLLM's own message, or ours."""
+        """The adapter as vLLM reads it from disk; raises MergeError with vLLM's message or ours."""
         try:
             load = inspect.unwrap(type(self._manager)._load_adapter)
             lora: LoRAModel = load(self._manager, LoRARequest("captured", 1, path, **options))
@@ -238,15 +240,15 @@ class VllmShelf:
         return lora
 
     def size(self, model: LoRAModel) -> int:
-        """Bytes of its tensors."""
+        """Bytes of the tensors of an adapter."""
         return sum(tensor.nbytes for tensor in _tensors(model))
 
     def scalings(self, model: LoRAModel) -> dict[str, float]:
-        """What vLLM scales each module by."""
+        """The factor by which vLLM scales each module."""
         return {name: weights.scaling for name, weights in model.loras.items()}
 
     def build(self, number: int, adapter: Adapter, scalings: Mapping[str, float]) -> LoRAModel:
-        """The same as ``read`` gave, under another id; raises PlanError where it would not be.
+        """The adapter as :meth:`read` returns it, under another id; raises PlanError if it would differ.
 
         B is copied, because vLLM scales it in place.
         """
@@ -256,13 +258,13 @@ class VllmShelf:
         }
         lora = lora_model(self._manager, number, adapter.moved(copies), "cpu")
         if lora.loras.keys() != scalings.keys():
-            raise PlanError("vLLM reads other modules of it")
+            raise PlanError("vLLM reads other modules from it")
         for name, scaling in scalings.items():
             lora.loras[name].scaling = scaling
         return lora
 
     def copy(self, model: LoRAModel, number: int) -> LoRAModel:
-        """A copy that shares nothing, under another id."""
+        """A copy under another id that shares no tensor."""
         lora = copy.deepcopy(model)
         lora.id = number
         return lora
