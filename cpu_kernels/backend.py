@@ -19,6 +19,7 @@ from .combine import combine
 from .pool import Integers, Pool, batches
 from .thresholds import Visit, find_thresholds
 from .tiles import NumbaTiles
+from .warm_up import warm_up
 
 AT_A_TIME = 64 << 20  # bytes of coordinates and their bases, or of float64 factors, that are merged
 
@@ -38,6 +39,10 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self._pool = Pool()
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """See :class:`merged_lora.backends.Backend`."""
+        warm_up(self)
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""

@@ -27,14 +27,16 @@ MODULES = {
     "numpy": "merged_lora.reference.backend",
 }
 AUTO = ("triton", "cpu", "numpy")
-"""Fastest first; each next one is taken where the one before lacks what it needs."""
+"""Backends from the fastest to the slowest; the first one whose requirements are met is used."""
 
+LOW_ENERGY = 0.9
+"""Warn if a merge keeps less than this share of the squared norm."""
 
-MUCH = 0.9
-"""A merge that keeps less of the squared norm is worth a warning."""
+DIGITS = 6
+"""Decimal places of a module's share of the squared norm."""
 
 Energy = tuple[float, float]
-"""The squared norm that a cut rank kept, and the one that was asked for."""
+"""The squared norm that is left after the rank was cut, and the squared norm before."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Result:
     """What a backend returns.
 
     modules:  the merged factors, by module.
-    energy:   for each module whose rank was cut, what was kept; where the sources were cut instead, before
-              they were merged, of their weighted deltas together.
+    energy:   squared norms before and after the cut, for each module whose rank was cut; if the sources were
+              cut before they were merged, those of all their weighted deltas together.
     repeated: modules in which singular values repeat, so that the basis they are merged in is one of many.
     """
 
@@ -52,19 +54,20 @@ class Result:
     repeated: tuple[str, ...] = ()
 
     def kept_energy(self) -> float:
-        """Share of the squared norm kept, over all modules whose rank was cut; 1 where none was."""
+        """Share of the squared norm kept, over all modules whose rank was cut; 1 if none was."""
         total = sum(asked for _, asked in self.energy.values())
         return sum(kept for kept, _ in self.energy.values()) / total if total else 1.0
 
     def kept_by_module(self) -> dict[str, float]:
-        """Share of the squared norm kept, for each module whose rank was cut."""
-        return {name: kept / asked if asked else 1.0 for name, (kept, asked) in sorted(self.energy.items())}
+        """Share of the squared norm kept for each module whose rank was cut, to ``DIGITS`` decimal places."""
+        shares = {name: kept / asked if asked else 1.0 for name, (kept, asked) in self.energy.items()}
+        return {name: round(share, DIGITS) for name, share in sorted(shares.items())}
 
     def notes(self) -> list[str]:
-        """What a user should know of the result."""
+        """Warnings about the result."""
         notes = []
         kept = self.kept_energy()
-        if kept < MUCH:
+        if kept < LOW_ENERGY:
             shares = self.kept_by_module()
             least = min(shares, key=shares.__getitem__)
             notes.append(
@@ -85,6 +88,15 @@ class Backend(Protocol):
 
     name: str
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile what the usual merges need, so that few requests have to wait for it.
+
+        dtype: dtype of a server's slots; adapters are expected in it and in float32, in which PEFT trains.
+
+        Whatever else a merge needs is compiled when it is first made.
+        """
+        ...
+
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """The merged factors of every module of the plan, each with scaling 1."""
         ...
@@ -92,13 +104,15 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Where a server keeps the factors of one module, on the backend's device.
+    """The tensors in which a server stores the factors of one module, on the backend's device.
 
-    a: ``[max_rank, in]``, b: ``[out, max_rank]``; float32, float16 or bfloat16, of any strides.  The rows of
-    ``a`` and the columns of ``b`` beyond the rank of what is written become zero.
+    a:       ``[max_rank, in]``, float32, float16 or bfloat16, of any strides.
+    b:       ``[out, max_rank]``, likewise.
+    begin_a: row and column of the merged A at which the slot begins, if it takes a part of it: a shard.
+    begin_b: the same for B.
 
-    begin_a, begin_b: the row and the column of the merged factors at which the slot begins, where it takes a
-    part of them: a server's shard.  So far as the slot reaches beyond the factors, it becomes zero.
+    The rows of ``a`` and the columns of ``b`` beyond the rank of what is written become zero, and so does
+    everything beyond the end of the factors.
     """
 
     a: torch.Tensor
@@ -114,46 +128,50 @@ class SlotBackend(Backend, Protocol):
     device: torch.device
 
     def reserve(self, nbytes: int, reason: str = "") -> None:
-        """Take that much device memory for sources, and what intermediates need, now and for good.
+        """Allocate device memory for sources and intermediates, for as long as the backend lives.
 
-        reason: where that number comes from; told to whoever asks for a merge that does not fit.
+        nbytes: bytes for sources.
+        reason: where that number comes from, for the error message of a merge that does not fit.
         """
         ...
 
     def adopt(self, adapter: Adapter) -> Adapter:
-        """The same adapter in one page-locked buffer, ready for the device; keep it instead of the other."""
+        """The same adapter in one page-locked buffer, to be kept instead of the other."""
         ...
 
     def check(self, plan: MergePlan) -> Result:
-        """Bring the plan's sources to the device, try the merge and throw the result away.
+        """Copy the plan's sources to the device and try the merge; returns the result without its modules.
 
-        Returns the result without its modules.  Raises PlanError where the
-        result overflows the dtype of the plan or the sources do not fit into the reserved memory.  Where it
-        does not raise, and ``compile`` does not, ``write`` cannot fail.
+        Raises PlanError if the result overflows the dtype of the plan, or if the sources do not fit into the
+        reserved memory.  If neither this nor ``compile`` raises, ``write`` cannot fail.
         """
         ...
 
     def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
-        """Compile whatever ``write`` would launch for these and ``check`` has not, and launch nothing."""
+        """Compile what ``write`` would launch with these arguments and ``check`` did not; launch nothing."""
         ...
 
     def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
-        """Merge modules of the plan into slots, by module name, and fill the empty ones with zeros.
+        """Merge modules of the plan into slots.
+
+        plan:  a plan that :meth:`check` has accepted.
+        slots: slots by module name.
+        empty: slots to fill with zeros.
 
         The result is rounded to the dtype of the plan first, then to that of the slot.  The work is ordered
-        on the current stream; where nothing is decomposed, the call returns before the device has finished.
+        on the current stream; unless something is decomposed, the call returns before the device is done.
         """
         ...
 
 
 @functools.cache
 def load_backend(name: str) -> Backend:
-    """The backend of that name; ``auto`` takes the fastest that this machine has and logs which.
+    """The backend of that name; ``auto`` loads the fastest one that works on this machine and logs its name.
 
-    Raises BackendError where the name is unknown or what it needs is not installed.
+    Raises BackendError if the name is unknown or something that the backend needs is not installed.
     """
     if name == "auto":
-        # What needs a device is no candidate without one; torch calls ROCm's devices cuda too.
+        # A backend that needs a GPU is no candidate without one; torch calls ROCm devices cuda too.
         for candidate in AUTO if torch.cuda.is_available() else AUTO[1:]:
             try:
                 backend = load_backend(candidate)
@@ -167,6 +185,9 @@ def load_backend(name: str) -> Backend:
         raise BackendError(f"unknown backend {name!r}; there are: auto, {', '.join(MODULES)}")
     try:
         module = import_module(MODULES[name])
-    except (ImportError, RuntimeError) as error:  # numba raises the latter where it can keep nothing on disk
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # numba raises RuntimeError if it has no cache folder
         raise BackendError(f"backend {name} cannot be loaded: {error}") from error
     return cast(Backend, module.load())

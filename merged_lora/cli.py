@@ -16,11 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__, catalog
 from .errors import MergeError, SpecError, UnknownAdapterError
 from .spec import MergeSpec, from_json, parse
+
+if TYPE_CHECKING:
+    from .backends import Result
 
 PROG = "merged-lora"
 LOGGER = logging.getLogger("merged_lora")
@@ -154,24 +157,24 @@ def _merge(arguments: argparse.Namespace) -> None:
         # disable=None: there is a bar where stderr is a terminal, and not a trace of one elsewhere
         bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
         with bar, logging_redirect_tqdm([LOGGER]):
-            merged = run(planned, arguments.backend, bar.update)
-        merged.save(arguments.output, arguments.overwrite)
+            made = run(planned, arguments.backend, bar.update)
+        made.adapter.save(arguments.output, arguments.overwrite)
 
-    kept, by_module = (merged.metadata.get(f"merged_lora.kept_energy{part}") for part in ("", "_by_module"))
     parts = [
         str(spec),
-        f"rank {merged.rank}",
-        f"{len(merged.modules)} modules",
-        *([f"{float(kept):.2%} of the squared norm kept{_range(by_module)}"] if kept else []),
+        f"rank {made.adapter.rank}",
+        f"{len(made.adapter.modules)} modules",
+        *_kept(made.result),
         f"{time.perf_counter() - started:.1f} s",
     ]
     print(_printable(f"{arguments.output}: {', '.join(parts)}"))
 
 
-def _range(by_module: str | None) -> str:
-    """Between what bounds single modules lie."""
-    shares = json.loads(by_module) if by_module else {}
-    return f" ({min(shares.values()):.2%} to {max(shares.values()):.2%} by module)" if len(shares) > 1 else ""
+def _kept(result: Result) -> list[str]:
+    """How much of the squared norm is left, with the range over modules, if the rank of any was cut."""
+    shares = result.kept_by_module().values()
+    by_module = f" ({min(shares):.2%} to {max(shares):.2%} by module)" if len(shares) > 1 else ""
+    return [f"{result.kept_energy():.2%} of the squared norm kept{by_module}"] if shares else []
 
 
 def _read_spec(text: str) -> MergeSpec:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from . import __version__
 from .adapters import Adapter
-from .backends import Progress, load_backend
+from .backends import Progress, Result, load_backend
 from .errors import PlanError
 from .plan import MergePlan, overflow
 from .planning import check_names, make_plan
 from .spec import MergeSpec, parse
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A merge that was made.
+
+    adapter: the merged adapter.
+    result:  what the backend reported of it.
+    """
+
+    adapter: Adapter
+    result: Result
 
 
 def merge(
@@ -30,22 +43,27 @@ def merge(
     spec:     text such as ``ties(0.7*sql, 0.3*chat, density=0.5)``, or a parsed one.
     adapters: for every source name a PEFT folder or an :class:`Adapter`; further names are ignored.
     backend:  ``triton``, ``cpu``, ``numpy`` or ``auto``.
-    rank:     largest rank of the result; ``cat`` and strategies on factors refuse to go beyond it, all others
+    rank:     largest rank of the result; ``cat`` and strategies on factors refuse to exceed it, all others
               approximate.
     progress: called with the number of modules finished since the last call.
 
-    Factors keep the sources' dtype (mixed: promoted).  The result's metadata tell the spec, the sources'
-    digests and, where the rank was cut, the share of the squared norm kept, in all and by module; a warning
-    is logged where that is under 90 %.  Raises MergeError.
+    The factors have the dtype of the sources (promoted if they differ).  The result's metadata hold the spec,
+    the digests of the sources and, if the rank was cut, the share of the squared norm that was kept, in total
+    and by module; a warning is logged if that is below 90 %.  Raises MergeError.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
-    return run(plan(spec, adapters, rank), backend, progress)
+    return run(plan(spec, adapters, rank), backend, progress).adapter
 
 
 def plan(
     spec: MergeSpec, adapters: Mapping[str, str | os.PathLike[str] | Adapter], rank: int | None = None
 ) -> MergePlan:
-    """The checked plan of a merge; loads those sources that are given as folders.  Raises MergeError."""
+    """The checked plan of a merge; raises MergeError.
+
+    spec:     the merge.
+    adapters: for every source name a PEFT folder, which is loaded, or an :class:`Adapter`.
+    rank:     largest rank of the result, None for any.
+    """
     if rank is not None and rank < 1:
         raise PlanError(f"the rank limit must be at least 1, got {rank}")
     check_names(spec, adapters)
@@ -54,10 +72,14 @@ def plan(
     return make_plan(spec, loaded, rank)
 
 
-def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None) -> Adapter:
-    """The adapter that a plan describes.  Raises PlanError where the result overflows its dtype."""
-    for note in plan.notes:
-        logger.warning("%s: %s", plan.spec, note)
+def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None) -> Merged:
+    """Make the merge that a plan describes.  Raises PlanError if the result overflows its dtype.
+
+    plan:     the plan.
+    backend:  ``triton``, ``cpu``, ``numpy`` or ``auto``.
+    progress: called with the number of modules finished since the last call.
+    """
+    warn(plan.spec, plan.notes)
     chosen = load_backend(backend)
     result = chosen.merge(plan, progress or (lambda _: None))
     metadata = {
@@ -68,11 +90,20 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
     }
     if result.energy:
         metadata["merged_lora.kept_energy"] = repr(result.kept_energy())
-        shares = {name: round(share, 6) for name, share in result.kept_by_module().items()}
-        metadata["merged_lora.kept_energy_by_module"] = json.dumps(shares)
-    for note in result.notes():
-        logger.warning("%s: %s", plan.spec, note)
+        metadata["merged_lora.kept_energy_by_module"] = json.dumps(result.kept_by_module())
+    warn(plan.spec, result.notes())
     merged = Adapter(result.modules, plan.header, metadata)
     if merged.nonfinite:
         raise overflow(plan.spec, merged.nonfinite)
-    return merged
+    return Merged(merged, result)
+
+
+def warn(spec: MergeSpec, notes: Iterable[str], log: logging.Logger = logger) -> None:
+    """Log what a user should know of a merge: the notes of its plan, or those of its result.
+
+    spec:  the merge.
+    notes: one warning each.
+    log:   the logger.
+    """
+    for note in notes:
+        log.warning("%s: %s", spec, note)

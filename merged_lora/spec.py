@@ -32,6 +32,11 @@ MAX_TEXT = 2048
 MAX_SOURCES = 16
 MAX_NAME = 256
 
+WRITTEN_ZERO = 1e-12
+"""Weights whose sum is below this part of their sizes add up to 0 as written, but for rounding."""
+DIVISIBLE_ZERO = 1e-6
+"""Weights whose sum is below this part of their sizes are too close to 0 to divide a merge by it."""
+
 _BARE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]*")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -90,8 +95,7 @@ class MergeSpec:
         object.__setattr__(
             self, "options", tuple(sorted((k, v) for k, v in kept.items() if v != defaults[k]))
         )
-        if len(str(self)) > MAX_TEXT:  # names are escaped in it, so it can be longer than what was written
-            raise SpecError(f"the spec has {len(str(self))} characters; at most {MAX_TEXT} are taken")
+        check_length(str(self))  # names are escaped in it, so it can be longer than what was written
 
     def __str__(self) -> str:
         options = [f"{name}={_value_text(value)}" for name, value in self.options]
@@ -158,9 +162,20 @@ def parse(text: str) -> MergeSpec:
     return _Parser(text).spec()
 
 
+def check_length(text: str, limit: int = MAX_TEXT) -> None:
+    """Raise SpecError for the text of a spec that has more than ``limit`` characters."""
+    if len(text) > limit:
+        raise SpecError(f"the spec has {len(text)} characters; at most {limit} are accepted")
+
+
 def canonical(spec: str | MergeSpec) -> str:
     """The one text that means this merge: ``parse(canonical(spec)) == spec``."""
     return str(parse(spec) if isinstance(spec, str) else spec)
+
+
+def cancels(weights: Sequence[float], tolerance: float) -> bool:
+    """Whether the sum of the weights is 0 within a tolerance, relative to the sum of their sizes."""
+    return abs(math.fsum(weights)) <= tolerance * math.fsum(map(abs, weights))
 
 
 def is_spec(text: str) -> bool:
@@ -254,7 +269,7 @@ def _check_weights(strategy: Strategy, sources: tuple[Source, ...], options: Map
     if options.get("weights") == "auto" and options.get("compat") == "lorax":
         raise SpecError('weights="auto" goes by the length of each delta, which compat="lorax" changes')
     relative = strategy.recipe.blend in MEANS
-    if (relative or options.get("normalize")) and _cancels(weights):
+    if (relative or options.get("normalize")) and cancels(weights, WRITTEN_ZERO):
         who = strategy.name if relative else "normalize=true"
         raise SpecError(f"{who} divides by the sum of the weights, which is 0; change the weights")
 
@@ -296,11 +311,6 @@ def _checked_value(strategy: Strategy, option: Option, value: object) -> Value:
         raise SpecError(f"{strategy.name}: {option.name} {error}, got {reprlib.repr(value)}") from None
 
 
-def _cancels(weights: Sequence[float]) -> bool:
-    """Whether the sum is 0 but for the rounding of the weights as they were written."""
-    return abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights))
-
-
 def _collapsed(value: Value) -> Value:
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
@@ -322,8 +332,7 @@ class _Parser:
     """One pass over the text, no recursion: a text of any depth is refused in time linear in its length."""
 
     def __init__(self, text: str) -> None:
-        if len(text) > MAX_TEXT:
-            raise SpecError(f"the spec has {len(text)} characters; at most {MAX_TEXT} are taken")
+        check_length(text)
         self.text = text
         self.at = 0
 

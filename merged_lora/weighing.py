@@ -1,15 +1,14 @@
 """Weights found from the sources alone: what ``weights="auto"`` means.
 
 Adapters differ in strength, and one that is twice as strong drowns the others; a sum of strong ones
-overshoots. So, module by module, weaker deltas are raised and stronger ones lowered, and a sum is brought
-to about the size of one of its sources.  docs/quality.md tells what else was tried, and how each did.
+overshoots. So, module by module, weaker deltas are scaled up and stronger ones down, and a sum is brought
+to about the size of one of its sources.  docs/quality.md lists what else was tried, with results.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,39 +16,42 @@ import torch
 from .adapters import Adapter
 from .factors import Factors
 from .lowrank import gram_of
+from .lru import Lru
 
 BALANCE_SUMMED, BALANCE_AVERAGED = 0.75, 1.0
-"""0 leaves every delta its length, 1 gives all the same."""
+"""0 leaves the lengths of the deltas as they are, 1 makes them equal."""
 SHRINK = 0.2
-"""A sum of N deltas has the mean of their lengths, over ``N ** SHRINK``."""
-KEPT = 64  # merges whose weights are remembered
+"""A sum of N deltas gets the mean of their lengths, divided by ``N ** SHRINK``."""
+MAX_CACHED = 64
+"""Number of merges whose weights are cached."""
 
 
 def auto_weights(sources: Sequence[Adapter], summed: bool) -> Mapping[str, tuple[float, ...]]:
     """The weights of each module, one per source that has it.
 
-    With lengths ``n_i`` of the deltas and their mean ``n``, ``w_i = (n / n_i) ** balance``.  summed: the rule
-    adds deltas up instead of averaging them: then all are multiplied so that the sum has the length
-    ``n / N ** SHRINK``; deltas that cancel are not blown up, they count as if at right angles.
+    With lengths ``n_i`` of the deltas and their mean ``n``, ``w_i = (n / n_i) ** balance``.
+
+    sources: the adapters.
+    summed:  the rule adds deltas up instead of averaging them.  Then all weights are multiplied by one
+             factor, so that the sum has the length ``n / N ** SHRINK``; deltas that cancel are not blown up,
+             but count as if they were at right angles.
     """
     key = (tuple(adapter.digest for adapter in sources), summed)
     with _LOCK:
-        if key in _KNOWN:
-            _KNOWN.move_to_end(key)
-            return _KNOWN[key]
+        found = _CACHE.use(key)
+    if found is not None:
+        return found
     names = sorted({name for adapter in sources for name in adapter.modules})
     weights = {
         name: _weights([a.modules[name] for a in sources if name in a.modules], summed) for name in names
     }
     with _LOCK:
-        _KNOWN[key] = weights
-        while len(_KNOWN) > KEPT:
-            _KNOWN.popitem(last=False)
+        _CACHE.add(key, weights, MAX_CACHED)
     return weights
 
 
-_KNOWN: OrderedDict[tuple[tuple[str, ...], bool], Mapping[str, tuple[float, ...]]] = OrderedDict()
-"""By digests and kind of rule: weights alone, so that no adapter is kept alive for them."""
+_CACHE: Lru[tuple[tuple[str, ...], bool], Mapping[str, tuple[float, ...]]] = Lru()
+"""Weights by digests and kind of rule; no adapter is kept alive for them."""
 _LOCK = threading.Lock()
 
 

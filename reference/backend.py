@@ -43,6 +43,9 @@ class NumpyBackend:
 
     name = "numpy"
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """See :class:`merged_lora.backends.Backend`; nothing is compiled here."""
+
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}

@@ -45,6 +45,7 @@ from merged_lora.triton_kernels.kernels.words import KINDS
 
 from .packed import DeviceSources, Resident, padded
 from .tables import Integers, Part, Ring, target_rows
+from .warm_up import warm_up
 
 TABLES = 16 << 20  # bytes of tables kept on the device; some 60 merges of rank 16 into a slot of an 8B model
 
@@ -160,6 +161,10 @@ class TritonBackend:
         """A plan's sources, brought to the device in order with the current stream's work."""
         with self._turn, self._apart(in_order=True):
             return self._sources.load(plan.sources)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """See :class:`merged_lora.backends.Backend`."""
+        warm_up(self, dtype)
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         """See :class:`merged_lora.backends.Backend`; the result lies in host memory."""

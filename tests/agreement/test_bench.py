@@ -21,6 +21,9 @@ class Wrong:
 
     name = "wrong"
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        load_backend("cpu").warm_up(dtype)
+
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         result = load_backend("cpu").merge(plan, progress)
         name, f = next(iter(result.modules.items()))

@@ -85,7 +85,7 @@ def test_weights_depend_on_nothing_but_the_contents() -> None:
     adapters = sources(1.0, 3.0)
     copies = {name: scaled(adapter, 1.0) for name, adapter in adapters.items()}
     first = auto_weights(list(adapters.values()), True)
-    weighing._KNOWN.clear()
+    weighing._CACHE.clear()
     assert auto_weights(list(copies.values()), True) == first
 
 

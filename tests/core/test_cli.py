@@ -19,7 +19,7 @@ from making import SMALL, random_adapter
 from merged_lora import __version__, backends, catalog, peft_files
 from merged_lora.adapters import Adapter
 from merged_lora.cli import main
-from merged_lora.engine import merge
+from merged_lora.engine import Merged, merge
 from merged_lora.engine import run as engine_run
 from merged_lora.peft_files import Header
 from merged_lora.plan import MergePlan
@@ -119,8 +119,8 @@ def test_a_cut_rank_is_reported_with_the_share_of_the_norm_that_is_kept(run: Run
     by_module = f" ({min(shares):.2%} to {max(shares):.2%} by module)"
     assert f", rank 5, 4 modules, {kept:.2%} of the squared norm kept{by_module}, " in out
     metadata = Adapter.load("out").metadata
-    told = json.loads(metadata["merged_lora.kept_energy_by_module"])
-    assert told == pytest.approx(dict(zip(SMALL, shares, strict=True)), abs=1e-6)
+    stored = json.loads(metadata["merged_lora.kept_energy_by_module"])
+    assert stored == pytest.approx(dict(zip(SMALL, shares, strict=True)), abs=1e-6)
     assert "kept" not in run("merge", "a + b", *AB, "--output", "whole", "--rank", 8)[1]
 
 
@@ -158,7 +158,7 @@ def test_an_output_that_appears_while_merging_is_not_replaced(
 ) -> None:
     other = random_adapter(SMALL, seed=5)
 
-    def overtaken(plan: MergePlan, *_: object) -> Adapter:
+    def overtaken(plan: MergePlan, *_: object) -> Merged:
         other.save("out")
         return engine_run(plan)
 

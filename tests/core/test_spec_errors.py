@@ -163,13 +163,13 @@ def test_sizes_are_limited_and_the_limits_themselves_are_taken() -> None:
         parse("n" * (MAX_NAME + 1))
     padded = "ties(a, b)".ljust(MAX_TEXT)
     assert parse(padded) == parse("ties(a, b)")
-    with pytest.raises(SpecError, match=f"2049 characters; at most {MAX_TEXT} are taken"):
+    with pytest.raises(SpecError, match=f"2049 characters; at most {MAX_TEXT} are accepted"):
         parse(padded + " ")
 
 
 def test_a_merge_whose_canonical_text_could_not_be_read_back_is_refused() -> None:
     names = [chr(0x1F600 + i) * MAX_NAME for i in range(2)]  # every character is escaped as 12
-    with pytest.raises(SpecError, match=f"characters; at most {MAX_TEXT} are taken"):
+    with pytest.raises(SpecError, match=f"characters; at most {MAX_TEXT} are accepted"):
         from_json({"ids": names})
 
 

@@ -22,8 +22,8 @@ from merged_lora.vllm_plugin.worker.makers import HostMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 
 
-class PlainShelf:
-    """Reads adapters as ours does."""
+class FolderAdapters:
+    """Plain adapters read as sources are, in the place of vLLM's."""
 
     def find(self, path: str) -> Path:
         return Path(path)
@@ -44,10 +44,10 @@ class PlainShelf:
         return model
 
 
-def worker(limit: int = 1 << 30, shelf: PlainShelf | None = None) -> MergeWorker[Adapter]:
+def worker(limit: int = 1 << 30, adapters: FolderAdapters | None = None) -> MergeWorker[Adapter]:
     """A worker that takes adapters for vLLM's models.  limit: bytes for copies of adapters."""
     maker = HostMaker(load_backend("auto"), lambda _, adapter: adapter)
-    return MergeWorker(16, limit, shelf or PlainShelf(), maker)
+    return MergeWorker(16, limit, adapters or FolderAdapters(), maker)
 
 
 def gate_with(

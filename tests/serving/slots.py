@@ -48,6 +48,7 @@ class CopyingBackend:
         self.device = torch.device("cpu")
         self.reserved: list[int] = []
         self.reason = ""
+        self.warmed: list[torch.dtype] = []
         self.checked: list[MergePlan] = []
         self.written: list[list[str]] = []
         self.compiled: list[list[str]] = []
@@ -58,6 +59,9 @@ class CopyingBackend:
 
     def adopt(self, adapter: Adapter) -> Adapter:
         return adapter
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        self.warmed.append(dtype)
 
     def merge(self, plan: MergePlan, progress: Progress) -> Result:
         return load_backend("cpu").merge(plan, progress)

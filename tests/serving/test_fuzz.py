@@ -17,7 +17,8 @@ from gates import gate_with, worker
 from merged_lora.bench.server import Server
 from merged_lora.errors import MergeError
 from merged_lora.strategies import TABLE
-from merged_lora.vllm_plugin.api_server.gate import Holder, MergeGate
+from merged_lora.vllm_plugin.api_server.gate import Lease, MergeGate
+from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import Reply
 
@@ -91,7 +92,7 @@ async def knock(gate: MergeGate, model: str, body: object) -> None:
     try:
         spec = gate.asked_for(model, body, lambda name: name == "base")
         if spec is not None:
-            await gate.ready(spec, Holder())
+            await gate.ready(spec, Lease())
     except MergeError as error:
         message = str(error)
     assert 0 < len(message) < 2_000, model
@@ -121,9 +122,9 @@ def gate() -> MergeGate:
 
 def assert_bounded(gate: MergeGate) -> None:
     """Nothing grew beyond its bound."""
-    report = gate.report()
-    assert len(report["merges"]) <= 20 + len(report["aliases"])
-    assert len(report["sources"]) == 3
+    shown = report(gate)
+    assert len(shown["merges"]) <= 20 + len(shown["aliases"])
+    assert len(shown["sources"]) == 3
     assert not gate._making
     assert not gate.sources._leases
 
@@ -189,8 +190,8 @@ def test_five_hundred_over_http_are_served_or_refused(server: Server) -> None:
         found[status] = found.get(status, 0) + 1
     assert {200, 400, 404} <= set(found), found
     assert server.logprobs("mix") == before
-    report = server.get("/v1/merged_lora")[1]
-    assert len(report["sources"]) == counts["sources"]
-    assert len(report["merges"]) <= tiny.MAX_AD_HOC + len(report["aliases"])
+    shown = server.get("/v1/merged_lora")[1]
+    assert len(shown["sources"]) == counts["sources"]
+    assert len(shown["merges"]) <= tiny.MAX_AD_HOC + len(shown["aliases"])
     fresh = len(server.metrics()) - counts["series"]
     assert fresh <= 5 * len(TABLE), "a label takes what clients write"

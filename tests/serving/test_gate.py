@@ -11,15 +11,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import tiny
-from gates import PlainShelf, gate_with, register, worker
+from gates import FolderAdapters, gate_with, register, worker
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import parse
-from merged_lora.vllm_plugin.api_server.gate import BusyError, Holder, MergeGate
+from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease, MergeGate
 from merged_lora.vllm_plugin.identity import FIRST_ID, MergeIdentity
 from merged_lora.vllm_plugin.rpc import Reply, agreed
 
 CONTENTS = ("0" * 32, "1" * 32)
-ME = Holder()
+ME = Lease()
 """Whoever asks, for as long as the tests run."""
 
 
@@ -70,11 +70,11 @@ def test_the_worker_answers_instead_of_raising(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_ours_is_answered_too() -> None:
-    class Broken(PlainShelf):
+    class Broken(FolderAdapters):
         def find(self, path: str) -> Path:
             raise ZeroDivisionError("ours")
 
-    reply = worker(shelf=Broken()).capture("one", [], "x")
+    reply = worker(adapters=Broken()).capture("one", [], "x")
     assert (reply["ok"], reply["kind"]) == (False, "internal")
     assert "ZeroDivisionError" in reply["error"]
 
@@ -93,12 +93,14 @@ def test_a_component_reloaded_with_other_content_is_a_new_identity(tmp_path: Pat
         gate = gate_with(merges)
         await two_sources(gate, tmp_path)
         before = (await gate.ready(parse("ties(a, b)"), ME)).identity
-        old = merges.take(before.path)
+        old = merges.load_merge(before.path)
         await register(gate, "a", tmp_path, 3)
         after = (await gate.ready(parse("ties(a, b)"), ME)).identity
         assert after.name != before.name
-        assert merges.take(after.path).digest != old.digest
-        assert merges.take(before.path).digest == old.digest  # a request in flight keeps what it began with
+        assert merges.load_merge(after.path).digest != old.digest
+        assert (
+            merges.load_merge(before.path).digest == old.digest
+        )  # a request in flight keeps what it began with
 
     asyncio.run(run())
 
@@ -185,7 +187,7 @@ def test_an_adapter_that_cannot_be_merged_is_served_and_says_why(tmp_path: Path)
             await gate.sources.serve("a", await gate.sources.copy(str(tmp_path / "a"), {}))
         with pytest.raises(MergeError, match=r"'a' is served, but cannot be merged.*modules_to_save"):
             await gate.ready(parse("sum(a)"), ME)
-        assert merges.plain(str(tmp_path / "a"), 5) is not None
+        assert merges.load_plain(str(tmp_path / "a"), 5) is not None
 
     asyncio.run(run())
 
@@ -220,12 +222,12 @@ def test_the_copies_of_a_merge_under_way_stay_until_its_request_ends(tmp_path: P
         merges = worker()
         gate = gate_with(merges)
         await two_sources(gate, tmp_path)
-        request = Holder()
+        request = Lease()
         path = (await gate.ready(parse("ties(a, b)"), request)).identity.path
-        expected = merges.take(path).digest
+        expected = merges.load_merge(path).digest
         async with gate.sources.changes:
             await gate.sources.forget("a")
-        assert merges.take(path).digest == expected  # made again
+        assert merges.load_merge(path).digest == expected  # made again
         del request
         async with gate.sources.changes:
             await gate.sources.forget("b")
@@ -239,15 +241,15 @@ def test_an_adapter_under_way_is_served_from_memory_after_it_was_unloaded(tmp_pa
         merges = worker()
         gate = gate_with(merges)
         await register(gate, "a", tmp_path, 1)
-        request = Holder()
+        request = Lease()
         gate.sources.hold("a", request)
         async with gate.sources.changes:
             await gate.sources.forget("a")
         shutil.rmtree(tmp_path / "a")
-        assert merges.plain(str(tmp_path / "a"), 5) is not None
+        assert merges.load_plain(str(tmp_path / "a"), 5) is not None
         del request
         await register(gate, "b", tmp_path, 2)
-        assert merges.plain(str(tmp_path / "a"), 5) is None
+        assert merges.load_plain(str(tmp_path / "a"), 5) is None
 
     asyncio.run(run())
 
@@ -288,7 +290,7 @@ def test_the_gate_remembers_a_bounded_number_of_merges(tmp_path: Path) -> None:
             await gate.ready(parse(f"sum({1 + i}*a)"), ME)
         await gate.ready(parse("sum(9*a)"), ME)
         assert len(calls) == 9
-        assert len(gate.report()["merges"]) == 8
+        assert len(gate.merges) == 8
         assert registry.get_sample_value("merged_lora_evictions_total", {"what": "merge"}) == 1
         await gate.ready(parse("sum(a)"), ME)  # the oldest was forgotten, and is prepared again
         assert len(calls) == 10

@@ -28,7 +28,7 @@ def test_a_line_is_read_back(
     identity = MergeIdentity(parse(spec), tuple(f"{i}" * 32 for i in range(len(parse(spec).names))))
     logger = logging.getLogger("vllm.merged_lora")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    caplog.set_level(logging.INFO, logger="vllm.merged_lora")
     log_merge(identity, Facts("cpu", 8, 210, 0.920833351471823, by_module, 0.0163))
     line = f"(APIServer pid=7) INFO 11-28 02:00:00 [merge_log.py:50] {caplog.messages[-1]}\n"
     expected = LoggedMerge(str(parse(spec)), identity.digest, "cpu", 8, 210, 0.920833351471823, 16.3)

@@ -454,7 +454,7 @@ def test_a_merge_that_was_evicted_comes_back_the_same_and_is_not_tried_again(
     activate(manager, makes.prepare(8, plan(parse("sum(attention)"), sources, MAX_RANK))[0])
     manager._adapter_manager.remove_adapter(7)
     checked = len(backend.checked)
-    assert_same(contents(manager, activate(manager, makes.again(7, merges))), first)
+    assert_same(contents(manager, activate(manager, makes.remake(7, merges))), first)
     assert len(backend.checked) == checked
 
 
@@ -549,11 +549,11 @@ def test_a_merge_without_values_is_kept_for_the_next_slot(
     paths = [MergeIdentity(parse(f"sum({1 + i}*keys)"), (digest,)).path for i in range(LIGHT_MERGES + 1)]
     assert all(merges.prepare(path, set())["ok"] for path in paths)
     made: list[int] = []
-    monkeypatch.setattr(makes, "again", lambda number, plan: made.append(number))
-    newest = merges.take(paths[-1])
-    assert merges.take(paths[-1]) is newest
+    monkeypatch.setattr(makes, "remake", lambda number, plan: made.append(number))
+    newest = merges.load_merge(paths[-1])
+    assert merges.load_merge(paths[-1]) is newest
     assert made == []
-    merges.take(paths[0])  # the oldest of more than are kept
+    merges.load_merge(paths[0])  # the oldest of more than are kept
     assert len(made) == 1
 
 
@@ -631,7 +631,7 @@ def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
     ready = worker_hooks.wrap_create_lora_manager(create_lora_manager)
     assert ready(manager, "a model", vllm_config) == "a model with LoRA"
     assert len(backend.reserved) == 1
-    assert backend.written
+    assert backend.warmed == [manager.lora_config.lora_dtype]
 
 
 def test_a_backend_of_another_device_than_vllms_is_refused(config: VllmConfig) -> None:

@@ -12,10 +12,10 @@ import tiny
 from gates import gate_with, register, worker
 from merged_lora.errors import MergeError, UnknownAdapterError
 from merged_lora.spec import parse
-from merged_lora.vllm_plugin.api_server.gate import Holder
+from merged_lora.vllm_plugin.api_server.gate import Lease
 from merged_lora.vllm_plugin.worker.snapshots import Snapshots
 
-ME = Holder()
+ME = Lease()
 
 
 @pytest.fixture
@@ -115,12 +115,12 @@ def test_a_source_that_vanishes_or_breaks_is_served_from_memory(folder: Path) ->
         merges = worker()
         gate = gate_with(merges, source_dir=str(folder))
         before = (await gate.ready(parse("sum(a)"), ME)).identity
-        merged = merges.take(before.path).digest
+        merged = merges.load_merge(before.path).digest
         (folder / "a" / "adapter_model.safetensors").write_bytes(b"not an adapter")
         assert (await gate.ready(parse("sum(a)"), ME)).identity == before
         shutil.rmtree(folder / "a")
         assert (await gate.ready(parse("sum(a)"), ME)).identity == before
-        assert merges.take(before.path).digest == merged
+        assert merges.load_merge(before.path).digest == merged
         assert (await gate.ready(parse("sum(2*a)"), ME)).identity.contents == before.contents
         tiny.make_adapter(6).save(folder / "a")  # and when it comes back, it is read
         assert (await gate.ready(parse("sum(a)"), ME)).identity.contents == (tiny.make_adapter(6).digest,)
@@ -159,18 +159,18 @@ def test_idle_copies_make_room_and_those_under_way_stay(folder: Path) -> None:
         size = tiny.make_adapter(1).nbytes
         merges = worker(limit=3 * size)
         gate = gate_with(merges, source_dir=str(folder))
-        first = Holder()
+        first = Lease()
         path = (await gate.ready(parse("sum(a)"), first)).identity.path
-        merged = merges.take(path).digest
+        merged = merges.load_merge(path).digest
         for i in range(3, 7):
-            await gate.ready(parse(f"sum(n{i})"), Holder())
+            await gate.ready(parse(f"sum(n{i})"), Lease())
         assert gate.sources.held == 3 * size
         assert set(gate.sources.components) == {"a", "n5", "n6"}
-        assert merges.take(path).digest == merged
+        assert merges.load_merge(path).digest == merged
         with pytest.raises(MergeError, match="--merged-lora-cache-gib"):
-            await gate.ready(parse("sum(n3, n4, n5)"), Holder())  # with the one under way, four
+            await gate.ready(parse("sum(n3, n4, n5)"), Lease())  # with the one under way, four
         del first
-        await gate.ready(parse("sum(n3, n4, n5)"), Holder())
+        await gate.ready(parse("sum(n3, n4, n5)"), Lease())
 
     asyncio.run(run())
 
@@ -180,13 +180,13 @@ def test_many_requests_for_one_new_source_read_it_once(folder: Path, monkeypatch
         merges = worker()
         gate = gate_with(merges, source_dir=str(folder))
         read: list[str] = []
-        find = merges._shelf.find
+        find = merges._adapters.find
 
         def reading(path: str) -> Path:
             read.append(path)
             return find(path)
 
-        monkeypatch.setattr(merges._shelf, "find", reading)
+        monkeypatch.setattr(merges._adapters, "find", reading)
         await asyncio.gather(*(gate.ready(parse(f"sum({1 + i}*a)"), ME) for i in range(20)))
         assert len(read) == 1
 

@@ -14,7 +14,7 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
 from merged_lora.triton_kernels.factors import launch
-from merged_lora.vllm_plugin.worker.makers import WARMED, warm_up
+from merged_lora.triton_kernels.warm_up import STRATEGIES
 
 SHAPES = {"m": (24, 40)}
 HALF, WHOLE = torch.bfloat16, torch.float32
@@ -58,12 +58,12 @@ def served(strategy: str, dtypes: Sequence[torch.dtype], slot_dtype: torch.dtype
 def test_usual_merges_need_no_kernel_that_was_not_compiled_at_the_start(
     needed: set[object], slot_dtype: torch.dtype
 ) -> None:
-    warm_up(module.TritonBackend(torch.device("cpu")), slot_dtype)
+    module.TritonBackend(torch.device("cpu")).warm_up(slot_dtype)
     warmed = set(needed)
     needed.clear()
     given = [(dtype,) * count for dtype in (slot_dtype, WHOLE) for count in (2, 3, 4, 5, 8)]
     for dtypes in (*given, (slot_dtype, WHOLE), (WHOLE, slot_dtype)):
-        for strategy in WARMED:
+        for strategy in STRATEGIES:
             served(strategy, dtypes, slot_dtype)
     assert needed
     assert needed <= warmed
@@ -74,5 +74,5 @@ def test_a_start_compiles_so_many_kernels(needed: set[object], slot_dtype: torch
     # For each of five rules (linear, ties, dare_linear, dare_ties, magnitude_prune) one that checks and one
     # that writes, for 2, 3, 4 and more sources: 40; a trim and a copy, for results of groups: 42 a dtype.
     # Of one source of each dtype: 10.
-    warm_up(module.TritonBackend(torch.device("cpu")), slot_dtype)
+    module.TritonBackend(torch.device("cpu")).warm_up(slot_dtype)
     assert len(needed) == count

@@ -1,1 +1,1 @@
-"""What runs in each API server: from a request's text to a merge that every worker has ready."""
+"""What runs in each API server: from a request to a merge that is ready on every worker."""

@@ -1,6 +1,6 @@
-"""Names that stand for a merge: those the server was started with, and what was changed of them at run time.
+"""Aliases, names for merges: those given when the server started, and changes made at run time.
 
-Several API servers of one server share the changes through a file, written whole and replaced at once.
+The API servers of one server share the changes through a file, which is always replaced as a whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ MAX_ALIASES = 1024
 class Aliases:
     """The aliases of one server.
 
-    given: those it was started with.  store: the file of the changes; None where nothing may change.
+    given: the aliases it was started with.
+    store: the file of the changes; None if aliases may not change.
     """
 
     def __init__(self, given: Mapping[str, MergeSpec], store: str | None = None) -> None:
@@ -29,11 +30,11 @@ class Aliases:
         self._stamp: tuple[int, int] | None = None
 
     def current(self) -> Mapping[str, MergeSpec]:
-        """Alias to merge, as it stands now."""
+        """The merge of each alias, as defined now."""
         if self._store is not None:
             try:
                 found = self._store.stat()
-            except FileNotFoundError:  # nothing was changed yet
+            except FileNotFoundError:  # nothing has been changed yet
                 return self._current
             if (found.st_ino, found.st_mtime_ns) != self._stamp:
                 self._current = self._read()
@@ -41,7 +42,7 @@ class Aliases:
         return self._current
 
     def define(self, alias: str, spec: MergeSpec) -> bool:
-        """Let an alias stand for a merge from now on; whether it is new.  Raises MergeError."""
+        """Define an alias; returns whether it is new.  Raises MergeError."""
         with self._changing() as aliases:
             new = alias not in aliases
             if new and len(aliases) >= MAX_ALIASES:
@@ -50,7 +51,7 @@ class Aliases:
         return new
 
     def remove(self, alias: str) -> bool:
-        """Take an alias away; whether there was one."""
+        """Remove an alias; returns whether there was one."""
         with self._changing() as aliases:
             return aliases.pop(alias, None) is not None
 

@@ -1,4 +1,4 @@
-"""What Prometheus is told, on vLLM's own ``/metrics``.  No label holds anything that a client wrote."""
+"""Prometheus metrics, served on vLLM's own ``/metrics``.  No label holds text from a client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class Metrics:
-    """Those of one process; of several API servers, vLLM adds the counters up and takes the last gauge."""
+    """The metrics of one process.
+
+    With several API servers, vLLM adds up their counters and takes the most recent value of a gauge.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.merges = Counter(
@@ -22,16 +25,16 @@ class Metrics:
         )
         self.seconds = Histogram(
             "merged_lora_merge_seconds",
-            "Time to make a new merge, from when it was its turn.",
+            "Time to make a new merge, without the wait for its turn.",
             buckets=SECONDS,
             registry=registry,
         )
         self.hits = Counter(
-            "merged_lora_cache_hits", "Requests for a merge that was made before.", registry=registry
+            "merged_lora_cache_hits", "Requests for a merge that had been made already.", registry=registry
         )
         self.evictions = Counter(
             "merged_lora_evictions",
-            "Merges forgotten, and copies of sources dropped, for others to take their place.",
+            "Merges forgotten and copies of sources dropped to make room for others.",
             ["what"],
             registry=registry,
         )
@@ -45,5 +48,5 @@ class Metrics:
 
 @functools.cache
 def metrics() -> Metrics:
-    """Those of this process."""
+    """This process's metrics."""
     return Metrics(REGISTRY)

@@ -1,4 +1,4 @@
-"""``/v1/merged_lora``: what operators see and change of a running server.
+"""``/v1/merged_lora``: what operators see and change of a running server, and the HTTP status of every error.
 
 Knows FastAPI and the gate, and nothing of vLLM.
 """
@@ -7,21 +7,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from merged_lora.errors import MergeError, SpecError
+from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import MergeSpec, from_json, parse
+from merged_lora.vllm_plugin.rpc import CacheFullError
 
-from .gate import BusyError, MergeGate, status_of
+from .gate import BusyError, LiveMerge, MergeGate
 
 MAX_BODY = 1 << 16
 
 
+def status_of(error: MergeError) -> tuple[HTTPStatus, str]:
+    """The HTTP status of an error, and its type in OpenAI's format."""
+    if isinstance(error, BusyError):
+        return HTTPStatus.TOO_MANY_REQUESTS, "TooManyRequestsError"
+    if isinstance(error, CacheFullError):
+        return HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
+    if isinstance(error, UnknownAdapterError):
+        return HTTPStatus.NOT_FOUND, "NotFoundError"
+    return HTTPStatus.BAD_REQUEST, "BadRequestError"
+
+
 def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]], changes: bool) -> APIRouter:
-    """The routes.
+    """The routes under ``/v1/merged_lora``.
 
     gate_of: the gate of the server that a request came to, and the names of its base model.
     changes: whether clients may change aliases.
@@ -31,7 +44,7 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
     @router.get("/v1/merged_lora")
     async def show(request: Request) -> JSONResponse:
         gate, _ = gate_of(request)
-        return JSONResponse(gate.report())
+        return JSONResponse(report(gate))
 
     if not changes:
         return router
@@ -43,7 +56,7 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
             live, new = await gate.define(alias, await _spec(request), reserved)
         except MergeError as error:
             return _refused(error)
-        return JSONResponse({"alias": alias, **gate.described(live)}, 201 if new else 200)
+        return JSONResponse({"alias": alias, **description(live)}, 201 if new else 200)
 
     @router.delete("/v1/merged_lora/{alias:path}")
     async def remove(alias: str, request: Request) -> JSONResponse:
@@ -57,7 +70,48 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
     return router
 
 
+def report(gate: MergeGate) -> dict[str, Any]:
+    """The body of ``GET /v1/merged_lora``."""
+    return {
+        "object": "merged_lora",
+        "aliases": [{"alias": alias, "spec": str(spec)} for alias, spec in sorted(gate.aliases.items())],
+        "merges": [description(live) for live in gate.merges],
+        "sources": [
+            {
+                "name": name,
+                "digest": c.key,
+                "bytes": c.nbytes,
+                "served": c.served,
+                "refusal": c.refusal or None,
+            }
+            for name, c in sorted(gate.sources.components.items())
+        ],
+        "bytes_held": gate.sources.held,
+    }
+
+
+def description(live: LiveMerge) -> dict[str, Any]:
+    """One merge in the body of ``GET /v1/merged_lora``."""
+    spec = live.identity.spec
+    contents = zip(spec.sources, live.identity.contents, strict=True)
+    return {
+        "spec": str(spec),
+        "strategy": spec.strategy,
+        "sources": [
+            {"name": s.name, "weight": None if spec.automatic else s.weight, "digest": digest}
+            for s, digest in contents
+        ],
+        "rank": live.facts.rank,
+        "kept_energy": live.facts.kept_energy,
+        "kept_energy_by_module": live.facts.kept_by_module,
+        "digest": live.identity.digest,
+        "last_used": live.used,
+        "hits": live.hits,
+    }
+
+
 async def _spec(request: Request) -> MergeSpec:
+    """The merge in the body of a request; raises SpecError."""
     data = b""
     async for part in request.stream():
         data += part
@@ -72,7 +126,7 @@ async def _spec(request: Request) -> MergeSpec:
     if isinstance(body, dict) and "ids" in body and "spec" not in body:
         return from_json(body)
     raise SpecError(
-        'the body is {"spec": "..."}, or {"ids": [...], "weights": [...], "merge_strategy": "..."}'
+        'the body must be {"spec": "..."}, or {"ids": [...], "weights": [...], "merge_strategy": "..."}'
     )
 
 

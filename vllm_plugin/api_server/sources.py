@@ -1,7 +1,6 @@
-"""In each API server: which adapters may be merged, under which names, and what the workers hold of them.
+"""The adapters that an API server may merge: their names, and the keys of their copies in the workers.
 
-Knows names, folders and keys of copies; holds no weights.  The workers are reached through functions given
-at construction.
+Holds no weights.  The workers are reached through functions given at construction.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merged_lora.errors import AdapterError, MergeError
+from merged_lora.lru import Lru
 from merged_lora.peft_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from merged_lora.vllm_plugin.rpc import CacheFullError, Reply, raise_failure
 
@@ -26,14 +26,18 @@ logger = logging.getLogger("vllm.merged_lora")
 Capture = Callable[[str, list[str], str, Mapping[str, Any] | None], Awaitable[Reply]]
 Release = Callable[[str, list[str]], Awaitable[Reply]]
 Stamp = tuple[tuple[int, int, int], ...]
+"""Inode, size and time of change of each file of an adapter."""
 
 
 @dataclass(frozen=True)
 class Component:
     """An adapter as a source.
 
-    key: of its copy in the workers; None where there is none.  refusal: why it cannot be merged; empty where
-    it can.  served: whether vLLM serves it under its name, too.  stamp: of its files when they were read.
+    key:     key of its copy in the workers; None if there is no copy.
+    refusal: why it cannot be merged; empty if it can.
+    nbytes:  bytes of the copy.
+    served:  whether vLLM serves it under its name too.
+    stamp:   stamp of its files when they were read.
     """
 
     key: str | None
@@ -46,9 +50,12 @@ class Component:
 class Sources:
     """The adapters that may be merged, by name.
 
-    capture, release: ask every worker for a copy, or to drop what is not needed.
-    folder: ``--merged-lora-source-dir``, resolved; None where there is none.
-    changes: the lock under which the adapters change, so that vLLM's list and this one agree.
+    capture: asks every worker for a copy.
+    release: asks every worker to drop the copies that are not needed.
+    metrics: counts evictions and bytes.
+    folder:  ``--merged-lora-source-dir``, resolved; None if there is none.
+
+    Adapters change under the lock ``changes``, so that vLLM's list and this one agree.
     """
 
     def __init__(
@@ -61,44 +68,49 @@ class Sources:
         self._capture = capture
         self._release = release
         self._folder = Path(folder) if folder is not None else None
-        self._components: dict[str, Component] = {}
-        self._leases: dict[int, tuple[str, ...]] = {}  # shrinks whenever a request dies, so copy to iterate
+        self._components: Lru[str, Component] = Lru()
+        self._leases: dict[int, tuple[str, ...]] = {}  # shrinks whenever a request dies: iterate over a copy
         self._next_lease = 0
 
     @property
     def components(self) -> Mapping[str, Component]:
-        """All that are known, least recently used first; those of the folder once they were named."""
+        """All known sources, least recently used first; those in the folder once a request has named them."""
         return self._components
 
     # Adapters that vLLM serves
 
     async def copy(self, path: str, options: Mapping[str, Any]) -> Component:
-        """Copy an adapter that vLLM is about to load, under ``changes``, and return it for :meth:`serve`.
+        """Copy an adapter that vLLM is about to load, under ``changes``; the result is for :meth:`serve`.
 
-        One that cannot be merged says why.  options: how vLLM reads it.  Raises MergeError where vLLM would
-        refuse it or the copy does not fit.
+        path:    folder of the adapter, or its name on the hub.
+        options: how vLLM reads it.
+
+        Raises MergeError if vLLM would refuse the adapter or the copy does not fit.  An adapter that only
+        cannot be merged is copied, with the reason.
         """
         reply = await self._copied(path, options)
         return Component(reply["key"], reply["refusal"], reply["nbytes"], served=True)
 
     async def serve(self, name: str, component: Component) -> None:
-        """Let the adapter that vLLM has loaded be a source under its name, under ``changes``."""
+        """Make an adapter that vLLM has loaded a source under its name, under ``changes``."""
         self._components[name] = component
         await self.trim()
 
     async def forget(self, name: str) -> None:
-        """Take an adapter out of the sources, under ``changes``; merges of it that are under way go on."""
+        """Remove an adapter from the sources, under ``changes``; its merges in progress go on."""
         self._components.pop(name, None)
         await self.trim()
 
     # Adapters in the folder
 
-    async def refresh(self, names: Iterable[str], holder: object) -> None:
-        """Read those of the names that are adapters in the folder and new or changed since they were read.
+    async def refresh(self, names: Iterable[str], request: object) -> None:
+        """Read the adapters of the folder that are named and are new or have changed.
 
-        What was read stays where its folder vanishes or breaks; that is logged.  Where nothing was read
-        before, the reason is kept beside the name.  holder: the request; see :meth:`lease`.  Raises
-        CacheFullError.
+        names:   names of sources; those that are not in the folder are left alone.
+        request: the copies are leased to it; see :meth:`lease`.
+
+        If a folder vanishes or cannot be read any more, its copy stays and that is logged; if there is no
+        copy, the reason is stored with the name.  Raises CacheFullError.
         """
         for name in names if self._folder is not None else ():
             if name in self._components and self._components[name].served:
@@ -111,16 +123,16 @@ class Sources:
                 elif known is not None and known.stamp:
                     logger.warning("source %r is gone from its folder; its copy in memory stays", name)
                     known = self._components[name] = replace(known, stamp=())
-                self._lease(known, holder)
+                self._lease(known, request)
                 continue
             path, stamp = found
             if known is None or known.stamp != stamp:
                 async with self.changes:
-                    known = self._components.get(name)  # it may have been read while we waited
+                    known = self._components.get(name)  # it may have been read in the meantime
                     if known is None or (not known.served and known.stamp != stamp):
                         known = self._components[name] = await self._read(name, path, stamp, known)
                         await self.trim()
-            self._lease(known, holder)
+            self._lease(known, request)
 
     async def _read(self, name: str, path: str, stamp: Stamp, known: Component | None) -> Component:
         try:
@@ -137,7 +149,7 @@ class Sources:
         return Component(reply["key"], nbytes=reply["nbytes"], stamp=stamp)
 
     def _look(self, name: str) -> tuple[str, Stamp] | None:
-        """Path and stamp of the adapter of that name in the folder; None where there is none."""
+        """Path and stamp of the adapter of that name in the folder; None if there is none."""
         assert self._folder is not None
         if name != Path(name).as_posix() or any(part.startswith(".") for part in Path(name).parts):
             return None  # one folder has one name
@@ -153,18 +165,18 @@ class Sources:
                 raise AdapterError(f"{name!r}: {outside[0]} is a link out of the folder of sources")
             return str(folder), tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, found))
         except (OSError, RuntimeError):
-            # A name too long for the file system, files that vanish meanwhile, links in a circle.
+            # A name too long for the file system, files that vanish in the meantime, a circle of links.
             return None
 
     # Copies
 
     def key(self, name: str) -> str:
-        """The key of a source's copy; raises MergeError where it cannot be merged."""
+        """The key of a source's copy; raises MergeError if it cannot be merged."""
         component = self._components[name]
         if component.key is None or component.refusal:
             served = "is served, but cannot" if component.served else "cannot"
             raise MergeError(f"{name!r} {served} be merged: {component.refusal}")
-        self._touch(name)
+        self._components.use(name)
         return component.key
 
     def lease(self, request: object, keys: tuple[str, ...]) -> None:
@@ -174,7 +186,7 @@ class Sources:
         weakref.finalize(request, self._leases.pop, self._next_lease).atexit = False
 
     def hold(self, name: str | None, request: object) -> None:
-        """Lease the copy of an adapter that a request names, where it names one."""
+        """Lease the copy of the adapter that a request names, if it names one."""
         component = self._components.get(name or "")
         if component is not None and component.served:
             self._lease(component, request)
@@ -184,7 +196,7 @@ class Sources:
             self.lease(request, (component.key,))
 
     async def _copied(self, path: str, options: Mapping[str, Any] | None) -> Reply:
-        """The reply about a new copy; where the cache is full, idle copies from the folder make room."""
+        """The reply about a new copy; if the cache is full, idle copies of the folder make room for it."""
         while True:
             reply = await self._capture(self._owner, self._needed(), path, options)
             if reply["ok"] or reply["kind"] != "full" or not self._drop_idle(reply["missing"]):
@@ -193,7 +205,7 @@ class Sources:
                 return reply
 
     def _drop_idle(self, missing: int) -> bool:
-        """Forget the folder's adapters that were not used for longest; whether there were any."""
+        """Drop the least recently used copies of the folder; returns whether there were any."""
         leased = {key for keys in list(self._leases.values()) for key in keys}
         dropped = False
         for name, component in list(self._components.items()):
@@ -208,7 +220,7 @@ class Sources:
         return dropped
 
     async def trim(self) -> None:
-        """Let the workers drop the copies that are not needed any more, under ``changes``."""
+        """Let the workers drop the copies that are no longer needed, under ``changes``."""
         reply = await self._release(self._owner, self._needed())
         raise_failure(reply)
         self._hold(reply)
@@ -220,6 +232,3 @@ class Sources:
     def _needed(self) -> list[str]:
         needed = {component.key for component in self._components.values() if component.key is not None}
         return sorted(needed.union(*list(self._leases.values())))
-
-    def _touch(self, name: str) -> None:
-        self._components[name] = self._components.pop(name)

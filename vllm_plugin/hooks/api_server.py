@@ -23,9 +23,9 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.lora.request import LoRARequest
 
 from merged_lora.errors import MergeError
-from merged_lora.vllm_plugin.api_server.gate import BusyError, MergeGate, status_of
+from merged_lora.vllm_plugin.api_server.gate import BusyError, MergeGate
 from merged_lora.vllm_plugin.api_server.metrics import metrics
-from merged_lora.vllm_plugin.api_server.routes import make_router
+from merged_lora.vllm_plugin.api_server.routes import make_router, status_of
 from merged_lora.vllm_plugin.api_server.sources import Sources
 from merged_lora.vllm_plugin.identity import SCHEME, MergeIdentity
 from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE, Reply, agreed

@@ -144,8 +144,8 @@ def wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         if worker is None:
             return original(self, lora_request)
         if is_merge_path(lora_request.lora_path):
-            return worker.take(lora_request.lora_path)
-        lora = worker.plain(lora_request.lora_path, lora_request.lora_int_id)
+            return worker.load_merge(lora_request.lora_path)
+        lora = worker.load_plain(lora_request.lora_path, lora_request.lora_int_id)
         return original(self, lora_request) if lora is None else lora
 
     return _load_adapter

@@ -1,4 +1,4 @@
-"""Copies of adapters in a worker's memory: bounded, shared by content, kept while somebody needs them.
+"""Copies of adapters in a worker's memory: limited in size, shared by content, kept while they are needed.
 
 Knows nothing of vLLM or of merging.
 """
@@ -24,9 +24,9 @@ class _Entry(Generic[Copy]):
 
 
 class Snapshots(Generic[Copy]):
-    """Copies by key.  Each owner (an API server) says which it needs; one that nobody needs is dropped.
+    """Copies by key.  Each owner (an API server) says which it needs; a copy that nobody needs is dropped.
 
-    limit: bytes of all copies together.
+    limit: largest number of bytes of all copies together.
     """
 
     def __init__(self, limit: int) -> None:
@@ -46,12 +46,12 @@ class Snapshots(Generic[Copy]):
         return self._entries[key].copy
 
     def get(self, key: str) -> Copy | None:
-        """The copy under a key; None where there is none."""
+        """The copy under a key; None if there is none."""
         entry = self._entries.get(key)
         return entry.copy if entry is not None else None
 
     def keep(self, owner: str, needed: Collection[str]) -> set[str]:
-        """Drop what no owner needs, now that this one needs no more than that; returns the keys dropped."""
+        """Drop the copies that no owner needs, given that this one needs only these; returns their keys."""
         self._needs[owner] = set(needed)
         kept = set().union(*self._needs.values())
         dropped = set(self._entries) - kept
@@ -60,7 +60,7 @@ class Snapshots(Generic[Copy]):
         return dropped
 
     def check_room(self, nbytes: int) -> None:
-        """Raise CacheFullError where that many more bytes are too many."""
+        """Raise CacheFullError if there is no room for that many more bytes."""
         total = self.nbytes + nbytes
         if total > self.limit:
             raise CacheFullError(
@@ -70,7 +70,7 @@ class Snapshots(Generic[Copy]):
             )
 
     def check_size(self, nbytes: int) -> None:
-        """Raise AdapterError where that many bytes are too many, whatever else is dropped."""
+        """Raise AdapterError if that many bytes do not fit even if everything else is dropped."""
         if nbytes > self.limit:
             raise AdapterError(
                 f"the adapter takes {nbytes / GIB:.3g} GiB, "
@@ -78,9 +78,13 @@ class Snapshots(Generic[Copy]):
             )
 
     def add(self, owner: str, key: str, copy: Copy, nbytes: int, replace: bool = False) -> None:
-        """Keep a copy for that owner too; raises CacheFullError.
+        """Keep a copy for an owner; raises CacheFullError.
 
-        replace: the copy takes the place of one that stands under this key; otherwise that one stays.
+        owner:   the API server that needs it.
+        key:     key of the copy.
+        copy:    the copy itself.
+        nbytes:  its size.
+        replace: the copy replaces one with the same key; without it, the one that is there stays.
         """
         if key not in self._entries or replace:
             old = self._entries[key].nbytes if key in self._entries else 0
