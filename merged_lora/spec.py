@@ -32,10 +32,8 @@ MAX_TEXT = 2048
 MAX_SOURCES = 16
 MAX_NAME = 256
 
-WRITTEN_ZERO = 1e-12
-"""Weights whose sum is below this part of their sizes add up to 0 as written, but for rounding."""
-DIVISIBLE_ZERO = 1e-6
-"""Weights whose sum is below this part of their sizes are too close to 0 to divide a merge by it."""
+CANCELLING_AS_WRITTEN = 1e-12
+"""Weights whose sum is at most this share of the sum of their magnitudes add up to 0, but for rounding."""
 
 _BARE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]*")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -174,7 +172,7 @@ def canonical(spec: str | MergeSpec) -> str:
 
 
 def cancels(weights: Sequence[float], tolerance: float) -> bool:
-    """Whether the sum of the weights is 0 within a tolerance, relative to the sum of their sizes."""
+    """Whether the sum of the weights is 0 within a tolerance, relative to the sum of their magnitudes."""
     return abs(math.fsum(weights)) <= tolerance * math.fsum(map(abs, weights))
 
 
@@ -269,7 +267,7 @@ def _check_weights(strategy: Strategy, sources: tuple[Source, ...], options: Map
     if options.get("weights") == "auto" and options.get("compat") == "lorax":
         raise SpecError('weights="auto" goes by the length of each delta, which compat="lorax" changes')
     relative = strategy.recipe.blend in MEANS
-    if (relative or options.get("normalize")) and cancels(weights, WRITTEN_ZERO):
+    if (relative or options.get("normalize")) and cancels(weights, CANCELLING_AS_WRITTEN):
         who = strategy.name if relative else "normalize=true"
         raise SpecError(f"{who} divides by the sum of the weights, which is 0; change the weights")
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -331,7 +332,7 @@ def test_long_specs_and_many_sources_are_refused() -> None:
         ("1e30*a", "1e+30"),
         ("a + b - 1000001*c", "1000001"),
         ("knots(2*a, b, scale=-500001)", "1000002"),
-        ("dare_linear(a, b, density=[0.5, 0.0001])", f"{(65536 / 7) ** 2:.7g}"),
+        ("dare_linear(a, b, density=[0.5, 0.0001])", f"{float(np.float32(65536 / 7)) ** 2:.7g}"),
         ("dare_linear_svd(2*a, b, density=0.000001, scale=20)", "2621440"),
         ("della_svd(a, b, density=0.0002, epsilon=0.00019, scale=100)", "6553600"),
         # Shares are whole 65536ths: 25304 - 25239 of them, and 11029 - 11028.
