@@ -93,7 +93,7 @@ class Merges:
 
     def upload(self, turn: int) -> None:
         """Bring the sources to the device, where they are not there yet."""
-        self._pool.backend.bring(self.plans[turn])
+        self._pool.backend.load_sources(self.plans[turn])
 
     def write(self, turn: int) -> None:
         """The whole merge, as a server does it."""

@@ -1,4 +1,4 @@
-"""Sources in device memory: each adapter one buffer, within a budget. Knows nothing of merging."""
+"""Sources in device memory: one buffer per adapter, within a budget. Knows nothing of merging."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from merged_lora.adapters import Adapter
 from merged_lora.errors import PlanError
 from merged_lora.factors import Factors
 
-from .tables import host_memory
+from .transfer import host_memory, padded
 
-ALIGNMENT = 64  # bytes; tensors begin at a multiple of it and are filled up with zeros
+ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it, after a padding of zeros
 UNRESERVED = 1 << 30
-"""Bytes for sources where nobody has reserved any; they grow for a merge that needs more."""
+"""Bytes for sources if none were reserved; a merge that needs more increases them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """The tensors of an adapter as views of one buffer in host memory, page-locked where there is a GPU.
+    """The tensors of an adapter as views of one buffer in host memory, page-locked for a GPU.
 
-    Modules of one kind (shape, rank, dtypes) lie side by side, so that they can be seen as one stack.
+    Modules of one kind (shape, rank, dtypes) are adjacent, so that they can be viewed as one stack.
 
-    host: uint8 ``[nbytes]``.  modules: the views.  index: row of each module in ``offsets``, int64
-    ``[modules, 2]``, the bytes where A and B begin.
+    host: the buffer, uint8 ``[nbytes]``.
+    modules: the views, by module name.
+    index: row of each module in ``offsets``.
+    offsets: bytes at which A and B begin, int64 ``[modules, 2]``.
     """
 
     host: torch.Tensor
@@ -39,16 +41,11 @@ class Packed:
     offsets: NDArray[np.int64]
 
 
-def padded(nbytes: int) -> int:
-    """What a tensor of so many bytes takes in a buffer."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def pack(adapter: Adapter, device: torch.device) -> Packed:
-    """A copy of the adapter's tensors in one buffer, ready for the device."""
+    """A copy of the adapter's tensors in one buffer of host memory, ready to be uploaded to the device."""
     order = sorted(adapter.modules, key=lambda name: (*_kind(adapter.modules[name]), name))
     pairs = [(f.a, f.b) for f in (adapter.modules[name] for name in order)]
-    lengths = np.array([[padded(t.nbytes) for t in pair] for pair in pairs], np.int64)
+    lengths = np.array([[padded(t.nbytes, ALIGNMENT) for t in pair] for pair in pairs], np.int64)
     offsets = np.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
     host = host_memory(int(lengths.sum()), device).zero_()
     modules = {}
@@ -64,7 +61,7 @@ def _kind(f: Factors) -> tuple[int, int, int, str, str]:
 
 
 def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    """The bytes from ``start`` on as a tensor of that shape and dtype."""
+    """The bytes from ``start`` on, as a tensor of the shape and dtype of ``like``."""
     return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
@@ -72,8 +69,11 @@ def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
 class Resident:
     """An adapter on the device.
 
-    buffer: uint8, the packed bytes, ``start`` bytes into the budget.  thresholds: int32 pairs ``(thr, cut)``
-    ``[tensors, 2]``, by the counts of entries that they keep.
+    packed: the same in host memory.
+    buffer: the packed bytes on the device, uint8.
+    start: byte of the budget at which the buffer begins.
+    thresholds: trimming thresholds ``(thr, cut)``, int32 ``[tensors, 2]``, the least recently used first; the
+        key says which tensors they belong to and how many entries of each they keep.
     """
 
     packed: Packed
@@ -83,13 +83,13 @@ class Resident:
 
     @property
     def addresses(self) -> NDArray[np.int64]:
-        """Addresses of A and B, ``[modules, 2]``."""
+        """Addresses of A and B on the device, int64 ``[modules, 2]``."""
         return self.packed.offsets + self.buffer.data_ptr()
 
     def stack(self, modules: Sequence[str], side: int) -> torch.Tensor:
         """A (side 0) or B (side 1) of modules of one kind, ``[modules, rows, columns]``.
 
-        A view of the buffer where the modules lie in it at even distances.
+        A view of the buffer if the modules are evenly spaced in it, otherwise a copy.
         """
         starts = self.packed.offsets[[self.packed.index[name] for name in modules], side].tolist()
         f = self.packed.modules[modules[0]]
@@ -103,10 +103,10 @@ class Resident:
 
 
 class DeviceSources:
-    """Adapters on a device; where the budget is full, the least recently used of them are evicted.
+    """Adapters on a device, of which the least recently used are evicted when the budget is full.
 
-    The budget is one buffer, cut first fit.  All is ordered on the current stream, which must always be
-    the same: an upload may overwrite what earlier work on it reads.
+    The budget is one buffer, allocated first fit.  All work must be queued on one and the same stream: an
+    upload may overwrite what earlier work on that stream reads.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -117,26 +117,25 @@ class DeviceSources:
         self._packed: weakref.WeakKeyDictionary[Adapter, Packed] = weakref.WeakKeyDictionary()
 
     def reserve(self, nbytes: int, reason: str = "") -> None:
-        """Take the whole budget now; it never grows.  reason: where its size comes from, for the error."""
+        """Allocate the whole budget now, after which it never grows.
+
+        nbytes: size of the budget.
+        reason: where the size comes from; shown to a user whose merge does not fit.
+        """
         self._renew(nbytes)
         self._reserved = reason
 
-    @property
-    def resident(self) -> tuple[str, ...]:
-        """Digests of the adapters on the device, the least recently used first."""
-        return tuple(self._residents)
-
     def adopt(self, adapter: Adapter) -> Adapter:
-        """The adapter in packed form, which :meth:`load` uploads without another copy in host memory."""
+        """The same adapter in packed form, which :meth:`load` uploads without another copy in host memory."""
         packed = self._pack(adapter)
         twin = adapter.moved({name: packed.modules[name] for name in adapter.modules})
         self._packed[twin] = packed
         return twin
 
     def load(self, adapters: Sequence[Adapter]) -> list[Resident]:
-        """The adapters on the device, all at a time, in their order; uploads those that are missing.
+        """The adapters on the device, all at the same time and in this order; missing ones are uploaded.
 
-        Raises PlanError where they need more than the reserved budget.
+        Raises PlanError if they need more than the reserved budget.
         """
         needed = {adapter.digest: self._pack(adapter) for adapter in adapters}
         total = sum(packed.host.numel() for packed in needed.values())
@@ -150,19 +149,22 @@ class DeviceSources:
                     "reserve more (vllm serve: --merged-lora-gpu-gib)"
                 )
             self._renew(max(total, UNRESERVED))
-        for digest in needed:  # in an order that no hash seed changes
+        for digest in needed:  # not a set, whose order depends on the hash seed
             if digest in self._residents:
                 self._residents.move_to_end(digest)
         missing = {digest: packed for digest, packed in needed.items() if digest not in self._residents}
         if not all(self._place(digest, packed, needed) for digest, packed in missing.items()):
-            # There is room, but in pieces: begin anew, one beside the other.
+            # There is enough room, but it is fragmented: start over, one adapter after the other.
             self._residents.clear()
             for digest, packed in needed.items():
                 self._place(digest, packed, needed)
         return [self._residents[adapter.digest] for adapter in adapters]
 
     def _place(self, digest: str, packed: Packed, wanted: Collection[str]) -> bool:
-        """Upload one adapter into the first gap; makes one by evicting, oldest first, all but the wanted."""
+        """Upload one adapter into the first gap; returns False if there is none.
+
+        Evicts adapters that are not wanted, least recently used first, until there is a gap.
+        """
         size = packed.host.numel()
         evictable = [other for other in self._residents if other not in wanted]
         while (start := self._gap(size)) is None:
@@ -175,6 +177,7 @@ class DeviceSources:
         return True
 
     def _gap(self, size: int) -> int | None:
+        """The start of the first gap of that many bytes, or None."""
         end = 0
         for resident in sorted(self._residents.values(), key=lambda r: r.start):
             if resident.start - end >= size:
@@ -183,6 +186,7 @@ class DeviceSources:
         return end if self._arena.numel() - end >= size else None
 
     def _renew(self, nbytes: int) -> None:
+        """Replace the budget; nothing is on the device afterwards."""
         self._residents.clear()
         self._arena = torch.empty(0, dtype=torch.uint8, device=self._device)  # free before taking more
         self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self._device)

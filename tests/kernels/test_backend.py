@@ -24,7 +24,8 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
 from merged_lora.triton_kernels.batched import groups, lowrank
-from merged_lora.triton_kernels.factors import launch
+from merged_lora.triton_kernels.factors import launch, writer
+from merged_lora.triton_kernels.factors import slots as slots_room
 from merged_lora.triton_kernels.packed import pack
 
 SHAPES = {f"m{i}": (24, 40) for i in range(5)}
@@ -156,7 +157,7 @@ def test_the_newest_thresholds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
     for density in np.linspace(0.1, 0.9, 5):
         trimmed = make_plan(parse(f"ties(a, b, density={density:.2f})"), adapters)
         assert_same_bits(backend.merge(trimmed, lambda _: None), run(trimmed, "numpy"))
-    (first, _) = backend.bring(trimmed)
+    (first, _) = backend.load_sources(trimmed)
     assert len(first.thresholds) == 3
 
 
@@ -193,8 +194,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, noted)
 
-    noting(module, "target_rows")
-    noting(module, "source_addresses")
+    noting(slots_room, "target_rows")
+    noting(writer, "source_addresses")
     noting(launch, "upload")
     return calls
 
@@ -222,20 +223,20 @@ def test_sources_that_lie_elsewhere_are_read_there() -> None:
     merge = make_plan(parse("linear(a, 0.25*b)"), adapters)
     written = slots(backend)
     assert_writes(backend, merge, written)
-    (first, _) = backend.bring(merge)
-    backend.bring(make_plan(parse("linear(c, d)"), adapters))
-    backend.bring(make_plan(parse("sum(b)"), adapters))  # comes to lie where a lay
+    (first, _) = backend.load_sources(merge)
+    backend.load_sources(make_plan(parse("linear(c, d)"), adapters))
+    backend.load_sources(make_plan(parse("sum(b)"), adapters))  # comes to lie where a lay
     assert_writes(backend, merge, written)
-    assert backend.bring(merge)[0].start != first.start
+    assert backend.load_sources(merge)[0].start != first.start
 
 
 def test_thresholds_that_were_forgotten_are_found_and_read_where_they_are_now(built: list[str]) -> None:
     backend, merge = reserving(2), plan("ties(a, b, density=0.4)")
     written = slots(backend)
     assert_writes(backend, merge, written)
-    for resident in backend.bring(merge):
+    for resident in backend.load_sources(merge):
         (pairs,) = resident.thresholds.values()
-        pairs.fill_(launch.NOTHING[0])  # what is read from here is wrong from now on
+        pairs.fill_(launch.KEEP_NONE[0])  # what is read from here is wrong from now on
         resident.thresholds.clear()
     built.clear()
     assert_writes(backend, merge, written)
@@ -274,9 +275,9 @@ def test_a_slot_for_another_module_is_written_with_that_one() -> None:
 def test_tables_take_no_more_than_their_ring_and_are_made_again_where_others_came(
     monkeypatch: pytest.MonkeyPatch, built: list[str]
 ) -> None:
-    monkeypatch.setattr(module, "TABLES", 2000)  # those of one write take 1.4 kB
+    monkeypatch.setattr(writer, "TABLES", 2000)  # those of one write take 1.4 kB
     backend = reserving(2)
-    ring = backend._tables.reserve()
+    ring = backend._writer.reserve()
     one, other = plan("linear(a, 0.5*b)"), plan("linear(a, -0.5*b)")
     written = slots(backend)
     for merge in (one, other, one, other):
@@ -286,11 +287,11 @@ def test_tables_take_no_more_than_their_ring_and_are_made_again_where_others_cam
     built.clear()
     assert_writes(backend, other, written)
     assert built == []
-    assert backend._tables.reserve() is ring
+    assert backend._writer.reserve() is ring
 
 
 def test_tables_that_the_ring_cannot_hold_are_made_for_every_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TABLES", 1000)
+    monkeypatch.setattr(writer, "TABLES", 1000)
     backend, merge = reserving(2), plan("ties(a, b)")
     written = slots(backend)
     for _ in range(2):
@@ -318,7 +319,7 @@ def test_slots_that_are_gone_are_not_held_by_tables() -> None:
 def test_evicted_sources_are_not_held_by_tables() -> None:
     backend, merge = reserving(2), plan("ties(a, b)")
     backend.write(merge, slots(backend))
-    gone = [weakref.ref(resident) for resident in backend.bring(merge)]
+    gone = [weakref.ref(resident) for resident in backend.load_sources(merge)]
     backend.reserve(1 << 20)
     assert [ref() for ref in gone] == [None, None]
 

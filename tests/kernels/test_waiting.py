@@ -22,7 +22,7 @@ from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels import backend as module
-from merged_lora.triton_kernels import packed, tables
+from merged_lora.triton_kernels import packed, transfer
 from merged_lora.triton_kernels.factors import launch
 from merged_lora.triton_kernels.factors.layout import is_launched
 from merged_lora.triton_kernels.kernels import combine, trim
@@ -87,14 +87,14 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     ):
         monkeypatch.setattr(owner, name, Kernel())
     locked: list[torch.Tensor] = []
-    real = tables.host_memory
+    real = transfer.host_memory
 
     def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
         assert device == META
         locked.append(real(nbytes, device))
         return locked[-1]
 
-    for owner in (tables, packed):
+    for owner in (transfer, packed):
         monkeypatch.setattr(owner, "host_memory", host_memory)
     return Watch(locked)
 
@@ -108,7 +108,7 @@ def write_all_ways(spec: str, dtype: torch.dtype, watch: contextlib.AbstractCont
     with watch:
         for _ in range(2):
             backend.write(merge, written, empty)
-        backend.bring(others)
+        backend.load_sources(others)
         backend.write(merge, written, empty)
 
 

@@ -1,4 +1,4 @@
-"""From a layout and addresses to launches: one for each combination of dtypes, in practice one in all."""
+"""From a layout and addresses to launches: one per combination of dtypes, in practice one in all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from merged_lora.triton_kernels.kernels.blocks import block_items
 from merged_lora.triton_kernels.kernels.combine import (
     BLOCK,
     KEEP_LARGEST,
@@ -21,75 +22,85 @@ from merged_lora.triton_kernels.kernels.combine import (
 from merged_lora.triton_kernels.kernels.trim import find_thresholds
 from merged_lora.triton_kernels.kernels.words import INFINITY, MAGNITUDE, MIXED
 from merged_lora.triton_kernels.packed import Resident
-from merged_lora.triton_kernels.tables import Integers, Take, aligned, block_items, upload
+from merged_lora.triton_kernels.transfer import Integers, Take, upload
 
 from .layout import Layout
+from .tables import aligned
 
-KEPT_THRESHOLDS = 8  # per adapter, one for each density it was last merged with
-EVERYTHING, NOTHING = (0, MAGNITUDE.value), (INFINITY.value, 0)
-"""Pairs ``(thr, cut)`` that need no search; nothing finite lies above infinity."""
+KEPT_THRESHOLDS = 8  # per adapter, one for each density that it was last merged with
+KEEP_EVERY, KEEP_NONE = (0, MAGNITUDE.value), (INFINITY.value, 0)
+"""Thresholds ``(thr, cut)`` that need no search; no finite magnitude exceeds infinity."""
+THRESHOLD_BYTES = 8  # two int32
 
 
 def source_addresses(layout: Layout, residents: Sequence[Resident]) -> Integers:
-    """Address of every tensor in every source, ``[T, N]``; 0 where a source lacks it."""
+    """The address of every tensor in every source, ``[T, N]``; 0 if a source lacks it."""
     table = np.zeros(layout.weights.shape, np.int64)
     for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
         table[place.tensors, i] = resident.addresses[place.rows, place.sides]
     return table
 
 
-def find_pairs(
+def source_thresholds(
     layout: Layout, residents: Sequence[Resident], device: torch.device
 ) -> list[torch.Tensor | None]:
-    """Of every source the pairs ``(thr, cut)`` of its tensors, int32 ``[n, 2]``; None where none is needed.
+    """For each source the thresholds ``(thr, cut)`` of its tensors, int32 ``[n, 2]``; None if none is needed.
 
-    Finds what is not known yet, in one launch for all sources, and keeps it with the source.
+    Those that the source does not hold yet are found for all sources in one launch, and stored with them.
     """
     if layout.keep != KEEP_LARGEST.value:
         return [None for _ in residents]
-    found: list[torch.Tensor | None] = []
+    tables: list[torch.Tensor | None] = []
     tasks, kinds = [], []
     for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
-        pairs = resident.thresholds.get(place.key)
-        if pairs is None:
-            pairs = torch.empty(place.tensors.size, 2, dtype=torch.int32, device=device)
-            targets = np.arange(place.counts.size) * 8 + pairs.data_ptr()
+        table = resident.thresholds.get(place.key)
+        if table is None:
+            table = torch.empty(place.tensors.size, 2, dtype=torch.int32, device=device)
+            targets = np.arange(place.counts.size) * THRESHOLD_BYTES + table.data_ptr()
             addresses = resident.addresses[place.rows, place.sides]
             rows = np.stack([addresses, place.sizes, place.counts, targets], axis=1)
             tasks.append(rows[place.searched])
             kinds.append(layout.kinds[place.tensors, i][place.searched])
-        found.append(pairs)
+        tables.append(table)
     if tasks:
         find_thresholds(np.concatenate(tasks), np.concatenate(kinds), device)
-    # Only now: a search that fails must leave nothing to be believed.
-    for place, resident, pairs in zip(layout.places, residents, found, strict=True):
-        assert pairs is not None
+    # Stored only after the search has been launched, so that a failed one leaves no table of garbage behind.
+    for place, resident, table in zip(layout.places, residents, tables, strict=True):
+        assert table is not None
         thresholds = resident.thresholds
-        thresholds[place.key] = pairs
+        thresholds[place.key] = table
         thresholds.move_to_end(place.key)
         while len(thresholds) > max(KEPT_THRESHOLDS, len(residents)):
             thresholds.popitem(last=False)
-    return found
+    return tables
 
 
-def pair_addresses(layout: Layout, pairs: Sequence[torch.Tensor | None], constants: torch.Tensor) -> Integers:
-    """Address of the pair ``(thr, cut)`` of every tensor in every source, ``[T, N]``.
+def threshold_addresses(
+    layout: Layout, thresholds: Sequence[torch.Tensor | None], constants: torch.Tensor
+) -> Integers:
+    """The address of the threshold of every tensor in every source, ``[T, N]``.
 
-    pairs: of :func:`find_pairs`.  constants: int32 ``[2, 2]`` on the device, EVERYTHING and NOTHING.
+    thresholds: of :func:`source_thresholds`.
+    constants: KEEP_EVERY and KEEP_NONE, int32 ``[2, 2]`` on the device.
     """
-    everything, nothing = constants.data_ptr(), constants.data_ptr() + 8
-    table = np.full(layout.weights.shape, everything, np.int64)
-    for i, (place, found) in enumerate(zip(layout.places, pairs, strict=True)):
-        if found is not None:
-            searched = np.arange(place.counts.size) * 8 + found.data_ptr()
-            unsearched = np.where(place.counts == 0, nothing, everything)
-            table[place.tensors, i] = np.where(place.searched, searched, unsearched)
-    return table
+    keep_every, keep_none = constants.data_ptr(), constants.data_ptr() + THRESHOLD_BYTES
+    addresses = np.full(layout.weights.shape, keep_every, np.int64)
+    for i, (place, table) in enumerate(zip(layout.places, thresholds, strict=True)):
+        if table is not None:
+            searched = np.arange(place.counts.size) * THRESHOLD_BYTES + table.data_ptr()
+            unsearched = np.where(place.counts == 0, keep_none, keep_every)
+            addresses[place.tensors, i] = np.where(place.searched, searched, unsearched)
+    return addresses
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One launch of the merge.  where: which of the targets it makes, ``[m]``."""
+    """One launch of the merge.
+
+    where: indices of the targets that it computes, ``[m]``.
+    tables: its arguments, on the device.
+    variant: its compile-time constants.
+    """
 
     where: Integers
     tables: Tables
@@ -100,13 +111,13 @@ class Launch:
         combine(self.tables, self.variant, self.tables.items.shape[0])
 
     def compile(self) -> None:
-        """Compile what :meth:`run` would launch, where it is not yet."""
+        """Compile the kernel that :meth:`run` would launch, if it is not compiled yet."""
         combine(self.tables, self.variant, 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """A launch whose tables are still in host memory, in the order of ``combine.Tables``."""
+    """A :class:`Launch` whose tables are still in host memory, in the order of ``combine.Tables``."""
 
     where: Integers
     arrays: tuple[NDArray[Any], ...]
@@ -117,53 +128,61 @@ def draft_launches(
     layout: Layout,
     chosen: Integers,
     addresses: Integers,
-    pairs: Integers,
+    thresholds: Integers,
     targets: Integers,
     kinds: Integers,
     check: bool = False,
 ) -> list[Draft]:
-    """What merges tensors of a layout into targets.
+    """The launches that merge tensors of a layout into targets.
 
-    chosen: which tensors ``[n]``.  addresses, pairs: of the whole layout ``[T, N]``.  targets: ``[n, 9]``,
-    see ``tables.target_rows``, and their kinds ``[n]``.  check: store nothing, raise flags instead.
+    chosen: indices of the tensors in the layout ``[n]``.
+    addresses: of the sources' tensors, for the whole layout ``[T, N]``.
+    thresholds: addresses of thresholds, for the whole layout ``[T, N]``; not read if entries are kept at
+        random.
+    targets: ``[n, TABLE_COLUMNS]``, of ``tables.target_rows``.
+    kinds: dtypes of the targets ``[n]``, as in ``words.KINDS``.
+    check: whether to store no result and set flags instead.
     """
-    same = (layout.kinds == layout.kinds[:, :1]).all(1)
-    source = np.where(same, layout.kinds[:, 0], MIXED.value)[chosen]
-    keeps = layout.keys if layout.keep == KEEP_RANDOM.value else pairs
+    uniform = (layout.kinds == layout.kinds[:, :1]).all(1)
+    source = np.where(uniform, layout.kinds[:, 0], MIXED.value)[chosen]
+    keeps = layout.keys if layout.keep == KEEP_RANDOM.value else thresholds
     columns = source, layout.rounds[chosen], kinds, aligned(targets).astype(np.int64)
     code = np.ravel_multi_index(columns, (4, 4, 4, 2))
     drafts = []
-    for one in np.unique(code):
-        where = np.flatnonzero(code == one)
-        at = chosen[where]
+    for variant_code in np.unique(code):
+        where = np.flatnonzero(code == variant_code)
+        rows = chosen[where]
         arrays = (
             block_items(targets[where, 3] * targets[where, 4], BLOCK),
             targets[where],
-            addresses[at],
-            keeps[at],
-            layout.weights[at],
-            layout.shares[at].astype(np.int32),
-            layout.rescales[at],
-            layout.kinds[at].astype(np.int32),
+            addresses[rows],
+            keeps[rows],
+            layout.weights[rows],
+            layout.shares[rows].astype(np.int32),
+            layout.rescales[rows],
+            layout.kinds[rows].astype(np.int32),
             np.zeros(where.size, np.int32),
         )
-        kind, rounds, target, whole = (int(column[where[0]]) for column in columns)
-        compiled = Variant(
+        kind, rounds, target, is_aligned = (int(column[where[0]]) for column in columns)
+        variant = Variant(
             kind=kind,
             round=rounds,
             target=target,
             keep=layout.keep,
             rule=layout.rule,
             weighted=layout.weighted,
-            aligned=bool(whole),
+            aligned=bool(is_aligned),
             check=check,
         )
-        drafts.append(Draft(where, arrays, compiled))
+        drafts.append(Draft(where, arrays, variant))
     return drafts
 
 
 def upload_launches(drafts: Sequence[Draft], device: torch.device, take: Take | None = None) -> list[Launch]:
-    """The launches, their tables on the device by one copy.  take: gives the memory there."""
+    """The launches, with their tables on the device by one copy.
+
+    take: provides the device memory; it is allocated if None.
+    """
     if not drafts:
         return []
     on_device = iter(upload([array for draft in drafts for array in draft.arrays], device, take))
@@ -174,7 +193,7 @@ def upload_launches(drafts: Sequence[Draft], device: torch.device, take: Take | 
 
 
 def raised_flags(launches: Sequence[Launch]) -> torch.Tensor:
-    """1 for each target whose result is not finite, by checking launches: int32 ``[n]``, on the device."""
-    back = torch.from_numpy(np.argsort(np.concatenate([one.where for one in launches])))
-    flags = torch.cat([one.tables.flags for one in launches])
-    return flags[back.to(flags.device)]
+    """The flags of checking launches, int32 ``[n]`` on the device: 1 for each target that is not finite."""
+    order = torch.from_numpy(np.argsort(np.concatenate([launch.where for launch in launches])))
+    flags = torch.cat([launch.tables.flags for launch in launches])
+    return flags[order.to(flags.device)]

@@ -33,7 +33,7 @@ from merged_lora.triton_kernels.kernels.combine import (
 )
 from merged_lora.triton_kernels.kernels.words import KINDS
 from merged_lora.triton_kernels.packed import Packed
-from merged_lora.triton_kernels.tables import Integers
+from merged_lora.triton_kernels.transfer import Integers
 
 Floats = NDArray[np.float32]
 

@@ -1,22 +1,23 @@
 """Exact trimming thresholds of many tensors in one launch, without sorting or histograms.
 
-For each tensor the pair ``(thr, cut)`` that keeps exactly ``count`` entries, the largest magnitudes, among
-equal ones those with the lowest flat index:
+The threshold ``(thr, cut)`` of a tensor keeps exactly ``count`` entries: those of the largest magnitudes, and
+among equal magnitudes those with the lowest flat index (the trim of TIES, arXiv 2306.01708, made exact):
 
     kept(i)  =  mag(i) > thr  or  (mag(i) == thr and i < cut)
 
 A magnitude is an entry's word without its sign, an integer that orders like the absolute value.  ``thr`` is
-told as float32 bits for every dtype.
+stored as float32 bits whatever the dtype.
 
 The search keeps an interval ``low <= thr <= high`` and the number of entries above it.  A pass counts the
-entries at or over three pivots, and the counts choose one of the four parts; ``low == high`` ends it.  The
-first pivots come from a sample, at four standard deviations around the rank that is looked for: they nearly
-always cut the interval to a few dozen values, and when they do not, the counts say so and the search goes on
-in what is left.  No answer depends on the sample.  A last walk finds the index at which the ties are cut.
+entries at or over three pivots, and the counts select one of the four parts; the search ends at
+``low == high``.  The first pivots come from a sample, four standard deviations around the wanted rank: they
+nearly always narrow the interval to a few dozen values.  If they do not, the counts show it, and the search
+continues in the remaining interval; no result depends on the sample.  A final walk finds the index at which
+ties are cut.
 
-One program searches one tensor, largest first.  Beyond ``LARGE`` entries that would take too long, so such a
-tensor is cut into spans, each pass is a launch that counts all spans at a time, and every program replays the
-passes before it instead of being told their outcome: no program ever waits for another.
+One program searches one tensor, and the largest tensors start first.  Tensors of more than ``LARGE`` entries
+would take one program too long.  They are cut into spans instead: each pass is a launch that counts all spans
+in parallel, and every program replays the earlier passes from their counts, so no program waits for another.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
@@ -28,22 +29,21 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from merged_lora.triton_kernels.tables import Integers, block_items, upload
+from merged_lora.triton_kernels.transfer import Integers, upload
 
-from .words import FP16, FP32, INFINITY, MAGNITUDE, WARPS, pointer, widen
+from .blocks import block_items
+from .words import FP16, FP32, GROUP, INFINITY, MAGNITUDE, WARPS, pointer, widen
 
-BLOCK = 4096  # entries of a tensor looked at together
-SAMPLE = 4096  # entries that choose the first pivots, in runs of RUN
+BLOCK = 4096  # entries of a tensor that are read at a time
+SAMPLE = 4096  # entries that determine the first pivots, in runs of RUN
 RUN: tl.constexpr = tl.constexpr(64)
-MARGIN: tl.constexpr = tl.constexpr(
-    128
-)  # ranks within the sample; 4 standard deviations, sqrt(SAMPLE) / 2 each
-LARGE = 1 << 19  # entries that one program searches
+MARGIN: tl.constexpr = tl.constexpr(128)  # ranks in the sample: 4 standard deviations of sqrt(SAMPLE) / 2
+LARGE = 1 << 19  # largest number of entries that one program searches
 
 
 @triton.jit
 def _load_magnitudes(data, index, end, KIND: tl.constexpr):
-    """Magnitudes as int32 in the word's own scale; 0 from ``end`` on."""
+    """Magnitudes in the scale of the stored word, int32; 0 from ``end`` on."""
     word = tl.load(data + index, mask=index < end, other=0)
     if KIND == FP32:
         mag = word & MAGNITUDE
@@ -56,7 +56,8 @@ def _load_magnitudes(data, index, end, KIND: tl.constexpr):
 
 @triton.jit
 def _find_kth(mags, k, KIND: tl.constexpr):
-    """The ``k``-th largest of the magnitudes that one program holds, by bits from the highest."""
+    """The ``k``-th largest of the magnitudes in a program's registers."""
+    # Bit by bit, from the highest: a bit is set if at least k magnitudes reach the value with it.
     bit = 1 << (30 if KIND == FP32 else 14)
     value = 0
     while bit > 0:
@@ -68,36 +69,37 @@ def _find_kth(mags, k, KIND: tl.constexpr):
 
 @triton.jit
 def _sample_pivots(data, size, count, KIND: tl.constexpr, SAMPLE: tl.constexpr):
-    """Three pivots around the threshold; a tensor that fits into the sample is known exactly."""
+    """Three pivots around the threshold, which is found exactly if the whole tensor fits into the sample."""
     lanes = tl.arange(0, SAMPLE)
-    taken = tl.minimum(size, SAMPLE)
-    apart = size // (SAMPLE // RUN)
-    index = tl.where(size <= SAMPLE, lanes, lanes // RUN * apart + lanes % RUN)
+    sampled = tl.minimum(size, SAMPLE)
+    distance = size // (SAMPLE // RUN)  # from one run to the next
+    index = tl.where(size <= SAMPLE, lanes, lanes // RUN * distance + lanes % RUN)
     mags = _load_magnitudes(data, index, size, KIND)
-    rank = (count.to(tl.int64) * taken // size).to(tl.int32)
+    rank = (count.to(tl.int64) * sampled // size).to(tl.int32)
     margin = tl.where(size <= SAMPLE, 0, MARGIN)
-    low = _find_kth(mags, tl.minimum(rank + margin, taken), KIND)
+    low = _find_kth(mags, tl.minimum(rank + margin, sampled), KIND)
     high = _find_kth(mags, tl.maximum(rank - margin, 1), KIND)
     return tl.maximum(low, 1), tl.maximum(low + (high - low + 1) // 2, 1), high + 1
 
 
 @triton.jit
 def _even_pivots(low, high):
-    """Three pivots that cut an interval of more than one value into four parts."""
+    """Three pivots that divide an interval of more than one value into four parts."""
     step = (high - low + 4) // 4
     return low + step, tl.minimum(low + 2 * step, high + 1), tl.minimum(low + 3 * step, high + 1)
 
 
 @triton.jit
 def _count_at(data, start, end, p1, p2, p3, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """How many entries from ``start`` to ``end`` lie at or over each pivot; pivots are at least 1."""
+    """The number of entries from ``start`` to ``end`` at or over each pivot; pivots are at least 1."""
     lanes = tl.arange(0, BLOCK)
     c1 = tl.zeros([BLOCK], tl.uint32)
     c2 = c1
     c3 = c1
     done = 0
     while start + done < end:
-        # One subtraction, whose sign is added: half the instructions of a comparison that is added.
+        # The sign of a subtraction takes half the instructions of a comparison whose result is added. Zeros
+        # beyond the end are never counted, because pivots are at least 1.
         mag = _load_magnitudes(data, start + done + lanes, end, KIND)
         c1 += ((p1 - 1) - mag).to(tl.uint32, bitcast=True) >> 31
         c2 += ((p2 - 1) - mag).to(tl.uint32, bitcast=True) >> 31
@@ -108,7 +110,7 @@ def _count_at(data, start, end, p1, p2, p3, KIND: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _choose_part(low, high, above, p1, p2, p3, c1, c2, c3, count):
-    """The part of the interval that holds the threshold, and how many entries lie above it."""
+    """The part of the interval that contains the threshold, and the number of entries above that part."""
     next_low = tl.where(c3 >= count, p3, tl.where(c2 >= count, p2, tl.where(c1 >= count, p1, low)))
     next_high = tl.where(c3 >= count, high, tl.where(c2 >= count, p3, tl.where(c1 >= count, p2, p1)) - 1)
     next_above = tl.where(c3 >= count, above, tl.where(c2 >= count, c3, tl.where(c1 >= count, c2, c1)))
@@ -121,17 +123,18 @@ def _find_cut(data, size, thr, ties, KIND: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     start = 0
     left = ties
-    here = tl.sum((_load_magnitudes(data, lanes, size, KIND) == thr).to(tl.int32))
-    while (here < left) & (start < size):  # the bound is never needed; without it a fault would be a hang
-        left -= here
+    found = tl.sum((_load_magnitudes(data, lanes, size, KIND) == thr).to(tl.int32))
+    while (found < left) & (start < size):  # the bound is never reached; without it a bug would be a hang
+        left -= found
         start += BLOCK
-        here = tl.sum((_load_magnitudes(data, start + lanes, size, KIND) == thr).to(tl.int32))
+        found = tl.sum((_load_magnitudes(data, start + lanes, size, KIND) == thr).to(tl.int32))
     equal = (_load_magnitudes(data, start + lanes, size, KIND) == thr).to(tl.int32)
     return start + 1 + tl.sum((tl.cumsum(equal, 0) < left).to(tl.int32))
 
 
 @triton.jit
 def _store_threshold(target, data, size, low, above, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Find the cut for a threshold of ``low``, and store both at the address ``target``."""
     cut = _find_cut(data, size, low, count - above, KIND, BLOCK)
     if KIND == FP32:
         thr = low
@@ -139,23 +142,24 @@ def _store_threshold(target, data, size, low, above, count, KIND: tl.constexpr, 
         thr = widen(low.to(tl.int16).to(tl.float16, bitcast=True), KIND)
     else:
         thr = low << 16
-    pair = target.to(tl.pointer_type(tl.int32))
-    tl.store(pair, thr)
-    tl.store(pair + 1, cut)
+    threshold = target.to(tl.pointer_type(tl.int32))
+    tl.store(threshold, thr)
+    tl.store(threshold + 1, cut)
 
 
 @triton.jit
 def _read_task(tasks_ptr, task, KIND: tl.constexpr):
+    """A task's tensor, padded number of entries, count to keep, and the address of its threshold."""
     row = tasks_ptr + 4 * task
     data = pointer(tl.load(row), KIND)
-    # Whole groups of eight entries are loaded; what fills up the last one is zero.
-    size = (tl.load(row + 1).to(tl.int32) + 7) // 8 * 8
+    # Whole groups of eight entries are loaded; the last one is padded with zeros.
+    size = (tl.load(row + 1).to(tl.int32) + (GROUP - 1)) // GROUP * GROUP
     return data, size, tl.load(row + 2).to(tl.int32), tl.load(row + 3)
 
 
 @triton.jit
 def _find_thresholds_kernel(
-    tasks_ptr,  # int64 [tasks, 4]: address, entries, count, address of the pair
+    tasks_ptr,  # int64 [tasks, 4]: address, entries, count, address of the threshold
     KIND: tl.constexpr,
     SAMPLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -174,7 +178,7 @@ def _find_thresholds_kernel(
 
 @triton.jit
 def _replay(counts_ptr, task, passes, tasks, count, KIND: tl.constexpr):
-    """The interval that the counts of the first ``passes`` passes leave."""
+    """The interval that is left after the first ``passes`` passes, from their counts."""
     low = 0
     high = INFINITY if KIND == FP32 else 0x7FFF
     above = 0
@@ -193,11 +197,11 @@ def _replay(counts_ptr, task, passes, tasks, count, KIND: tl.constexpr):
 @triton.jit(do_not_specialize=["passes", "tasks"])
 def _count_spans_kernel(
     spans_ptr,  # int32 [spans, 2]: task, first entry
-    tasks_ptr,
-    counts_ptr,  # int32 [passes, tasks, 3], zero where not counted yet
-    span,  # entries
-    passes,
-    tasks,
+    tasks_ptr,  # as in _find_thresholds_kernel
+    counts_ptr,  # int32 [passes, tasks, 3]: entries at or over each pivot; zeros for the passes to come
+    span,  # entries of a span
+    passes,  # made so far
+    tasks,  # number of tasks
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -225,23 +229,23 @@ def _finish_spans_kernel(tasks_ptr, counts_ptr, passes, tasks, KIND: tl.constexp
 
 
 def find_thresholds(tasks: Integers, kinds: Integers, device: torch.device, large: int = LARGE) -> None:
-    """Find ``(thr, cut)`` of every task; one launch per dtype for the tensors of up to ``large`` entries.
+    """Find and store the threshold of every task, on the current stream.
 
-    tasks: int64 ``[n, 4]``: address of a tensor (16-byte aligned, filled up with zeros to a multiple of eight
-    entries), its entries, how many to keep (from 1 on), and the address of the int32 pair ``(thr, cut)`` to
-    write.  kinds: ``[n]``, of ``words``.
-
-    The work is ordered on the current stream.
+    tasks: int64 ``[n, 4]``: address of a tensor (16-byte aligned, padded with zeros to a multiple of eight
+        entries), its number of entries, how many to keep (at least 1), and the address at which to store the
+        int32 threshold ``(thr, cut)``.
+    kinds: dtypes of the tensors ``[n]``, as in ``words.KINDS``.
+    large: tensors of more entries than this are searched in spans, all others of a dtype in one launch.
     """
     order = np.argsort(-tasks[:, 1], kind="stable")
     for kind in np.unique(kinds).tolist():
-        here = tasks[order[kinds[order] == kind]]
-        big = int((here[:, 1] > large).sum())
+        ordered = tasks[order[kinds[order] == kind]]
+        big = int((ordered[:, 1] > large).sum())
         if big:
-            _find_in_spans(here[:big], kind, device, large)
-        if big < len(here):
-            _find_thresholds_kernel[(len(here) - big,)](
-                tasks_ptr=_on_device(here[big:], device),
+            _find_in_spans(ordered[:big], kind, device, large)
+        if big < len(ordered):
+            _find_thresholds_kernel[(len(ordered) - big,)](
+                tasks_ptr=_on_device(ordered[big:], device),
                 KIND=kind,
                 SAMPLE=SAMPLE,
                 BLOCK=BLOCK,
@@ -252,7 +256,7 @@ def find_thresholds(tasks: Integers, kinds: Integers, device: torch.device, larg
 def _find_in_spans(tasks: Integers, kind: int, device: torch.device, large: int) -> None:
     span = max(large // 8, BLOCK)
     spans = block_items(tasks[:, 1], span)
-    # A pass leaves a quarter of the interval, rounded up.
+    # A pass leaves a quarter of the interval, rounded up, so two of the 31 or 15 bits of a magnitude.
     passes = 16 if kind == FP32.value else 8
     shared = {
         "tasks_ptr": _on_device(tasks, device),

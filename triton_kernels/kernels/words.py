@@ -1,7 +1,7 @@
-"""Stored words and the float32 values they stand for, inside kernels. Knows nothing of merging.
+"""Stored words and the float32 values that they represent, inside kernels. Knows nothing of merging.
 
-bfloat16 travels as an integer: Triton's interpreter truncates where the hardware rounds, and trimming looks
-at the words anyway.
+A word is an entry as it is stored.  bfloat16 is handled as an integer: Triton's interpreter truncates where
+the hardware rounds, and trimming compares the words anyway.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
@@ -12,22 +12,26 @@ import triton.language as tl
 BF16: tl.constexpr = tl.constexpr(0)
 FP16: tl.constexpr = tl.constexpr(1)
 FP32: tl.constexpr = tl.constexpr(2)
-MIXED: tl.constexpr = tl.constexpr(3)  # every source says for itself
+MIXED: tl.constexpr = tl.constexpr(3)  # sources of several dtypes, each with a kind of its own
 KINDS = {torch.bfloat16: BF16.value, torch.float16: FP16.value, torch.float32: FP32.value}
+"""The kind of a dtype, as kernels and tables encode it."""
 
 THREADS = 256  # of every program
 WARPS = THREADS // (64 if torch.version.hip else 32)
 
-MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
-INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
+GROUP: tl.constexpr = tl.constexpr(8)  # entries that share one call of Philox; 16 bytes of a 16-bit dtype
+MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # all float32 bits but the sign; they order like |x|
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # as float32 bits
 
 
 @triton.jit
 def pointer(address, KIND: tl.constexpr, ALIGNED: tl.constexpr = True):
-    """A pointer to the words at an address; float16 as float16, the others as integers.
+    """A pointer to the words at an address: float16 as float16, the other dtypes as integers.
 
-    ALIGNED promises the compiler a multiple of 16 bytes; it must do so here, where the pointer is made:
-    Triton 3.6 forgets what is said of a function's result.
+    address: int64.
+    KIND: dtype of the words.
+    ALIGNED: promise the compiler that the address is a multiple of 16 bytes.  The promise has to be made
+        here, where the pointer is created: Triton 3.6 forgets hints on the result of a function.
     """
     if KIND == BF16:
         typed = address.to(tl.pointer_type(tl.int16))
@@ -42,7 +46,7 @@ def pointer(address, KIND: tl.constexpr, ALIGNED: tl.constexpr = True):
 
 @triton.jit
 def widen(word, KIND: tl.constexpr):
-    """float32 bits (int32) of loaded words, exact."""
+    """The float32 bits, int32, of loaded words; exact."""
     if KIND == BF16:
         bits = word.to(tl.int32) << 16
     elif KIND == FP16:
@@ -58,7 +62,7 @@ def narrow(x, KIND: tl.constexpr):
     if KIND == BF16:
         bits = x.to(tl.uint32, bitcast=True)
         odd = (bits >> 16) & 1
-        # A NaN as NVIDIA makes it, 0x7FFFFFFF, would be rounded to -0.0.
+        # Rounding would turn the NaN that NVIDIA GPUs produce, 0x7FFFFFFF, into -0.0.
         rounded = tl.where((bits & MAGNITUDE) > INFINITY, bits, bits + 0x7FFF + odd)
         word = (rounded >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
     elif KIND == FP16:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from merged_lora.triton_kernels.tables import ALIGNMENT, Ring, upload
+from merged_lora.triton_kernels.transfer import ALIGNMENT, Ring, upload
 
 CPU = torch.device("cpu")
 
