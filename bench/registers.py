@@ -179,8 +179,8 @@ def _streams() -> Iterator[Case]:
             "RANK": 16,
             "DEPTH": sketch.DEPTH,
             "PRECISION": precision,
-            "ROWS": sketch.ROWS,
-            "COLUMNS": sketch.COLUMNS,
+            "TILE_ROWS": sketch.TILE_ROWS,
+            "TILE_COLUMNS": sketch.TILE_COLUMNS,
         }
         yield Case(f"count {precision}", sketch._count_kernel, shared | {"BINS": sketch.BINS}, False)
         for rule in ("magnitude_prune", "ties", "dare_ties"):
@@ -190,8 +190,10 @@ def _streams() -> Iterator[Case]:
                 sizes = {"SKETCH": "tf32x3", "RANK": rank, "WIDTH": width}
                 name = f"{rule}_svd {{}} {precision}, r={rank}, {width}"
                 constants = shared | chosen | sizes
-                yield Case(name.format("times"), sketch._times_kernel, constants, False)
-                yield Case(name.format("transposed"), sketch._transposed_times_kernel, constants, False)
+                times = constants | {"TRANSPOSED": False}
+                transposed = constants | {"TRANSPOSED": True, "norms_ptr": None}
+                yield Case(name.format("times"), sketch._multiply_kernel, times, False)
+                yield Case(name.format("transposed"), sketch._multiply_kernel, transposed, False)
 
 
 def _combine(
@@ -232,7 +234,7 @@ TYPES = {
     **dict.fromkeys(("tasks_ptr", "tensors_ptr", "sources_ptr", "keeps_ptr", "keys_ptr"), "*i64"),
     **dict.fromkeys(("weights_ptr", "rescales_ptr"), "*fp32"),
     **dict.fromkeys(("a_ptr", "b_ptr", "scalings_ptr", "low_ptr", "high_ptr"), "*fp32"),
-    **dict.fromkeys(("left_ptr", "right_ptr", "product_ptr", "norms_ptr"), "*fp32"),
+    **dict.fromkeys(("factor_ptr", "product_ptr", "norms_ptr"), "*fp32"),
     **dict.fromkeys(("base_ptr", "shift_ptr"), "*i32"),
     **dict.fromkeys(("modules", "sources", "rows", "columns"), "i32"),
     **dict.fromkeys(("items_ptr", "spans_ptr", "counts_ptr", "shares_ptr", "kinds_ptr", "flags_ptr"), "*i32"),

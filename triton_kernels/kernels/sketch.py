@@ -1,16 +1,18 @@
-"""Deltas merged entry by entry, none of it held in memory: tiles of products, fused with what uses them.
+"""Products with merged deltas that are never stored: tiles are formed, merged and multiplied in one kernel.
 
-Per entry, over the sources ``i`` in their order (TIES, arXiv 2306.01708; DARE, arXiv 2311.03099):
+For each entry, over the sources ``i`` in their order (TIES, arXiv 2306.01708; DARE, arXiv 2311.03099):
 
-    x_i = s_i (B_i A_i)        low:    mag >= low_i,  and mag < high_i where outliers are skipped, else 0
-                               random: draw(index) < share_i, and x_i = rescale_i x_i, else 0
+    x_i = s_i (B_i A_i)        largest: mag >= low_i,  and mag < high_i if outliers are skipped, else 0
+                               random:  draw(index) < share_i, and x_i = rescale_i x_i, else 0
     T   = sum of w_i x_i, or the mean of the w_i x_i whose sign is elected
 
-and of T only ``T V``, ``T^T Q`` and its squared norm leave the kernel (Halko, Martinsson and Tropp 2011).
-Every pass forms a tile by the same product of the same shape, so its entries have the same bits in all of
-them.  Factors of 16 bits are exact in tf32, so that their products are those of float32; others take three
-tf32 products each.  Unlike elsewhere, entries that equal a threshold are all kept: the order of the sums
-inside a product belongs to the hardware, and with it which entries tie.
+Of T only the sketches ``T V`` and ``T^T Q`` and its squared norm leave the kernel (N. Halko, P. G. Martinsson
+and J. A. Tropp, "Finding structure with randomness", SIAM Review 53, 2011).
+
+Every pass forms a tile by the same product of the same shape, so an entry has the same bits in all passes.
+Factors of 16 bits are exact in tf32, so one tf32 product of them is as good as float32; other factors take
+three tf32 products each.  Unlike in ``trim.py``, all entries that equal a threshold are kept: the order of
+the sums inside a product is up to the hardware, and so is which entries tie.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
@@ -22,14 +24,16 @@ import triton.language as tl
 
 from .combine import KEEP_LARGEST, KEEP_RANDOM, SUM, add_entries
 from .philox import draws
-from .words import MAGNITUDE, WARPS
+from .words import GROUP, MAGNITUDE, WARPS
 
 KEEP_BETWEEN: tl.constexpr = tl.constexpr(4)
-ROWS, COLUMNS = 32, 64  # of a tile
-DEPTH = 16  # of a product at a time; ranks are filled up with zeros to a multiple
-WIDEST = 128  # columns that a kernel multiplies a tile with; the sums of more would not fit into registers
+TILE_ROWS, TILE_COLUMNS = 32, 64
+DEPTH = 16  # ranks that one product step takes; ranks are padded with zeros to a multiple
+WIDEST = 128  # largest number of columns that a tile is multiplied with; more sums exceed the registers
 BINS = 2048
-VARYING = ["modules"]  # another kernel for one module than for many would be compiled within a step
+VARYING = ["modules"]  # specializing for one module would compile another kernel within a server's step
+FLOAT32 = "ieee" if torch.version.hip else "tf32x3"
+"""Precision of products of float32 operands; AMD's matrix cores support them natively."""
 
 
 @triton.jit
@@ -44,10 +48,10 @@ def _product(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of ``B A``."""
+    """A tile of ``B A``, float32 ``[TILE_ROWS, TILE_COLUMNS]``."""
     inner = tl.arange(0, DEPTH)
     acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
-    # A loop too, not unrolled: the compiler would load the factors of all steps before the first product.
+    # Not unrolled: the compiler would load the factors of all steps before the first product.
     for start in range(0, RANK, DEPTH):
         k = start + inner
         b = tl.load(b_ptr + row[:, None] * RANK + k[None, :], mask=(row < rows)[:, None], other=0.0)
@@ -64,8 +68,8 @@ def _count_kernel(
     b_ptr,  # float32 [sources, modules, rows, rank]
     scalings_ptr,  # float32 [modules, sources]
     base_ptr,  # int32 [modules, sources]: magnitude at which the bins begin
-    shift_ptr,  # int32 [modules, sources]: a bin holds 2^shift magnitudes
-    counts_ptr,  # int32 [modules, sources, BINS + 1]; the last counts what lies above all bins
+    shift_ptr,  # int32 [modules, sources]: a bin spans 2^shift magnitudes
+    counts_ptr,  # int32 [modules, sources, BINS + 1]: the last one counts the magnitudes above all bins
     modules,
     sources,
     rows,
@@ -74,46 +78,54 @@ def _count_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     BINS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ):
-    across = tl.cdiv(columns, COLUMNS)
+    across = tl.cdiv(columns, TILE_COLUMNS)
     tile = tl.program_id(0)
     module = tl.program_id(1).to(tl.int64)
     source = tl.program_id(2).to(tl.int64)
-    row = (tile // across) * ROWS + tl.arange(0, ROWS)
-    column = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    at = source * modules + module
-    a = a_ptr + at * RANK * columns
-    b = b_ptr + at * rows * RANK
-    x = _product(a, b, row, column, rows, columns, RANK, DEPTH, PRECISION)
-    entry = module * sources + source
-    x = x * tl.load(scalings_ptr + entry)
+    row = (tile // across) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = (tile % across) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    stack = source * modules + module
+    x = _product(
+        a_ptr=a_ptr + stack * RANK * columns,
+        b_ptr=b_ptr + stack * rows * RANK,
+        row=row,
+        column=column,
+        rows=rows,
+        columns=columns,
+        RANK=RANK,
+        DEPTH=DEPTH,
+        PRECISION=PRECISION,
+    )
+    cell = module * sources + source  # of the tables [modules, sources]
+    x = x * tl.load(scalings_ptr + cell)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     mag = x.to(tl.int32, bitcast=True) & MAGNITUDE
-    base = tl.load(base_ptr + entry)
-    place = (mag - base) >> tl.load(shift_ptr + entry)
-    counts = counts_ptr + entry * (BINS + 1)
-    tl.atomic_add(counts + place, 1, mask=inside & (mag >= base) & (place < BINS), sem="relaxed")
-    above = tl.sum(tl.where(inside & (mag >= base) & (place >= BINS), 1, 0))
+    base = tl.load(base_ptr + cell)
+    bin_index = (mag - base) >> tl.load(shift_ptr + cell)
+    counts = counts_ptr + cell * (BINS + 1)
+    tl.atomic_add(counts + bin_index, 1, mask=inside & (mag >= base) & (bin_index < BINS), sem="relaxed")
+    above = tl.sum(tl.where(inside & (mag >= base) & (bin_index >= BINS), 1, 0))
     tl.atomic_add(counts + BINS, above, sem="relaxed")
 
 
 @triton.jit
 def _merged_tile(
-    a_ptr,
+    a_ptr,  # pointers as in _multiply_kernel
     b_ptr,
     scalings_ptr,
-    weights_ptr,  # float32 [modules, sources]
-    low_ptr,  # float32 [modules, sources]: least magnitude kept
-    high_ptr,  # float32 [modules, sources]: least magnitude of an outlier
-    keys_ptr,  # int64 [modules, sources]
-    shares_ptr,  # int32 [sources]
-    rescales_ptr,  # float32 [sources]
+    weights_ptr,
+    low_ptr,
+    high_ptr,
+    keys_ptr,
+    shares_ptr,
+    rescales_ptr,
     module,
     modules,
-    row,
-    column,
+    row,  # int32 [TILE_ROWS]
+    column,  # int32 [TILE_COLUMNS]
     rows,
     columns,
     SOURCES: tl.constexpr,
@@ -124,30 +136,37 @@ def _merged_tile(
     RULE: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """A tile of the merged delta, zeros outside."""
+    """A tile of the merged delta, float32 ``[TILE_ROWS, TILE_COLUMNS]``; zeros outside of the delta."""
     total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     positive = total
     negative = total
     counts = tl.zeros([row.shape[0], column.shape[0]], tl.int32)
-    # A loop, not unrolled: the products of several sources at a time would not fit into registers.
+    # Not unrolled: the products of several sources at a time would not fit into registers.
     for i in range(SOURCES):
-        at = i * modules + module
+        stack = i * modules + module
         x = _product(
-            a_ptr + at * RANK * columns, b_ptr + at * rows * RANK, row, column, rows, columns,
-            RANK, DEPTH, PRECISION,
-        )  # fmt: skip
-        entry = module * SOURCES + i
-        x = x * tl.load(scalings_ptr + entry)
+            a_ptr=a_ptr + stack * RANK * columns,
+            b_ptr=b_ptr + stack * rows * RANK,
+            row=row,
+            column=column,
+            rows=rows,
+            columns=columns,
+            RANK=RANK,
+            DEPTH=DEPTH,
+            PRECISION=PRECISION,
+        )
+        cell = module * SOURCES + i  # of the tables [modules, sources]
+        x = x * tl.load(scalings_ptr + cell)
         if KEEP == KEEP_LARGEST:
-            x = tl.where(tl.abs(x) >= tl.load(low_ptr + entry), x, 0.0)
+            x = tl.where(tl.abs(x) >= tl.load(low_ptr + cell), x, 0.0)
         elif KEEP == KEEP_BETWEEN:
-            kept = (tl.abs(x) >= tl.load(low_ptr + entry)) & (tl.abs(x) < tl.load(high_ptr + entry))
+            kept = (tl.abs(x) >= tl.load(low_ptr + cell)) & (tl.abs(x) < tl.load(high_ptr + cell))
             x = tl.where(kept, x, 0.0)
         elif KEEP == KEEP_RANDOM:
             index = row.to(tl.int64)[:, None] * columns + column.to(tl.int64)[None, :]
-            drawn = draws(index // 8, (index % 8).to(tl.int32), tl.load(keys_ptr + entry))
+            drawn = draws(index // GROUP, (index % GROUP).to(tl.int32), tl.load(keys_ptr + cell))
             x = tl.where(drawn < tl.load(shares_ptr + i), x * tl.load(rescales_ptr + i), 0.0)
-        weight = tl.load(weights_ptr + entry)
+        weight = tl.load(weights_ptr + cell)
         total, positive, negative, counts = add_entries(
             x, weight, total, positive, negative, counts, RULE, WEIGHTED
         )
@@ -159,115 +178,95 @@ def _merged_tile(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _times_kernel(
-    a_ptr, b_ptr, scalings_ptr, weights_ptr, low_ptr, high_ptr, keys_ptr, shares_ptr, rescales_ptr,
-    right_ptr,  # float32 [modules, columns, WIDTH]
-    product_ptr,  # float32 [modules, rows, WIDTH]
-    norms_ptr,  # float32 [modules, rows]: squared norms of the rows
-    modules, rows, columns,
-    SOURCES: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr, RULE: tl.constexpr, WEIGHTED: tl.constexpr,
+def _multiply_kernel(
+    a_ptr,  # float32 [sources, modules, RANK, columns]
+    b_ptr,  # float32 [sources, modules, rows, RANK]
+    scalings_ptr,  # float32 [modules, sources]
+    weights_ptr,  # float32 [modules, sources]
+    low_ptr,  # float32 [modules, sources]: least magnitude kept
+    high_ptr,  # float32 [modules, sources]: least magnitude of an outlier
+    keys_ptr,  # int64 [modules, sources]: of Philox
+    shares_ptr,  # int32 [sources]: of 65536 draws
+    rescales_ptr,  # float32 [sources]
+    factor_ptr,  # float32 [modules, columns, WIDTH], or [modules, rows, WIDTH] if TRANSPOSED
+    product_ptr,  # float32 [modules, rows, WIDTH], or [modules, columns, WIDTH] if TRANSPOSED
+    norms_ptr,  # float32 [modules, rows]: squared norms of the rows of T; None if TRANSPOSED
+    modules,
+    rows,
+    columns,
+    TRANSPOSED: tl.constexpr,  # multiply T^T instead of T
+    SOURCES: tl.constexpr,
+    RANK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,  # of the products B A
+    KEEP: tl.constexpr,
+    RULE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     SKETCH: tl.constexpr,  # precision of the product with T
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    # Each program computes LENGTH rows of the product, over one stripe of tiles of T.
+    LENGTH: tl.constexpr = TILE_COLUMNS if TRANSPOSED else TILE_ROWS
+    STEP: tl.constexpr = TILE_ROWS if TRANSPOSED else TILE_COLUMNS
+    length = columns if TRANSPOSED else rows
+    end = rows if TRANSPOSED else columns
     module = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    fixed = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
     wide = tl.arange(0, WIDTH)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    norms = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([LENGTH, WIDTH], tl.float32)
+    norms = tl.zeros([LENGTH], tl.float32)
     start = 0
-    while start < columns:
-        column = start + tl.arange(0, COLUMNS)
+    while start < end:
+        moving = start + tl.arange(0, STEP)
         tile = _merged_tile(
-            a_ptr,
-            b_ptr,
-            scalings_ptr,
-            weights_ptr,
-            low_ptr,
-            high_ptr,
-            keys_ptr,
-            shares_ptr,
-            rescales_ptr,
-            module,
-            modules,
-            row,
-            column,
-            rows,
-            columns,
-            SOURCES,
-            RANK,
-            DEPTH,
-            PRECISION,
-            KEEP,
-            RULE,
-            WEIGHTED,
+            a_ptr=a_ptr,
+            b_ptr=b_ptr,
+            scalings_ptr=scalings_ptr,
+            weights_ptr=weights_ptr,
+            low_ptr=low_ptr,
+            high_ptr=high_ptr,
+            keys_ptr=keys_ptr,
+            shares_ptr=shares_ptr,
+            rescales_ptr=rescales_ptr,
+            module=module,
+            modules=modules,
+            row=moving if TRANSPOSED else fixed,
+            column=fixed if TRANSPOSED else moving,
+            rows=rows,
+            columns=columns,
+            SOURCES=SOURCES,
+            RANK=RANK,
+            DEPTH=DEPTH,
+            PRECISION=PRECISION,
+            KEEP=KEEP,
+            RULE=RULE,
+            WEIGHTED=WEIGHTED,
         )
-        place = (module * columns + column)[:, None] * WIDTH + wide[None, :]
-        right = tl.load(right_ptr + place, mask=(column < columns)[:, None], other=0.0)
-        acc = tl.dot(tile, right, acc, input_precision=SKETCH)
-        norms += tl.sum(tile * tile, axis=1)
-        start += COLUMNS
-    tl.store(
-        product_ptr + (module * rows + row)[:, None] * WIDTH + wide[None, :], acc, mask=(row < rows)[:, None]
-    )
-    tl.store(norms_ptr + module * rows + row, norms, mask=row < rows)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def _transposed_times_kernel(
-    a_ptr, b_ptr, scalings_ptr, weights_ptr, low_ptr, high_ptr, keys_ptr, shares_ptr, rescales_ptr,
-    left_ptr,  # float32 [modules, rows, WIDTH]
-    product_ptr,  # float32 [modules, columns, WIDTH]
-    modules, rows, columns,
-    SOURCES: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr, RULE: tl.constexpr, WEIGHTED: tl.constexpr,
-    SKETCH: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    module = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    wide = tl.arange(0, WIDTH)
-    acc = tl.zeros([COLUMNS, WIDTH], tl.float32)
-    start = 0
-    while start < rows:
-        row = start + tl.arange(0, ROWS)
-        tile = _merged_tile(
-            a_ptr,
-            b_ptr,
-            scalings_ptr,
-            weights_ptr,
-            low_ptr,
-            high_ptr,
-            keys_ptr,
-            shares_ptr,
-            rescales_ptr,
-            module,
-            modules,
-            row,
-            column,
-            rows,
-            columns,
-            SOURCES,
-            RANK,
-            DEPTH,
-            PRECISION,
-            KEEP,
-            RULE,
-            WEIGHTED,
-        )
-        place = (module * rows + row)[:, None] * WIDTH + wide[None, :]
-        left = tl.load(left_ptr + place, mask=(row < rows)[:, None], other=0.0)
-        acc = tl.dot(tl.trans(tile), left, acc, input_precision=SKETCH)
-        start += ROWS
-    place = (module * columns + column)[:, None] * WIDTH + wide[None, :]
-    tl.store(product_ptr + place, acc, mask=(column < columns)[:, None])
+        offset = (module * end + moving)[:, None] * WIDTH + wide[None, :]
+        factor = tl.load(factor_ptr + offset, mask=(moving < end)[:, None], other=0.0)
+        if TRANSPOSED:
+            acc = tl.dot(tl.trans(tile), factor, acc, input_precision=SKETCH)
+        else:
+            acc = tl.dot(tile, factor, acc, input_precision=SKETCH)
+            norms += tl.sum(tile * tile, axis=1)
+        start += STEP
+    offset = (module * length + fixed)[:, None] * WIDTH + wide[None, :]
+    tl.store(product_ptr + offset, acc, mask=(fixed < length)[:, None])
+    if not TRANSPOSED:
+        tl.store(norms_ptr + module * length + fixed, norms, mask=fixed < length)
 
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """What every pass reads, on the device; the shapes are told at the kernels.
+    """The arguments that all passes share, on the device; ``_multiply_kernel`` has their shapes and dtypes.
 
-    a, b: filled up to one rank.  precision: of a tile's products.
+    a, b: padded with zeros to a common rank, a multiple of DEPTH.
+    precision: of the products B A, from :func:`precision`.
+    keep: KEEP_ALL, KEEP_LARGEST, KEEP_BETWEEN or KEEP_RANDOM.
+    rule: SUM, VOTE_TOTAL or VOTE_FREQUENCY.
+    weighted: whether weighted entries vote, instead of entries as they are.
     """
 
     a: torch.Tensor
@@ -291,13 +290,15 @@ class Sources:
 
 
 def count(sources: Sources, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """How many magnitudes lie in each of BINS bins from ``base`` on, and above: int32 ``[.., BINS + 1]``.
+    """The number of magnitudes in each bin and above all bins, int32 ``[modules, sources, BINS + 1]``.
 
-    base, shift: int32 ``[modules, sources]``.
+    base: magnitude at which the bins begin, int32 ``[modules, sources]``.
+    shift: a bin spans ``2 ** shift`` magnitudes, int32 ``[modules, sources]``.
     """
     number, modules, rows, columns = sources.extent
     counts = torch.zeros(modules, number, BINS + 1, dtype=torch.int32, device=base.device)
-    _count_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS), modules, number)](
+    tiles = triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS)
+    _count_kernel[(tiles, modules, number)](
         a_ptr=sources.a,
         b_ptr=sources.b,
         scalings_ptr=sources.scalings,
@@ -312,8 +313,8 @@ def count(sources: Sources, base: torch.Tensor, shift: torch.Tensor) -> torch.Te
         DEPTH=DEPTH,
         PRECISION=sources.precision,
         BINS=BINS,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
+        TILE_ROWS=TILE_ROWS,
+        TILE_COLUMNS=TILE_COLUMNS,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
@@ -323,63 +324,69 @@ def count(sources: Sources, base: torch.Tensor, shift: torch.Tensor) -> torch.Te
 def times(sources: Sources, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``T @ right``, float32 ``[modules, rows, width]``, and the squared norms of the rows of T.
 
-    right: float32 ``[modules, columns, width]``, contiguous, width a power of two, 16 to WIDEST.
+    right: float32 ``[modules, columns, width]``, contiguous; width is a power of two from 16 to WIDEST.
+    The norms are float32 ``[modules, rows]``.
     """
     _, modules, rows, _ = sources.extent
     product = right.new_empty(modules, rows, right.shape[2])
     norms = right.new_empty(modules, rows)
-    arguments = _arguments(sources, right.shape[2])
-    _times_kernel[(triton.cdiv(rows, ROWS), modules)](
-        right_ptr=right, product_ptr=product, norms_ptr=norms, **arguments
-    )
+    _multiply(sources, right, product, norms, transposed=False)
     return product, norms
 
 
 def transposed_times(sources: Sources, left: torch.Tensor) -> torch.Tensor:
-    """``T^T @ left``, float32 ``[modules, columns, width]``; left: ``[modules, rows, width]``, as above."""
+    """``T^T @ left``, float32 ``[modules, columns, width]``.
+
+    left: float32 ``[modules, rows, width]``, contiguous; width is a power of two from 16 to WIDEST.
+    """
     _, modules, _, columns = sources.extent
     product = left.new_empty(modules, columns, left.shape[2])
-    _transposed_times_kernel[(triton.cdiv(columns, COLUMNS), modules)](
-        left_ptr=left, product_ptr=product, **_arguments(sources, left.shape[2])
-    )
+    _multiply(sources, left, product, None, transposed=True)
     return product
 
 
-def _arguments(sources: Sources, width: int) -> dict[str, object]:
+def _multiply(
+    sources: Sources,
+    factor: torch.Tensor,
+    product: torch.Tensor,
+    norms: torch.Tensor | None,
+    transposed: bool,
+) -> None:
     number, modules, rows, columns = sources.extent
-    return {
-        "a_ptr": sources.a,
-        "b_ptr": sources.b,
-        "scalings_ptr": sources.scalings,
-        "weights_ptr": sources.weights,
-        "low_ptr": sources.low,
-        "high_ptr": sources.high,
-        "keys_ptr": sources.keys,
-        "shares_ptr": sources.shares,
-        "rescales_ptr": sources.rescales,
-        "modules": modules,
-        "rows": rows,
-        "columns": columns,
-        "SOURCES": number,
-        "RANK": sources.a.shape[2],
-        "DEPTH": DEPTH,
-        "PRECISION": sources.precision,
-        "KEEP": sources.keep,
-        "RULE": sources.rule,
-        "WEIGHTED": sources.weighted,
-        "SKETCH": PRECISE,
-        "WIDTH": width,
-        "ROWS": ROWS,
-        "COLUMNS": COLUMNS,
-        "num_warps": WARPS,
-        "enable_fp_fusion": False,
-    }
-
-
-PRECISE = "ieee" if torch.version.hip else "tf32x3"
-"""Of products of float32 numbers; AMD's matrix cores take them as they are."""
+    stripes = triton.cdiv(columns, TILE_COLUMNS) if transposed else triton.cdiv(rows, TILE_ROWS)
+    _multiply_kernel[(stripes, modules)](
+        a_ptr=sources.a,
+        b_ptr=sources.b,
+        scalings_ptr=sources.scalings,
+        weights_ptr=sources.weights,
+        low_ptr=sources.low,
+        high_ptr=sources.high,
+        keys_ptr=sources.keys,
+        shares_ptr=sources.shares,
+        rescales_ptr=sources.rescales,
+        factor_ptr=factor,
+        product_ptr=product,
+        norms_ptr=norms,
+        modules=modules,
+        rows=rows,
+        columns=columns,
+        TRANSPOSED=transposed,
+        SOURCES=number,
+        RANK=sources.a.shape[2],
+        DEPTH=DEPTH,
+        PRECISION=sources.precision,
+        KEEP=sources.keep,
+        RULE=sources.rule,
+        WEIGHTED=sources.weighted,
+        SKETCH=FLOAT32,
+        WIDTH=factor.shape[2],
+        TILE_ROWS=TILE_ROWS,
+        TILE_COLUMNS=TILE_COLUMNS,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
 
 
 def precision(dtypes: set[torch.dtype]) -> str:
-    """Of products of factors of these dtypes: 16 bits fit into tf32."""
-    return PRECISE if torch.float32 in dtypes or torch.version.hip else "tf32"
+    """Precision of products of factors of these dtypes: 16 bits are exact in tf32."""
+    return FLOAT32 if torch.float32 in dtypes or torch.version.hip else "tf32"

@@ -1,4 +1,4 @@
-"""Eigenvectors of many matrices at once where torch would take them one after the other."""
+"""Eigenvectors of many matrices at once, in cases where torch would loop over the matrices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.test_delta import assert_best, deltas, source, stacked, weights_of
+from kernels.stacks import assert_best, deltas, source, stacked, weights_of
 from merged_lora import batched
 from merged_lora.batched import SMALL, block_jacobi, eigenvectors, loops
 from merged_lora.triton_kernels.batched.lowrank import merge_stack

@@ -1,4 +1,4 @@
-"""Streamed deltas on a device: thresholds, products, and tiles whose edges cut the matrix anywhere."""
+"""Sketches of merged deltas: thresholds, products, and tiles whose edges cut the matrix anywhere."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ from merged_lora.plan import (
 from merged_lora.triton_kernels.batched import fused_tiles
 from merged_lora.triton_kernels.batched.fused_tiles import FUSED, TritonTiles
 from merged_lora.triton_kernels.batched.tiles import TorchTiles
-from merged_lora.triton_kernels.kernels.sketch import COLUMNS, ROWS
+from merged_lora.triton_kernels.kernels.sketch import TILE_COLUMNS, TILE_ROWS
 
 RANKS = (3, 20)
-SHAPES = [(1, 1), (ROWS - 1, COLUMNS + 1), (ROWS, COLUMNS), (2 * ROWS + 5, COLUMNS - 1)]
+SHAPES = [
+    (1, 1),
+    (TILE_ROWS - 1, TILE_COLUMNS + 1),
+    (TILE_ROWS, TILE_COLUMNS),
+    (2 * TILE_ROWS + 5, TILE_COLUMNS - 1),
+]
 
 
 def factors(shape: tuple[int, int]) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
@@ -101,7 +106,7 @@ def test_what_the_kernels_know() -> None:
 
 
 def test_more_columns_than_a_kernel_takes_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = (ROWS + 3, COLUMNS + 5)
+    shape = (TILE_ROWS + 3, TILE_COLUMNS + 5)
     chosen = rules_of(shape[0] * shape[1])["largest"]
     tiles = TritonTiles(*factors(shape), [chosen, chosen])
     right, left = torch.randn(2, shape[1], 40), torch.randn(2, shape[0], 40)
