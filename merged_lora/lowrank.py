@@ -1,7 +1,7 @@
-"""Exact linear algebra on factors: weighted sums of products, their best low rank, their inner products.
+"""Exact linear algebra on factors: weighted sums of products, their best low-rank factors, inner products.
 
-No delta ``[out, in]`` is ever formed: everything happens on Gram matrices of size R x R, R = sum of ranks,
-in float64.  Knows nothing of strategies or files; takes and returns torch tensors.
+No delta ``[out, in]`` is ever formed: everything is computed from Gram matrices ``[R, R]`` in float64, with R
+the sum of ranks.  Knows nothing of strategies or files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from .bases import split
 from .factors import Factors
 from .plan import DeltaModule
 from .scalars import RULES
@@ -23,37 +22,41 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Merged:
-    """Factors of a merged delta; where the rank was cut, the squared norm kept and the one asked for."""
+    """The factors of a merged delta.
+
+    factors: with scaling 1.
+    energy: the squared norm that a cut rank kept, and the one asked for; None if the rank was not cut.
+    """
 
     factors: Factors
     energy: tuple[float, float] | None
 
 
 class Each(Protocol):
-    """``list(map(function, items))``, wherever that runs."""
+    """A function that returns ``list(map(function, items))``, computed on any threads."""
 
     def __call__(self, function: Callable[[Item], Made], items: Sequence[Item], /) -> list[Made]: ...
 
 
 def in_turn(function: Callable[[Item], Made], items: Sequence[Item], /) -> list[Made]:
-    """One after the other, here."""
+    """The result of the function for each item, computed one after the other in this thread."""
     return [function(item) for item in items]
 
 
 def merge_modules(modules: Sequence[DeltaModule], each: Each = in_turn) -> list[Merged]:
-    """The merged factors of every module, stored in its ``dtype`` with scaling 1."""
+    """The merged factors of every module, in the module's dtype and with scaling 1."""
     return each(_merge, list(zip(modules, _weights(modules, each), strict=True)))
 
 
 def _weights(modules: Sequence[DeltaModule], each: Each) -> list[tuple[float, ...]]:
-    """What each product ``B_i A_i`` of every module is multiplied by."""
+    """For each module, what its products ``B_i A_i`` are multiplied by, one weight per source."""
     found = [module.weights for module in modules]
     alike: dict[tuple[int, str, int], list[tuple[int, Sequence[float]]]] = {}
     for place, module in enumerate(modules):
         if module.mean is not None:
             kind = len(module.sources), module.mean.rule, module.mean.count
             alike.setdefault(kind, []).append((place, module.mean.shares))
-    # A rule is many small steps: of all modules together they cost little more than of one.
+    # A rule is many small steps, which for all modules together cost little more than for one.
     for (_, rule, count), members in alike.items():
         places, shares = zip(*members, strict=True)
         given = torch.tensor([found[place] for place in places], dtype=torch.float64)
@@ -77,9 +80,9 @@ def _merge(pair: tuple[DeltaModule, Sequence[float]]) -> Merged:
 def concatenate(
     sources: Sequence[Factors], weights: Sequence[float], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A [R, in]`` and ``B [out, R]`` with ``B A = sum_i weights[i] B_i A_i``.
+    """``A [R, in]`` and ``B [out, R]`` in a dtype, with ``B A = sum_i weights[i] B_i A_i``.
 
-    The weight stands on A alone, as in PEFT's ``cat``, so that B is copied and only A is rounded.
+    The weights are applied to A alone, as in PEFT's ``cat``, so that B is copied and only A is rounded.
     """
     a = torch.cat([(f.a.float() * w).to(dtype) for f, w in zip(sources, weights, strict=True)], dim=0)
     b = torch.cat([f.b.to(dtype) for f in sources], dim=1)
@@ -89,21 +92,24 @@ def concatenate(
 def truncate(
     sources: Sequence[Factors], weights: Sequence[float], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float]]:
-    """The best approximation of rank ``rank`` to ``sum_i weights[i] B_i A_i`` (Eckart and Young).
+    """The best approximation of a rank to ``sum_i weights[i] B_i A_i``.
 
-    Returns ``A [rank, in]``, ``B [out, rank]`` in float64, the singular values split evenly between them,
-    and the squared Frobenius norms of the approximation and of what it approximates.
+    C. Eckart and G. Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
+
+    Returns ``A [rank, in]`` and ``B [out, rank]`` in float64, with the singular values split evenly between
+    them, and the squared Frobenius norms of the approximation and of the sum.
     """
-    b = torch.cat([f.b.double() * w for f, w in zip(sources, weights, strict=True)], dim=1)
-    a = torch.cat([f.a.double() for f in sources], dim=0)
-    # What a Gram matrix can resolve is relative to its largest entry, so both sides of each product of a
-    # column and a row get the same length first.
-    lengths = b.norm(dim=0) * a.norm(dim=1)
+    b = torch.cat([f.b.double() * w for f, w in zip(sources, weights, strict=True)], dim=1)  # [out, R]
+    a = torch.cat([f.a.double() for f in sources], dim=0)  # [R, in]
+    # The resolution of a Gram matrix is relative to its largest entry, so both factors of each product of a
+    # column and a row are given the same length first.
+    lengths = b.norm(dim=0) * a.norm(dim=1)  # [R]
     even = torch.where(lengths > 0, (a.norm(dim=1) / b.norm(dim=0)).sqrt(), 1.0)
     b, a = b * even, a / even[:, None]
-    basis_b, root_b = _basis(b.T @ b)
-    basis_a, root_a = _basis(a @ a.T)
-    # b = U_b root_b and a = root_a^T V_a^T with orthonormal U_b, V_a: the small core has the singular values.
+    basis_b, root_b = _basis(b.T @ b)  # [R, n_b], [n_b, R]
+    basis_a, root_a = _basis(a @ a.T)  # [R, n_a], [n_a, R]
+    # b = U_b root_b and a = root_a^T V_a^T with orthonormal U_b and V_a, so the core root_b root_a^T has the
+    # singular values of b a.
     left, values, right = torch.linalg.svd(root_b @ root_a.T)
     energy = float((values**2).sum())
     k = min(rank, values.numel())
@@ -119,9 +125,11 @@ def truncate(
 
 
 def _basis(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From ``G = X^T X``: ``T`` with orthonormal ``X T``, and ``S`` with ``X = (X T) S``.
+    """From ``G = X^T X``: T with orthonormal ``X T``, and S with ``X = (X T) S``.
 
-    Directions whose squared length is below the rounding of the Gram matrix are dropped.
+    Directions whose squared length is below the rounding error of the Gram matrix are dropped.
+
+    gram: float64 ``[R, R]``; T is ``[R, n]`` and S is ``[n, R]`` for n remaining directions.
     """
     squares, vectors = torch.linalg.eigh(gram)
     real = squares > squares[-1].clamp(min=0) * gram.shape[0] * torch.finfo(gram.dtype).eps
@@ -132,19 +140,23 @@ def _basis(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def inner_products(
     gram_a: torch.Tensor, gram_b: torch.Tensor, ranks: Sequence[int], weights: torch.Tensor
 ) -> torch.Tensor:
-    """Frobenius inner products of ``weights[i] B_i A_i``, ``[modules, n, n]``, from Grams of stacked factors.
+    """Frobenius inner products of ``weights[i] B_i A_i``, ``[modules, n, n]``, from Gram matrices.
 
-    gram_a, gram_b: ``[modules, R, R]``, of the stacked rows of A and of the columns of B.
+    gram_a: of the rows of all A, ``[modules, R, R]``.
+    gram_b: of the columns of all B, ``[modules, R, R]``.
+    ranks: of the n sources.
     weights: ``[modules, n]``.
     """
-    rows = split(gram_a * gram_b, ranks, 1)
-    blocks = [[x.sum((1, 2)) for x in split(row, ranks, 2)] for row in rows]
+    # <B_i A_i, B_j A_j> = tr(B_i^T B_j A_j A_i^T): the sum over block i, j of the Gram matrices, multiplied
+    # entry by entry.
+    rows = torch.split(gram_a * gram_b, list(ranks), dim=1)
+    blocks = [[x.sum((1, 2)) for x in torch.split(row, list(ranks), dim=2)] for row in rows]
     products = torch.stack([torch.stack(row, dim=1) for row in blocks], dim=1)
     return products * weights[:, :, None] * weights[:, None, :]
 
 
 def gram_of(sources: Sequence[Factors], weights: Sequence[float]) -> torch.Tensor:
-    """Frobenius inner products of ``weights[i] B_i A_i`` of one module, ``[1, n, n]``."""
+    """Frobenius inner products of ``weights[i] B_i A_i`` of one module, float64 ``[1, n, n]``."""
     a = torch.cat([f.a.double() for f in sources], dim=0)
     b = torch.cat([f.b.double() for f in sources], dim=1)
     given = torch.tensor([weights], dtype=torch.float64)

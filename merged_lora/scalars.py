@@ -1,8 +1,9 @@
 """One scalar per source from the inner products of the deltas: slerp, means on the sphere, Model Stock.
 
-Every function takes ``gram [..., n, n]``, the Frobenius inner products of n deltas, and ``shares [..., n]``,
-both float64 on any device, and returns ``[..., n]``: what each delta is multiplied by in the sum that the
-rule asks for.  Leading dimensions are modules.  Knows nothing of factors: a delta is a row of the matrix.
+Every rule takes the Frobenius inner products of n deltas, ``gram [..., n, n]``, their ``shares [..., n]``,
+both float64 on any device, and the number of sources.  It returns the factors ``[..., n]`` that the deltas
+are multiplied by in the merged sum.  Leading dimensions are modules.  Knows nothing of low-rank factors: a
+delta is a row of the matrix.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from collections.abc import Callable, Mapping
 import torch
 
 SLERP_STRAIGHT = 0.9995
-"""Above this |cos| the circle is a line to within rounding; the limit that mergekit's slerp uses too."""
+"""Above this |cos| the circle is a straight line up to rounding; mergekit's slerp has the same limit."""
 KARCHER_STEPS = 64
-"""The step shrinks by a factor with every one; at angles below a right one a dozen reach rounding."""
+"""Steps shrink geometrically; for angles below 90 degrees, a dozen reach the rounding error."""
 TINY = 1e-12
 
 
 def slerp(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
-    """Interpolation on the circle between two deltas (Shoemake 1985); shares are ``(1 - t, t)``.
+    """Interpolation on the circle between two deltas, with shares ``(1 - t, t)``.
 
-    A straight line where a delta is zero or the two are parallel (|cos| over SLERP_STRAIGHT).
+    K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.  The interpolation is linear if a
+    delta is zero or the two are parallel (|cos| above SLERP_STRAIGHT).
     """
     cosine = _units(gram)[1][..., 0, 1]
     present = (gram.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
@@ -31,10 +33,11 @@ def slerp(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def karcher(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
-    """The weighted Karcher mean of the directions, at the weighted mean of the lengths (Karcher 1977).
+    """The weighted Karcher mean of the directions, at the weighted mean of the lengths.
 
-    Fixed-point steps along the mean tangent from the weighted sum of the directions, or from the first one
-    where that sum vanishes.  Deltas of zero count for the length alone.
+    H. Karcher, "Riemannian center of mass and mollifier smoothing", 1977.  Fixed-point steps along the mean
+    tangent start from the weighted sum of the directions, or from the first direction if that sum vanishes.
+    Deltas of zero only count for the length.
     """
     lengths, cosines = _units(gram)
     present = (lengths > 0).to(gram.dtype)
@@ -54,10 +57,10 @@ def karcher(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tenso
 
 
 def multislerp(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
-    """One step of the kind that :func:`karcher` repeats, with the tangents left at their chords' lengths.
+    """A single step like those of :func:`karcher`, with tangents as long as their chords.
 
-    (Goddard, "Multi-SLERP".)  Where the weighted sum of the directions vanishes there is no point to start
-    from, and the result is the weighted sum of the deltas.
+    Goddard, "Multi-SLERP".  If the weighted sum of the directions vanishes, there is no point to start from,
+    and the result is the weighted sum of the deltas.
     """
     lengths, cosines = _units(gram)
     mean, size = _normalized(shares, cosines)
@@ -67,9 +70,11 @@ def multislerp(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Te
 
 
 def model_stock(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
-    """The weighted mean times ``N cos / (1 + (N - 1) cos)``, cos the mean over pairs (arXiv 2403.19522).
+    """The weighted mean times ``N cos / (1 + (N - 1) cos)``, where cos is the mean over all pairs.
 
-    count: N; sources that are not in the matrix have deltas of zero, at right angles to every other.
+    Model Stock, arXiv 2403.19522.
+
+    count: N; sources that are not in the matrix have zero deltas, which are orthogonal to all others.
     """
     cosines = _units(gram)[1]
     pairs = count * (count - 1)
@@ -88,30 +93,34 @@ RULES: Mapping[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] =
 
 
 def _units(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lengths of the deltas, and their cosines; both 0 for a delta of zeros."""
+    """Lengths of the deltas ``[..., n]`` and their cosines ``[..., n, n]``; both are 0 for a zero delta."""
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
     inverse = _inverse(lengths)
     return lengths, gram * inverse[..., :, None] * inverse[..., None, :]
 
 
 def _applied(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Products of matrices ``[..., n, n]`` with vectors ``[..., n]``."""
     return (matrix * vector[..., None, :]).sum(-1)
 
 
 def _normalized(vector: torch.Tensor, cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coefficients of a vector of length 1, and the length it had, ``[..., 1]``."""
+    """A vector scaled to length 1, and the length that it had, ``[..., 1]``.
+
+    vector: coefficients of directions ``[..., n]`` whose cosines are given.
+    """
     size = (vector * _applied(cosines, vector)).sum(-1, keepdim=True).clamp(min=0.0).sqrt()
     return vector * _inverse(size), size
 
 
 def _moved(mean: torch.Tensor, tangent: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
-    """The exponential map: from a point of the sphere along a tangent there, by the tangent's length."""
+    """The exponential map: the point reached from ``mean`` on the sphere along a tangent, by its length."""
     direction, size = _normalized(tangent, cosines)
     return size.cos() * mean + size.sin() * direction
 
 
 def _placed(mean: torch.Tensor, lengths: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """From coefficients of the directions to those of the deltas, at the weighted mean of their lengths."""
+    """Coefficients of deltas from those of their directions, for a result of the mean of their lengths."""
     return (shares * lengths).sum(-1, keepdim=True) * mean * _inverse(lengths)
 
 
