@@ -138,7 +138,7 @@ class TritonBackend:
             addresses = np.zeros(layout.weights.shape, np.int64)
             chosen, to_merge = Targets(slots, empty).chosen(layout)
             drafts = draft_merge(layout, chosen, to_merge, addresses, addresses)
-            for group in (whole.only(slots) for whole in prepared.groups):
+            for group in (group.only(slots) for group in prepared.groups):
                 results = [r for module in group.modules for r in module.results]
                 outlines = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in results]
                 drafts += draft_copies(outlines, [slots[name] for name in group.names])
@@ -164,7 +164,8 @@ class TritonBackend:
         for launch in self._writer.launches(prepared.layout, residents, targets, written):
             launch.run()
         diagnostics = Diagnostics()
-        groups = [group for group in (whole.only(targets.slots) for whole in prepared.groups) if group.names]
+        groups = [group.only(targets.slots) for group in prepared.groups]
+        groups = [group for group in groups if group.names]
         with self._lending(groups):
             thresholds = self._model_thresholds(plan, prepared, residents)
             for group in groups:

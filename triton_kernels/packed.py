@@ -192,7 +192,7 @@ class DeviceSources:
         self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _pack(self, adapter: Adapter) -> Packed:
-        known = self._packed.get(adapter)
-        if known is None:
-            known = self._packed[adapter] = pack(adapter, self._device)
-        return known
+        packed = self._packed.get(adapter)
+        if packed is None:
+            packed = self._packed[adapter] = pack(adapter, self._device)
+        return packed

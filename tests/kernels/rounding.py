@@ -45,7 +45,7 @@ def interpreted(x: Array, y: Array, z: Array) -> Array:
 def rounds_once() -> bool:
     """Whether the interpreter comes with a fused ``tl.fma``."""
     x = np.full(1, 1 + 2**-23, np.float32)
-    return bool(interpreted(x, x, -x * x)[0] != 0)  # exactly 2^-46; of the rounded product nothing is left
+    return bool(interpreted(x, x, -x * x)[0] != 0)  # exactly 2^-46; 0 if the product is rounded
 
 
 def replace_fma(patch: Any, function: Any) -> None:

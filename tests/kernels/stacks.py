@@ -12,7 +12,7 @@ from merged_lora.reference import delta as reference
 from merged_lora.triton_kernels.batched.lowrank import MergedStack, Stack
 
 EPS = 2.0**-52
-RESOLUTION = 1e-7  # of the largest singular value: the square root of float64's rounding, times the rank
+RESOLUTION = 1e-7  # relative to the largest singular value: the root of float64's rounding, times the rank
 
 Source = tuple[torch.Tensor, torch.Tensor]
 """Factors of one source, ``A [modules, rank, in]`` and ``B [modules, out, rank]``."""
@@ -26,7 +26,7 @@ def source(
     size: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Source:
-    """Normal entries; A is divided by ``size`` and B multiplied, which leaves the products as they are."""
+    """Normal entries; A is divided and B multiplied by ``size``, which does not change the products."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(modules, rank, shape[1], generator=generator, dtype=torch.float64) / size
     b = torch.randn(modules, shape[0], rank, generator=generator, dtype=torch.float64) * size
@@ -40,14 +40,14 @@ def stacked(
     slerp: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Stack:
-    """The stack of these sources; in float64, which no plan asks for, errors are not hidden by rounding."""
+    """The stack of these sources; float64, which no plan has, keeps rounding from hiding errors."""
     a, b = zip(*sources, strict=True)
     mean = None if slerp is None else Mean("slerp", (1.0 - slerp, slerp), 2)
     return Stack(a, b, torch.tensor(weights, dtype=torch.float64), rank, mean, dtype)
 
 
 def weights_of(modules: int, sources: int, seed: int = 0) -> list[list[float]]:
-    """Float32 numbers of both signs, the last of each second module zero."""
+    """Float32 numbers of both signs; the last one of every second module is zero."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(modules, sources, generator=generator)
     if sources > 1:
@@ -86,9 +86,9 @@ def product(merged: MergedStack) -> torch.Tensor:
 def assert_best(
     merged: MergedStack, target: torch.Tensor, rank: int, slack: torch.Tensor | float = 0.0
 ) -> None:
-    """No matrix of that rank is nearer to the target, and the energies are those of its singular values.
+    """No matrix of the rank is nearer to the target, and the energies are those of its singular values.
 
-    An energy sums fewer than 64 squares, each of which eigh finds to within 64^2 roundings.
+    An energy sums fewer than 64 squares, each of which eigh computes to within 64^2 rounding errors.
     """
     assert merged.a.shape == (len(target), rank, target.shape[2])
     assert merged.b.shape == (len(target), target.shape[1], rank)

@@ -1,4 +1,4 @@
-"""What the backend promises around its launches: order of streams, memory, and nothing false that is kept."""
+"""What the backend guarantees around its launches: order of streams, memory, and no stale tables."""
 
 from __future__ import annotations
 
@@ -48,55 +48,55 @@ def slots(backend: module.TritonBackend) -> dict[str, Slot]:
 
 
 class Stream:
-    """Writes down what it is told."""
+    """A stream that logs its calls."""
 
-    def __init__(self, name: str, said: list[str]) -> None:
-        self.name, self.said = name, said
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
 
     def wait_stream(self, other: Stream) -> None:
-        self.said.append(f"{self.name} waits for {other.name}")
+        self.log.append(f"{self.name} waits for {other.name}")
 
     def synchronize(self) -> None:
-        self.said.append(f"the host waits for {self.name}")
+        self.log.append(f"the host waits for {self.name}")
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> tuple[module.TritonBackend, list[str]]:
-    """A backend with a stream of its own, and what the streams were told."""
-    told: list[str] = []
-    main, own = Stream("main", told), Stream("own", told)
+def streaming(monkeypatch: pytest.MonkeyPatch) -> tuple[module.TritonBackend, list[str]]:
+    """A backend with a stream of its own, and the log of the calls of both streams."""
+    log: list[str] = []
+    main, own = Stream("main", log), Stream("own", log)
 
     @contextlib.contextmanager
     def entered(stream: Stream) -> Iterator[None]:
-        told.append(f"{stream.name} begins")
+        log.append(f"{stream.name} begins")
         yield
-        told.append(f"{stream.name} ends")
+        log.append(f"{stream.name} ends")
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     backend = fresh()
     monkeypatch.setattr(backend, "_stream", own)
-    return backend, told
+    return backend, log
 
 
-def test_a_write_comes_after_what_is_queued_and_before_what_will_be(said: Any) -> None:
-    backend, told = said
+def test_a_write_comes_after_what_is_queued_and_before_what_will_be(streaming: Any) -> None:
+    backend, log = streaming
     backend.write(plan("linear(a, b)"), slots(backend))
-    assert told == ["own waits for main", "own begins", "own ends", "main waits for own"]
+    assert log == ["own waits for main", "own begins", "own ends", "main waits for own"]
 
 
-def test_a_check_waits_for_nothing_and_the_host_for_it(said: Any) -> None:
-    backend, told = said
+def test_a_check_waits_for_nothing_and_the_host_for_it(streaming: Any) -> None:
+    backend, log = streaming
     backend.check(plan("linear(a, b)"))
-    assert told == ["own begins", "own ends", "the host waits for own"]
+    assert log == ["own begins", "own ends", "the host waits for own"]
 
 
-def test_what_fails_leaves_nothing_running_behind(said: Any) -> None:
-    backend, told = said
+def test_what_fails_leaves_nothing_running_behind(streaming: Any) -> None:
+    backend, log = streaming
     full = {k: Adapter({"m": Factors(torch.full((1, 9), 3e38), torch.ones(9, 1))}) for k in "ab"}
     with pytest.raises(PlanError):
         backend.check(make_plan(parse("linear(a, b)"), full))
-    assert told[-1] == "the host waits for own"
+    assert log[-1] == "the host waits for own"
 
 
 def test_one_group_is_free_before_the_next_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +146,8 @@ def test_a_search_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> N
 def test_thresholds_belong_to_the_modules_they_were_found_for() -> None:
     backend, ties = fresh(), plan("ties(a, b)")
     for name in SHAPES:
-        one = replace(ties, modules={name: ties.modules[name]})
-        assert_same_bits(backend.merge(one, lambda _: None), run(one, "numpy"))
+        part = replace(ties, modules={name: ties.modules[name]})
+        assert_same_bits(backend.merge(part, lambda _: None), run(part, "numpy"))
 
 
 def test_the_newest_thresholds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def assert_writes(backend: module.TritonBackend, merge: MergePlan, written: dict
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes the functions that make tables, and those that upload them, whenever they are called."""
+    """The log of calls of functions that make tables and that upload them."""
     calls: list[str] = []
 
     def noting(owner: Any, name: str) -> None:
@@ -235,8 +235,8 @@ def test_thresholds_that_were_forgotten_are_found_and_read_where_they_are_now(bu
     written = slots(backend)
     assert_writes(backend, merge, written)
     for resident in backend.load_sources(merge):
-        (pairs,) = resident.thresholds.values()
-        pairs.fill_(launch.KEEP_NONE[0])  # what is read from here is wrong from now on
+        (thresholds,) = resident.thresholds.values()
+        thresholds.fill_(launch.KEEP_NONE[0])  # wrong from now on, if they are still read
         resident.thresholds.clear()
     built.clear()
     assert_writes(backend, merge, written)
@@ -278,14 +278,14 @@ def test_tables_take_no_more_than_their_ring_and_are_made_again_where_others_cam
     monkeypatch.setattr(writer, "TABLES", 2000)  # those of one write take 1.4 kB
     backend = reserving(2)
     ring = backend._writer.reserve()
-    one, other = plan("linear(a, 0.5*b)"), plan("linear(a, -0.5*b)")
+    first, second = plan("linear(a, 0.5*b)"), plan("linear(a, -0.5*b)")
     written = slots(backend)
-    for merge in (one, other, one, other):
+    for merge in (first, second, first, second):
         built.clear()
         assert_writes(backend, merge, written)
         assert built
     built.clear()
-    assert_writes(backend, other, written)
+    assert_writes(backend, second, written)
     assert built == []
     assert backend._writer.reserve() is ring
 

@@ -1,6 +1,6 @@
 """No merge on a GPU calls an operator that vLLM replaces there when ``VLLM_BATCH_INVARIANT=1`` is set.
 
-vLLM's kernels for these know no float64, and round float32 otherwise than the operators that they replace.
+vLLM's kernels for these do not support float64, and round float32 differently than the original operators.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ REPLACED = {
     *("mm", "mm.out", "addmm", "addmm.out", "bmm", "bmm.out", "matmul", "linear"),
     *("mean.dim", "softmax", "_softmax", "_log_softmax"),
 }
-"""By vLLM 0.30 to 0.33, on one kind of GPU or on another."""
+"""The operators that vLLM 0.30 to 0.33 replaces on some kind of GPU."""
 SHAPES = {"m.q": (24, 40), "m.down": (40, 24)}
-RANK = 3  # that results are cut to
+RANK = 3  # of the results of strategies that can cut it
 
 
 def vllm_folders() -> dict[str, Path]:
-    """Every vLLM that is installed here: the one that Python finds, and others beside it."""
+    """The folder of every vLLM installed here: the one that Python imports, and those next to it."""
     found = {path.name: path / "vllm" for path in sorted(Path(sys.prefix).glob("vllm-*"))}
     spec = importlib.util.find_spec("vllm")
     if spec is not None and spec.origin is not None:
@@ -60,10 +60,10 @@ def replaced() -> Iterator[None]:
 
 
 def cases() -> list[tuple[str, int | None]]:
-    """Every strategy, and with a cut rank those that can cut it; those that always do, with that alone."""
+    """Every strategy without a rank, unless it always cuts one, and with a rank if it can cut one."""
     cutting = [s.name for s in TABLE.values() if s.recipe.space != "factors" and s.name != "cat"]
-    whole = [name for name in TABLE if not name.endswith("_svd")]
-    return [(name, None) for name in whole] + [(name, RANK) for name in cutting]
+    uncut = [name for name in TABLE if not name.endswith("_svd")]
+    return [(name, None) for name in uncut] + [(name, RANK) for name in cutting]
 
 
 @pytest.mark.parametrize(("strategy", "limit"), cases())
@@ -119,7 +119,7 @@ def test_vllm_replaces_no_other_operators(vllm: str) -> None:
     text = file.read_text(encoding="utf-8")
     names = set(re.findall(r'\.impl\(\s*"aten::([\w.]+)"', text))
     assert {"bmm", "matmul"} <= names <= REPLACED
-    # Every other way that it takes would be missed above.
+    # Replacements made in any other way would be missed above.
     assert len(re.findall(r"\.impl\(", text)) == len(re.findall(r'\.impl\(\s*"aten::', text))
     assert set(re.findall(r"^\s+torch\.(\w+) = ", text, re.MULTILINE)) <= {"bmm"}
 
@@ -130,7 +130,7 @@ def test_a_product_is_that_of_its_factors_from_left_to_right() -> None:
         torch.randint(-9, 10, (2, rows, columns), generator=generator).double()
         for rows, columns in ((3, 4), (5, 4), (5, 2))
     )
-    expected = torch.tensor(  # of whole numbers, exact in any order
+    expected = torch.tensor(  # integers: exact in any order
         [[[sum(x[m, i, k] * y[m, j, k] * z[m, j, n] for j in range(5) for k in range(4)) for n in range(2)]
           for i in range(3)] for m in range(2)]
     )  # fmt: skip

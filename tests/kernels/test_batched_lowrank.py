@@ -57,7 +57,7 @@ def test_the_sizes_of_two_factors_do_not_matter_only_their_product(size: float, 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-12, 1e12, 1e30])
 def test_the_size_of_a_product_does_not_matter(factor: float) -> None:
-    """Squares and squares of squares of these leave float32, and of 1e-30 in both factors nearly float64."""
+    """Squares of squares of these numbers exceed float32, and those of 1e-30 nearly underflow in float64."""
     (a, b), other = source(3, 1), source(4, 2)
     sources = [(a * factor, b * factor), (other[0] * factor, other[1] * factor)]
     weights = [[1.0, -0.5]] * 3
@@ -67,7 +67,7 @@ def test_the_size_of_a_product_does_not_matter(factor: float) -> None:
 @pytest.mark.parametrize("tail", [1e-7, 3e-8, 1e-8])
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_singular_values_at_the_edge_of_resolution_do_not_add_up(side: str, tail: float) -> None:
-    """One of size 1 and 63 of size ``tail`` in one factor, whose rows are dependent but for those."""
+    """One singular value of 1 and 63 of size ``tail`` in one factor."""
     rotation, a, b = (
         torch.linalg.qr(source(64, seed, 2, (1, n))[0].double().mT)[0] for seed, n in enumerate((64, 80, 70))
     )
@@ -81,7 +81,7 @@ def test_singular_values_at_the_edge_of_resolution_do_not_add_up(side: str, tail
 
 @pytest.mark.parametrize("step", [0.5, 0.1, 1e-2, 1e-4])
 def test_singular_values_of_every_size_are_found(step: float) -> None:
-    """Values that fall by ``step``: squaring loses all but the largest half of float64's digits."""
+    """Values that decrease by ``step``: squaring halves the digits that float64 resolves."""
     a, b = source(12, 0)
     a, b = (torch.linalg.qr(x.double())[0] for x in (a.mT, b))
     sources = [((a * step ** torch.arange(12)).mT.float(), b.float())]
@@ -100,7 +100,7 @@ def test_singular_values_are_split_evenly_between_the_factors() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_result_is_rounded_to_its_dtype(dtype: torch.dtype) -> None:
-    """Each factor is off by u of its entries, the product by about 2 u of that of their magnitudes."""
+    """Factors have errors of u times their entries, and a product of about 2 u times that of magnitudes."""
     sources, weights = [source(3, 0, dtype=dtype), source(5, 1, dtype=dtype)], [[1.0, -0.5]] * 3
     merged = merge_stack(stacked(sources, weights, 6, dtype=dtype))
     assert merged.a.dtype == merged.b.dtype == dtype
@@ -131,9 +131,10 @@ def test_at_full_rank_the_bits_are_those_of_the_plain_concatenation(
 
 
 def assert_interpolates(merged: MergedStack, x: Source, y: Source, target: torch.Tensor) -> None:
-    """At full rank an entry of A is rounded to float32 at its weight and at the product: twice u.
+    """The product is the target, up to two roundings of an entry of A to float32 at full rank.
 
-    The angle is found in float64 and adds nothing that counts beside it.
+    One is that of the weight, one that of the product; the angle is computed in float64 and adds no error
+    that matters.
     """
     assert merged.energy is None
     magnitude = merged.b.abs() @ merged.a.abs()
@@ -195,7 +196,7 @@ def test_what_does_not_cancel_is_found() -> None:
 
 @pytest.mark.parametrize("share", [1e-2, 1e-4])
 def test_a_small_difference_of_two_sources_is_found(share: float) -> None:
-    """What is squared is the difference, but what is rounded are the sources."""
+    """The difference is squared, but it is the sources that are rounded."""
     (a, b), (c, d) = source(3, 1), source(3, 2)
     sources, weights = [(a, b), (a + share * c, b + share * d)], [[1.0, -1.0]] * 3
     target = deltas(sources, weights)
@@ -228,7 +229,7 @@ def test_zero_rows_and_columns_are_no_obstacle() -> None:
 
 @pytest.mark.parametrize("side", ["a", "b", "weight"])
 def test_nothing_but_zeros_gives_zero_and_eigh_no_zeros(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On matrices of zeros cuSOLVER has failed (pytorch#94772)."""
+    """cuSOLVER has failed on zero matrices (pytorch#94772)."""
     eigh = torch.linalg.eigh
 
     def checked(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,7 +286,7 @@ def test_views_of_any_strides_are_taken() -> None:
 
 
 def test_a_module_does_not_feel_the_others_of_its_stack() -> None:
-    """Beside it: huge, tiny, zero and cancelling ones."""
+    """Among the other modules are huge, tiny, zero and cancelling ones."""
     x, y = source(3, 1, 5), source(3, 2, 5)
     x[0][0] *= 1e15
     x[1][1] *= 1e-15
@@ -309,20 +310,20 @@ def test_a_module_does_not_feel_the_others_of_its_stack() -> None:
 def test_a_small_workspace_changes_nothing(
     workspace: int, slerp: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of five modules one at a time, then two, two and one."""
+    """Five modules are merged one at a time, or two, two and one."""
     x, y = source(3, 0, 5), source(5, 1, 5)
     weights = [[1.0, -0.5 * (m + 1)] for m in range(5)]
-    whole = merge_stack(stacked([x, y], weights, 8, slerp))
+    at_once = merge_stack(stacked([x, y], weights, 8, slerp))
     monkeypatch.setattr(batched, "WORKSPACE", workspace)
     target = deltas([x, y], weights) if slerp is None else interpolated(x, y, weights, slerp)
     assert_best(merge_stack(stacked([x, y], weights, 4, slerp)), target, 4)
     parts = merge_stack(stacked([x, y], weights, 8, slerp))
-    torch.testing.assert_close(parts.a, whole.a, rtol=2 * UNIT[torch.float32], atol=0)
-    assert torch.equal(parts.b, whole.b)
+    torch.testing.assert_close(parts.a, at_once.a, rtol=2 * UNIT[torch.float32], atol=0)
+    assert torch.equal(parts.b, at_once.b)
 
 
 def given(stack: Stack) -> list[torch.Tensor]:
-    """What the stack holds already."""
+    """The tensors of a stack."""
     return [*stack.a, *stack.b, stack.weights]
 
 
@@ -336,7 +337,7 @@ CASES: list[Callable[[int], Stack]] = [
 
 @pytest.mark.parametrize("case", CASES, ids=["cut", "exact", "slerp cut", "slerp exact"])
 def test_no_operator_waits_for_the_device_and_none_runs_per_module(case: Callable[[int], Stack]) -> None:
-    """Operators whose result's shape or value Python must know, and the number of all of them."""
+    """Operators whose result's shape or value Python has to wait for, and the number of all operators."""
     names = []
     for modules in (2, 7):
         stack = case(modules)
@@ -360,7 +361,7 @@ def test_the_workspace_bounds_what_is_taken_beside_the_result(
     at_a_time: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The formula is that of the docstring; a workspace of many modules is not left idle either."""
+    """The formula is that of the docstring, and a workspace for many modules is used, too."""
     sources = [source(8, seed, 12, shape, dtype=dtype) for seed in range(2)]
     stack = stacked(sources, [[1.0, 0.5]] * 12, rank, slerp, dtype)
     workspace = at_a_time * 8 * (sum(shape) * (16 + rank) + 16 * 16**2)

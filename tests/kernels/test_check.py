@@ -1,4 +1,4 @@
-"""A check tells beforehand whether a merge will succeed, and leaves nothing behind."""
+"""A check finds out in advance whether a merge will succeed, and has no other effect."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Under every Triton that is claimed, each kernel compiles for GPUs of NVIDIA and AMD within its bounds.
+"""Every supported release of Triton compiles each kernel for NVIDIA and AMD GPUs within its bounds.
 
-It spills nothing but what the bounds say, leaves room for as many programs, and loads 16 bytes at a time.
+It spills no more registers than the bounds allow, leaves room for as many programs, and loads 16 bytes at a
+time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Groups of modules that are merged together: what memory that takes."""
+"""Memory that merging a group of modules takes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_workspace_bounds_what_a_group_takes_beside_its_result(
     strategy: str, shape: tuple[int, int], kibibytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = kibibytes << 10
-    # Constants of the size of the real workspace, made as small as this one.
+    # Scale down the constants that belong to the real workspace.
     for room in (groups, tiles):
         monkeypatch.setattr(room, "TILE_BYTES", 1 << 15)
     monkeypatch.setattr(groups, "SAMPLE_BYTES", 24 * SAMPLE)
@@ -46,7 +46,7 @@ def test_the_workspace_bounds_what_a_group_takes_beside_its_result(
         monkeypatch.setattr(groups, "WORKSPACE", bytes_at_a_time)
         with Watch([*a, *b]) as watch:
             merged = groups.merge_group(group, (a, b), {})
-        # Twice the result: at the end its parts are there beside the whole.
+        # Twice the result, because at the end it exists both in parts and joined.
         kept = 2 * sum(x.nbytes for x in (merged.a, merged.b, merged.energy) if x is not None)
         peaks.append(watch.peak - kept)
     assert peaks[0] <= workspace < peaks[1]

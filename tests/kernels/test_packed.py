@@ -1,4 +1,4 @@
-"""Sources on the device: packed without change, uploaded once, evicted in order, never beyond the budget."""
+"""Sources on the device: packed without change, uploaded once, evicted in order, within the budget."""
 
 from __future__ import annotations
 

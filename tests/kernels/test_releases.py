@@ -1,4 +1,4 @@
-"""Under every Triton that is claimed, the tests of the kernels pass. Compiles nothing for a GPU."""
+"""The tests of the kernels pass with every supported release of Triton. Compiles nothing for a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the interpreters of old Tritons round twice: quotients by three in float32, and nothing else."""
+"""Interpreters of old Tritons round quotients by three in float32 twice, and nothing else."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_thresholds_keep_as_many_as_asked_whatever_the_sample_says(
             surely = int((delta[module].abs() - slack[module] >= low).sum())
             perhaps = int((delta[module].abs() + slack[module] >= low).sum())
             assert surely <= count <= perhaps
-            assert perhaps - surely <= 3  # or the threshold would be told by nothing
+            assert perhaps - surely <= 3  # otherwise the test would accept any threshold
 
 
 def test_what_the_kernels_know() -> None:

@@ -1,4 +1,4 @@
-"""Merges written into slots: any strides and ranks, nothing of the slot's last tenant left, once rounded."""
+"""Merges written into slots: of any strides and ranks, rounded once, with no trace of earlier content."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RULES = (
     "cat(a, b)",
 )
 EIGHT, FIVE = 8, 5
-"""Ranks: whole groups of eight columns, and not."""
+"""Ranks that are a multiple of eight columns, and not."""
 
 
 def backend() -> SlotBackend:
@@ -43,7 +43,7 @@ def pair(rank: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Adapter]:
 
 
 def slots(rank: int, dtype: torch.dtype, layout: str = "plain") -> dict[str, Slot]:
-    """Slots full of NaN, of a rank, beside others in larger tensors."""
+    """Slots of a rank, full of NaN, as parts of larger tensors."""
     made = {}
     device = backend().device
     for name, (rows, columns) in SHAPES.items():
@@ -122,7 +122,7 @@ def test_only_the_slots_that_are_given_are_written(spec: str) -> None:
 
 
 WINDOWS = {
-    # Of A, then of B: where the slot begins, and its shape; the factors are [8, 300] and [24, 8].
+    # Where the slot of A begins, its shape, and the same for B; the factors are [8, 300] and [24, 8].
     "columns of A": ((0, 152), (16, 148), (0, 0), (24, 16)),
     "odd columns of A": ((0, 151), (16, 149), (0, 0), (24, 16)),
     "rows of B": ((0, 0), (16, 300), (12, 0), (12, 16)),

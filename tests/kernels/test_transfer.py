@@ -1,4 +1,4 @@
-"""Tables on the device: uploaded without change, kept in a ring that never grows."""
+"""Arrays on the device: uploaded without change, kept in a ring that never grows."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_what_is_uploaded_is_what_was_given() -> None:
         np.arange(6, dtype=np.int32)[::2],
     ]
     memory = torch.full((96,), 255, dtype=torch.uint8)
-    for there in (upload(given, CPU), upload(given, CPU, lambda nbytes: memory[:nbytes])):
-        for array, tensor in zip(given, there, strict=True):
+    for uploaded in (upload(given, CPU), upload(given, CPU, lambda nbytes: memory[:nbytes])):
+        for array, tensor in zip(given, uploaded, strict=True):
             assert np.array_equal(tensor.numpy(), array)
             assert tensor.numpy().dtype == array.dtype
-            assert (tensor.data_ptr() - there[0].data_ptr()) % ALIGNMENT == 0
-    assert there[0].data_ptr() == memory.data_ptr()
+            assert (tensor.data_ptr() - uploaded[0].data_ptr()) % ALIGNMENT == 0
+    assert uploaded[0].data_ptr() == memory.data_ptr()
 
 
 def test_what_is_held_in_a_ring_never_overlaps() -> None:
@@ -38,9 +38,9 @@ def test_what_is_held_in_a_ring_never_overlaps() -> None:
         assert part.buffer.numel() == size
         given.append(part)
         taken = np.zeros(1000, int)
-        for one in given:
-            if one.held:
-                taken[one.start : one.start + one.buffer.numel()] += 1
+        for earlier in given:
+            if earlier.held:
+                taken[earlier.start : earlier.start + earlier.buffer.numel()] += 1
         assert taken.max() == 1
         assert part.held
 

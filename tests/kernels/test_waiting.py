@@ -1,7 +1,7 @@
-"""No write waits for the device: on a device without values, whatever looks at one fails.
+"""No write waits for the device: on a device without values, any read of one fails.
 
-Decompositions wait by themselves, and merges of deltas look at what they have counted; vLLM allows both where
-it fills a slot.
+Decompositions wait by themselves, and sketched merges read their counts; vLLM allows both while it fills a
+slot.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def slots(dtype: torch.dtype = torch.bfloat16) -> dict[str, Slot]:
     }
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Fails for copies to the device that the host waits for.  locked: where they need not be waited for."""
+class UploadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Fails on copies to the device that the host waits for; locked: page-locked tensors."""
 
     def __init__(self, locked: list[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -70,15 +70,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Kernel:
-    """Launched, it does nothing."""
+    """A kernel that does nothing when it is launched."""
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda **_: None
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """Everything between a write and its kernels is looked at."""
+def watch(monkeypatch: pytest.MonkeyPatch) -> UploadWatch:
+    """Watches all uploads of a write; kernels are replaced."""
     for owner, name in (
         (combine, "_combine_kernel"),
         (trim, "_find_thresholds_kernel"),
@@ -96,11 +96,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
     for owner in (transfer, packed):
         monkeypatch.setattr(owner, "host_memory", host_memory)
-    return Watch(locked)
+    return UploadWatch(locked)
 
 
 def write_all_ways(spec: str, dtype: torch.dtype, watch: contextlib.AbstractContextManager[object]) -> None:
-    """Write a merge for the first time, again, and after its sources have gone and come back."""
+    """Write a merge for the first time, again, and after its sources were evicted and loaded again."""
     backend = module.TritonBackend(META)
     backend.reserve(2 * int(packed.pack(random_adapter(SHAPES, 4, dtype), META).host.numel()))
     merge, others, written = plan(spec, dtype), plan("sum(c, d)", dtype), slots()
@@ -120,7 +120,7 @@ def test_the_strategies_of_one_launch_are_those() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", LAUNCHED)
 def test_a_merge_of_one_launch_waits_for_nothing(
-    strategy: str, dtype: torch.dtype, large: int, watch: Watch, monkeypatch: pytest.MonkeyPatch
+    strategy: str, dtype: torch.dtype, large: int, watch: UploadWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "find_thresholds", functools.partial(trim.find_thresholds, large=large))
     write_all_ways(f"{strategy}(a, 0.5*b)", dtype, watch)
@@ -128,6 +128,6 @@ def test_a_merge_of_one_launch_waits_for_nothing(
 
 
 @pytest.mark.parametrize("strategy", DECOMPOSED)
-def test_a_merge_that_decomposes_looks_at_no_value_itself(strategy: str, watch: Watch) -> None:
+def test_a_merge_that_decomposes_looks_at_no_value_itself(strategy: str, watch: UploadWatch) -> None:
     assert strategy not in LAUNCHED
     write_all_ways(f"{strategy}(a, 0.5*b)", torch.float32, contextlib.nullcontext())

@@ -1,4 +1,4 @@
-"""What torch does while something runs, and what memory that takes."""
+"""The operators that torch runs, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operator that runs, and the most bytes that new tensors held at once.
+    """Records the names of all operators, and the most bytes that new tensors held at the same time.
 
-    given: tensors that were there before, which are not counted.
+    given: earlier tensors, which are not counted.
     """
 
     def __init__(self, given: Iterable[torch.Tensor]) -> None:

@@ -1,9 +1,11 @@
-"""Merges in ``delta`` space of many modules at once, on any torch device.
+"""Weighted sums of products for many modules at once, on any torch device.
 
 The batched twin of ``merged_lora.lowrank``: the same mathematics on Gram matrices ``[R, R]`` in float64, R =
-sum of ranks, with no loop over modules and no shape that depends on data.  Of the factorisations it uses only
-``torch.linalg.eigh``: batched SVD and QR loop over the matrices on CUDA.  Knows nothing of slots, of files or
-of Triton.
+sum of ranks, with no loop over modules and no shape that depends on data.  The only factorization used is
+that of ``merged_lora.batched.eigenvectors``, because batched SVD and QR loop over the matrices on CUDA.
+Knows nothing of slots, of files or of Triton.
+
+Shape comments: M modules, N sources, ranks r_i with sum R, deltas ``[out, in]``.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ from merged_lora.plan import DeltaModule, Mean
 from merged_lora.scalars import RULES
 
 WORKSPACE = 256 << 20
-"""Bytes of intermediates that a merge takes at a time, where a single module needs no more than that."""
+"""Bytes of intermediates that a merge takes at a time, unless a single module needs more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Modules of one :func:`kind` side by side, all tensors on one device.
+    """Modules of one :func:`kind`, with all tensors on one device.
 
-    a: per source ``[modules, rank_i, in]``, b: per source ``[modules, out, rank_i]``; float32, float16 or
-    bfloat16, of any strides.  weights: float64 ``[modules, sources]``.  rank, mean, dtype: see
-    :class:`merged_lora.plan.DeltaModule`.
+    a: for each source ``[modules, rank_i, in]``; float32, float16 or bfloat16, of any strides.
+    b: for each source ``[modules, out, rank_i]``; likewise.
+    weights: float64 ``[modules, sources]``.
+    rank, mean, dtype: see :class:`merged_lora.plan.DeltaModule`.
     """
 
     a: tuple[torch.Tensor, ...]
@@ -45,7 +48,7 @@ class Stack:
         return sum(x.shape[1] for x in self.a)
 
     def part(self, modules: slice) -> Stack:
-        """These modules alone, as views."""
+        """The stack of these modules alone, as views."""
         a, b = (tuple(x[modules] for x in side) for side in (self.a, self.b))
         return Stack(a, b, self.weights[modules], self.rank, self.mean, self.dtype)
 
@@ -54,9 +57,10 @@ class Stack:
 class MergedStack:
     """The merged factors of a stack, with scaling 1.
 
-    a: ``[modules, rank, in]``, b: ``[modules, out, rank]``.  energy: float64 ``[modules, 2]``, the squared
-    norm kept and the one asked for; None where no rank was cut.  repeated: bool ``[modules]``, whether the
-    basis the modules were merged in is one of many; None where they were merged in none.
+    a: ``[modules, rank, in]``.
+    b: ``[modules, out, rank]``.
+    energy: the squared norms kept and asked for, float64 ``[modules, 2]``; None if no rank was cut.
+    repeated: whether the basis of a module's merge is one of many, bool ``[modules]``; None if there is none.
     """
 
     a: torch.Tensor
@@ -66,7 +70,7 @@ class MergedStack:
 
 
 def kind(module: DeltaModule) -> Hashable:
-    """What two modules must have in common to go into one stack; their weights and tensors may differ."""
+    """A key that modules of one stack share; their weights and tensors may differ."""
     factors = tuple((f.a.shape, f.a.dtype, f.b.shape, f.b.dtype) for f in module.sources)
     return factors, module.present, module.rank, module.mean, module.dtype, module.embedding
 
@@ -74,16 +78,16 @@ def kind(module: DeltaModule) -> Hashable:
 def merge_stack(stack: Stack) -> MergedStack:
     """The merged factors of every module of a stack, in ``stack.dtype``.
 
-    Where the rank is the sum of the sources' ranks, the result has the bits of ``lowrank.concatenate`` for
-    the same weights.  Elsewhere it is a best approximation (Eckart and Young), computed in float64, to within
-    1e-7 of the largest singular value, and each factor gets the root of every singular value.  Where sources
-    cancel, 1e-7 of their own sizes is what can be told from zero, and a delta below that gives zeros.
+    If the rank is the sum of the sources' ranks, the result has the bits of ``lowrank.concatenate`` for the
+    same weights.  Otherwise it is a best approximation (Eckart and Young 1936), computed in float64 to within
+    1e-7 of the largest singular value, and each factor is scaled by the roots of the singular values.  If
+    sources cancel, the resolution is 1e-7 of their own sizes, and a smaller delta gives zeros.
 
-    Beside the result it takes at most WORKSPACE bytes at a time, or what one module needs if that is more:
-    about ``8 * ((in + out) * (R + rank) + 16 * R**2)``, in the last term R rounded up to whole blocks of
-    ``batched.SMALL`` where torch loops; the scratch memory of cuSOLVER is not counted.
-    Nothing waits for the device but ``batched.eigenvectors``, twice per chunk, which looks whether it
-    converged.
+    Apart from the result, this takes at most WORKSPACE bytes at a time, or what a single module needs if that
+    is more: about ``8 * ((in + out) * (R + rank) + 16 * R**2)``, where R in the last term is rounded up to
+    whole blocks of ``batched.SMALL`` if torch loops.  The scratch memory of cuSOLVER is not included.
+
+    Only ``batched.eigenvectors`` waits for the device, twice per chunk, to see whether it has converged.
     """
     modules, sides = stack.weights.shape[0], (stack.a[0].shape[2], stack.b[0].shape[1])
     a = stack.a[0].new_empty(modules, stack.rank, sides[0], dtype=stack.dtype)
@@ -104,6 +108,7 @@ def merge_stack(stack: Stack) -> MergedStack:
 
 
 def _concatenate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor) -> None:
+    """Write the factors of all sources next to each other, A multiplied by the weights."""
     weights = stack.weights
     if stack.mean is not None:
         a, b = joined(stack.a, 1), joined(stack.b, 2)
@@ -116,37 +121,39 @@ def _concatenate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor) -> None
 
 
 def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: torch.Tensor) -> None:
-    """The best factors of rank ``stack.rank``.
+    """Write the best factors of rank ``stack.rank``, and the squared norms kept and asked for.
 
-    With rows of A and columns of B of unit length, and the weights and lengths in a diagonal D, a delta is
+    If rows of A and columns of B have unit length, and D is the diagonal of weights and lengths, a delta is
     ``B D A``.  From ``A A^T = V L V^T`` follows ``A = S^T Q`` with ``S = L^(1/2) V^T`` and orthonormal rows
     of ``Q = L^(-1/2) V^T A``.  So the singular values of ``B D S^T`` are those of the delta, and the
     eigenvectors of ``S D B^T B D S^T`` are its right singular vectors in the basis Q.
     """
-    a, b = joined(stack.a, 1), joined(stack.b, 2)
-    gram_a, gram_b = multiplied(a, a.mT), multiplied(b.mT, b)
-    weights = stack.weights
+    a, b = joined(stack.a, 1), joined(stack.b, 2)  # [M, R, in], [M, out, R]
+    gram_a, gram_b = multiplied(a, a.mT), multiplied(b.mT, b)  # [M, R, R] each
+    weights = stack.weights  # [M, N]
     if stack.mean is not None:
         weights = _mean_weights(stack, gram_a, gram_b, stack.mean)
-    # What a Gram matrix resolves is relative to its largest entry: with unit lengths no factor hides another.
+    # The resolution of a Gram matrix is relative to its largest entry: with unit lengths no factor hides
+    # another.
     gram_a, length_a, inverse_a = normalized(gram_a)
     gram_b, length_b, inverse_b = normalized(gram_b)
-    diagonal = per_column(weights, [x.shape[1] for x in stack.a]) * length_a * length_b
-    size = torch.linalg.vector_norm(diagonal, dim=1, keepdim=True)
+    diagonal = per_column(weights, [x.shape[1] for x in stack.a]) * length_a * length_b  # D, [M, R]
+    size = torch.linalg.vector_norm(diagonal, dim=1, keepdim=True)  # [M, 1]
     diagonal = diagonal * inverses(size)
 
-    squares, vectors = eigenvectors(gram_a)
-    # Directions lost in rounding get a floor and are not dropped: S and its inverse agree whatever it is.
+    squares, vectors = eigenvectors(gram_a)  # L [M, R], V [M, R, R]
+    # Directions that are lost in rounding are given a minimal length instead of being dropped; whatever that
+    # length is, S and its inverse agree.
     root = squares.clamp(min=EPS * squares[:, -1:]).sqrt()
-    scaled = root[:, :, None] * vectors.mT * diagonal[:, None, :]  # S D
+    scaled = root[:, :, None] * vectors.mT * diagonal[:, None, :]  # S D, [M, R, R]
     core = multiplied(scaled, gram_b, scaled.mT)
 
-    # The core is good to a few EPS of this scale, and 16 EPS is the square of float32's unit roundoff: values
-    # up to that are the rounding of sources that cancel.  The shift by as much keeps matrices of zeros from
-    # cuSOLVER, which has failed on them (pytorch#94772).
+    # The core is accurate to a few EPS of this scale, and 16 EPS is the square of float32's unit roundoff:
+    # values up to that are rounding errors of sources that cancel.  Shifting by the same amount keeps zero
+    # matrices away from cuSOLVER, which has failed on them (pytorch#94772).
     noise = 16 * EPS * squares[:, -1:]
     core.diagonal(dim1=1, dim2=2).add_(noise)
-    squares, w = eigenvectors(core)
+    squares, w = eigenvectors(core)  # [M, R], [M, R, R]
     squares = squares - noise
     squares = torch.where(squares[:, -1:] > noise, squares, 0.0).clamp(min=0.0)
 
@@ -154,17 +161,21 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
     lost = squares[:, : -stack.rank].sum(1)
     energy[:] = torch.stack([asked - lost, asked], dim=1) * size**2
 
-    w = w[:, :, -stack.rank :].flip(2)
-    # The singular values are split evenly: each factor gets the root, which B has to be divided by.
+    w = w[:, :, -stack.rank :].flip(2)  # [M, R, rank]
+    # The singular values are split evenly: A is scaled by their roots, and B, which contains the values
+    # already, is divided by the roots.
     half = squares[:, -stack.rank :].flip(1).pow(0.25) * size.sqrt()
-    right = multiplied((w / root[:, :, None]).mT, vectors.mT)
-    left = multiplied(scaled.mT, w) * size[:, :, None]
+    right = multiplied((w / root[:, :, None]).mT, vectors.mT)  # [M, rank, R]
+    left = multiplied(scaled.mT, w) * size[:, :, None]  # [M, R, rank]
     new_a[:] = multiplied(half[:, :, None] * right * inverse_a[:, None, :], a)
     new_b[:] = multiplied(b, inverse_b[:, :, None] * left * inverses(half)[:, None, :])
 
 
 def _mean_weights(stack: Stack, gram_a: torch.Tensor, gram_b: torch.Tensor, mean: Mean) -> torch.Tensor:
-    """What each product is multiplied by, ``[modules, sources]``, from the Gram matrices of both factors."""
+    """The weights of the products by the rule of a mean, ``[modules, sources]``.
+
+    gram_a, gram_b: of the rows of all A and the columns of all B, ``[modules, R, R]``.
+    """
     gram = inner_products(gram_a, gram_b, [x.shape[1] for x in stack.a], stack.weights)
     shares = torch.tensor(mean.shares, dtype=torch.float64).to(gram.device)
     return RULES[mean.rule](gram, shares.expand(gram.shape[:-1]), mean.count) * stack.weights

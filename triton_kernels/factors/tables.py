@@ -32,8 +32,8 @@ def target_rows(
 
     Raises PlanError if a target or a source has more entries than kernels can count.
     """
-    known = [x for t in tensors for x in (t.data_ptr(), *t.shape, *t.stride())]
-    address, shape, stride = np.split(np.array(known, np.int64).reshape(-1, 5), (1, 3), axis=1)
+    described = [x for t in tensors for x in (t.data_ptr(), *t.shape, *t.stride())]
+    address, shape, stride = np.split(np.array(described, np.int64).reshape(-1, 5), (1, 3), axis=1)
     address, length = address[:, 0], sources[:, 1]
     begins = np.zeros_like(sources) if begins is None else begins
     filled = np.clip(sources - begins, 0, shape)
