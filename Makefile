@@ -45,7 +45,7 @@ soak: model tritons  ## the long tests, then random load on a real server; MINUT
 	@$(PYTHON) tools/install.py --vllm all
 	@$(PY) -m pytest -m soak
 	@for vllm in .venv/vllm-*; do PYTHONPATH=$(CURDIR)/$$vllm $(PY) -m pytest tests/serving || exit 1; done
-	@$(PY) -m merged_lora.bench soak --minutes $(MINUTES)
+	@$(PY) tests/serving/soak.py --minutes $(MINUTES)
 
 clean:  ## remove builds and caches; .venv and .models stay
 	@rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,121 +1,30 @@
-"""``python -m merged_lora.bench cpu``, ``gpu``, ``host``, ``registers``, ``serve`` or ``soak``."""
+"""The command line: ``python -m merged_lora.bench cpu``, ``gpu``, ``host``, ``registers`` or ``serve``."""
+
+from __future__ import annotations
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from merged_lora.errors import MergeError
 
-from .server import ServerDiedError
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return int(text)
+
+    return parse
 
 
-def main(arguments: list[str]) -> int:
-    """The exit code: 0, 1 where ours and the peer's disagree or a server under load failed, 2 where something
-    is missing to measure.
-
-    Without arguments, the benchmark of CPU cores.
-    """
-    parser = argparse.ArgumentParser(prog="python -m merged_lora.bench", description="Benchmarks.")
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    on_cpu = benchmarks.add_parser("cpu", help="merges on CPU cores beside PEFT's")
-    on_cpu.add_argument(
-        "--quick", action="store_true", help="leave out the large SVDs, which take PEFT minutes"
-    )
-    on_cpu.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
-    on_cpu.add_argument(
-        "--space",
-        type=_spaces,
-        default=("factors",),
-        metavar="SPACE[,SPACE]",
-        help="factors (default), or of delta and core: one layer, four sources",
-    )
-    on_gpu = benchmarks.add_parser("gpu", help="merges on a GPU beside copies of the same bytes and PEFT's")
-    on_gpu.add_argument(
-        "--quick", action="store_true", help="what has an aim alone, without PEFT's large SVDs"
-    )
-    on_gpu.add_argument("--layers", type=int, default=32, metavar="N", help="of Llama-3-8B; 32 by default")
-    on_gpu.add_argument(
-        "--agreement-only", action="store_true", help="time nothing; runs under Triton's interpreter too"
-    )
-    on_gpu.add_argument(
-        "--first-day", action="store_true", help="check and measure what some minutes allow, by worth"
-    )
-    on_gpu.add_argument("--minutes", type=float, default=9.5, metavar="M", help="of the first day; 9.5")
-    on_gpu.add_argument(
-        "--json", type=Path, metavar="FILE", help="write every measured time there; a folder with --first-day"
-    )
-    of_kernels = benchmarks.add_parser("registers", help="what the GPU kernels compile to; needs no GPU")
-    of_kernels.add_argument("--target", action="append", help="sm_80, sm_90 or gfx942; all by default")
-    of_kernels.add_argument(
-        "--bounded", action="store_true", help="the usual merges of four bf16 sources and their trim alone"
-    )
-    of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
-    on_host = benchmarks.add_parser("host", help="what the host does for a write into slots; needs no GPU")
-    on_host.add_argument("--layers", type=int, default=32, metavar="N", help="of Llama-3-8B; 32 by default")
-    on_host.add_argument("--rounds", type=int, default=30, metavar="N", help="of each write; 30 by default")
-    on_host.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
-    of_serving = benchmarks.add_parser("serve", help="requests to real servers: merges beside plain adapters")
-    of_serving.add_argument(
-        "--requests", type=int, default=20, metavar="N", help="of each kind; 20 by default"
-    )
-    of_serving.add_argument("--json", type=Path, metavar="FILE", help="write every measured time there")
-    soaking = benchmarks.add_parser("soak", help="random load on a real server, watched for errors")
-    soaking.add_argument("--minutes", type=float, default=30, metavar="M", help="30 by default")
-    soaking.add_argument("--json", type=Path, metavar="FILE", help="write what was counted there")
-    options = parser.parse_args(arguments or ["cpu"])
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"{options.json.parent} is no folder")
-    first_day = getattr(options, "first_day", False)
-    if first_day and options.json is None:
-        parser.error("--first-day needs --json FOLDER, which gets everything that it finds")
-    if options.json is not None and options.json.exists() and options.json.is_dir() != first_day:
-        parser.error(f"{options.json} is {'no' if first_day else 'a'} folder")
-    if getattr(options, "layers", 1) < 1:
-        parser.error("--layers must be at least 1")
-    if getattr(options, "rounds", 1) < 1:
-        parser.error("--rounds must be at least 1")
-    if getattr(options, "requests", 2) < 2:
-        parser.error("--requests must be at least 2")
-    if not 0 < getattr(options, "minutes", 1) < math.inf:
-        parser.error("--minutes must be above 0")
-    try:
-        if options.benchmark == "serve":
-            from . import serve
-
-            return serve.run(serve.Work(options.requests), options.json)
-        if options.benchmark == "soak":
-            from . import soak
-
-            return soak.run(options.minutes, options.json)
-        if options.benchmark == "registers":
-            from . import registers
-
-            return registers.run(options.target, options.json, options.bounded)
-        if first_day:
-            from . import first_day as day
-
-            return day.run(options.json, options.minutes, options.layers)
-        if options.benchmark == "host":
-            from . import host
-
-            return host.run(options.layers, options.rounds, options.json)
-        if options.benchmark == "gpu":
-            from . import gpu
-
-            work = gpu.work(options.quick, options.layers)
-            return gpu.run(work, options.json, options.agreement_only)
-        if options.space != ("factors",):
-            from . import spaces
-
-            return spaces.run(options.space, options.json)
-        from . import cpu
-
-        return cpu.run(options.quick, options.json)
-    except ImportError as error:
-        parser.error(f"{error.name} is not installed; `make install` brings it")
-    except (MergeError, ServerDiedError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+def _minutes(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return float(text)
 
 
 def _spaces(text: str) -> tuple[str, ...]:
@@ -124,6 +33,97 @@ def _spaces(text: str) -> tuple[str, ...]:
     if chosen != ("factors",) and not set(chosen) <= {"delta", "core"}:
         raise argparse.ArgumentTypeError(f"{text!r} is not factors, delta, core or delta,core")
     return chosen
+
+
+FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu: merges on CPU cores beside PEFT's": {
+        "--quick": {"action": "store_true", "help": "leave out the SVDs, which take PEFT minutes"},
+        "--space": {
+            "type": _spaces,
+            "default": ("factors",),
+            "metavar": "SPACE[,SPACE]",
+            "help": "factors (default), or one or both of delta and core: one layer, four sources",
+        },
+    },
+    "gpu: merges on a GPU beside copies of the same bytes and PEFT's": {
+        "--quick": {"action": "store_true", "help": "only what has an aim, without PEFT's large SVDs"},
+        "--layers": {"type": _at_least(1), "default": 32, "metavar": "N", "help": "of Llama-3-8B; 32"},
+        "--agreement-only": {"action": "store_true", "help": "time nothing; Triton's interpreter will do"},
+        "--first-day": {"action": "store_true", "help": "what some minutes allow, the most valuable first"},
+        "--minutes": {"type": _minutes, "default": 9.5, "metavar": "M", "help": "of the first day; 9.5"},
+    },
+    "registers: what the GPU kernels compile to; needs no GPU": {
+        "--target": {"action": "append", "help": "sm_80, sm_90 or gfx942; all by default"},
+        "--bounded": {"action": "store_true", "help": "only merges of four bf16 sources and their trim"},
+    },
+    "host: what the host does for a write into slots; needs no GPU": {
+        "--layers": {"type": _at_least(1), "default": 32, "metavar": "N", "help": "of Llama-3-8B; 32"},
+        "--rounds": {"type": _at_least(1), "default": 30, "metavar": "N", "help": "of each write; 30"},
+    },
+    "serve: requests to real servers, for merges beside plain adapters": {
+        "--requests": {"type": _at_least(2), "default": 20, "metavar": "N", "help": "of each kind; 20"},
+    },
+}
+"""The flags of every benchmark, beside ``--json``."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run a benchmark, ``cpu`` without arguments, and return the exit code.
+
+    The code is 1 if a result is wrong, and 2 if something that is needed is missing.
+    """
+    parser = argparse.ArgumentParser(prog="python -m merged_lora.bench", description="Benchmarks.")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    for about, flags in FLAGS.items():
+        name, _, text = about.partition(": ")
+        benchmark = benchmarks.add_parser(name, help=text)
+        for flag, given in flags.items():
+            benchmark.add_argument(flag, **given)
+        benchmark.add_argument(
+            "--json", type=Path, metavar="FILE", help="gets every result; a folder with --first-day"
+        )
+    options = parser.parse_args(arguments or ["cpu"])
+    first_day = getattr(options, "first_day", False)
+    if options.json is None and first_day:
+        parser.error("--first-day needs --json FOLDER, which gets all results")
+    if options.json is not None:
+        if not options.json.absolute().parent.is_dir():
+            parser.error(f"{options.json.parent} is no folder")
+        if options.json.exists() and options.json.is_dir() != first_day:
+            parser.error(f"{options.json} is {'no' if first_day else 'a'} folder")
+    try:
+        return _run(options)
+    except ImportError as error:
+        parser.error(f"{error.name} is not installed; `make install` brings it")
+    except MergeError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Import what a benchmark needs, and run it."""
+    if options.benchmark == "cpu":
+        from . import cpu
+
+        return cpu.run(options.quick, options.space, options.json)
+    if options.benchmark == "serve":
+        from . import serve
+
+        return serve.run(serve.Work(options.requests), options.json)
+    if options.benchmark == "registers":
+        from . import registers
+
+        return registers.run(options.target, options.json, options.bounded)
+    if options.benchmark == "host":
+        from . import host
+
+        return host.run(options.layers, options.rounds, options.json)
+    if options.first_day:
+        from . import first_day
+
+        return first_day.run(options.json, options.minutes, options.layers)
+    from . import gpu
+
+    return gpu.run(gpu.work(options.quick, options.layers), options.json, options.agreement_only)
 
 
 if __name__ == "__main__":

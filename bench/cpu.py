@@ -1,10 +1,12 @@
-"""Merges on CPU cores beside PEFT's: four layers of Llama-3-8B, rank 16."""
+"""Time merges on CPU cores, beside PEFT's merges of the same sources where PEFT has them."""
 
-import json
+from __future__ import annotations
+
+import multiprocessing
 import statistics
-from collections.abc import Mapping
-from datetime import date
-from functools import partial
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -16,127 +18,193 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 from . import cases, machine, peers
-from .agreement import count_agreed, disagreements, unseen
-from .timing import interleaved, once, ratio, shown
+from .agreement import count_agreed, disagreements, entry_disagreements, unseen
+from .recording import write_report
+from .timing import Aim, extremes, interleaved, once, ratio
 
-LAYERS, RANK, DENSITY, ROUNDS = 4, 16, 0.5, 9
-COUNTS = (2, 4, 8)
-AIMS = {"linear": None, "ties": 40, "dare_ties": 20, "svd": 1000}
-SVD_MODULES = ("self_attn.k_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
-"""One module of every distinct shape, the smallest first: its time tells how long the others will take."""
+RANK, DENSITY, ROUNDS = 16, 0.5, 9
+MEMORY = 200e6
+"""Bytes that a merge of a layer may take on top of its inputs."""
+HEADER = (
+    f"rank {RANK}; milliseconds: median (fastest-slowest), ours and PEFT's in turn; MB: the most memory taken\n"
+    f"  {'merge':40} {'ours':24} {'PEFT':24} {'ratio':>7} {'GB/s':>5} {'plan':18} {'MB':>4}"
+)
 
 
-def run(quick: bool, file: Path | None) -> int:
-    """Check, measure and print; the exit code.
+@dataclass(frozen=True)
+class Case:
+    """A merge that is timed.
 
-    quick: without PEFT's large SVDs.  file: gets every measured time as JSON.
+    count: number of sources.
+    options: text that follows the sources in the spec.
+    layers: number of layers of Llama-3-8B that are merged; the memory of a merge of one layer is measured.
+    module: the one module that is merged instead of layers.
+    peft_rounds: how often PEFT merges the same; 0 if it does not.
+    faster: the least number of times PEFT's speed that is aimed at.
+    seconds: the most seconds that are aimed at.
+    """
+
+    strategy: str
+    count: int = 4
+    options: str = ""
+    layers: int = 4
+    module: str = ""
+    dtype: torch.dtype = torch.bfloat16
+    rounds: int = ROUNDS
+    peft_rounds: int = 0
+    faster: float | None = None
+    seconds: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        what = f"{self.module} alone" if self.module else f"{self.layers} layer{'s' * (self.layers > 1)}"
+        return f"{self.strategy}, N = {self.count}, {what}"
+
+    @property
+    def spec(self) -> str:
+        """The text of the merge."""
+        return f"{self.strategy}({', '.join(cases.names(self.count))}{self.options})"
+
+    def sources(self) -> dict[str, Adapter]:
+        """The adapters that are merged."""
+        return _sources(self.layers, self.module, self.count, self.dtype)
+
+
+@cache
+def _sources(layers: int, module: str, count: int, dtype: torch.dtype) -> dict[str, Adapter]:
+    shapes = {module: cases.LLAMA3_8B_LAYER[module]} if module else cases.llama3_8b(layers)
+    return cases.random_sources(shapes, count, RANK, dtype)
+
+
+TRIM = f", density={DENSITY}"
+CUT = f", rank={RANK}"
+SHAPES = ("self_attn.k_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
+"""A module of every distinct shape, the smallest first."""
+FASTER = {"linear": None, "ties": 40, "dare_ties": 20}
+CORE_SECONDS = {"core_linear": None, "core_ties": 0.06, "core_dare_ties": None, "knots": 0.15}
+DELTA_SECONDS = {"ties_svd": 15.0, "dare_ties_svd": None, "magnitude_prune_svd": None}
+F32 = torch.float32  # torch has no SVD of bfloat16
+CASES = {
+    "factors": [
+        *(
+            Case(strategy, n, "" if strategy == "linear" else TRIM, peft_rounds=ROUNDS, faster=faster)
+            for strategy, faster in FASTER.items()
+            for n in (2, 4, 8)
+        ),
+        Case("svd", 2, CUT, dtype=F32),
+        *(Case("svd", 2, CUT, module=name, dtype=F32, peft_rounds=1, faster=1000) for name in SHAPES),
+    ],
+    "core": [Case(strategy, layers=1, seconds=seconds) for strategy, seconds in CORE_SECONDS.items()],
+    "delta": [
+        *(Case(name, layers=1, rounds=3, seconds=seconds) for name, seconds in DELTA_SECONDS.items()),
+        Case("ties_svd", 4, CUT + TRIM, module=SHAPES[0], dtype=F32, rounds=3, peft_rounds=3, faster=20),
+    ],
+}
+"""The cases by the space that is named on the command line."""
+
+
+@dataclass
+class Row:
+    """A case and every time of it, in seconds.
+
+    bytes_moved: bytes of all sources and of the result, which must be read and written at least.
+    peak_bytes: the most memory that the merge takes on top of its inputs.
+    """
+
+    case: str
+    spec: str
+    bytes_moved: int
+    ours_s: list[float]
+    plan_s: list[float]
+    peft_s: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    aims: list[Aim] = field(default_factory=list)
+
+    def line(self) -> str:
+        """The row of the table."""
+        peft, times = "", ""
+        if self.peft_s:
+            peft, times = extremes(self.peft_s), f"{ratio(self.peft_s, self.ours_s):.1f}"
+        speed = self.bytes_moved / statistics.median(self.ours_s) / 1e9
+        memory = "" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.0f}"
+        return (
+            f"  {self.case:40} {extremes(self.ours_s):24} {peft:24} {times:>7} {speed:>5.1f} "
+            f"{extremes(self.plan_s):18} {memory:>4}"
+        ).rstrip()
+
+
+def run(quick: bool, spaces: Collection[str], file: Path | None) -> int:
+    """Check, measure, print and return the exit code, 1 if anything disagrees.
+
+    quick: leave out the cases of ``svd``.
+    spaces: keys of CASES.
+    file: gets every measured time as JSON.
     """
     backend = load_backend("cpu")
     print("agreement, on small tensors")
-    checks = count_agreed(disagreements(backend))
+    checks = count_agreed(disagreements(backend) if "factors" in spaces else entry_disagreements(backend))
     if checks is None:
         return 1
     facts = machine.facts()
     machine.show(facts)
-    rows = _factor_rows(backend)
-    if not quick:
-        rows += _svd_rows(backend)
-    if file is not None:
-        report = {"date": date.today().isoformat(), "machine": facts, "checks": checks, "rows": rows}
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nwritten: {file}")
+    print(f"\n{HEADER}")
+    rows = []
+    for case in (case for space in spaces for case in CASES[space]):
+        if not (quick and case.strategy == "svd"):
+            rows.append(measure(backend, case))
+            print(rows[-1].line(), flush=True)
+    print("\naims")
+    for aim in (aim for row in rows for aim in row.aims):
+        print(aim.line())
+    write_report(file, machine=facts, checks=checks, rows=[asdict(row) for row in rows])
     return 0
 
 
-def _factor_rows(backend: Backend) -> list[dict[str, object]]:
-    shapes = cases.llama3_8b(LAYERS)
-    sources = cases.random_sources(shapes, max(COUNTS), RANK, torch.bfloat16)
-    print(
-        f"\n{LAYERS} layers of Llama-3-8B ({len(shapes)} modules), rank {RANK}, bfloat16, density {DENSITY}"
-    )
-    print(f"milliseconds, median of {ROUNDS} (fastest-slowest), ours and PEFT's in turn; about two minutes")
-    print(f"  {'strategy':10} {'N':>2}  {'ours':22} {'PEFT':26} {'ratio':>6} {'aim':>5} {'GB/s':>5}  plan")
-    rows: list[dict[str, object]] = []
-    for strategy, count in ((s, n) for s in ("linear", "ties", "dare_ties") for n in COUNTS):
-        options = "" if strategy == "linear" else f", density={DENSITY}"
-        plan = make_plan(parse(f"{strategy}({', '.join(cases.names(count))}{options})"), sources)
-        planned = [once(partial(make_plan, plan.spec, sources)) for _ in range(ROUNDS)]
-        seconds = interleaved(
-            {
-                "ours": partial(backend.merge, plan, unseen),
-                "peft": partial(_peft_factors, plan, sources, None if strategy == "linear" else DENSITY),
-            },
-            ROUNDS,
-        )
-        ours, theirs, times = seconds["ours"], seconds["peft"], ratio(seconds["peft"], seconds["ours"])
-        moved = _bytes(plan, sources)
-        print(
-            f"  {strategy:10} {count:>2}  {shown(ours):22} {shown(theirs):26} {times:>6.1f} "
-            f"{AIMS[strategy] or '':>5} {moved / statistics.median(ours) / 1e9:>5.1f}  {shown(planned)}",
-            flush=True,
-        )
-        rows.append(
-            {
-                "case": f"{strategy}, N = {count}, {LAYERS} layers",
-                "spec": str(plan.spec),
-                "bytes_moved": moved,
-                "ours_s": ours,
-                "peft_s": theirs,
-                "plan_s": planned,
-                "ratio": times,
-            }
-        )
-    return rows
+def measure(backend: Backend, case: Case) -> Row:
+    """The row of a case."""
+    sources = case.sources()
+    plan = make_plan(parse(case.spec), sources)
+    planned = [once(partial(make_plan, plan.spec, sources)) for _ in range(case.rounds)]
+    functions = {"ours": partial(backend.merge, plan, unseen)}
+    theirs = partial(_merge_by_peft, plan, sources)
+    if case.peft_rounds > 1:
+        seconds = interleaved(functions | {"peft": theirs}, case.rounds)
+    else:
+        seconds = interleaved(functions, case.rounds)
+        seconds["peft"] = [once(theirs) for _ in range(case.peft_rounds)]
+    moved = sum(adapter.nbytes for adapter in sources.values()) + plan.nbytes
+    row = Row(case.name, str(plan.spec), moved, seconds["ours"], planned, seconds["peft"])
+    if case.faster is not None:
+        times = ratio(row.peft_s, row.ours_s)
+        row.aims.append(Aim(f"{case.name}: times PEFT's speed", times, case.faster, at_most=False))
+    if case.seconds is not None:
+        row.aims.append(Aim(f"{case.name}: seconds", statistics.median(row.ours_s), case.seconds))
+    if case.layers == 1:
+        # In a process of its own: here, memory that an earlier merge has freed would hide what this takes.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row.peak_bytes = pool.apply(_peak_memory, (case,))
+        row.aims.append(Aim(f"{case.name}: MB on top of its inputs", row.peak_bytes / 1e6, MEMORY / 1e6))
+    return row
 
 
-def _svd_rows(backend: Backend) -> list[dict[str, object]]:
-    """Truncated sums: ours over all layers, then both on one module of each shape; float32, as torch has no
-    SVD of bfloat16."""
-    sources = cases.random_sources(cases.llama3_8b(LAYERS), 2, RANK, torch.float32)
-    plan = make_plan(parse(f"svd(a, b, rank={RANK})"), sources)
-    whole = interleaved({"ours": partial(backend.merge, plan, unseen)}, ROUNDS)["ours"]
-    print(f"\nsvd, N = 2, rank {RANK}, float32; milliseconds")
-    print(f"  ours, all {len(plan.modules)} modules of {LAYERS} layers: {shown(whole)}")
-    print("  one module of each shape, PEFT once, ours as above")
-    print(f"  {'module':18} {'shape':14} {'ours':22} {'PEFT':>10} {'ratio':>7} {'aim':>5}")
-    rows: list[dict[str, object]] = [
-        {"case": f"svd, N = 2, {LAYERS} layers, ours alone", "spec": str(plan.spec), "ours_s": whole}
-    ]
-    pace = None
-    for name in SVD_MODULES:
-        shape = cases.LLAMA3_8B_LAYER[name]
-        if pace is not None:
-            print(f"  {name:18} PEFT's SVD should take {pace * peers.svd_work(shape):.0f} s", flush=True)
-        only = {key: Adapter({name: a.modules[f"model.layers.0.{name}"]}) for key, a in sources.items()}
-        one = make_plan(plan.spec, only)
-        ours = interleaved({"ours": partial(backend.merge, one, unseen)}, ROUNDS)["ours"]
-        pair = {key: adapter.modules[name] for key, adapter in only.items()}
-        theirs = [once(partial(peers.merge_svd, pair, [1.0, 1.0], RANK))]
-        pace = theirs[0] / peers.svd_work(shape)
-        times = ratio(theirs, ours)
-        print(
-            f"  {name:18} {'x'.join(map(str, shape)):14} {shown(ours):22} {shown(theirs):>10} {times:>7.0f} "
-            f"{AIMS['svd']:>5}",
-            flush=True,
-        )
-        rows.append(
-            {
-                "case": f"svd, N = 2, {name} alone",
-                "shape": shape,
-                "ours_s": ours,
-                "peft_s": theirs,
-                "ratio": times,
-            }
-        )
-    return rows
+def _peak_memory(case: Case) -> int:
+    """The most bytes that a merge takes on top of its inputs, with everything compiled and loaded."""
+    backend = load_backend("cpu")
+    sources = case.sources()
+    small = cases.random_sources(cases.SMALL, case.count, RANK, case.dtype)
+    backend.merge(make_plan(parse(case.spec), small), unseen)
+    return machine.peak_memory(partial(backend.merge, make_plan(parse(case.spec), sources), unseen))
 
 
-def _peft_factors(plan: MergePlan, sources: Mapping[str, Adapter], density: float | None) -> None:
+def _merge_by_peft(plan: MergePlan, sources: Mapping[str, Adapter]) -> None:
+    spec = plan.spec
+    density = spec.option("density")
     for module in plan.modules:
-        layer = {name: sources[name].modules[module] for name in plan.spec.names}
-        peers.merge_factors(plan.spec.strategy, layer, plan.spec.weights(), density)
-
-
-def _bytes(plan: MergePlan, sources: Mapping[str, Adapter]) -> int:
-    """What must be read and written at least: every source once, the result once."""
-    return sum(sources[name].nbytes for name in plan.spec.names) + plan.nbytes
+        layer = {name: sources[name].modules[module] for name in spec.names}
+        if spec.strategy.endswith("svd"):
+            trim = None if spec.strategy == "svd" else DENSITY
+            peers.merge_svd(layer, spec.weights(), RANK, spec.strategy, trim)
+        else:
+            assert density is None or isinstance(density, float)
+            peers.merge_factors(spec.strategy, layer, spec.weights(), density)

@@ -1,9 +1,11 @@
-"""Start a real ``vllm serve`` on loopback, wait until it answers, and stop it by its own process id."""
+"""Start a real ``vllm serve`` on loopback, wait until it answers, and stop it by its own process id.
+
+The tests and the demonstration start their servers with it too.  It knows nothing of what is requested.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -11,12 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Self
+
+from merged_lora.errors import MergeError
 
 START_SECONDS = 240.0
 STOP_SECONDS = 30.0
@@ -32,19 +34,33 @@ ENVIRONMENT = {
 """What vLLM needs to run on a CPU without a network."""
 
 
+class ServerDiedError(MergeError):
+    """The server ended before it answered; the message holds the end of its output."""
+
+
 def vllm_command() -> list[str]:
-    """The program ``vllm`` beside this Python, or the module where vLLM merely lies on the path."""
+    """The program ``vllm`` beside this Python, or vLLM's module if it is only on the path."""
     script = Path(sys.executable).with_name("vllm")
     # Without -P, the folder triton_kernels of a checkout would be taken for another package.
     return [str(script)] if script.exists() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
 
 
-class Server:
+def print_dot() -> None:
+    """Print a dot, as a sign of life while a server starts."""
+    print(".", end="", flush=True)
+
+
+class VllmServer:
     """A running server; use it in a ``with`` statement.
 
-    log: the file that holds its output.  waiting: called every half second until it answers.
-    environment: variables for it over this process's own and ENVIRONMENT.  api_key: the key it asks for.
-    start_seconds: until no answer is an error.  ready_after: the seconds it took.
+    arguments: the flags of ``vllm serve``; the base model is served as ``base``.
+    log: the file that gets the server's output.
+    waiting: called every half second until the server answers.
+    environment: variables on top of this process's own and ENVIRONMENT.
+    start_seconds: how long the server may take to answer.
+    ready_after: seconds until the server answered.
+
+    Entering raises ServerDiedError if the server ends, and TimeoutError if it does not answer in time.
     """
 
     def __init__(
@@ -54,13 +70,12 @@ class Server:
         log: Path,
         waiting: Callable[[], None] = lambda: None,
         environment: Mapping[str, str] | None = None,
-        api_key: str | None = None,
         start_seconds: float = START_SECONDS,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.ready_after = math.nan
         self._start_seconds = start_seconds
@@ -68,15 +83,11 @@ class Server:
         self._environment = os.environ | ENVIRONMENT | dict(environment or {})
         self._command = [
             *(*vllm_command(), "serve", str(model), "--served-model-name", "base"),
-            *("--host", "127.0.0.1", "--port", str(self.port), *arguments),
+            *("--host", "127.0.0.1", "--port", str(port), *arguments),
         ]
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._command += ["--api-key", api_key]
-            self._headers["Authorization"] = f"Bearer {api_key}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         with self.log.open("wb") as out:
             self._process = subprocess.Popen(
                 self._command,
@@ -112,13 +123,13 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the server's first process, which leads the session of all of them."""
+        """Id of the server's first process, which leads the session of all of them."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether its first process is."""
+        """Whether the server's first process is running."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
@@ -135,58 +146,3 @@ class Server:
     def tail(self, lines: int = 40) -> str:
         """The end of the server's output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-    def get(self, route: str) -> tuple[int, Any]:
-        """Status and JSON body of a GET."""
-        return self._ask("GET", route)
-
-    def post(self, route: str, body: dict[str, Any] | bytes) -> tuple[int, Any]:
-        """Status and JSON body of a POST."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self._ask("POST", route, data)
-
-    def stream(self, route: str, body: dict[str, Any], seconds: float) -> HTTPResponse:
-        """The reply to a POST, to be read as it comes; raises OSError after so many seconds of silence."""
-        request = urllib.request.Request(self.url + route, json.dumps(body).encode(), self._headers)
-        reply: HTTPResponse = urllib.request.urlopen(request, timeout=seconds)
-        return reply
-
-    def delete(self, route: str) -> tuple[int, Any]:
-        """Status and JSON body of a DELETE."""
-        return self._ask("DELETE", route)
-
-    def metrics(self) -> dict[str, float]:
-        """What Prometheus would read: each series with its labels, and its value."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
-            lines = reply.read().decode().splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
-        return {series: float(value) for series, value in pairs}
-
-    def _ask(self, method: str, route: str, data: bytes | None = None) -> tuple[int, Any]:
-        request = urllib.request.Request(self.url + route, data, self._headers, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=300) as reply:
-                text = reply.read()
-                return reply.status, json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
-        except urllib.error.HTTPError as error:
-            text = error.read()
-            return error.code, json.loads(text) if text else None
-
-    def logprobs(self, model: str, prompt: str = "The quick brown fox", **more: Any) -> list[float]:
-        """Log-probabilities of eight greedy tokens."""
-        body = {
-            "model": model,
-            "prompt": prompt,
-            "max_tokens": 8,
-            "temperature": 0,
-            "logprobs": 1,
-            "ignore_eos": True,
-        }
-        status, reply = self.post("/v1/completions", body | more)
-        assert status == 200, reply
-        values: list[float] = reply["choices"][0]["logprobs"]["token_logprobs"]
-        return values
-
-
-class ServerDiedError(RuntimeError):
-    """The server ended before it answered; the message holds the end of its output."""

@@ -1,41 +1,64 @@
-"""What the measured machine is."""
+"""What the measured machine is, and what a process takes of its memory.  Importing this imports no torch."""
+
+from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from .timing import once
 
-COPIED = 128 << 20  # bytes; several times what a cache holds
+COPIED = 128 << 20
+"""Bytes of the copy whose speed is measured: several times the size of a cache."""
 
 
-def facts() -> dict[str, object]:
-    """Name and value of everything that a time depends on."""
-    measured: dict[str, object] = {
+def facts(*packages: str) -> dict[str, object]:
+    """Name and value of everything about this machine's cores that a time depends on.
+
+    packages: distributions whose versions are included beside the usual ones.
+    """
+    import torch
+
+    return {
         "cpu": _cpu(),
-        "cores": cores(),
+        "cores": len(os.sched_getaffinity(0)),
         "load average": round(os.getloadavg()[0], 2),
         "copy GB/s": round(_copy_speed() / 1e9, 1),
         "python": platform.python_version(),
         "torch threads": torch.get_num_threads(),
-    }
-    return measured | {name: installed(name) for name in ("torch", "numpy", "numba", "peft")}
+    } | {name: installed(name) for name in ("torch", "numpy", "numba", "peft", *packages)}
 
 
 def show(facts: Mapping[str, object]) -> None:
-    """Print them."""
+    """Print facts."""
     print("\nmachine")
     for name, value in facts.items():
-        print(f"  {name:14}{value}")
+        print(f"  {name:24}{value}")
+
+
+def installed(name: str) -> str:
+    """The version of a distribution, or "not installed"."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def output_of(*command: str) -> str:
+    """What a tool prints, or "unknown" with the reason if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown: {error}"
+    return done.stdout.strip() if done.returncode == 0 else f"unknown: {done.stderr.strip()}"
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """The most bytes of memory that a call takes beyond what the process has before; Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    """The most bytes that a call takes on top of what the process has before it; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     function()
     return max(0, _status("VmHWM") - before)
@@ -48,11 +71,6 @@ def _status(name: str) -> int:
     raise LookupError(name)
 
 
-def cores() -> int:
-    """The number that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -62,15 +80,9 @@ def _cpu() -> str:
 
 
 def _copy_speed() -> float:
-    """Bytes read and written per second by the fastest of a few large copies, on torch's threads."""
+    """Bytes read and written per second by the fastest of a few large copies on torch's threads."""
+    import torch
+
     source = torch.ones(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * COPIED / min(once(lambda: target.copy_(source)) for _ in range(3))
-
-
-def installed(name: str) -> str:
-    """The version of a distribution, in words where there is none."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

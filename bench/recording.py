@@ -1,4 +1,4 @@
-"""Results that survive whatever ends the program that finds them. Knows nothing of what is measured."""
+"""Results that survive whatever ends the program that finds them.  It knows nothing of what is measured."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 FAILED, WRONG = "FAILED", "WRONG"
-LOST = 3
-"""A worker's exit code where its device is of no more use."""
 
 
 def write(file: Path, data: Mapping[str, Any]) -> None:
-    """Replace a JSON file at once: whoever reads it finds the old one or the new one, whole."""
+    """Replace a JSON file atomically: a reader finds the old one or the new one, whole."""
     beside = file.with_name(f".{file.name}.new")
     with beside.open("w", encoding="utf-8") as out:
         json.dump(data, out, indent=1)
@@ -27,21 +27,55 @@ def write(file: Path, data: Mapping[str, Any]) -> None:
     beside.replace(file)
 
 
-def end_on_terminate() -> None:
-    """Let SIGTERM end this program as Ctrl-C does, so that what it started is ended too."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+def write_report(file: Path | None, **data: Any) -> None:
+    """Write a finished report with today's date, if there is a file for it."""
+    if file is not None:
+        write(file, {"date": date.today().isoformat(), **data})
+        print(f"\nwritten: {file}")
 
 
-def last_lines(text: str, lines: int = 12) -> str:
-    """The end of a program's output."""
-    return "\n".join(text.splitlines()[-lines:])
+class Record:
+    """Everything found so far, in a JSON file that is rewritten after every change.
 
+    data: what the file holds; ``state`` is ``running``, ``finished`` or ``interrupted``.
+    """
 
-def interrupted() -> int:
-    """The exit code of a program that was ended, after one line that says so."""
-    print("INTERRUPTED: what was finished is in the file", file=sys.stderr)
-    return 1
+    def __init__(self, file: Path, **data: Any) -> None:
+        self.file = file
+        self.data: dict[str, Any] = {"state": "running", **data}
+        self._lock = threading.Lock()
+
+    def set(self, name: str, value: object) -> None:
+        """Store a value."""
+        with self._lock:
+            self.data[name] = value
+            write(self.file, self.data)
+
+    def add(self, name: str, *values: object) -> None:
+        """Append values to a list."""
+        with self._lock:
+            self.data[name].extend(values)
+            write(self.file, self.data)
+
+    def run(self, work: Callable[[], None], failed: Callable[[], bool], show: Callable[[], None]) -> int:
+        """Do the work, print what came of it and return the exit code: 1 if anything failed.
+
+        SIGTERM ends the work as Ctrl-C does, so that everything it started ends too.
+        """
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGTERM, interrupt)
+        try:
+            work()
+        except KeyboardInterrupt:
+            self.set("state", "interrupted")
+        else:
+            self.set("state", "finished")
+        show()
+        print(f"written: {self.file}", flush=True)
+        if self.data["state"] == "interrupted":
+            print("INTERRUPTED: the file holds what was finished", file=sys.stderr)
+            return 1
+        return 1 if failed() else 0

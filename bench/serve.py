@@ -1,24 +1,27 @@
-"""A server's requests for merges beside those for plain adapters, with and without the plugin, in one run."""
+"""Measure a server's requests for merges beside those for plain adapters, with and without the plugin."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 
+from openai import APIError, OpenAI
+
+from merged_lora.errors import MergeError
 from merged_lora.spec import canonical
 
 from . import machine, serving
+from .launcher import VllmServer, print_dot
+from .recording import write_report
 from .serve_report import (
     AGAIN,
     COLD,
@@ -36,7 +39,6 @@ from .serve_report import (
     Report,
     merge_milliseconds,
 )
-from .server import Server, ServerDiedError
 from .timing import REST, once
 
 STRATEGIES = ("ties", "linear", "sum")
@@ -51,8 +53,10 @@ WARM_MERGE = "ties(0.5*sql, 0.5*tone)"
 class Work:
     """How much is measured.
 
-    requests: of every kind.  speeds: rounds of throughput.  concurrent, tokens: of one round's requests.
-    apart: tokens of a stream between two arrivals.
+    requests: number of each kind of request.
+    speeds: rounds in which the throughput is measured.
+    concurrent, tokens: number of requests in such a round, and tokens of each.
+    apart: tokens of a stream between two requests that arrive beside it.
     """
 
     requests: int
@@ -63,40 +67,30 @@ class Work:
 
 
 def run(work: Work, file: Path | None) -> int:
-    """Measure and print; the exit code.  file: gets every measured time as JSON.
+    """Measure, print and return the exit code.
 
-    Raises MergeError where something is missing, or a server refuses a request or dies.
+    file: gets every measured time as JSON.
+
+    Raises MergeError if something is missing, a server dies, or a request fails.
     """
     serving.check()
-    report = Report(
-        machine.facts() | {name: machine.installed(name) for name in ("vllm", "vllm-merged-lora")}
-    )
-    print("machine")
-    for name, value in report.machine.items():
-        print(f"  {name:18}{value}")
+    facts = machine.facts("vllm", "vllm-merged-lora")
+    machine.show(facts)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
-        folder = Path(temporary)
         print("\nstarting two servers, one after the other ", end="", flush=True)
-        on, off = (stack.enter_context(server) for server in _servers(folder))
+        on, off = (stack.enter_context(server) for server in _servers(Path(temporary)))
         print(f" ready\nmilliseconds: median (quartiles), {work.requests} of each kind, in turn", flush=True)
-        bench = Bench(work, report, on, off)
+        bench = Bench(work, on, off, facts)
         try:
             bench.measure()
-        except OSError as error:
+        except APIError as error:
             tail = next((server.tail() for server in (on, off) if not server.running), "")
-            raise ServerDiedError(f"a server does not answer: {error}\n{tail}") from error
+            raise MergeError(f"a request failed: {error}\n{tail}") from error
     print("\naims")
-    for aim in report.aims():
+    for aim in bench.report.aims():
         print(aim.line())
-    if file is not None:
-        about = {
-            "date": date.today().isoformat(),
-            "work": asdict(work),
-            "flags": _flags(),
-            "environment": serving.threads(),
-        }
-        file.write_text(json.dumps(about | report.as_json(), indent=1) + "\n")
-        print(f"\nwritten: {file}")
+    about = {"work": asdict(work), "flags": _flags(), "environment": serving.threads()}
+    write_report(file, **about, **bench.report.as_json())
     return 0
 
 
@@ -104,156 +98,187 @@ def _flags() -> list[str]:
     return [*serving.FLAGS, "--max-loras", str(SLOTS), "--max-cpu-loras", str(SLOTS)]
 
 
-def _servers(folder: Path) -> Iterator[Server]:
-    """One with the plugin, one without, the same flags otherwise."""
+def _servers(folder: Path) -> Iterator[VllmServer]:
+    """A server with the plugin and one without it; all other flags are the same."""
     copies = {}
     for i in range(COPIES):
         name = serving.NAMES[i % len(serving.NAMES)]
         copies[f"copy{i}"] = Path(shutil.copytree(serving.ADAPTERS / name, folder / f"copy{i}"))
     flags = [*_flags(), *serving.modules(serving.example_folders() | copies)]
-    for name, more in (("on", ["--enable-merged-lora"]), ("off", ["--enable-lora"])):
-        log = folder / f"{name}.log"
-        arguments = [*flags, *more]
-        yield Server(serving.MODEL, *arguments, log=log, waiting=serving.dot, environment=serving.threads())
+    for name, flag in (("on", "--enable-merged-lora"), ("off", "--enable-lora")):
+        log, environment = folder / f"{name}.log", serving.threads()
+        yield VllmServer(serving.MODEL, *flags, flag, log=log, waiting=print_dot, environment=environment)
 
 
 class Bench:
-    """Everything that is timed, in order; the tables are printed as they come."""
+    """Everything that is timed, in order; the tables are printed as they are complete.
 
-    def __init__(self, work: Work, report: Report, on: Server, off: Server) -> None:
+    on, off: the servers with and without the plugin.
+    """
+
+    def __init__(self, work: Work, on: VllmServer, off: VllmServer, facts: dict[str, object]) -> None:
+        self.report = Report(facts)
         self._work = work
-        self._report = report
-        self._on = on
-        self._off = off
+        self._log = on.log
+        self._on, self._off = serving.connect(on), serving.connect(off)
+        self._clients = {ON: self._on, OFF: self._off}
         self._serial = itertools.count(1)
         self._copy = itertools.cycle(f"copy{i}" for i in range(COPIES))
 
     def measure(self) -> None:
-        """Time everything; the throughput first, before any merge was asked for."""
+        """Time everything; the throughput first, before any merge is requested."""
         self.speeds()
         print(f"\n{self._work.concurrent} requests at a time for plain adapters, tokens per second")
-        print(self._report.speed_line(), flush=True)
+        print(self.report.speed_line(), flush=True)
         self.singles()
-        head = f"{'one token':28}over the plain adapter, to 95 %"
-        print(f"\n  {'asked for a second time':52}{head}")
-        print("\n".join(self._report.warm_lines()))
-        print(f"\n  {'asked for the first time':52}{'one token':28}{'then':28}{'difference':28}merged in")
-        for use in self._report.first.values():
-            print(use.line())
+        print(f"\n  {'requested a second time':52}{'one token':28}over the plain adapter, to 95 %")
+        print("\n".join(self.report.warm_lines()))
+        print(f"\n  {'requested for the first time':52}{'one token':28}{'then':28}{'difference':28}merged in")
+        for case, use in self.report.first.items():
+            print(use.line(case))
         self.streams()
-        for server, gaps in self._report.gaps.items():
+        for server, gaps in self.report.gaps.items():
             print(f"\ntime between two tokens of a stream, {server}")
             print("\n".join(gaps.lines()), flush=True)
-        print(f"  merged in {statistics.median(self._report.gaps[ON].merged):.1f} ms, by the server's log")
+        print(f"  merged in {statistics.median(self.report.gaps[ON].merged):.1f} ms, by the server's log")
 
     def _new(self, strategy: str, sources: int) -> str:
-        """A merge that was never asked for."""
+        """A merge that no earlier request named."""
         weight = 0.3 + 1e-4 * next(self._serial)
         return canonical(f"{strategy}({', '.join(f'{weight:.4f}*{s}' for s in serving.NAMES[:sources])})")
 
-    def _once(self, server: Server, model: str) -> float:
-        """Seconds of one token."""
-        time.sleep(REST)
-        return once(partial(serving.complete, server, model))
-
-    # Throughput
+    def _logged(self, specs: Sequence[str]) -> list[float]:
+        """Milliseconds of these merges by the server's log."""
+        merged = merge_milliseconds(self._log.read_text(errors="replace"))
+        return [merged[spec] for spec in specs]
 
     def speeds(self) -> None:
-        """Tokens per second of plain adapters, on either server."""
+        """Measure tokens per second of plain adapters on both servers; the first round does not count."""
         models = [serving.NAMES[i % SLOTS] for i in range(self._work.concurrent)]
-        servers = {ON: self._on, OFF: self._off}
+        tokens = self._work.tokens
+        self.report.speed = {name: [] for name in self._clients}
         with ThreadPoolExecutor(self._work.concurrent) as pool:
             for i in range(1 + self._work.speeds):
-                for name, server in servers.items():
+                for name, client in self._clients.items():
                     time.sleep(REST)
-                    begin = time.perf_counter()
-                    ask = partial(serving.complete, server, tokens=self._work.tokens)
-                    tokens = sum(pool.map(ask, models))
+                    ask = partial(serving.complete, client, tokens=tokens)
+                    seconds = once(lambda ask=ask: list(pool.map(ask, models)))  # type: ignore[misc]
                     if i > 0:
-                        speeds = self._report.speed.setdefault(name, [])
-                        speeds.append(tokens / (time.perf_counter() - begin))
-
-    # One request at a time
+                        self.report.speed[name].append(tokens * len(models) / seconds)
 
     def singles(self) -> None:
-        """One request at a time: what is warm, and what is asked for the first time."""
-        self._report.warm = {WARM: [], AGAIN: [], MERGED: []}
-        asked: dict[str, list[str]] = {}
+        """Time single requests: warm ones, and the first and second for everything that is new."""
+        self.report.warm = {WARM: [], AGAIN: [], MERGED: []}
+        new: dict[str, list[str]] = {}
         for i in range(1 + self._work.requests):
-            counted = i > 0
-            self._warm(i, counted)
-            for strategy in STRATEGIES:
-                for sources in (2, 3):
-                    spec = self._new(strategy, sources)
-                    case = f"{strategy}, {sources} sources"
-                    self._first_use(case, self._on, spec, counted)
-                    if counted:
-                        asked.setdefault(case, []).append(spec)
-            self._once(self._off, "sql")  # it has been idle, unlike the other one
-            self._first_use(COLD, self._off, next(self._copy), counted)
-        merged = merge_milliseconds(self._on.log.read_text(errors="replace"))
-        for case, specs in asked.items():
-            self._report.first[case].merged = [merged[spec] for spec in specs]
+            counts = i > 0
+            self._warm(i, counts)
+            for strategy, sources in itertools.product(STRATEGIES, (2, 3)):
+                spec = self._new(strategy, sources)
+                case = f"{strategy}, {sources} sources"
+                self._first_use(case, self._on, spec, counts)
+                if counts:
+                    new.setdefault(case, []).append(spec)
+            serving.complete(self._off, "sql")  # this server has been idle, unlike the other one
+            self._first_use(COLD, self._off, next(self._copy), counts)
+        for case, specs in new.items():
+            self.report.first[case].merged = self._logged(specs)
 
-    def _warm(self, turn: int, counted: bool) -> None:
-        """What has a slot, each of it once in a changing order."""
+    def _time(self, client: OpenAI, model: str) -> float:
+        """Seconds of a request for one token."""
+        time.sleep(REST)
+        return once(partial(serving.complete, client, model))
+
+    def _warm(self, turn: int, counts: bool) -> None:
+        """Request each model that has a slot once, in a changing order."""
         models = {WARM: "sql", AGAIN: "sql", MERGED: WARM_MERGE}
         for model in models.values():
             serving.complete(self._on, model)
-        order = list(models)
-        for case in order[turn % 3 :] + order[: turn % 3]:
-            seconds = self._once(self._on, models[case])
-            if counted:
-                self._report.warm[case].append(seconds)
+        for case in _rotated(list(models), turn):
+            seconds = self._time(self._on, models[case])
+            if counts:
+                self.report.warm[case].append(seconds)
 
-    def _first_use(self, case: str, server: Server, model: str, counted: bool) -> None:
-        use = self._report.first.setdefault(case, FirstUse(case))
-        pair = self._once(server, model), self._once(server, model)
-        if counted:
-            use.first.append(pair[0])
-            use.again.append(pair[1])
-
-    # Beside a stream
+    def _first_use(self, case: str, client: OpenAI, model: str, counts: bool) -> None:
+        use = self.report.first.setdefault(case, FirstUse())
+        first, again = self._time(client, model), self._time(client, model)
+        if counts:
+            use.first.append(first)
+            use.again.append(again)
 
     def streams(self) -> None:
-        """One stream a round on either server, while what is measured arrives in a changing order."""
+        """Time one stream a round on each server, while requests arrive beside it in a changing order."""
         gaps = {
             ON: Gaps(largest={SEEN: [], LOST: [], MEMORY: [], NEW: []}),
             OFF: Gaps(largest={COLD: []}),
         }
         other = itertools.cycle(serving.NAMES[1:])
-        asked: list[str] = []
+        new: list[str] = []
 
-        def new() -> str:
-            asked.append(self._new("ties", 2))
-            return asked[-1]
+        def make_new() -> str:
+            new.append(self._new("ties", 2))
+            return new[-1]
 
-        kinds: dict[str, dict[str, Callable[[], str]]] = {
-            ON: {SEEN: lambda: WARM_MERGE, MEMORY: lambda: next(other), NEW: new},
+        models: dict[str, dict[str, Callable[[], str]]] = {
+            ON: {SEEN: lambda: WARM_MERGE, MEMORY: lambda: next(other), NEW: make_new},
             OFF: {COLD: lambda: next(self._copy)},
         }
         for i in range(1 + self._work.requests):
-            for name, server in {ON: self._on, OFF: self._off}.items():
-                cases = list(kinds[name])
-                turn = i % len(cases)
-                arrivals = []
-                with serving.Stream(server, "sql", 400) as stream:
-                    stream.wait(self._work.apart)
-                    for case in cases[turn:] + cases[:turn]:
-                        model = kinds[name][case]()
-                        # Those before it have taken its slot, and it takes it back first.
-                        for each in (LOST, SEEN) if case == SEEN else (case,):
-                            arrivals.append(_arrival(server, each, model))
-                            stream.wait(self._work.apart)
-                    times = list(stream.times)
+            for name, client in self._clients.items():
+                requests = []
+                for case in _rotated(list(models[name]), i):
+                    model = models[name][case]()
+                    # The requests before it have taken the slot of SEEN's merge, so it is requested twice.
+                    requests += [(each, model) for each in ((LOST, SEEN) if case == SEEN else (case,))]
+                times, arrivals = _stream(client, requests, self._work.apart)
                 if i > 0:
                     gaps[name].add(times, arrivals)
-        merged = merge_milliseconds(self._on.log.read_text(errors="replace"))
-        gaps[ON].merged = [merged[spec] for spec in asked[1:]]
-        self._report.gaps = gaps
+        gaps[ON].merged = self._logged(new[1:])
+        self.report.gaps = gaps
 
 
-def _arrival(server: Server, case: str, model: str) -> Arrival:
+def _rotated(cases: list[str], turn: int) -> list[str]:
+    turn %= len(cases)
+    return cases[turn:] + cases[:turn]
+
+
+def _stream(
+    client: OpenAI, requests: Sequence[tuple[str, str]], apart: int
+) -> tuple[list[float], list[Arrival]]:
+    """The times of a stream's tokens, and the requests that were served beside it.
+
+    requests: pairs of a case and a model; each is sent ``apart`` tokens after the one before was served.
+
+    Raises MergeError if the stream ends before all were served.
+    """
+    times: list[float] = []
+    arrivals: list[Arrival] = []
+    under_way: Future[Arrival] | None = None
+    due = apart
+    with (
+        ThreadPoolExecutor(1) as pool,
+        client.completions.create(
+            model="sql",
+            prompt=serving.PROMPT,
+            max_tokens=400,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        ) as stream,
+    ):
+        for _ in stream:
+            times.append(time.perf_counter())
+            if under_way is not None and under_way.done():
+                arrivals.append(under_way.result())
+                under_way, due = None, len(times) + apart
+            if under_way is None and len(times) >= due:
+                if len(arrivals) == len(requests):
+                    return times, arrivals
+                under_way = pool.submit(_arrive, client, *requests[len(arrivals)])
+    raise MergeError(f"a stream ended after {len(arrivals)} of {len(requests)} requests beside it")
+
+
+def _arrive(client: OpenAI, case: str, model: str) -> Arrival:
     begin = time.perf_counter()
-    serving.complete(server, model)
+    serving.complete(client, model)
     return Arrival(case, begin, time.perf_counter())

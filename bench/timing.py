@@ -1,16 +1,18 @@
-"""Times of several functions, taken in turn so that a machine's moods fall on all of them alike."""
+"""Times of functions that run in turn, so that noise affects all of them equally, and the aims for them."""
+
+from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 REST = 0.05
-"""Seconds between two runs: until then the threads of the one before may still spin for more work."""
+"""Seconds between two runs: until then the threads of the previous one may still spin for more work."""
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after one round that is not counted."""
+    """Seconds of each function in each round, after a round that does not count."""
     for function in functions.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -28,19 +30,22 @@ def once(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def shown(seconds: list[float], per_second: float = 1e3, digits: int = 1) -> str:
-    """The median with the fastest and the slowest, in milliseconds where nothing else is said."""
-    three = min(seconds), statistics.median(seconds), max(seconds)
-    low, middle, high = (f"{per_second * t:.{digits}f}" for t in three)
-    return middle if len(seconds) == 1 else f"{middle} ({low}-{high})"
+def extremes(seconds: Sequence[float], per_second: float = 1e3, digits: int = 1) -> str:
+    """The median with the fastest and the slowest, in milliseconds by default."""
+    return _three((min(seconds), statistics.median(seconds), max(seconds)), per_second, digits)
 
 
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """How many times faster, by medians."""
-    return statistics.median(slow) / statistics.median(fast)
+def spread(seconds: Sequence[float], per_second: float = 1e3, digits: int = 1) -> str:
+    """The median with the quartiles, in milliseconds by default."""
+    return _three(quartiles(seconds), per_second, digits)
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
+def _three(values: tuple[float, float, float], per_second: float, digits: int) -> str:
+    low, middle, high = (f"{per_second * value:.{digits}f}" for value in values)
+    return middle if values[0] == values[2] else f"{middle} ({low}-{high})"
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The values below which a quarter, a half and three quarters of them lie."""
     if len(values) == 1:
         return (values[0],) * 3
@@ -48,27 +53,30 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def spread(seconds: list[float], per_second: float = 1e3, digits: int = 1) -> str:
-    """The median with the quartiles, in milliseconds where nothing else is said."""
-    low, middle, high = (f"{per_second * t:.{digits}f}" for t in quartiles(seconds))
-    return middle if len(seconds) == 1 else f"{middle} ({low}-{high})"
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """How many times faster the second is, by medians."""
+    return statistics.median(slow) / statistics.median(fast)
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a measured number should be: at most or at least so much."""
+    """A limit for a measured number, which is an upper one if ``at_most``."""
 
     what: str
     measured: float
     aim: float
-    at_most: bool
+    at_most: bool = True
 
     @property
     def met(self) -> bool:
-        """Whether it is."""
+        """Whether the number is within the limit."""
         return self.measured <= self.aim if self.at_most else self.measured >= self.aim
 
     def line(self) -> str:
         """The aim as a row of a table."""
         limit = f"at {'most' if self.at_most else 'least'} {self.aim:g}"
         return f"  {'met' if self.met else 'MISSED':8}{self.what}: {self.measured:.3g}, aim {limit}"
+
+    def as_json(self) -> dict[str, object]:
+        """The aim as values that JSON has."""
+        return asdict(self) | {"met": self.met}

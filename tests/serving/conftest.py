@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 import tiny
-from merged_lora.bench.server import Server
 from merged_lora.engine import merge
 from tiny import FLAGS, MAX_AD_HOC, MAX_RANK, SPECS, Place, importing_tests
+from vllm_server import Server
 
 
 @pytest.fixture(scope="session")

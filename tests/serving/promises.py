@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from merged_lora.bench.server import Server
+from vllm_server import Server
 
 
 def assert_together_as_alone(server: Server) -> None:

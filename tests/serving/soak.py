@@ -1,36 +1,42 @@
-"""Random load on a real server from several clients, watched for errors and for memory that grows."""
+"""Put random load on a real server from several clients, and watch for errors and growing memory.
+
+python tests/serving/soak.py --minutes 30
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import math
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import httpx
 from openai import APIError, APIStatusError, AsyncOpenAI
 from safetensors.torch import load_file, save_file
 
+from merged_lora.bench import machine, serving
+from merged_lora.bench.launcher import print_dot
 from merged_lora.errors import MergeError
 from merged_lora.peft_files import WEIGHTS_NAME
 from merged_lora.spec import MergeSpec, parse
-
-from . import machine, serving
-from .server import Server
+from vllm_server import Server
 
 CLIENTS = 6
 TOKENS = 8
 SEEN = 50
-"""Merges that are asked for again, the latest."""
+"""How many of the latest merges may be requested again."""
 GUESTS = ("guest0", "guest1", "guest2")
 """Sources in the folder, whose weights change while the server runs."""
 ALIASES = {"team": "0.5*sql + 0.5*json + 0.5*tone", "mix": "ties(0.5*sql, 0.5*tone)"}
@@ -52,7 +58,7 @@ MALFORMED = (
     f"sum({', '.join(f'{i}*s{i}' for i in range(20))})",
 )
 REFUSED = (400, 404)
-"""The statuses that those get."""
+"""Statuses that malformed specs get."""
 
 WARM_UP, WARM_UP_SHARE = 120.0, 0.25
 """Seconds until memory is first read, at most, and as a share of the whole time."""
@@ -63,8 +69,11 @@ MINUTE = 60.0
 class Counted:
     """What the clients saw.
 
-    steps: by kind.  refused: expected refusals.  unexpected: errors that should not have been, in words.
-    merges: distinct specs that were served.  seconds: of whole requests of TOKENS tokens, by kind.
+    steps: how many of each kind were taken.
+    refused: how many malformed requests were refused, as they must be.
+    unexpected: every other error, in words.
+    merges: distinct specs that were served.
+    seconds: times of whole requests of TOKENS tokens, by kind.
     """
 
     steps: Counter[str] = field(default_factory=Counter)
@@ -74,7 +83,7 @@ class Counted:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """The table."""
+        """The rows of the printed table."""
         steps = ", ".join(f"{count} {kind}" for kind, count in sorted(self.steps.items()))
         lines = [
             f"  requests        {sum(self.steps.values())}: {steps}",
@@ -88,12 +97,12 @@ class Counted:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The smallest value that so many per cent of all do not exceed."""
+    """The smallest value that at least ``share`` per cent of all values do not exceed."""
     return sorted(values)[max(0, math.ceil(share / 100 * len(values)) - 1)]
 
 
 def resident_bytes(session: int) -> int:
-    """Memory that all processes of a session have resident; pages they share count once for each."""
+    """Resident bytes of all processes of a session; a shared page counts once for each process."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -106,9 +115,11 @@ def resident_bytes(session: int) -> int:
 
 
 def run(minutes: float, file: Path | None) -> int:
-    """Load a server for so long and print what came of it; the exit code, 1 after an unexpected error.
+    """Load a server, print the counts, and return the exit code: 1 after an unexpected error.
 
-    file: gets what was counted, as JSON.  Raises MergeError where something is missing.
+    file: gets the counts as JSON.
+
+    Raises MergeError if vLLM, the model or an adapter is missing.
     """
     serving.check()
     with tempfile.TemporaryDirectory() as temporary:
@@ -117,9 +128,8 @@ def run(minutes: float, file: Path | None) -> int:
             shutil.copytree(serving.ADAPTERS / name, place / "sources" / guest)
         print("starting a server ", end="", flush=True)
         log, threads = place / "server.log", serving.threads()
-        with Server(
-            serving.MODEL, *_flags(place), log=log, waiting=serving.dot, environment=threads
-        ) as server:
+        flags = _flags(place)
+        with Server(serving.MODEL, *flags, log=log, waiting=print_dot, environment=threads) as server:
             print(f" ready; {minutes:g} minutes of load from {CLIENTS} clients", flush=True)
             soak = Soak(server, place)
             asyncio.run(soak.load(minutes * MINUTE))
@@ -155,10 +165,12 @@ def _flags(place: Path) -> list[str]:
 
 
 class Soak:
-    """The clients and what they do.
+    """The clients and their steps.
 
-    counted: what they saw.  resident: seconds since the start, and bytes of the server's processes, after
-    warming up, every minute and at the end.  held: bytes of the copies of adapters, at the same times.
+    counted: what the clients saw.
+    resident: pairs of seconds since the start and resident bytes of the server's processes, taken after the
+        warm-up, every minute and at the end.
+    held: bytes of the server's copies of adapters, at the same times.
     """
 
     def __init__(self, server: Server, place: Path) -> None:
@@ -180,7 +192,7 @@ class Soak:
         }
 
     async def load(self, seconds: float) -> None:
-        """Load the server for so long."""
+        """Load the server for that many seconds."""
         begin = time.monotonic()
         end = begin + seconds
         url = f"{self._server.url}/v1"
@@ -194,21 +206,25 @@ class Soak:
             await self._measure(begin)
 
     def check(self) -> None:
-        """Note as an error that the server is not there any more, or does not merge any more."""
+        """Count it as an error if the server has ended or no longer merges."""
         if not self._server.running:
             self.counted.unexpected.append("the server ended")
             return
+        body = {"model": f"ties({self._random.random():.6f}*sql, tone)", "prompt": serving.PROMPT}
         try:
-            serving.complete(self._server, f"ties({self._random.random():.6f}*sql, tone)")
-        except (MergeError, OSError) as error:
+            status, reply = self._server.post("/v1/completions", body)
+        except httpx.HTTPError as error:
             self.counted.unexpected.append(f"at the end: {error}")
+        else:
+            if status != 200:
+                self.counted.unexpected.append(f"at the end: status {status}: {reply}")
 
     async def _measure(self, begin: float) -> None:
         self.resident.append((time.monotonic() - begin, resident_bytes(self._server.pid)))
         try:
             _, report = await asyncio.to_thread(self._server.get, "/v1/merged_lora")
             self.held.append(report["bytes_held"])
-        except OSError as error:
+        except httpx.HTTPError as error:
             self.counted.unexpected.append(f"GET /v1/merged_lora: {error}")
 
     async def _steps_until(self, end: float) -> None:
@@ -220,8 +236,6 @@ class Soak:
             except APIError as error:
                 self.counted.unexpected.append(f"{kind}: {type(error).__name__}: {str(error)[:300]}")
                 await asyncio.sleep(1)
-
-    # What a client does
 
     async def _plain(self) -> None:
         await self._ask("plain", self._random.choice(serving.NAMES))
@@ -261,7 +275,7 @@ class Soak:
         self.counted.merges.add(spec)
 
     async def _replace(self) -> None:
-        """Other weights for a source in the folder, the file at once and whole."""
+        """Give a source in the folder other weights, replacing its file atomically."""
         guest, name = self._random.choice(GUESTS), self._random.choice(serving.NAMES)
         factor = self._random.uniform(0.5, 1)
         await asyncio.to_thread(self._write, guest, name, factor)
@@ -276,7 +290,7 @@ class Soak:
         Path(new).replace(self._place / "sources" / guest / WEIGHTS_NAME)
 
     def _spec(self) -> MergeSpec:
-        """A merge with weights that were not asked for before."""
+        """A merge with weights that no earlier request had."""
         strategy = self._random.choice(
             ("sum", "cat", "svd", "slerp", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
         )
@@ -287,7 +301,7 @@ class Soak:
         return parse(f"{strategy}({terms})")
 
     async def _ask(self, kind: str, model: str, more: dict[str, Any] | None = None) -> None:
-        """A request as a chat or a completion, at once or as a stream, which is sometimes left early."""
+        """Request a chat or a completion, whole or as a stream, which is sometimes left early."""
         chat, stream = self._random.random() < 0.5, self._random.random() < 0.5
         leaves = stream and self._random.random() < 0.2
         route: Any = self._client.chat.completions if chat else self._client.completions
@@ -308,3 +322,23 @@ class Soak:
             self.counted.unexpected.append(f"{kind}: {model!r} was answered by {answered!r}")
         if not leaves:
             self.counted.seconds.setdefault(kind, []).append(time.perf_counter() - begin)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the command line, run the load and return the exit code: 2 if something is missing."""
+    parser = argparse.ArgumentParser(prog="soak.py", description="Random load on a real server.")
+    parser.add_argument("--minutes", type=float, default=30, metavar="M", help="30 by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
+    options = parser.parse_args(arguments)
+    if not 0 < options.minutes < math.inf:
+        parser.error("--minutes must be above 0")
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        parser.error(f"{options.json} is not a file in a folder that exists")
+    try:
+        return run(options.minutes, options.json)
+    except MergeError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -13,10 +13,10 @@ import pytest
 
 import tiny
 from merged_lora.adapters import Adapter
-from merged_lora.bench.server import Server
-from merged_lora.bench.soak import resident_bytes
 from merged_lora.engine import merge
+from soak import resident_bytes
 from tiny import MAX_RANK, Place
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from making import random_adapter
-from merged_lora.bench.server import Server, ServerDiedError
+from merged_lora.bench.launcher import ServerDiedError
 from promises import assert_together_as_alone
 from tiny import FLAGS, HIDDEN, MAX_RANK, SPECS, VOCABULARY, Place
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from merged_lora.bench.server import Server
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

@@ -16,9 +16,9 @@ import torch
 import faults
 import tiny
 from making import random_adapter
-from merged_lora.bench.server import Server
 from merged_lora.engine import merge
 from tiny import Place
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

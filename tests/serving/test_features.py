@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from merged_lora.bench.server import Server
 from tiny import SPECS
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

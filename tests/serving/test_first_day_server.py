@@ -17,7 +17,7 @@ from merged_lora.bench import first_day_server as day
 from merged_lora.bench import recording
 from merged_lora.bench.cases import llama3_8b
 from merged_lora.bench.first_day_server import Record, Shape
-from merged_lora.bench.server import Server, vllm_command
+from merged_lora.bench.launcher import vllm_command
 
 TINY = {
     "layers": 2,

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import tiny
 from gates import gate_with, worker
-from merged_lora.bench.server import Server
 from merged_lora.errors import MergeError
 from merged_lora.strategies import TABLE
 from merged_lora.vllm_plugin.api_server.gate import Lease, MergeGate
 from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import Reply
+from vllm_server import Server
 
 GENERATED, MUTATED, ASKED = 5_000, 5_000, 500
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from making import random_adapter
-from merged_lora.bench.server import ENVIRONMENT, Server
+from merged_lora.bench.launcher import ENVIRONMENT
 from tiny import Place
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

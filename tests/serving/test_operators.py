@@ -8,9 +8,9 @@ from urllib.parse import quote
 import pytest
 
 import tiny
-from merged_lora.bench.server import Server
 from merged_lora.engine import merge
 from tiny import MAX_AD_HOC, Place
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from merged_lora.bench.server import Server
 from merged_lora.engine import merge
 from tiny import FLAGS, MAX_RANK, SPECS, Place
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from merged_lora.bench.server import Server
 from promises import assert_together_as_alone
 from tiny import SPECS, Place
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

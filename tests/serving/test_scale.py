@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import faults
-from merged_lora.bench.server import Server
 from merged_lora.engine import merge
 from tiny import FLAGS, MAX_RANK, SPECS, Place, importing_tests
+from vllm_server import Server
 
 pytestmark = pytest.mark.engine
 

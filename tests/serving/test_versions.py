@@ -19,12 +19,13 @@ import pytest
 import vllm
 
 import install
-from merged_lora.bench.server import ENVIRONMENT, Server, ServerDiedError
+from merged_lora.bench.launcher import ENVIRONMENT, ServerDiedError
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError
 from merged_lora.vllm_plugin.hooks import reliance, table, versions
 from merged_lora.vllm_plugin.releases import NEWEST_CPU, TESTED
 from tiny import FLAGS, MAX_RANK, Place
+from vllm_server import Server
 
 INSTALLED = {
     **{path.name.removeprefix("vllm-"): path for path in sorted(Path(sys.prefix).glob("vllm-*"))},
