@@ -1,4 +1,10 @@
-"""Whether ours, the reference and PEFT give the same merges: what does not agree is not worth timing."""
+"""Checks that ours, the reference and PEFT give the same merges: what does not agree is not worth timing.
+
+The tests and the benchmarks share these checks.  They live here rather than in ``tests/`` because the tests
+can import this package from anywhere, and a machine with a GPU may have no pytest.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,6 +14,7 @@ import torch
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Backend, Result, load_backend
+from merged_lora.factors import bits
 from merged_lora.plan import FactorJob, FactorModule, MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
@@ -16,83 +23,43 @@ from merged_lora.strategies import TABLE
 from . import cases, peers
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 @dataclass(frozen=True)
 class Check:
-    """A comparison that is still to be made: what it compares, and what of it is vouched for where it agrees.
+    """A comparison that has not been made yet.
 
-    strategies, dtypes: whose kernels it runs.  find: what is wrong, None where nothing is.
+    what: what is compared.
+    keys: a strategy and a dtype each, in one string: what a row of the benchmark needs an agreeing check of.
+    find: makes the comparison and returns what is wrong, None if nothing is.
     """
 
     what: str
-    strategies: frozenset[str]
-    dtypes: frozenset[str]
+    keys: tuple[str, ...]
     find: Callable[[], str | None]
 
 
-def named(dtype: torch.dtype) -> str:
-    """A dtype's name without its module's."""
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype without its module's."""
     return str(dtype).removeprefix("torch.")
 
 
-EVERY_DTYPE = frozenset(map(named, DTYPES))
+def keys(strategies: Iterable[str], *dtypes: torch.dtype) -> tuple[str, ...]:
+    """The keys of a check of these strategies in these dtypes."""
+    return tuple(f"{strategy} {name_of(dtype)}" for strategy in strategies for dtype in dtypes)
 
 
-def disagreements(backend: Backend) -> Iterator[Check]:
-    """Small merges beside the NumPy backend's, bit for bit, and PEFT's, to rounding."""
-    for dtype in DTYPES:
-        sources = cases.distinct_sources(cases.SMALL, 4, 8, dtype)
-        name = named(dtype)
-        for spec in (
-            "linear(a, 0.5*b, -0.3*c, d)",
-            "ties(a, 0.5*b, -0.3*c, d)",
-            'ties(a, 0.5*b, -0.3*c, d, density=0.2, majority_sign_method="frequency")',
-            "magnitude_prune(a, 0.5*b, -0.3*c, d)",
-            "dare_linear(a, 0.5*b, -0.3*c, d)",
-            "dare_ties(a, 0.5*b, -0.3*c, d)",
-        ):
-            plan = make_plan(parse(spec), sources)
-            about = frozenset({plan.spec.strategy}), frozenset({name})
-            ours = cache(partial(backend.merge, plan, unseen))
-            yield Check(f"{name} {spec} = NumPy, every bit", *about, partial(_different_bits, plan, ours))
-            if "dare" not in spec:  # PEFT draws its masks from a global generator
-                find = partial(_beyond_rounding, plan, ours, sources)
-                yield Check(f"{name} {spec} = PEFT, to rounding", *about, find)
-    what = "float32 svd(a, 0.5*b, rank=6) as close as PEFT's"
-    yield Check(what, frozenset({"svd"}), frozenset({"float32"}), partial(_worse_than_peft, backend))
+def ignore(_: int) -> None:
+    """A progress function that does nothing."""
 
 
-def entry_disagreements(backend: Backend) -> Iterator[Check]:
-    """Every strategy in core space and on the entries of deltas beside the dense reference.
-
-    In core space to 1e-5 of the delta; where a rank is cut, an error of at most 1.01 times the least.
-    """
-    sources = cases.random_sources(cases.SMALL, 4, 6, torch.float32)
-    for strategy in (s for s in TABLE.values() if s.recipe.space in ("entries", "core")):
-        plan = make_plan(parse(f"{strategy.name}(a, 0.5*b, -0.3*c, d)"), sources)
-        what = f"{plan.spec} as close as a rank allows"
-        # Sources of another dtype have no check of their own, so this vouches for them.
-        yield Check(what, frozenset({strategy.name}), EVERY_DTYPE, partial(_not_close, backend, plan))
-
-
-def _not_close(backend: Backend, plan: MergePlan) -> str | None:
-    ours, theirs = (chosen.merge(plan, unseen) for chosen in (backend, load_backend("numpy")))
-    wrong = None
-    for module, expected in theirs.modules.items():
-        apart = float((ours.modules[module].delta() - expected.delta()).norm() / expected.delta().norm())
-        if plan.recipe.space == "core" and apart > 1e-5:
-            wrong = f"{module} differs by {apart:.2g}"
-        if plan.recipe.space == "entries":
-            (kept, asked), (best, _) = ours.energy[module], theirs.energy[module]
-            if asked - kept > 1.01**2 * (asked - best):
-                wrong = f"{module} keeps {kept:.4g} of {asked:.4g}, {best:.4g} can be kept"
-    return wrong
+def merge_by_reference(plan: MergePlan) -> Result:
+    """The NumPy backend's result for a plan."""
+    return load_backend("numpy").merge(plan, ignore)
 
 
 def count_agreed(checks: Iterable[Check]) -> int | None:
-    """Print every check; how many there are, or None where something is wrong and nothing is worth timing."""
+    """Print every check and return their number, or None if one has failed and nothing is worth timing."""
     found = [(check.what, check.find()) for check in checks]
     for what, wrong in found:
         print(f"  {'WRONG' if wrong else 'ok':6}{what}{': ' + wrong if wrong else ''}")
@@ -102,9 +69,59 @@ def count_agreed(checks: Iterable[Check]) -> int | None:
     return len(found)
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The stored words of a tensor: unlike its values they tell 0.0 from -0.0."""
-    return tensor.contiguous().view(_WORDS[tensor.dtype])
+def disagreements(backend: Backend) -> Iterator[Check]:
+    """Small merges, compared with the NumPy backend's bit for bit and with PEFT's to rounding."""
+    for dtype in DTYPES:
+        sources = cases.distinct_sources(cases.SMALL, 4, 8, dtype)
+        for spec in (
+            "linear(a, 0.5*b, -0.3*c, d)",
+            "ties(a, 0.5*b, -0.3*c, d)",
+            'ties(a, 0.5*b, -0.3*c, d, density=0.2, majority_sign_method="frequency")',
+            "magnitude_prune(a, 0.5*b, -0.3*c, d)",
+            "dare_linear(a, 0.5*b, -0.3*c, d)",
+            "dare_ties(a, 0.5*b, -0.3*c, d)",
+        ):
+            plan = make_plan(parse(spec), sources)
+            about = keys([plan.spec.strategy], dtype)
+            ours = cache(partial(backend.merge, plan, ignore))
+            what = f"{name_of(dtype)} {spec} ="
+            yield Check(f"{what} NumPy, every bit", about, partial(differs_from_reference, plan, ours))
+            if "dare" not in spec:  # PEFT draws its masks from a global generator
+                find = partial(_beyond_rounding, plan, ours, sources)
+                yield Check(f"{what} PEFT, to rounding", about, find)
+    what = "float32 svd(a, 0.5*b, rank=6) as close as PEFT's"
+    yield Check(what, keys(["svd"], torch.float32), partial(_worse_than_peft, backend))
+
+
+def entry_disagreements(backend: Backend) -> Iterator[Check]:
+    """Every strategy in core space and on the entries of deltas, compared with the dense reference."""
+    sources = cases.random_sources(cases.SMALL, 4, 6, torch.float32)
+    for strategy in (s for s in TABLE.values() if s.recipe.space in ("entries", "core")):
+        plan = make_plan(parse(f"{strategy.name}(a, 0.5*b, -0.3*c, d)"), sources)
+        # Sources of another dtype have no check of their own, so this one counts for them too.
+        about = keys([strategy.name], *DTYPES)
+        yield Check(f"{plan.spec} as close as a rank allows", about, partial(_not_close, backend, plan))
+
+
+def find_different_bits(got: Result, expected: Result) -> str | None:
+    """The first factor that has another dtype, shape or bit than expected, or that is expected to be NaN."""
+    if got.modules.keys() != expected.modules.keys():
+        return f"modules {list(got.modules)}, not {list(expected.modules)}"
+    for module, f in expected.modules.items():
+        for side, x, y in (("A", got.modules[module].a, f.a), ("B", got.modules[module].b, f.b)):
+            if (x.dtype, x.shape) != (y.dtype, y.shape):
+                return f"{module} differs: {side} is {x.dtype} {list(x.shape)}, not {y.dtype} {list(y.shape)}"
+            if y.isnan().any():
+                return f"{module}: {side} should be NaN"
+            different = int((bits(x) != bits(y)).sum())
+            if different:
+                return f"{module} differs: {different} of {x.numel()} entries of {side}"
+    return None
+
+
+def differs_from_reference(plan: MergePlan, ours: Callable[[], Result]) -> str | None:
+    """The first factor of our result that is not the NumPy backend's, bit for bit."""
+    return find_different_bits(ours(), merge_by_reference(plan))
 
 
 def allowed_difference(job: FactorJob, merged: torch.Tensor) -> torch.Tensor:
@@ -121,45 +138,21 @@ def allowed_difference(job: FactorJob, merged: torch.Tensor) -> torch.Tensor:
     return 2 * len(job.inputs) * 2.0**-24 * magnitude + spacing * (1 + stored.eps)
 
 
-def peft_result(
-    plan: MergePlan, sources: Mapping[str, Adapter]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """PEFT's factors by module, for a plan in factors space."""
-    spec = plan.spec
-    density = spec.option("density")
-    merged = {}
-    for module in plan.modules:
-        present = {
-            name: sources[name].modules[module] for name in spec.names if module in sources[name].modules
-        }
-        weights = [w for name, w in zip(spec.names, spec.weights(), strict=True) if name in present]
-        merged[module] = peers.merge_factors(
-            spec.strategy,
-            present,
-            weights,
-            density if isinstance(density, float) else None,
-            str(spec.option("majority_sign_method")),
-        )
-    return merged
-
-
-def _different_bits(plan: MergePlan, ours: Callable[[], Result]) -> str | None:
-    merged = ours().modules
-    for module, f in load_backend("numpy").merge(plan, unseen).modules.items():
-        got = merged[module]
-        if not (torch.equal(bits(got.a), bits(f.a)) and torch.equal(bits(got.b), bits(f.b))):
-            return f"{module} differs"
-    return None
-
-
 def _beyond_rounding(
     plan: MergePlan, ours: Callable[[], Result], sources: Mapping[str, Adapter]
 ) -> str | None:
-    merged, theirs = ours().modules, peft_result(plan, sources)
+    """The first module that lies further from PEFT's than two roundings in another order explain."""
+    spec, density = plan.spec, plan.spec.option("density")
     for module, entry in plan.modules.items():
-        if not isinstance(entry, FactorModule):
-            return f"{module} is not merged factor by factor"
-        got, (a, b) = merged[module], theirs[module]
+        assert isinstance(entry, FactorModule)
+        a, b = peers.merge_factors(
+            spec.strategy,
+            {name: sources[name].modules[module] for name in spec.names},
+            spec.weights(),
+            density if isinstance(density, float) else None,
+            str(spec.option("majority_sign_method")),
+        )
+        got = ours().modules[module]
         for job, x, y in ((entry.a, got.a, a), (entry.b, got.b, b)):
             times = (x.double() - y.double()).abs() / allowed_difference(job, y)
             if not bool((times <= 1).all()):
@@ -168,8 +161,9 @@ def _beyond_rounding(
 
 
 def _worse_than_peft(backend: Backend) -> str | None:
+    """The first module whose truncated sum has another error than PEFT's."""
     sources = cases.random_sources(cases.SMALL, 2, 8, torch.float32)
-    merged = backend.merge(make_plan(parse("svd(a, 0.5*b, rank=6)"), sources), unseen)
+    merged = backend.merge(make_plan(parse("svd(a, 0.5*b, rank=6)"), sources), ignore)
     for module, got in merged.modules.items():
         pair = {name: adapter.modules[module] for name, adapter in sources.items()}
         target = pair["a"].delta() + 0.5 * pair["b"].delta()
@@ -180,5 +174,19 @@ def _worse_than_peft(backend: Backend) -> str | None:
     return None
 
 
-def unseen(_: int) -> None:
-    """Progress that nobody watches."""
+def _not_close(backend: Backend, plan: MergePlan) -> str | None:
+    """A module that is not the dense reference's.
+
+    In core space they are equal to 1e-5 of the delta; if a rank is cut, the error is at most 1.01 times the
+    least one.
+    """
+    ours, theirs = backend.merge(plan, ignore), merge_by_reference(plan)
+    for module, expected in theirs.modules.items():
+        apart = float((ours.modules[module].delta() - expected.delta()).norm() / expected.delta().norm())
+        if plan.recipe.space == "core" and apart > 1e-5:
+            return f"{module} differs by {apart:.2g}"
+        if plan.recipe.space == "entries":
+            (kept, whole), (best, _) = ours.energy[module], theirs.energy[module]
+            if whole - kept > 1.01**2 * (whole - best):
+                return f"{module} keeps {kept:.4g} of {whole:.4g}, {best:.4g} can be kept"
+    return None

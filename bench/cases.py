@@ -1,5 +1,7 @@
 """Inputs of the benchmarks: the shapes of real models, filled with random numbers."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,7 +23,7 @@ LLAMA3_8B_LAYER = {
 """``(out, in)`` of every linear layer in one layer of Llama-3-8B."""
 
 SMALL = {"small.wide": (48, 80), "small.tall": (80, 32)}
-"""Few enough entries that magnitudes can all differ in bfloat16, see :func:`distinct_sources`."""
+"""Modules with few enough entries that magnitudes can all differ in bfloat16."""
 
 
 def llama3_8b(layers: int) -> dict[str, tuple[int, int]]:

@@ -1,6 +1,6 @@
-"""Whether the backend on a device gives the reference's merges: what does not agree is not worth timing.
+"""Checks that the backend on a device gives the reference's merges.
 
-Beyond ``agreement``, which every backend must pass, what a device may get wrong: any number of sources,
+They add to ``agreement``, which every backend must pass, what a device may get wrong: any number of sources,
 subnormal numbers, slots of any rank and stride, trims cut into spans, batched factorisations.
 """
 
@@ -15,8 +15,8 @@ import torch
 
 from merged_lora import lowrank
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Result, Slot, SlotBackend, load_backend
-from merged_lora.factors import Factors
+from merged_lora.backends import Result, Slot, SlotBackend
+from merged_lora.factors import Factors, bits
 from merged_lora.plan import DeltaModule, MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.reference import delta as dense
@@ -25,25 +25,37 @@ from merged_lora.strategies import TABLE
 from merged_lora.triton_kernels.kernels.trim import LARGE
 
 from . import cases
-from .agreement import DTYPES, EVERY_DTYPE, Check, bits, disagreements, entry_disagreements, named
+from .agreement import (
+    DTYPES,
+    Check,
+    differs_from_reference,
+    disagreements,
+    entry_disagreements,
+    ignore,
+    keys,
+    merge_by_reference,
+    name_of,
+)
 
 COUNTS = (1, 2, 3, 4, 8, 9, 16)
 SLOT_RANK = 16
 ALIKE = {f"alike.{i}": (48, 80) for i in range(5)} | cases.SMALL
 """Modules of one shape, so that there is a batch, and others."""
+USUAL = ("linear", "ties", "dare_ties")
 
-RESOLUTION = 1e-7  # of the largest singular value, as ``lowrank.merge_stack`` promises
-EPS = 2.0**-52
-# The unit roundoff of each dtype, and what rounding may add to a number too small for it: half of the
-# smallest subnormal.
+RESOLUTION = 1e-7
+"""The error that ``lowrank.merge_stack`` promises, relative to the largest singular value."""
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""The unit roundoff of each dtype."""
 HALF_STEP = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+"""Half of each dtype's smallest subnormal number: what rounding may add to a number too small for UNIT."""
 
 
 def groups(backend: SlotBackend) -> Iterator[tuple[str, Iterator[Check]]]:
-    """The checks, by what they are about."""
+    """All checks, in groups with a heading each."""
+    counts = f"{', '.join(map(str, COUNTS[:-1]))} and {COUNTS[-1]}"
     yield "small tensors: NumPy bit for bit, PEFT to rounding", disagreements(backend)
-    yield f"{_said(COUNTS)} sources of any bits, every strategy: NumPy bit for bit", _any(backend)
+    yield f"{counts} sources of any bits, every strategy: NumPy bit for bit", _any(backend)
     yield "slots of other rank, stride and dtype: NumPy bit for bit, zeros beyond", _slots(backend)
     yield f"trims of more than {LARGE} entries: NumPy bit for bit", _spans(backend)
     yield "merges in delta space: the best approximation of a float64 delta", _deltas(backend)
@@ -51,12 +63,53 @@ def groups(backend: SlotBackend) -> Iterator[tuple[str, Iterator[Check]]]:
     yield "torch.linalg.eigh, batched, float64: the CPU's eigenvalues", eigenvalues(backend.device)
 
 
-def _reference(plan: MergePlan) -> Result:
-    """What the NumPy backend makes of a plan."""
-    return load_backend("numpy").merge(plan, lambda _: None)
+def _spec(strategy: str, count: int) -> str:
+    weighted = [f"{w}*{name}" for w, name in zip((1, 0.5, -0.3, 1) * 4, cases.names(count), strict=False)]
+    return f"{strategy}({', '.join(weighted)})"
 
 
-def differing_slots(slots: Mapping[str, Slot], expected: Result) -> str | None:
+def _any(backend: SlotBackend) -> Iterator[Check]:
+    rows = [s for s in TABLE.values() if s.recipe.space == "factors"]
+    for count in COUNTS:
+        for dtype in DTYPES if count == 4 else DTYPES[:1]:
+            sources = cases.awkward_sources(cases.SMALL, count, 8, dtype)
+            for strategy in (s.name for s in rows if s.sources_min <= count):
+                yield _same_bits(backend, _spec(strategy, count), sources, name_of(dtype))
+    one_each = [cases.awkward_sources(cases.SMALL, 3, 8, dtype) for dtype in DTYPES]
+    mixed = {name: sources[name] for name, sources in zip(cases.names(3), one_each, strict=True)}
+    for strategy in (s.name for s in rows):
+        yield _same_bits(backend, _spec(strategy, 3), mixed, "mixed dtypes")
+
+
+def _same_bits(backend: SlotBackend, spec: str, sources: Mapping[str, Adapter], dtype: str) -> Check:
+    plan = make_plan(parse(spec), sources)
+    find = partial(differs_from_reference, plan, partial(backend.merge, plan, ignore))
+    return Check(f"{dtype} {spec}", (f"{plan.spec.strategy} {dtype}",), find)
+
+
+def _slots(backend: SlotBackend) -> Iterator[Check]:
+    for rank in (8, 5):  # whole groups of eight columns, and not
+        sources = cases.awkward_sources(cases.SMALL, 3, rank, torch.bfloat16)
+        less = {name: Adapter({"small.wide": a.modules["small.wide"]}) for name, a in sources.items()}
+        for target in (torch.bfloat16, torch.float32):
+            for strategy in USUAL:
+                plan = make_plan(parse(_spec(strategy, 3)), sources)
+                for transposed in (False, True):
+                    what = f"rank {rank} {plan.spec} into {target}{', transposed' if transposed else ''}"
+                    find = partial(_wrong_slots, backend, plan, target, transposed)
+                    yield Check(what, keys([strategy], torch.bfloat16), find)
+            find = partial(_wrong_absent, backend, make_plan(parse(_spec("ties", 3)), less), target)
+            what = f"rank {rank} into {target}, a module that no source has"
+            yield Check(what, keys(USUAL, torch.bfloat16), find)
+
+
+def _wrong_slots(backend: SlotBackend, plan: MergePlan, target: torch.dtype, transposed: bool) -> str | None:
+    slots = _poisoned(SLOT_RANK, target, backend.device, transposed)
+    backend.write(plan, slots)
+    return find_wrong_slot(slots, merge_by_reference(plan))
+
+
+def find_wrong_slot(slots: Mapping[str, Slot], expected: Result) -> str | None:
     """The first module whose slot does not hold the expected bits, and zeros beyond its rank."""
     for name, merged in expected.modules.items():
         slot, rank = slots[name], merged.rank
@@ -68,66 +121,6 @@ def differing_slots(slots: Mapping[str, Slot], expected: Result) -> str | None:
     return None
 
 
-def _said(counts: Sequence[int]) -> str:
-    return ", ".join(map(str, counts[:-1])) + f" and {counts[-1]}"
-
-
-def _spec(strategy: str, count: int, options: str = "") -> str:
-    weighted = [f"{w}*{name}" for w, name in zip((1, 0.5, -0.3, 1) * 4, cases.names(count), strict=False)]
-    return f"{strategy}({', '.join(weighted)}{options})"
-
-
-def _any(backend: SlotBackend) -> Iterator[Check]:
-    rows = [s for s in TABLE.values() if s.recipe.space == "factors"]
-    for count in COUNTS:
-        for dtype in DTYPES if count == 4 else DTYPES[:1]:
-            sources = cases.awkward_sources(cases.SMALL, count, 8, dtype)
-            for strategy in (s.name for s in rows if s.sources_min <= count):
-                yield _same_bits(backend, _spec(strategy, count), sources, named(dtype))
-    one_each = [cases.awkward_sources(cases.SMALL, 3, 8, dtype) for dtype in DTYPES]
-    mixed = {name: sources[name] for name, sources in zip(cases.names(3), one_each, strict=True)}
-    for strategy in (s.name for s in rows):
-        yield _same_bits(backend, _spec(strategy, 3), mixed, "mixed dtypes")
-
-
-def _same_bits(backend: SlotBackend, spec: str, sources: Mapping[str, Adapter], kind: str) -> Check:
-    plan = make_plan(parse(spec), sources)
-    find = partial(_other_bits, backend, plan)
-    return Check(f"{kind} {spec}", frozenset({plan.spec.strategy}), frozenset({kind}), find)
-
-
-def _other_bits(backend: SlotBackend, plan: MergePlan) -> str | None:
-    got, expected = backend.merge(plan, lambda _: None), _reference(plan)
-    for name, f in expected.modules.items():
-        pairs = ((got.modules[name].a, f.a), (got.modules[name].b, f.b))
-        if not all(torch.equal(bits(x), bits(y)) for x, y in pairs):
-            return f"{name} differs"
-    return None
-
-
-def _slots(backend: SlotBackend) -> Iterator[Check]:
-    for rank in (8, 5):  # whole groups of eight columns, and not
-        sources = cases.awkward_sources(cases.SMALL, 3, rank, torch.bfloat16)
-        less = {name: Adapter({"small.wide": a.modules["small.wide"]}) for name, a in sources.items()}
-        bfloat16 = frozenset({"bfloat16"})
-        for target in (torch.bfloat16, torch.float32):
-            for strategy in ("linear", "ties", "dare_ties"):
-                plan = make_plan(parse(_spec(strategy, 3)), sources)
-                for transposed in (False, True):
-                    what = f"rank {rank} {plan.spec} into {target}{', transposed' if transposed else ''}"
-                    find = partial(_wrong_slots, backend, plan, target, transposed)
-                    yield Check(what, frozenset({strategy}), bfloat16, find)
-            find = partial(_wrong_absent, backend, make_plan(parse(_spec("ties", 3)), less), target)
-            what = f"rank {rank} into {target}, a module that no source has"
-            yield Check(what, frozenset({"linear", "ties", "dare_ties"}), bfloat16, find)
-
-
-def _wrong_slots(backend: SlotBackend, plan: MergePlan, target: torch.dtype, transposed: bool) -> str | None:
-    slots = _poisoned(SLOT_RANK, target, backend.device, transposed)
-    backend.write(plan, slots)
-    return differing_slots(slots, _reference(plan))
-
-
 def _wrong_absent(backend: SlotBackend, plan: MergePlan, target: torch.dtype) -> str | None:
     slots = _poisoned(SLOT_RANK, target, backend.device, True)
     absent = slots.pop("small.tall")
@@ -137,6 +130,8 @@ def _wrong_absent(backend: SlotBackend, plan: MergePlan, target: torch.dtype) ->
 
 
 def _poisoned(rank: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> dict[str, Slot]:
+    """Slots full of NaN for the small modules."""
+
     def full(*shape: int) -> torch.Tensor:
         turned = torch.full(shape[::-1], torch.nan, dtype=dtype, device=device)
         return turned.T if transposed else turned.T.contiguous()
@@ -149,7 +144,7 @@ def _poisoned(rank: int, dtype: torch.dtype, device: torch.device, transposed: b
 def _spans(backend: SlotBackend) -> Iterator[Check]:
     for dtype in DTYPES:
         sources = cases.random_sources({"large": (LARGE // 16 + 8, 16)}, 1, 16, dtype)
-        yield _same_bits(backend, "magnitude_prune(a, density=0.3)", sources, named(dtype))
+        yield _same_bits(backend, "magnitude_prune(a, density=0.3)", sources, name_of(dtype))
 
 
 def _deltas(backend: SlotBackend) -> Iterator[Check]:
@@ -163,22 +158,20 @@ def _deltas(backend: SlotBackend) -> Iterator[Check]:
             (2, 8, "slerp(a, b, t=0.3)"),
         ):
             plan = make_plan(parse(spec), cases.random_sources(ALIKE, count, rank, dtype))
-            what = f"{named(dtype)} rank {rank} {spec}"
-            find = partial(_not_all_best, backend, plan)
-            yield Check(what, frozenset({plan.spec.strategy}), frozenset({named(dtype)}), find)
+            what = f"{name_of(dtype)} rank {rank} {spec}"
+            yield Check(what, keys([plan.spec.strategy], dtype), partial(_not_all_best, backend, plan))
 
 
 def _not_all_best(backend: SlotBackend, plan: MergePlan) -> str | None:
-    merged = backend.merge(plan, lambda _: None).modules
+    merged = backend.merge(plan, ignore).modules
     wrong = (not_best(module, merged[name]) for name, module in plan.modules.items())
     return next((text for text in wrong if text), None)
 
 
 def not_best(module: object, merged: Factors) -> str | None:
-    """What is wrong where factors are further from a module's dense float64 delta than they must be.
+    """What is wrong with factors that are further from a module's dense float64 delta than they must be.
 
-    Eckart and Young's error, the promised resolution, and what rounding both factors adds: 2 u of the product
-    of their magnitudes.
+    The bound is Eckart and Young's error, the promised resolution, and what rounding both factors adds.
     """
     assert isinstance(module, DeltaModule)
     pairs = [(f.a.double().numpy(), f.b.double().numpy()) for f in module.sources]
@@ -189,27 +182,13 @@ def not_best(module: object, merged: Factors) -> str | None:
         target = dense.MEANS[module.mean.rule](deltas, module.mean.shares, module.mean.count)
     values = np.linalg.svd(target, compute_uv=False)
     error = float(np.linalg.norm(target - merged.delta().numpy()))
-    bound = float(np.linalg.norm(values[module.rank :])) + RESOLUTION * float(values[0])
-    if not error <= bound + rounding(merged):
-        return f"an error of {error:.3g}, the best is {float(np.linalg.norm(values[module.rank :])):.3g}"
+    best = float(np.linalg.norm(values[module.rank :]))
+    if not error <= best + RESOLUTION * float(values[0]) + _rounding(merged):
+        return f"an error of {error:.3g}, the best is {best:.3g}"
     return None
 
 
-def rounding(merged: Factors) -> float:
-    """Norm of what rounding A and B to their dtype may change in ``B A``."""
-    unit, step = UNIT[merged.a.dtype], HALF_STEP[merged.a.dtype]
-    a, b = merged.a.double().abs(), merged.b.double().abs()
-    rows, columns = b.shape[0], a.shape[1]
-    small = step * (float(b.sum(1).norm()) * math.sqrt(columns) + float(a.sum(0).norm()) * math.sqrt(rows))
-    return 2.02 * unit * _norm(a, b) + small
-
-
-def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frobenius norm of ``b @ a``."""
-    return float(((b.T @ b) * (a @ a.T)).sum().abs().sqrt())
-
-
-def differs_from_lowrank(plan: MergePlan, names: Sequence[str], slots: Mapping[str, Slot]) -> str | None:
+def find_different_truncation(plan: MergePlan, names: Sequence[str], slots: Mapping[str, Slot]) -> str | None:
     """The first of these modules whose slot is not, to rounding, what ``merged_lora.lowrank`` makes.
 
     Both are the best approximation, so their products differ by the resolution and by two roundings.  The
@@ -225,24 +204,38 @@ def differs_from_lowrank(plan: MergePlan, names: Sequence[str], slots: Mapping[s
         a = torch.cat([ours.a.double(), theirs.a.double()])
         b = torch.cat([ours.b.double(), -theirs.b.double()], dim=1)
         apart, size = _norm(a, b), _norm(theirs.a.double(), theirs.b.double())
-        allowed = rounding(ours) + rounding(theirs) + 2 * RESOLUTION * size
+        allowed = _rounding(ours) + _rounding(theirs) + 2 * RESOLUTION * size
         if not apart <= allowed:
             return f"{name} differs from the CPU's by {apart:.3g}, rounding explains {allowed:.3g}"
     return None
 
 
-def eigenvalues(device: torch.device) -> Iterator[Check]:
-    """Eigenvalues against the CPU's, and the vectors by what defines them.
+def _rounding(merged: Factors) -> float:
+    """Norm of what rounding A and B to their dtype may change in ``B A``: 2 u of the magnitudes' product."""
+    unit, step = UNIT[merged.a.dtype], HALF_STEP[merged.a.dtype]
+    a, b = merged.a.double().abs(), merged.b.double().abs()
+    rows, columns = b.shape[0], a.shape[1]
+    small = step * (float(b.sum(1).norm()) * math.sqrt(columns) + float(a.sum(0).norm()) * math.sqrt(rows))
+    return 2.02 * unit * _norm(a, b) + small
 
-    A stable method is off by ``p(n) EPS`` of the largest eigenvalue with a modest polynomial ``p`` (LAPACK
-    Users' Guide, section 4.7); ``n^2`` stands for it.
+
+def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Frobenius norm of ``b @ a``."""
+    return float(((b.T @ b) * (a @ a.T)).sum().abs().sqrt())
+
+
+def eigenvalues(device: torch.device) -> Iterator[Check]:
+    """Checks of ``eigh``: its values against the CPU's, and its vectors by what defines them.
+
+    A stable method is off by ``p(n) eps`` of the largest eigenvalue with a modest polynomial ``p`` (LAPACK
+    Users' Guide, section 4.7); ``n^2`` is taken for it.
     """
-    decomposing = frozenset(s.name for s in TABLE.values() if s.recipe.space != "factors")
+    decomposing = [s.name for s in TABLE.values() if s.recipe.space != "factors"]
     for n in (8, 32, 33, 64):
         errors = cache(partial(_eigen_errors, n, device))
         for name in ("eigenvalues", "residual", "orthogonality"):
             find = partial(_beyond_bound, errors, name, n)
-            yield Check(f"{name} of 9 matrices {n} x {n}", decomposing, EVERY_DTYPE, find)
+            yield Check(f"{name} of 9 matrices {n} x {n}", keys(decomposing, *DTYPES), find)
 
 
 def _eigen_errors(n: int, device: torch.device) -> dict[str, float]:
@@ -254,15 +247,14 @@ def _eigen_errors(n: int, device: torch.device) -> dict[str, float]:
     values, vectors = (y.cpu() for y in torch.linalg.eigh(gram.to(device)))
     expected = torch.linalg.eigvalsh(gram)
     size = expected[:, -1]
-    residual = (gram @ vectors - vectors * values[:, None, :]).flatten(1).norm(dim=1) / size
     errors = {
         "eigenvalues": (values - expected).abs().amax(1) / size,
-        "residual": residual,
+        "residual": (gram @ vectors - vectors * values[:, None, :]).flatten(1).norm(dim=1) / size,
         "orthogonality": (vectors.mT @ vectors - torch.eye(n)).flatten(1).norm(dim=1),
     }
     return {name: float(error.max()) for name, error in errors.items()}
 
 
 def _beyond_bound(errors: Callable[[], dict[str, float]], name: str, n: int) -> str | None:
-    times = errors()[name] / (n * n * EPS)
+    times = errors()[name] / (n * n * 2.0**-52)
     return None if times <= 1 else f"{times:.3g} times the bound"

@@ -1,19 +1,18 @@
-"""A GPU's first day: is what the kernels make right, and how fast are they, in so many minutes, by worth.
+"""Check and measure what some minutes on a new GPU allow, the most valuable first.
 
-What is measured happens in worker processes, because a fault on a CUDA device ends the process that meets
-it: where one dies or hangs, that item has failed, and the next process goes on behind it.  A process takes
-long to start (torch, Triton, a CUDA context, sources), so each works off a whole list of items.  Checks are
-shared out to several at a time; times are taken by one that has the device to itself.
+Everything is measured in worker processes, because a fault on a CUDA device ends the process that meets it:
+if one dies or hangs, its item has failed, and the next process goes on with the item behind it.  A process
+takes long to start (torch, Triton, a CUDA context, sources), so each works off a whole list of items.  Checks
+are shared among several processes; times are taken by one that has the device to itself.
 
-Workers (``first_day_worker.py``) print a line of JSON for everything that begins or ends; each line changes
-the one file of results.  This process imports no torch.
+Workers (``first_day_worker.py``) print a line of JSON for everything that begins or ends, and each line
+changes the one file of results.  This process imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import queue
 import shutil
 import signal
@@ -22,28 +21,31 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from . import recording
+from . import machine
 from .gpu_report import HEADER, Row
+from .recording import FAILED, WRONG, Record
 
 MINUTES = 9.5
 FILE = "first-day.json"
 WORKER = (sys.executable, "-m", "merged_lora.bench.first_day_worker")
 SHARE = 0.45
-"""Of the minutes: what the checks may take at most."""
+"""The largest share of the minutes for the checks."""
 WORKERS = 8
-"""That check at a time, at most, and at most one for two cores."""
+"""The most processes that check at a time; there is at most one for two cores."""
 PATIENCE = 10.0
 """Seconds that a process gets to end."""
+DEVICE_LOST = 3
+"""A worker's exit code if its device is of no more use."""
 CUDA = "/usr/local/cuda/bin"
-"""Where CUDA's tools lie if they are not on the path."""
+"""The folder of CUDA's tools if they are not on the path."""
 
 
 @dataclass(frozen=True)
@@ -56,43 +58,16 @@ class Limits:
     sanitizer: float = 150.0
 
 
-class Results:
-    """Everything found so far, in a file that is whole at any moment."""
+def new_record(file: Path) -> Record:
+    """An empty record of a first day."""
+    lists = ("checks", "rows", "withheld", "left_out", "failed", "not_reached")
+    return Record(file, environment={}, sanitizer={}, device={}, **{name: [] for name in lists})
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.data: dict[str, Any] = {
-            "state": "running",
-            "environment": {},
-            "checks": [],
-            "sanitizer": {},
-            "device": {},
-            "rows": [],
-            "withheld": [],
-            "left out": [],
-            "failed": [],
-            "not reached": [],
-        }
-        self._lock = threading.Lock()
 
-    def set(self, name: str, value: object) -> None:
-        """Put something in its place."""
-        with self._lock:
-            self.data[name] = value
-            recording.write(self.file, self.data)
-
-    def add(self, name: str, *values: object) -> None:
-        """Put something at the end of its list."""
-        with self._lock:
-            self.data[name].extend(values)
-            recording.write(self.file, self.data)
-
-    @property
-    def failed(self) -> bool:
-        """Whether anything went wrong; an aim that is missed, or time that ran out, is not wrong."""
-        sanitizer = self.data["sanitizer"].get("state", "")
-        wrong = any(check["wrong"] for check in self.data["checks"])
-        return wrong or bool(self.data["failed"]) or sanitizer in (recording.FAILED, recording.WRONG)
+def has_failed(data: Mapping[str, Any]) -> bool:
+    """Whether anything went wrong; a missed aim, or time that ran out, is not wrong."""
+    wrong = any(check["wrong"] for check in data["checks"])
+    return wrong or bool(data["failed"]) or data["sanitizer"].get("state") in (FAILED, WRONG)
 
 
 def run(
@@ -102,100 +77,84 @@ def run(
     worker: Sequence[str] = WORKER,
     limits: Limits = Limits(),
 ) -> int:
-    """Check and measure what the minutes allow; the exit code, 1 where anything failed.
+    """Check and measure what the minutes allow and return the exit code, 1 if anything failed.
 
-    folder: gets ``first-day.json`` and the workers' output.  layers: of Llama-3-8B.  worker: the command that
-    is handed a role and its arguments.
+    folder: gets ``first-day.json`` and the workers' output.
+    layers: number of layers of Llama-3-8B.
+    worker: the command that gets a role and its arguments.
     """
     end = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder / FILE)
-    crew = Crew(folder, worker, results, limits)
-    recording.end_on_terminate()
-    try:
-        results.set("environment", environment() | {"minutes": minutes, "layers": layers})
-        print(f"agreement, and compute-sanitizer beside it; results in {results.file}", flush=True)
-        _check(crew, results, time.monotonic() + SHARE * 60 * minutes, limits)
-        checks = results.data["checks"]
-        print(
-            f"  {sum(not c['wrong'] for c in checks)} of {len(checks)} checks agree\n\n{HEADER}", flush=True
-        )
-        arguments = {"layers": layers, "withheld": withheld(checks), "vouched": vouched(checks)}
-        with _told(results, "rows"):
-            crew.follow("rows", "rows", arguments, end, limits.row)
-        results.set("state", "finished")
-    except KeyboardInterrupt:
-        crew.stop()
-        results.set("state", "interrupted")
-        _show(results)
-        return recording.interrupted()
-    _show(results)
-    return 1 if results.failed else 0
+    record = new_record(folder / FILE)
+
+    def work() -> None:
+        record.set("environment", machine.environment() | {"minutes": minutes, "layers": layers})
+        print(f"agreement, and compute-sanitizer beside it; results in {record.file}", flush=True)
+        _check(Crew(folder, worker, record, limits), time.monotonic() + SHARE * 60 * minutes)
+        checks = record.data["checks"]
+        wrong = {key for check in checks if check["wrong"] for key in check["keys"]}
+        right = {key for check in checks if not check["wrong"] for key in check["keys"]}
+        agreed = sum(not check["wrong"] for check in checks)
+        print(f"  {agreed} of {len(checks)} checks agree\n\n{HEADER}", flush=True)
+        given = {"layers": layers, "wrong": sorted(wrong), "right": sorted(right)}
+        with Crew(folder, worker, record, limits) as crew:
+            crew.attempt("rows", partial(crew.follow, "rows", "rows", given, end, limits.row))
+
+    return record.run(work, partial(has_failed, record.data), partial(_show, record.data))
 
 
-@contextmanager
-def _told(results: Results, step: str) -> Iterator[None]:
-    """Note what a step raises; the next one is done."""
-    try:
-        yield
-    except Exception:
-        results.add("failed", {"step": step, "item": "all of it", "text": traceback.format_exc()})
-
-
-def _check(crew: Crew, results: Results, end: float, limits: Limits) -> None:
-    """All that can be done beside each other, because nothing of it is timed."""
+def _check(crew: Crew, end: float) -> None:
+    """Make all checks, several at a time because none is timed, and run the sanitizer beside them."""
     workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) // 2))
-    pool = ThreadPoolExecutor(workers + 1)
-    try:
-        watched_until = min(end, time.monotonic() + limits.sanitizer)
-        waiting = {"sanitizer": pool.submit(_sanitize, crew, results, watched_until)}
+    watched_until = min(end, time.monotonic() + crew.limits.sanitizer)
+    # The crew is left first, and ends what the threads of the pool wait for.
+    with ThreadPoolExecutor(workers + 1) as pool, crew:
+        steps = [pool.submit(crew.attempt, "sanitizer", partial(sanitize, crew, watched_until))]
         for i in range(workers):
-            step, arguments = f"checks-{i}", {"part": i, "parts": workers}
-            waiting[step] = pool.submit(crew.follow, step, "checks", arguments, end, limits.check)
-        for step, one in waiting.items():
-            with _told(results, step):
-                one.result()
-    except KeyboardInterrupt:
-        crew.stop()
-        raise
-    finally:
-        pool.shutdown()
-
-
-def vouched(checks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that a check vouches for."""
-    return sorted({key for check in checks if not check["wrong"] for key in check["keys"]})
-
-
-def withheld(checks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys of checks that failed: what stands on them is not timed."""
-    return sorted({key for check in checks if check["wrong"] for key in check["keys"]})
+            step, given = f"checks-{i}", {"part": i, "parts": workers}
+            follow = partial(crew.follow, step, "checks", given, end, crew.limits.check)
+            steps.append(pool.submit(crew.attempt, step, follow))
+        for future in steps:
+            future.result()
 
 
 class Crew:
-    """Starts workers, hears what they tell, and ends them when they take too long."""
+    """Starts workers and records their results; leaving the ``with`` statement ends all that run."""
 
-    def __init__(self, folder: Path, worker: Sequence[str], results: Results, limits: Limits) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, worker: Sequence[str], record: Record, limits: Limits) -> None:
         self.worker = worker
-        self._results = results
-        self._limits = limits
+        self.record = record
+        self.limits = limits
+        self._folder = folder
         self._running: set[subprocess.Popen[str]] = set()
         self._stopping = False
 
-    def follow(
-        self, step: str, role: str, arguments: Mapping[str, Any], end: float, item_seconds: float
-    ) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        for process in list(self._running):
+            _end(process)
+
+    def attempt(self, step: str, do: Callable[[], None]) -> None:
+        """Do a step; if it raises, record that it has failed."""
+        try:
+            do()
+        except Exception:
+            text = traceback.format_exc()
+            self.record.add("failed", {"step": step, "item": "all of it", "text": text})
+
+    def follow(self, step: str, role: str, given: Mapping[str, Any], end: float, item_seconds: float) -> None:
         """Have all items of a role worked off until ``end``, by one process after the other."""
         planned: list[dict[str, Any]] | None = None
         done = 0
         while (left := end - time.monotonic()) > 0 and not self._stopping:
-            given = {**arguments, "skip": done, "seconds": left}
             begun, why = False, ""
-            with self.started(step, [*self.worker, role, json.dumps(given)]) as (process, messages):
+            arguments = json.dumps({**given, "skip": done, "seconds": left})
+            with self.started(step, [*self.worker, role, arguments]) as (process, messages):
                 while True:
-                    limit = item_seconds if begun else self._limits.start
-                    left = end - time.monotonic()
+                    limit, left = item_seconds if begun else self.limits.start, end - time.monotonic()
                     try:
                         message = messages.get(timeout=max(0.0, min(limit, left)))
                     except queue.Empty:
@@ -211,61 +170,60 @@ class Crew:
                         begun = True
                     elif planned is not None and "end" in message:
                         begun, done = False, done + 1
-                        self._take(step, planned[done - 1], message)
+                        self._record(step, planned[done - 1], message)
                     else:
-                        self._take(step, {"name": step, "keys": []}, message)
-            over = planned is not None and (done == len(planned) or process.returncode == 0)
-            if over or not why or self._stopping:
+                        self._record(step, {"name": step, "keys": []}, message)
+            complete = planned is not None and (done == len(planned) or process.returncode == 0)
+            if complete or not why or self._stopping:
                 break
             if begun and planned is not None:
                 done += 1
-                self._take(step, planned[done - 1], {"failed": why})
-            elif process.returncode != recording.LOST:
-                self._results.add("failed", {"step": step, "item": "start", "text": why})
+                self._record(step, planned[done - 1], {"failed": why})
+            elif process.returncode != DEVICE_LOST:
+                self.record.add("failed", {"step": step, "item": "start", "text": why})
                 break
         if planned is None:
-            self._results.add("not reached", f"{step}: all of it")
+            self.record.add("not_reached", f"{step}: all of it")
         else:
-            self._results.add("not reached", *(f"{step}: {item['name']}" for item in planned[done:]))
+            self.record.add("not_reached", *(f"{step}: {item['name']}" for item in planned[done:]))
 
-    def _take(self, step: str, item: Mapping[str, Any], message: Mapping[str, Any]) -> None:
-        """Note what a worker told of an item."""
+    def _record(self, step: str, item: Mapping[str, Any], message: Mapping[str, Any]) -> None:
+        """Record a worker's message about an item."""
         if "failed" in message:
-            print(f"  {recording.FAILED} {item['name']}", flush=True)
-            self._results.add("failed", {"step": step, "item": item["name"], "text": message["failed"]})
+            print(f"  {FAILED} {item['name']}", flush=True)
+            self.record.add("failed", {"step": step, "item": item["name"], "text": message["failed"]})
         if step.startswith("checks"):
-            wrong = message.get("failed", message.get("wrong"))
-            self._results.add("checks", {**item, "wrong": wrong})
+            self.record.add("checks", {**item, "wrong": message.get("failed", message.get("wrong"))})
         elif "device" in message:
-            self._results.set("device", message["device"])
+            self.record.set("device", message["device"])
         elif "row" in message:
-            self._results.add("rows", message["row"])
-            print(Row.read(message["row"]).line(), flush=True)
-        elif "withheld" in message:
-            self._results.add("withheld", f"{item['name']}: {message['withheld']}")
-        elif "left out" in message:
-            self._results.add("left out", message["left out"])
+            self.record.add("rows", message["row"])
+            print(Row.from_json(message["row"]).line(), flush=True)
+        for name in ("withheld", "left_out"):
+            if name in message:
+                self.record.add(name, f"{item['name']}: {message[name]}")
 
     @contextmanager
     def started(
         self, step: str, command: Sequence[str]
     ) -> Iterator[tuple[subprocess.Popen[str], queue.Queue[dict[str, Any] | None]]]:
-        """A process and what it tells, None at the end; leaving ends it and all that it started.
+        """A process and its messages, None at the end; leaving ends it and all that it started.
 
-        Its standard input stays open as long as this process lives, its errors go to a file.
+        Its standard input stays open as long as this process lives, and its errors go to a file.
         """
-        with self._log(step).open("ab") as log:
+        log = self._folder / f"{step}.log"
+        with log.open("ab") as errors:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=errors,
                 text=True,
                 start_new_session=True,
             )
         self._running.add(process)
         messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        reader = threading.Thread(target=_read, args=(process, messages, self._log(step)), daemon=True)
+        reader = threading.Thread(target=_read, args=(process, messages, log), daemon=True)
         reader.start()
         if self._stopping:  # since this was asked for
             _end(process)
@@ -276,18 +234,10 @@ class Crew:
             self._running.discard(process)
             reader.join(PATIENCE)
 
-    def stop(self) -> None:
-        """End all that runs."""
-        self._stopping = True
-        for process in list(self._running):
-            _end(process)
-
-    def _log(self, step: str) -> Path:
-        return self._folder / f"{step}.log"
-
     def tail(self, step: str) -> str:
-        """The end of what a step's processes had to say."""
-        return recording.last_lines(self._log(step).read_text(errors="replace"))
+        """The last lines that a step's processes wrote."""
+        text = (self._folder / f"{step}.log").read_text(errors="replace")
+        return "\n".join(text.splitlines()[-12:])
 
 
 def _read(process: subprocess.Popen[str], messages: queue.Queue[dict[str, Any] | None], log: Path) -> None:
@@ -295,7 +245,7 @@ def _read(process: subprocess.Popen[str], messages: queue.Queue[dict[str, Any] |
     for line in process.stdout:
         if line.startswith("{"):
             messages.put(json.loads(line))
-        else:  # what a tool around the worker has to say
+        else:  # from a tool around the worker
             with log.open("a") as out:
                 out.write(line)
     messages.put(None)
@@ -311,88 +261,51 @@ def _end(process: subprocess.Popen[str], seconds: float = 0.0) -> None:
         process.wait(PATIENCE)
 
 
-# What is found without a worker
-
-
-def environment() -> dict[str, Any]:
-    """The machine, the tree and the versions."""
-    query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
-    found: dict[str, Any] = {
-        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "gpu": _said("nvidia-smi", query, "--format=csv,noheader"),
-        "commit": _said("git", "rev-parse", "HEAD"),
-        "changed": _said("git", "status", "--porcelain").splitlines(),
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
-        "interpreter": os.environ.get("TRITON_INTERPRET", ""),
-    }
-    for name in ("torch", "triton", "numpy", "peft", "transformers", "safetensors", "vllm"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found | {"nvidia-smi": _said("nvidia-smi")}
-
-
-def _said(*command: str) -> str:
-    """What a tool prints; why it does not, where it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"unknown: {error}"
-    return done.stdout.strip() if done.returncode == 0 else f"unknown: {done.stderr.strip()}"
-
-
-def _sanitize(crew: Crew, results: Results, end: float) -> None:
-    """Small merges under compute-sanitizer's memcheck, where the machine has it."""
+def sanitize(crew: Crew, end: float) -> None:
+    """Run small merges under compute-sanitizer's memcheck, if the machine has it."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA)
     if tool is None:
-        results.set("sanitizer", {"state": "not available"})
+        crew.record.set("sanitizer", {"state": "not available"})
         return
     step = "sanitizer"
     # Without torch's own allocator, whose blocks are larger than what is asked for, an overrun is seen.
     memcheck = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck"]
     memcheck += ["--error-exitcode", "9", "--print-limit", "20"]
-    told: list[str] = []
-    code: int | None = None
+    merged: list[str] = []
+    state, code = "out of time", None
     with crew.started(step, [*memcheck, *crew.worker, "sanitized", "{}"]) as (process, messages):
-        try:
+        with suppress(queue.Empty):
             while (message := messages.get(timeout=max(0.0, end - time.monotonic()))) is not None:
-                told += message.get("merged", [])
-        except queue.Empty:
-            state = "out of time"
-        else:
+                merged += message.get("merged", [])
             _end(process, PATIENCE)
             code = process.returncode
-            state = {0: "clean", 9: recording.WRONG}.get(code or 0, recording.FAILED)
-    results.set("sanitizer", {"state": state, "code": code, "merged": told, "output": crew.tail(step)})
+            state = {0: "clean", 9: WRONG}.get(code, FAILED)
+    found = {"state": state, "code": code, "merged": merged, "output": crew.tail(step)}
+    crew.record.set("sanitizer", found)
 
 
-def _show(results: Results) -> None:
-    """The short table at the end."""
-    data = results.data
+def _show(data: Mapping[str, Any]) -> None:
+    """Print the short table at the end."""
     about = data["environment"]
     wrong = [check for check in data["checks"] if check["wrong"]]
-    verdict = recording.FAILED if results.failed else data["state"]
+    verdict = FAILED if has_failed(data) else data["state"]
     print(f"\n{verdict}: {about.get('gpu', '')}, torch {about.get('torch')}, Triton {about.get('triton')}")
     print(f"  commit {about.get('commit')}, {len(about.get('changed', ()))} changed files")
     print(f"  {'checks':12}{len(data['checks']) - len(wrong)} of {len(data['checks'])} agree")
     for check in wrong:
-        print(f"    {recording.WRONG} {check['name']}: {check['wrong'].strip().splitlines()[-1]}")
+        print(f"    {WRONG} {check['name']}: {check['wrong'].strip().splitlines()[-1]}")
     print(f"  {'sanitizer':12}{data['sanitizer'].get('state', 'not reached')}")
     if "copy bytes per second" in data["device"]:
         copied = data["device"]["copy bytes per second"] / 1e9
         print(f"  {'copy':12}{copied:.0f} GB/s on {data['device'].get('gpu')}")
     print(f"  {'rows':12}{len(data['rows'])}")
-    for row in map(Row.read, data["rows"]):
-        for aim in row.aims:
-            print(f"  {aim.line()}")
+    for aim in (aim for row in map(Row.from_json, data["rows"]) for aim in row.aims):
+        print(f"  {aim.line()}")
     for failure in data["failed"]:
         last = failure["text"].strip().splitlines()[-1:]
-        print(f"  {recording.FAILED} {failure['step']}, {failure['item']}: {''.join(last)}")
-    for title in ("withheld", "left out", "not reached"):
-        for text in data[title][:20]:
-            print(f"  {title}: {text}")
-        if len(data[title]) > 20:
-            print(f"  {title}: {len(data[title]) - 20} more")
-    print(f"written: {results.file}", flush=True)
+        print(f"  {FAILED} {failure['step']}, {failure['item']}: {''.join(last)}")
+    for name in ("withheld", "left_out", "not_reached"):
+        for text in data[name][:20]:
+            print(f"  {name.replace('_', ' ')}: {text}")
+        if len(data[name]) > 20:
+            print(f"  {name.replace('_', ' ')}: {len(data[name]) - 20} more")

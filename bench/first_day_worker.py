@@ -1,8 +1,8 @@
-"""A worker of a GPU's first day: it works off a list of items, and tells of each in a line of JSON.
+"""Work off a list of checks or rows, and print a line of JSON for everything that begins or ends.
 
     python -m merged_lora.bench.first_day_worker ROLE ARGUMENTS
 
-Knows nothing of other workers, nor of time but its own.
+It knows nothing of other workers, nor of time but its own.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from .recording import LOST
+from .first_day import DEVICE_LOST
+
+Send = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Item:
-    """What a worker does at a time.
+    """One check or one row.
 
-    keys: a strategy and a dtype each: what a check vouches for, what a row stands on.  run: what it tells.
+    keys: a strategy and a dtype each, in one string: what a check is about, or what a row needs a check of.
+    run: does it and returns the message about it.
     """
 
     name: str
@@ -33,12 +37,15 @@ class Item:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Work off a role's items and tell of each in a line of JSON on standard output; the exit code."""
+    """Work off a role's items and return the exit code.
+
+    arguments: the role, which is ``sanitized``, ``checks`` or ``rows``, and its arguments as JSON.
+    """
     role, given = arguments[0], json.loads(arguments[1])
-    tell = _telling()
+    send = _reserve_stdout()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if role == "sanitized":
-        return _merge_small(tell)
+        return _merge_small(send)
     import torch
 
     from merged_lora.errors import BackendError
@@ -54,11 +61,11 @@ def main(arguments: Sequence[str]) -> int:
         items = check_items(backend, given["part"], given["parts"])
     else:
         bench = gpu.Bench(gpu.first_day_work(given["layers"]), timer)
-        tell({"device": bench.facts()})
-        items = row_items(bench, given["withheld"], given["vouched"])
+        send({"device": bench.facts()})
+        items = row_items(bench, given["wrong"], given["right"])
 
-    def lost() -> bool:
-        # A fault on a CUDA device is told again by every call behind it.
+    def is_lost() -> bool:
+        # After a fault on a CUDA device every call raises it again.
         try:
             if backend.device.type == "cuda":
                 torch.cuda.synchronize(backend.device)
@@ -66,104 +73,93 @@ def main(arguments: Sequence[str]) -> int:
             return True
         return False
 
-    return work_off(items, given["skip"], given["seconds"], tell, lost)
+    return work_off(items, given["skip"], given["seconds"], send, is_lost)
 
 
 def work_off(
-    items: Sequence[Item],
-    skip: int,
-    seconds: float,
-    tell: Callable[[dict[str, Any]], None],
-    lost: Callable[[], bool],
+    items: Sequence[Item], skip: int, seconds: float, send: Send, is_lost: Callable[[], bool]
 ) -> int:
-    """Do all items but the first ``skip`` until the seconds are over; the exit code.
+    """Do all items but the first ``skip`` until the seconds are over, and return the exit code.
 
-    An item that raises has failed, and the next one is done; where the device is lost by it, this ends.
+    An item that raises has failed, and the next one is done, unless the device is lost.
     """
     end = time.monotonic() + seconds
-    tell({"planned": [{"name": item.name, "keys": item.keys} for item in items]})
+    send({"planned": [{"name": item.name, "keys": item.keys} for item in items]})
     for item in items[skip:]:
         if time.monotonic() > end:
             return 0
-        tell({"begin": item.name})
+        send({"begin": item.name})
         try:
-            told = item.run()
-        except Exception:  # whatever it is, it is told, and it is this item's
-            told = {"failed": traceback.format_exc()}
-        tell({"end": item.name, **told})
-        if "failed" in told and lost():
-            return LOST
+            result = item.run()
+        except Exception:  # whatever it is, it is reported, and it is this item's
+            result = {"failed": traceback.format_exc()}
+        send({"end": item.name, **result})
+        if "failed" in result and is_lost():
+            return DEVICE_LOST
     return 0
 
 
 def check_items(backend: Any, part: int, parts: int) -> list[Item]:
-    """Every ``parts``-th check, from ``part`` on."""
+    """Every ``parts``-th check, beginning with number ``part``."""
     from . import device_agreement
 
     items = [
-        Item(
-            f"{about}: {check.what}",
-            tuple(f"{strategy} {dtype}" for strategy in check.strategies for dtype in check.dtypes),
-            lambda check=check: {"wrong": check.find()},  # type: ignore[misc]
-        )
+        Item(f"{about}: {check.what}", check.keys, lambda check=check: {"wrong": check.find()})  # type: ignore[misc]
         for about, checks in device_agreement.groups(backend)
         for check in checks
     ]
     return items[part::parts]
 
 
-def row_items(bench: Any, withheld: Collection[str], vouched: Collection[str]) -> list[Item]:
-    """Every row; those that stand on what was found wrong, or on what no check vouches for, tell why not."""
+def row_items(bench: Any, wrong: Collection[str], right: Collection[str]) -> list[Item]:
+    """Every row; those with a key that a check found wrong, or that no check found right, are not measured."""
     from . import gpu
 
-    def measure(case: gpu.Case) -> dict[str, Any]:
-        key = f"{case.strategy} {case.dtype}"
-        if key in withheld:
+    def measure(key: str, case: gpu.Case) -> dict[str, Any]:
+        if key in wrong:
             return {"withheld": f"a check of {key} failed"}
-        if key not in vouched:
+        if key not in right:
             return {"withheld": f"no check of {key} was made"}
         try:
             return {"row": asdict(case.measure())}
         except gpu.LeftOutError as why:
-            return {"left out": str(why)}
+            return {"left_out": str(why)}
 
-    return [
-        Item(case.name, (f"{case.strategy} {case.dtype}",), lambda case=case: measure(case))  # type: ignore[misc]
-        for case in bench.cases()
-    ]
+    keyed = ((f"{case.strategy} {case.dtype}", case) for case in bench.cases())
+    return [Item(case.name, (key,), partial(measure, key, case)) for key, case in keyed]
 
 
-def _merge_small(tell: Callable[[dict[str, Any]], None]) -> int:
-    """One search for thresholds, one merge of factors and one of a streamed delta, to be watched."""
+def _merge_small(send: Send) -> int:
+    """Search for thresholds once, and merge factors and a streamed delta, to be watched by the sanitizer."""
     from merged_lora.backends import load_backend
     from merged_lora.planning import make_plan
     from merged_lora.spec import parse
 
     from . import cases
-    from .agreement import DTYPES
+    from .agreement import DTYPES, ignore
 
     backend = load_backend("triton")
     sources = cases.random_sources(cases.SMALL, 2, 8, DTYPES[0])
     for spec in ("ties(a, 0.5*b)", "ties_svd(a, 0.5*b)"):
-        backend.merge(make_plan(parse(spec), sources), lambda _: None)
-        tell({"merged": [spec]})
+        backend.merge(make_plan(parse(spec), sources), ignore)
+        send({"merged": [spec]})
     return 0
 
 
-def _telling() -> Callable[[dict[str, Any]], None]:
-    """Keeps standard output for messages; what else prints goes to standard error."""
+def _reserve_stdout() -> Send:
+    """Keep standard output for messages and redirect other prints to standard error."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def tell(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
-    return tell
+    return send
 
 
 def _end_with_parent() -> None:
-    """Standard input ends when the process that started this one has ended, however it did."""
+    """Exit when standard input ends, which it does when the parent process has ended, however it did."""
     while os.read(0, 1):  # not through sys.stdin, whose lock would abort the interpreter's own end
         pass
     os._exit(1)

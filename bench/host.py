@@ -1,12 +1,10 @@
-"""What the host does for a write into slots, launches left out; needs no GPU."""
+"""Time what the host does for a write into slots, with the launches left out; this needs no GPU."""
 
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from unittest import mock
 
@@ -16,22 +14,24 @@ from merged_lora.planning import make_plan
 from merged_lora.triton_kernels.factors import launch
 
 from . import cases, machine
+from .device_agreement import USUAL
 from .pool import Merges, Pool
+from .recording import write_report
 from .timing import Aim, once, quartiles, spread
 
 RANK = 16
 COUNTS = (2, 4)
-STRATEGIES = ("linear", "ties", "dare_ties")
 AIM = 1.0
-"""Milliseconds for a write whose sources and slots are where they were, at most."""
+"""The most milliseconds for a write whose sources and slots are where they were."""
 
 
 @dataclass(frozen=True)
 class Row:
     """Seconds of every timed write of one merge.
 
-    again: the same write, repeated.  moved: its sources have been evicted and brought back before, which is
-    not counted.  first: of a merge that has been checked and never written.
+    again: the same write, repeated.
+    moved: a write whose sources have been evicted and brought back before, which is not timed.
+    first: the first write of a merge that has been checked.
     """
 
     strategy: str
@@ -42,12 +42,13 @@ class Row:
 
 
 def run(layers: int, rounds: int, file: Path | None) -> int:
-    """Measure and print; the exit code.
+    """Measure, print and return the exit code.
 
-    layers: of Llama-3-8B, seven modules each.  file: gets every measured time as JSON.
+    layers: number of layers of Llama-3-8B, seven modules each.
+    file: gets every measured time as JSON.
     """
     torch.set_num_threads(1)  # what torch does with all cores here, a GPU does
-    facts = machine.facts() | {"triton": machine.installed("triton")}
+    facts = machine.facts("triton")
     machine.show(facts)
     shapes = cases.llama3_8b(layers)
     pool = Pool(shapes, max(COUNTS), RANK, torch.bfloat16, torch.device("cpu"))
@@ -55,28 +56,20 @@ def run(layers: int, rounds: int, file: Path | None) -> int:
     print(f"  {'merge':10} {'N':>2}  {'again':22} {'sources moved':22} first")
     rows = []
     for count in COUNTS:
-        for strategy in STRATEGIES:
-            rows.append(measured(pool, strategy, count, rounds))
+        for strategy in USUAL:
+            rows.append(measure(pool, strategy, count, rounds))
             cells = (spread(times, digits=3) for times in (rows[-1].again, rows[-1].moved, rows[-1].first))
             print("  {:10} {:>2}  {:22} {:22} {}".format(strategy, count, *cells), flush=True)
     slowest = max(1e3 * quartiles(row.again)[1] for row in rows)
-    aim = Aim(f"host time of a write of {len(shapes)} modules, ms", slowest, AIM, at_most=True)
+    aim = Aim(f"host time of a write of {len(shapes)} modules, ms", slowest, AIM)
     print(f"\naims\n{aim.line()}")
-    if file is not None:
-        report = {
-            "date": date.today().isoformat(),
-            "machine": facts,
-            "modules": len(shapes),
-            "rows": [asdict(row) for row in rows],
-            "aims": [asdict(aim) | {"met": aim.met}],
-        }
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nwritten: {file}")
+    saved = [asdict(row) for row in rows]
+    write_report(file, machine=facts, modules=len(shapes), rows=saved, aims=[aim.as_json()])
     return 0
 
 
-def measured(pool: Pool, strategy: str, count: int, rounds: int) -> Row:
-    """The times of one merge, that many of each kind."""
+def measure(pool: Pool, strategy: str, count: int, rounds: int) -> Row:
+    """The times of one merge, ``rounds`` of each kind."""
     merges = pool.merges(strategy, count, "", 1)
     spec = merges.plans[0].spec
 
@@ -90,14 +83,14 @@ def measured(pool: Pool, strategy: str, count: int, rounds: int) -> Row:
 
     with mock.patch.object(launch, "combine"), mock.patch.object(launch, "find_thresholds"):
         merges.write(0)
-        again = _timed(merges, lambda: None, rounds)
-        moved = _timed(merges, evict, rounds)
-        first = _timed(merges, renew, rounds)
+        again = _time_writes(merges, lambda: None, rounds)
+        moved = _time_writes(merges, evict, rounds)
+        first = _time_writes(merges, renew, rounds)
     return Row(strategy, count, again, moved, first)
 
 
-def _timed(merges: Merges, before: Callable[[], None], rounds: int) -> list[float]:
-    """Seconds of writes, without what comes before each."""
+def _time_writes(merges: Merges, before: Callable[[], None], rounds: int) -> list[float]:
+    """Seconds of writes, without what is done before each."""
     seconds = []
     for _ in range(rounds):
         before()

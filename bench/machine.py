@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,22 @@ def facts(*packages: str) -> dict[str, object]:
         "python": platform.python_version(),
         "torch threads": torch.get_num_threads(),
     } | {name: installed(name) for name in ("torch", "numpy", "numba", "peft", *packages)}
+
+
+def environment() -> dict[str, object]:
+    """The tree, the machine, its GPU and every version, found without torch."""
+    query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
+    names = ("torch", "triton", "numpy", "peft", "transformers", "safetensors", "vllm")
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "gpu": output_of("nvidia-smi", query, "--format=csv,noheader"),
+        "commit": output_of("git", "rev-parse", "HEAD"),
+        "changed": output_of("git", "status", "--porcelain").splitlines(),
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "interpreter": os.environ.get("TRITON_INTERPRET", ""),
+        "nvidia-smi": output_of("nvidia-smi"),
+    } | {name: installed(name) for name in names}
 
 
 def show(facts: Mapping[str, object]) -> None:

@@ -1,15 +1,21 @@
 """PEFT's own merges, called as its ``LoraModel.add_weighted_adapter`` calls them, without a model around."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.lora.model import LoraModel
 
 from merged_lora.factors import Factors
 
-MODEL: Any = LoraModel  # its methods are called without an instance, which they do not use
+
+def _model() -> Any:
+    """PEFT's class; its methods are called without an instance, which they do not use."""
+    from peft.tuners.lora.model import LoraModel  # takes seconds
+
+    return LoraModel
 
 
 def merge_factors(
@@ -20,7 +26,7 @@ def merge_factors(
     majority_sign_method: str = "total",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``A [rank, in]`` and ``B [out, rank]`` of one module, by a strategy that works on the factors."""
-    a, b = MODEL._generalized_task_arithmetic_weighted_adapter(
+    a, b = _model()._generalized_task_arithmetic_weighted_adapter(
         None, strategy, list(sources), list(weights), _layer(sources), density, majority_sign_method
     )
     return a, b
@@ -35,7 +41,7 @@ def merge_svd(
     majority_sign_method: str = "total",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``A [rank, in]`` and ``B [out, rank]`` of one module, by an SVD of the dense merged delta."""
-    a, b = MODEL._svd_generalized_task_arithmetic_weighted_adapter(
+    a, b = _model()._svd_generalized_task_arithmetic_weighted_adapter(
         None,
         strategy,
         list(sources),
@@ -51,13 +57,13 @@ def merge_svd(
 
 
 def svd_work(shape: tuple[int, int]) -> float:
-    """Operations of the full SVD behind :func:`merge_svd` (Golub and Van Loan, 4th edition, figure 8.6.1)."""
+    """Operations of :func:`merge_svd`'s full SVD (Golub and Van Loan, 4th edition, figure 8.6.1)."""
     n, m = sorted(shape)
     return float(4 * m * m * n + 8 * m * n * n + 9 * n**3)
 
 
 def _layer(sources: Mapping[str, Factors]) -> SimpleNamespace:
-    """What those methods read of a ``LoraLayer``."""
+    """The attributes of a ``LoraLayer`` that those methods read."""
     return SimpleNamespace(
         lora_A={name: SimpleNamespace(weight=f.a) for name, f in sources.items()},
         lora_B={name: SimpleNamespace(weight=f.b) for name, f in sources.items()},

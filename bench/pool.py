@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from merged_lora.backends import Slot, load_backend
+from merged_lora.backends import Slot
 from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
@@ -15,7 +15,8 @@ from merged_lora.triton_kernels.backend import TritonBackend
 from merged_lora.triton_kernels.packed import ALIGNMENT
 
 from . import cases
-from .device_agreement import differing_slots, differs_from_lowrank
+from .agreement import merge_by_reference
+from .device_agreement import find_different_truncation, find_wrong_slot
 
 DENSITY = 0.5
 STEP = 2.0**-14
@@ -23,7 +24,7 @@ STEP = 2.0**-14
 
 
 class DisagreementError(Exception):
-    """What was about to be timed gives a wrong result."""
+    """A merge that was about to be timed gives a wrong result."""
 
 
 class Pool:
@@ -41,41 +42,32 @@ class Pool:
         self.reserve(count)
 
     def reserve(self, count: int) -> None:
-        """Take room for so many of the sources; none is on the device afterwards."""
+        """Make room on the device for that many sources, and remove those that are there."""
         adapter = self.sources["a"]
         self.backend.reserve(count * (adapter.nbytes + 2 * ALIGNMENT * len(adapter.modules)))
 
     def merges(
-        self,
-        strategy: str,
-        count: int,
-        options: str,
-        sets: int,
-        slot_rank: int | None = None,
-        limit: int | None = None,
+        self, strategy: str, count: int, options: str, sets: int, slot_rank: int | None = None
     ) -> Merges:
-        """The same merge of up to ``sets`` sets of ``count`` sources, no two of which share one.
+        """The same merge of up to ``sets`` sets of ``count`` sources, no two of which share a source.
 
-        options: text that follows the sources in the spec; ``{density}`` stands for one.  slot_rank: of the
-        slots, the rank of the sources where None.  limit: as in ``make_plan``.
+        options: text that follows the sources in the spec, in which ``{density}`` is replaced.
+        slot_rank: rank of the slots, the sources' by default, and the limit of a result's rank.
         """
         names = list(self.sources)
         chosen = [names[i : i + count] for i in range(0, len(names) - count + 1, count)][:sets]
         specs = [f"{strategy}({', '.join(some)}{options})" for some in chosen]
-        slots = make_slots(self.shapes, len(chosen), slot_rank or self.rank, self.dtype, self.backend.device)
-        return Merges(self, specs, slots, limit)
+        return Merges(self, specs, slot_rank or self.rank)
 
 
 class Merges:
-    """One merge of several sets of sources, each into slots of its own; all methods take the set's number."""
+    """One merge of several sets of sources, each into slots of its own; the methods take a set's number."""
 
-    def __init__(
-        self, pool: Pool, specs: Sequence[str], slots: Sequence[Mapping[str, Slot]], limit: int | None
-    ) -> None:
-        self.slots = slots
+    def __init__(self, pool: Pool, specs: Sequence[str], slot_rank: int) -> None:
+        self.slots = make_slots(pool.shapes, len(specs), slot_rank, pool.dtype, pool.backend.device)
         self._pool = pool
         self._specs = specs
-        self._limit = limit
+        self._rank = slot_rank
         self._renewed = 0
         self.plans = [self._plan(spec) for spec in specs]
 
@@ -84,35 +76,35 @@ class Merges:
 
     def _plan(self, spec: str) -> MergePlan:
         density = DENSITY + STEP * self._renewed
-        return make_plan(parse(spec.format(density=density)), self._pool.sources, self._limit)
+        return make_plan(parse(spec.format(density=density)), self._pool.sources, self._rank)
 
     def renew(self, turn: int) -> None:
-        """Plan a merge again, with a density that was never asked for: nothing of it is known then."""
+        """Plan a merge again with a new density, so that nothing of it is cached."""
         self._renewed += 1
         self.plans[turn] = self._plan(self._specs[turn])
 
     def upload(self, turn: int) -> None:
-        """Bring the sources to the device, where they are not there yet."""
+        """Bring the sources to the device unless they are there."""
         self._pool.backend.load_sources(self.plans[turn])
 
     def write(self, turn: int) -> None:
-        """The whole merge, as a server does it."""
+        """Merge into the slots, as a server does it."""
         self._pool.backend.write(self.plans[turn], self.slots[turn])
 
     def write_anew(self, turn: int) -> None:
-        """Plan it again, then the whole merge."""
+        """Plan the merge again, then merge into the slots."""
         self.renew(turn)
         self.write(turn)
 
     def check(self, turn: int) -> None:
-        """The check that a server makes first."""
+        """Check the result, as a server does before it writes."""
         self._pool.backend.check(self.plans[turn])
 
     def verify(self) -> None:
-        """Raise DisagreementError unless the first set fills its slots, with what it should.
+        """Raise DisagreementError unless the first set fills its slots with the right numbers.
 
-        That is looked at in one module of each shape: the bits of the NumPy backend or, where matrices are
-        decomposed, the factors that the CPU computes; of merges of entries, that slots are filled.
+        One module of each shape is compared, with the bits of the NumPy backend or, if matrices are
+        decomposed, with the factors that the CPU computes.  Merges of entries must only fill their slots.
         """
         plan, slots = self.plans[0], self.slots[0]
         tensors = [x for slot in slots.values() for x in (slot.a, slot.b)]
@@ -122,13 +114,12 @@ class Merges:
         if any(bool(x.isnan().any()) for x in tensors):
             raise DisagreementError(f"{plan.spec}: the slots are not wholly written")
         names = one_of_each({name: (slot.b.shape[0], slot.a.shape[1]) for name, slot in slots.items()})
+        wrong = None  # dense references of entries take minutes: small ones were checked before
         if plan.recipe.space == "factors":
-            some = replace(plan, modules={name: plan.modules[name] for name in names})
-            wrong = differing_slots(slots, load_backend("numpy").merge(some, lambda _: None))
-        elif plan.recipe.space in ("entries", "core"):
-            wrong = None  # dense references of such modules take minutes: small ones were checked before
-        else:
-            wrong = differs_from_lowrank(plan, names, slots)
+            part = replace(plan, modules={name: plan.modules[name] for name in names})
+            wrong = find_wrong_slot(slots, merge_by_reference(part))
+        elif plan.recipe.space == "sums":
+            wrong = find_different_truncation(plan, names, slots)
         if wrong:
             raise DisagreementError(f"{plan.spec}: {wrong}")
 
@@ -150,6 +141,6 @@ def make_slots(
     return [{name: Slot(a[i, 0], b[i, 0]) for name, (a, b) in stacked.items()} for i in range(count)]
 
 
-def one_of_each(shapes: cases.Shapes) -> list[str]:
+def one_of_each(shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     """The first module of each distinct shape."""
     return list({shape: name for name, shape in reversed(list(shapes.items()))}.values())

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+"""The integer dtype that holds the bits of each dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,3 +51,11 @@ def promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)
     return result
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor of one of DTYPES, as integers of the same shape.
+
+    Unlike its values they distinguish 0.0 from -0.0 and compare equal for the same NaN.
+    """
+    return tensor.contiguous().view(WORDS[tensor.dtype])

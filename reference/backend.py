@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from merged_lora.backends import Progress, Result
-from merged_lora.factors import Factors
+from merged_lora.factors import Factors, bits
 from merged_lora.plan import (
     AgreeingMean,
     All,
@@ -35,7 +35,6 @@ from . import delta, entries
 from .numbers import STORAGE, Array, narrow, widen
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_INTEGERS = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
 
 
 class NumpyBackend:
@@ -75,12 +74,12 @@ def load() -> NumpyBackend:
 def to_bits(tensor: torch.Tensor) -> tuple[Array, str]:
     """The bit patterns of a tensor, and the name of its dtype."""
     name = _NAMES[tensor.dtype]
-    return tensor.contiguous().view(_INTEGERS[name]).numpy().view(STORAGE[name]), name
+    return bits(tensor).numpy().view(STORAGE[name]), name
 
 
-def from_bits(bits: Array, dtype: torch.dtype) -> torch.Tensor:
+def from_bits(words: Array, dtype: torch.dtype) -> torch.Tensor:
     """The tensor that these bit patterns store."""
-    return torch.from_numpy(np.ascontiguousarray(bits).view(f"i{bits.itemsize}")).view(dtype)
+    return torch.from_numpy(np.ascontiguousarray(words).view(f"i{words.itemsize}")).view(dtype)
 
 
 def _merge_job(job: FactorJob) -> torch.Tensor:

@@ -8,14 +8,14 @@ import torch
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Result, load_backend
-from merged_lora.factors import DTYPES, Factors
+from merged_lora.bench.agreement import find_different_bits
+from merged_lora.factors import DTYPES, WORDS, Factors
 from merged_lora.peft_files import Header
 from merged_lora.plan import FactorJob, FactorModule, Keep, MergePlan, Rule, Sum
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.strategies import find
 
-WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 BLOCK = 1024  # of the CPU wing, which is not there to be asked without numba
 NAMES = [chr(ord("a") + i) for i in range(16)]
 SIZES = ((1, 7), (8, 9), (BLOCK - 1, BLOCK), (BLOCK + 1, 3001))
@@ -34,21 +34,9 @@ def run(plan: MergePlan, backend: str = "cpu") -> Result:
     return load_backend(backend).merge(plan, lambda _: None)
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The stored words: unlike values they tell 0.0 from -0.0."""
-    return tensor.contiguous().view(WORDS[tensor.dtype])
-
-
 def assert_same_bits(got: Result, expected: Result) -> None:
-    """Every word of every factor alike, none of them NaN."""
-    assert got.modules.keys() == expected.modules.keys()
-    for module, f in expected.modules.items():
-        g = got.modules[module]
-        for side, x, y in (("A", g.a, f.a), ("B", g.b, f.b)):
-            assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{side} of {module}"
-            assert not y.isnan().any(), f"{side} of {module}"
-            differing = (bits(x) != bits(y)).sum().item()
-            assert differing == 0, f"{side} of {module}: {differing} of {x.numel()} entries differ"
+    """Every bit of every factor is the same, and none is NaN."""
+    assert find_different_bits(got, expected) is None
 
 
 def assert_backends_agree(plan: MergePlan, backend: str = "cpu") -> None:

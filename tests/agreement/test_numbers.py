@@ -9,9 +9,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from agreement.comparing import WORDS, bits
 from kernels.converting import triton_narrow, triton_widen
 from merged_lora.cpu_kernels import kernels as compiled
+from merged_lora.factors import WORDS, bits
 from merged_lora.reference import numbers as reference
 
 Array = NDArray[Any]

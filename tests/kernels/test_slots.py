@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from agreement.comparing import bits, run
+from agreement.comparing import run
 from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Slot, SlotBackend, load_backend
 from merged_lora.errors import PlanError
-from merged_lora.factors import DTYPES, Factors
+from merged_lora.factors import DTYPES, Factors, bits
 from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
