@@ -26,7 +26,7 @@ RANK, DENSITY, ROUNDS = 16, 0.5, 9
 MEMORY = 200e6
 """Bytes that a merge of a layer may take on top of its inputs."""
 HEADER = (
-    f"rank {RANK}; milliseconds: median (fastest-slowest), ours and PEFT's in turn; MB: the most memory taken\n"
+    f"rank {RANK}; milliseconds: median (fastest-slowest), ours and PEFT's in turn; MB: peak memory\n"
     f"  {'merge':40} {'ours':24} {'PEFT':24} {'ratio':>7} {'GB/s':>5} {'plan':18} {'MB':>4}"
 )
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .machine import installed, output_of
@@ -58,7 +57,7 @@ class CudaTimer:
             torch.cuda.synchronize(self.device)
         seconds: dict[str, float] = {}
         for event in recorded.events():
-            if event.device_type == DeviceType.CUDA:
+            if event.device_type.name == "CUDA":
                 took = event.time_range.elapsed_us() / 1e6 / len(functions)
                 seconds[event.name] = seconds.get(event.name, 0.0) + took
         if not seconds:

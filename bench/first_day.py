@@ -105,7 +105,7 @@ def run(
 
 def _check(crew: Crew, end: float) -> None:
     """Make all checks, several at a time because none is timed, and run the sanitizer beside them."""
-    workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) // 2))
+    workers = max(1, min(WORKERS, machine.cores() // 2))
     watched_until = min(end, time.monotonic() + crew.limits.sanitizer)
     # The crew is left first, and ends what the threads of the pool wait for.
     with ThreadPoolExecutor(workers + 1) as pool, crew:
@@ -274,9 +274,12 @@ def sanitize(crew: Crew, end: float) -> None:
     merged: list[str] = []
     state, code = "out of time", None
     with crew.started(step, [*memcheck, *crew.worker, "sanitized", "{}"]) as (process, messages):
-        with suppress(queue.Empty):
+        try:
             while (message := messages.get(timeout=max(0.0, end - time.monotonic()))) is not None:
                 merged += message.get("merged", [])
+        except queue.Empty:
+            pass  # out of time
+        else:
             _end(process, PATIENCE)
             code = process.returncode
             state = {0: "clean", 9: WRONG}.get(code, FAILED)

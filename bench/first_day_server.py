@@ -1,9 +1,9 @@
-"""Real servers on a GPU's first day: are their answers right, what does a merge cost, what memory is left.
+"""Start real servers on a new GPU: are their answers right, what does a merge cost, what memory is left.
 
     python -m merged_lora.bench.first_day_server --json FOLDER
 
 A model of Llama-3-8B's shape with dummy weights, random adapters and a tokenizer of bytes are made on the
-spot; nothing is installed or downloaded.  It needs a checkout, and vLLM on the path.
+spot; nothing is installed or downloaded.  This needs a checkout, and vLLM on the path.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 import tomllib
 import traceback
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,7 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,9 +40,9 @@ from merged_lora.engine import merge
 from merged_lora.factors import Factors
 from merged_lora.peft_files import Header
 
-from . import cases, first_day, recording, serve, serving
-from .serve_report import Report
-from .server import Server
+from . import cases, machine, serve, serving
+from .launcher import VllmServer
+from .recording import FAILED, WRONG, Record
 from .timing import once
 
 FILE = "first-day-server.json"
@@ -51,16 +55,16 @@ SPACES = (
     "knots(sql, json)",
     "ties_svd(sql, json, density=0.3)",
 )
-"""Merges by each way that is not factor by factor."""
+"""A merge in each space but that of the factors."""
 LOUDNESS = 32.0
-"""Of the adapters: dummy weights are at most 1e-3, and what the adapters add must not be lost in them."""
+"""Scale of the adapters: dummy weights are at most 1e-3, and what adapters add must not be lost in them."""
 LOGIT_SCALE = 1e5
 """Brings the logits of dummy weights, about 1e-5, to where log-probabilities tell models apart."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of Llama's architecture and the rank of its adapters; Llama-3-8B if nothing else is said."""
+    """A model of Llama's architecture, Llama-3-8B by default, and the rank of its adapters."""
 
     layers: int = 32
     hidden: int = 4096
@@ -90,10 +94,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What is served, how, and how often it is asked.
+    """What is served, how, and how often it is requested.
 
-    flags: of every vLLM here.  gpu_gib: the setting whose cost in cache is measured.  start_seconds: that a
-    server may take to answer.  invariant: whether one is asked with ``VLLM_BATCH_INVARIANT=1``.
+    flags: flags of every vLLM here.
+    gpu_gib: the setting whose cost in cache is measured.
+    start_seconds: how long a server may take to answer.
+    invariant: whether one server runs with ``VLLM_BATCH_INVARIANT=1``.
     """
 
     shape: Shape
@@ -105,130 +111,116 @@ class Work:
     invariant: bool = True
 
 
-class Record:
-    """Steps done one after the other; after each, the file tells of all of them."""
+class Steps:
+    """Steps that are done one after the other until the minutes are over, and recorded."""
 
-    def __init__(self, file: Path, minutes: float, about: Mapping[str, Any]) -> None:
-        self.file = file
+    def __init__(self, record: Record, minutes: float) -> None:
+        self._record = record
         self._end = time.monotonic() + 60 * minutes
-        self.data: dict[str, Any] = {"state": "running", **about, "steps": [], "not reached": []}
-
-    def step(self, name: str, do: Callable[[], Mapping[str, Any]], seconds: float = 0.0) -> bool:
-        """Do a step unless fewer seconds are left than it needs; whether it was done and nothing was wrong.
-
-        What it returns is kept; ``wrong`` in it lists what is not as it must be.  Where it raises, the
-        traceback is kept.
-        """
-        if self.left < seconds:
-            self.data["not reached"].append(name)
-            self.save()
-            return False
-        begin = time.monotonic()
-        state, found = "ok", {}
-        try:
-            found = dict(do())
-            if found.get("wrong"):
-                state = recording.WRONG
-        except Exception as error:  # it is told, and the next step is done
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            state, found = recording.FAILED, {"error": said, "text": traceback.format_exc()}
-        took = time.monotonic() - begin
-        self.data["steps"].append({"name": name, "state": state, "seconds": took, **found})
-        self.save()
-        print(f"  {state:8}{took:6.1f} s  {name}", flush=True)
-        return state == "ok"
 
     @property
     def left(self) -> float:
         """Seconds until the minutes are over."""
         return self._end - time.monotonic()
 
-    def save(self) -> None:
-        """Write the file."""
-        recording.write(self.file, self.data)
+    def do(self, name: str, step: Callable[[], Mapping[str, Any]], seconds: float = 0.0) -> bool:
+        """Do a step unless fewer seconds are left than it needs, and return whether nothing went wrong.
 
-    @property
-    def failed(self) -> bool:
-        """Whether a step failed or found something wrong."""
-        return any(step["state"] != "ok" for step in self.data["steps"])
+        What it returns is recorded; ``wrong`` in it lists what is not as it must be.  If it raises, the
+        traceback is recorded.
+        """
+        if self.left < seconds:
+            self._record.add("not_reached", name)
+            return False
+        begin, state = time.monotonic(), "ok"
+        try:
+            found = dict(step())
+            if found.get("wrong"):
+                state = WRONG
+        except Exception as error:  # it is reported, and the next step is done
+            first = f"{type(error).__name__}: {error}".splitlines()[0]
+            state, found = FAILED, {"error": first, "text": traceback.format_exc()}
+        took = time.monotonic() - begin
+        self._record.add("steps", {"name": name, "state": state, "seconds": took, **found})
+        print(f"  {state:8}{took:6.1f} s  {name}", flush=True)
+        return state == "ok"
+
+
+def has_failed(data: Mapping[str, Any]) -> bool:
+    """Whether a step failed or found something wrong."""
+    return any(step["state"] != "ok" for step in data["steps"])
 
 
 def run(folder: Path, work: Work, minutes: float = MINUTES) -> int:
-    """Do what the minutes allow; the exit code, 1 where anything failed."""
+    """Do what the minutes allow and return the exit code, 1 if anything failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"environment": first_day.environment(), "work": asdict(work)}
-    record = Record(folder / FILE, minutes, about)
-    recording.end_on_terminate()
-    try:
+    record = Record(
+        folder / FILE, environment=machine.environment(), work=asdict(work), steps=[], not_reached=[]
+    )
+
+    def spend() -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            Day(work, record, folder, Path(temporary)).spend()
-        record.data["state"] = "finished"
-    except KeyboardInterrupt:
-        record.data["state"] = "interrupted"
-        record.save()
-        return recording.interrupted()
-    record.save()
-    _show(record)
-    return 1 if record.failed else 0
+            Day(work, Steps(record, minutes), folder, Path(temporary)).spend()
+
+    return record.run(spend, partial(has_failed, record.data), partial(_show, record.data))
 
 
 class Day:
-    """The steps, in order of their worth."""
+    """The steps, in the order of their value."""
 
-    def __init__(self, work: Work, record: Record, folder: Path, made: Path) -> None:
+    def __init__(self, work: Work, steps: Steps, folder: Path, made: Path) -> None:
         self._work = work
-        self._record = record
+        self._steps = steps
         self._folder = folder
         self._made = made
         self._adapters: dict[str, Path] = {}
 
     def spend(self) -> None:
         """Do all of them."""
-        step, start = self._record.step, self._work.start_seconds / 4
-        if not step("model, adapters and merges on disk", self._make):
+        do, start = self._steps.do, self._work.start_seconds / 4
+        if not do("model, adapters and merges on disk", self._make):
             return
         with ExitStack() as both:
-            servers: dict[str, Server] = {}
+            servers: dict[str, VllmServer] = {}
 
             def open_server(name: str, *flags: str) -> dict[str, Any]:
                 servers[name] = both.enter_context(self._server(name, *flags))
                 return cache_of(servers[name])
 
-            if step("server with the plugin", partial(open_server, "on", "--enable-merged-lora"), start):
-                on = servers["on"]
-                step("a merge beside its twin on disk, and slots that are used again", partial(answers, on))
-                step("two merges in one batch", partial(in_one_batch, on))
-                step("adapters in float32", partial(in_float32, on))
-                step("merges in other spaces", partial(in_spaces, on))
-                if step("server without the plugin", partial(open_server, "off", "--enable-lora"), start):
+            if do("server with the plugin", partial(open_server, "on", "--enable-merged-lora"), start):
+                client = serving.connect(servers["on"])
+                do("a merge beside its twin on disk, and slots that are used again", partial(answers, client))
+                do("two merges in one batch", partial(in_one_batch, client))
+                do("adapters in float32", partial(in_float32, client))
+                do("merges in other spaces", partial(in_spaces, client))
+                if do("server without the plugin", partial(open_server, "off", "--enable-lora"), start):
                     self._times(servers["on"], servers["off"])
         if self._work.invariant:
-            step("server with VLLM_BATCH_INVARIANT=1", self._invariant, start)
+            do("server with VLLM_BATCH_INVARIANT=1", self._invariant, start)
         gib = f"--merged-lora-gpu-gib {self._work.gpu_gib:g}"
-        step(f"server with {gib}", partial(self._with_gib, *gib.split()), start)
+        do(f"server with {gib}", partial(self._with_gib, *gib.split()), start)
 
-    def _times(self, on: Server, off: Server) -> None:
+    def _times(self, on: VllmServer, off: VllmServer) -> None:
         """What ``bench serve`` measures, part by part."""
-        report = Report({})
-        bench = serve.Bench(serve.Work(self._work.requests), report, on, off)
+        bench = serve.Bench(serve.Work(self._work.requests), on, off, {})
 
         def part(measure: Callable[[], None], *names: str) -> dict[str, Any]:
             measure()
-            return {name: asdict(report)[name] for name in names}
+            return {name: asdict(bench.report)[name] for name in names}
 
-        step = self._record.step
-        step("throughput of plain adapters", partial(part, bench.speeds, "speed"))
-        step("warm requests and first ones", partial(part, bench.singles, "warm", "first"))
-        step("stall of a stream", partial(part, bench.streams, "gaps"))
+        do = self._steps.do
+        do("throughput of plain adapters", partial(part, bench.speeds, "speed"))
+        do("warm requests and first ones", partial(part, bench.singles, "warm", "first"))
+        do("stall of a stream", partial(part, bench.streams, "gaps"))
 
-    def _server(self, name: str, *flags: str, environment: Mapping[str, str] | None = None) -> Server:
-        """A server of all adapters, from this checkout's code."""
+    def _server(self, name: str, *flags: str, environment: Mapping[str, str] | None = None) -> VllmServer:
+        """A server of all adapters, which runs this checkout's code."""
         folders = dict(self._adapters)
         if name == "off":
             every = list(serving.NAMES)
             folders |= {f"copy{i}": folders[every[i % len(every)]] for i in range(serve.COPIES)}
         path = [str(self._made / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return Server(
+        return VllmServer(
             self._made / "model",
             *("--load-format", "dummy", "--dtype", self._work.dtype, "--max-model-len", "512"),
             *("--max-num-seqs", "8", "--max-lora-rank", str(4 * self._work.shape.rank)),
@@ -236,7 +228,7 @@ class Day:
             *("--max-cpu-loras", str(serve.SLOTS), *self._work.flags, *flags, *serving.modules(folders)),
             log=self._folder / f"server-{name}.log",
             environment={"PYTHONPATH": os.pathsep.join(path), **(environment or {})},
-            start_seconds=min(self._work.start_seconds, self._record.left),
+            start_seconds=min(self._work.start_seconds, self._steps.left),
         )
 
     def _make(self) -> dict[str, Any]:
@@ -253,55 +245,55 @@ class Day:
     def _invariant(self) -> dict[str, Any]:
         environment = {"VLLM_BATCH_INVARIANT": "1"}
         with self._server("invariant", "--enable-merged-lora", environment=environment) as server:
-            return cache_of(server) | answers(server) | {"batch": in_one_batch(server)}
+            client = serving.connect(server)
+            return cache_of(server) | answers(client) | {"batch": in_one_batch(client)}
 
     def _with_gib(self, *flags: str) -> dict[str, Any]:
         with self._server("gib", "--enable-merged-lora", *flags) as server:
-            return cache_of(server) | answers(server)
+            return cache_of(server) | answers(serving.connect(server))
 
 
-def cache_of(server: Server) -> dict[str, Any]:
-    """The size of a server's KV cache, as its metrics have it."""
-    for series in server.metrics():
-        if series.startswith("vllm:cache_config_info{"):
-            labels = dict(
-                part.split("=", 1) for part in series.partition("{")[2].rstrip("}").split('",') if part
-            )
-            blocks, size = (int(labels[name].strip('"')) for name in ("num_gpu_blocks", "block_size"))
-            return {"cache blocks": blocks, "cache tokens": blocks * size, "ready after": server.ready_after}
+def cache_of(server: VllmServer) -> dict[str, Any]:
+    """The size of a server's KV cache by its metrics, and the seconds until it was ready."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as reply:
+        return {**cache_size(reply.read().decode()), "ready after": server.ready_after}
+
+
+def cache_size(metrics: str) -> dict[str, int]:
+    """The size of the KV cache in the text that vLLM serves to Prometheus."""
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples if family.name.startswith("vllm:cache_config_info") else ():
+            blocks, size = (int(sample.labels[name]) for name in ("num_gpu_blocks", "block_size"))
+            return {"cache blocks": blocks, "cache tokens": blocks * size}
     raise LookupError("vllm:cache_config_info is not in the server's metrics")
 
 
 def apart(one: Sequence[float], other: Sequence[float]) -> float:
-    """The largest difference of log-probabilities."""
-    return max(abs(x - y) for x, y in zip(one, other, strict=True))
+    """The largest difference of log-probabilities; NaN if one is NaN."""
+    return float(np.abs(np.subtract(one, other)).max())
 
 
-def answers(server: Server) -> dict[str, Any]:
-    """A merge's log-probabilities, before and after others had its slot, beside those of its twin on disk.
+def answers(client: OpenAI) -> dict[str, Any]:
+    """Compare a merge's log-probabilities with those of its twin on disk, before and after slots were reused.
 
-    All are of one request at a time, so the same weights must give the same numbers.
+    Requests come one at a time, so the same weights must give the same numbers.
     """
     asked = [SPEC, "sql", "twin", OTHER, "json", SPEC]
-    first, plain, twin, other, _, again = (server.logprobs(name) for name in asked)
-    found = {
-        "merge - twin": apart(first, twin),
-        "merge - merge after others": apart(first, again),
-        "merge - plain adapter": apart(first, plain),
-        "merge - other merge": apart(first, other),
-    }
-    wrong = [name for name in list(found)[:2] if found[name] != 0]
-    wrong += [f"{name} is 0" for name in list(found)[2:] if found[name] == 0]
-    return {"log-probabilities apart": found, "wrong": wrong}
+    first, plain, twin, other, _, again = (serving.logprobs(client, name) for name in asked)
+    same = {"merge - twin": apart(first, twin), "merge - merge after others": apart(first, again)}
+    different = {"merge - plain adapter": apart(first, plain), "merge - other merge": apart(first, other)}
+    wrong = [name for name, value in same.items() if value != 0]
+    wrong += [f"{name} is 0" for name, value in different.items() if value == 0]
+    return {"log-probabilities apart": same | different, "wrong": wrong}
 
 
-def in_one_batch(server: Server) -> dict[str, Any]:
-    """Two merges at once: each nearer to what it says alone than to what the other says alone.
+def in_one_batch(client: OpenAI) -> dict[str, Any]:
+    """Compare two merges in one batch with each alone: each must be nearer to itself than to the other.
 
     A batch of two may take other kernels than one of one, and so give other numbers; a mixed-up slot gives
     the other's.
     """
-    ask = partial(server.logprobs, max_tokens=64)
+    ask = partial(serving.logprobs, client, tokens=64)
     alone = {spec: ask(spec) for spec in (SPEC, OTHER)}
     with ThreadPoolExecutor(len(alone)) as pool:
         together = dict(zip(alone, pool.map(ask, alone), strict=True))
@@ -316,34 +308,28 @@ def in_one_batch(server: Server) -> dict[str, Any]:
     return {"log-probabilities apart": found, "wrong": wrong}
 
 
-def in_float32(server: Server) -> dict[str, Any]:
-    """A merge of float32 adapters, as PEFT trains them, beside its twin; seconds of its first two tokens."""
-    first = once(partial(serving.complete, server, WIDE))
-    again = once(partial(serving.complete, server, WIDE))
-    difference = apart(server.logprobs(WIDE), server.logprobs("twin32"))
+def in_float32(client: OpenAI) -> dict[str, Any]:
+    """Compare a merge of float32 adapters, as PEFT trains them, with its twin, and time its first tokens."""
+    first, again = (once(partial(serving.complete, client, WIDE)) for _ in range(2))
+    difference = apart(serving.logprobs(client, WIDE), serving.logprobs(client, "twin32"))
+    wrong = ["merge - twin"] if difference != 0 else []
+    found = {"log-probabilities apart": {"merge - twin": difference}, "wrong": wrong}
+    return {"first": first, "again": again, **found}
+
+
+def in_spaces(client: OpenAI) -> dict[str, Any]:
+    """Seconds of the first token and of one more, for a merge in each space."""
     return {
-        "first": first,
-        "again": again,
-        "log-probabilities apart": {"merge - twin": difference},
-        "wrong": ["merge - twin"] if difference != 0 else [],
+        "first and again": {
+            spec: [once(partial(serving.complete, client, spec)) for _ in range(2)] for spec in SPACES
+        }
     }
 
 
-def in_spaces(server: Server) -> dict[str, Any]:
-    """Seconds of the first token and of one more."""
-    times = {}
-    for spec in SPACES:
-        times[spec] = [once(partial(serving.complete, server, spec)) for _ in range(2)]
-    return {"first and again": times}
-
-
-# What is made
-
-
 def random_adapters(shape: Shape) -> dict[str, Adapter]:
-    """Adapters of every linear module by their names: three in bfloat16, two of them in float32 too.
+    """Adapters of every linear module, by name: three in bfloat16, two of them in float32 too.
 
-    Every layer has the first one's numbers, turned by one more column: drawing all takes minutes.
+    Every layer has the first one's numbers, rolled by one more column, as drawing all takes minutes.
     """
     made = {}
     first = replace(shape, layers=1).modules()
@@ -363,7 +349,7 @@ def random_adapters(shape: Shape) -> dict[str, Adapter]:
 
 
 def write_model(folder: Path, shape: Shape) -> None:
-    """The configuration of a Llama without weights, and a tokenizer whose first 256 tokens are the bytes."""
+    """Write the configuration of a Llama, and a tokenizer whose first 256 tokens are the bytes."""
     last = shape.vocabulary - 1
     folder.mkdir()
     config = {
@@ -395,49 +381,43 @@ def write_model(folder: Path, shape: Shape) -> None:
 
 
 def lay_out_package(folder: Path) -> None:
-    """This checkout as if it were installed there, by links: a package that holds its parts, and its plugin.
+    """Lay out this checkout as if it were installed: a link to the package, and the plugin's entry point.
 
     With the checkout itself on PYTHONPATH, vLLM would take ``triton_kernels`` for a package of that name.
     """
-    project = tomllib.loads((serving.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    package = folder / "merged_lora"
-    package.mkdir(parents=True)
-    for name, place in project["tool"]["setuptools"]["package-dir"].items():
-        if name.count(".") == 1 and not (serving.ROOT / "merged_lora" / name.split(".")[1]).exists():
-            (package / name.split(".")[1]).symlink_to(serving.ROOT / place)
-    for entry in (serving.ROOT / "merged_lora").iterdir():
-        (package / entry.name).symlink_to(entry)
-    name, version = project["project"]["name"], merged_lora.__version__
+    project = tomllib.loads((serving.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    folder.mkdir(exist_ok=True)
+    (folder / "merged_lora").symlink_to(serving.ROOT / "merged_lora")
+    name, version = project["name"], merged_lora.__version__
     about = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     about.mkdir()
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     lines = []
-    for group, entries in project["project"]["entry-points"].items():
+    for group, entries in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{key} = {value}" for key, value in entries.items())]
     (about / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
-def _show(record: Record) -> None:
-    """The short table at the end."""
-    verdict = recording.FAILED if record.failed else record.data["state"]
-    about = record.data["environment"]
+def _show(data: Mapping[str, Any]) -> None:
+    """Print the short table at the end."""
+    verdict = FAILED if has_failed(data) else data["state"]
+    about = data["environment"]
     print(f"\n{verdict}: {about['gpu']}, vLLM {about['vllm']}, torch {about['torch']}")
-    for step in record.data["steps"]:
+    for step in data["steps"]:
         line = f"  {step['state']:8}{step['name']}"
         if "cache tokens" in step:
             line += f": {step['cache tokens']} tokens of KV cache, ready after {step['ready after']:.0f} s"
         if "log-probabilities apart" in step:
             line += f": {step['log-probabilities apart']}"
         print(line)
-        if step["state"] == recording.FAILED:
+        if step["state"] == FAILED:
             print(f"          {step['error']}")
-    for name in record.data["not reached"]:
+    for name in data["not_reached"]:
         print(f"  not reached: {name}")
-    print(f"written: {record.file}")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; see the module's docstring."""
+    """Parse the command line, do the steps and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m merged_lora.bench.first_day_server", description="Real servers on a GPU's first day."
     )

@@ -112,7 +112,7 @@ def check_items(backend: Any, part: int, parts: int) -> list[Item]:
 
 
 def row_items(bench: Any, wrong: Collection[str], right: Collection[str]) -> list[Item]:
-    """Every row; those with a key that a check found wrong, or that no check found right, are not measured."""
+    """Every row; a row is not measured if a check found its key wrong, or if none found it right."""
     from . import gpu
 
     def measure(key: str, case: gpu.Case) -> dict[str, Any]:

@@ -19,10 +19,10 @@ class Row:
 
     bytes: of all sources and of everything that is written.
     slot_rank: rank of the slots; None if nothing is written.
-    seconds: lists of times by what was timed.  On the device: ``copy`` of as many bytes, ``kernels`` of ours,
-        and everything for a ``write``.  On the host: a ``call`` until the device has finished, ``queued`` until
-        the call returns, and ``peft``'s call.
-    work: times by the name of a kernel or a copy, all of its launches in a write together.
+    seconds: lists of times by what was timed.  On the device: ``copy`` of as many bytes, our ``kernels``,
+        and all work of a ``write``.  On the host: a ``call`` until the device has finished, the same until it
+        returns (``queued``), and ``peft``'s call.
+    work: lists of the device's times by the name of a kernel or a copy, all launches in a write together.
     """
 
     case: str

@@ -18,6 +18,7 @@ from openai import APIError, OpenAI
 
 from merged_lora.errors import MergeError
 from merged_lora.spec import canonical
+from merged_lora.vllm_plugin.merge_log import merge_milliseconds
 
 from . import machine, serving
 from .launcher import VllmServer, print_dot
@@ -37,7 +38,6 @@ from .serve_report import (
     FirstUse,
     Gaps,
     Report,
-    merge_milliseconds,
 )
 from .timing import REST, once
 

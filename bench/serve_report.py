@@ -6,7 +6,6 @@ It knows nothing of servers.
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -165,9 +164,3 @@ def noise(a: Sequence[float], b: Sequence[float]) -> float:
     """How far from 1 the ratio of two sets of times of the same thing may lie."""
     low, high = interval(a, b)
     return max(abs(1 - low), abs(high - 1))
-
-
-def merge_milliseconds(log: str) -> dict[str, float]:
-    """Milliseconds of each merge by its canonical spec, read from the server's log."""
-    found = re.findall(r"merged spec='([^']*)' .* ms=([0-9.]+)", log)
-    return {spec: float(ms) for spec, ms in found}

@@ -5,16 +5,17 @@ It knows nothing of merges.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from openai import OpenAI
 from openai.types import Completion
 
 from merged_lora.errors import MergeError
 
+from . import machine
 from .launcher import VllmServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def threads() -> dict[str, str]:
 
     Without it the threads of a step wait at every barrier for one that lost its core, and times vary widely.
     """
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1))}
+    return {"OMP_NUM_THREADS": str(max(1, machine.cores() - 1))}
 
 
 def check() -> None:
@@ -76,7 +77,7 @@ def complete(client: OpenAI, model: str, tokens: int = 1) -> Completion:
     )
 
 
-def logprobs(client: OpenAI, model: str, tokens: int = 8) -> list[float | None]:
+def logprobs(client: OpenAI, model: str, tokens: int = 8) -> list[float]:
     """Log-probabilities of greedy tokens."""
     reply = client.completions.create(
         model=model,
@@ -88,5 +89,4 @@ def logprobs(client: OpenAI, model: str, tokens: int = 8) -> list[float | None]:
     )
     found = reply.choices[0].logprobs
     assert found is not None
-    assert found.token_logprobs is not None
-    return list(found.token_logprobs)
+    return cast(list[float], found.token_logprobs)

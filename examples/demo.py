@@ -8,15 +8,15 @@ talks to it through the ``openai`` client as any user would, and stops it. ``mak
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 
 import torch
 from openai import OpenAI
 
-from merged_lora.bench.server import Server
+from merged_lora.bench.launcher import VllmServer, print_dot
 from merged_lora.spec import canonical
+from merged_lora.vllm_plugin.merge_log import merge_milliseconds
 from smollm2 import MODEL_DIR, make_model
 from tasks import TASKS, examples
 from train import ADAPTERS_DIR
@@ -53,11 +53,6 @@ def server_flags() -> list[str]:
     ]
 
 
-def waiting() -> None:
-    """A sign of life while the server starts."""
-    print(".", end="", flush=True)
-
-
 def ask(client: OpenAI, model: str, prompt: str, tokens: int = MAX_TOKENS) -> tuple[str, float]:
     """The model's greedy answer, on one line, and the seconds it took."""
     start = time.perf_counter()
@@ -65,12 +60,6 @@ def ask(client: OpenAI, model: str, prompt: str, tokens: int = MAX_TOKENS) -> tu
         model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=tokens
     )
     return " ".join((reply.choices[0].message.content or "").split()), time.perf_counter() - start
-
-
-def merge_milliseconds(spec: str) -> str:
-    """How long the worker took to merge, as it said in its log."""
-    found = re.findall(rf"merged spec={re.escape(repr(canonical(spec)))} .* ms=([0-9.]+)", LOG.read_text())
-    return f"{found[-1]} ms" if found else "not merged"
 
 
 def print_answers(client: OpenAI) -> None:
@@ -89,11 +78,11 @@ def print_answers(client: OpenAI) -> None:
 def print_merges(client: OpenAI) -> None:
     """What each merge cost: the merge itself, and one token of an adapter and of a merge, both warm."""
     prompt = examples("sql", "test", 1)[0].prompt
+    merged = merge_milliseconds(LOG.read_text())
     print("\nmerge                                     merged in   one token")
     for model in MERGES:
-        spec = ALIAS_SPEC if model == ALIAS else model
-        cost = merge_milliseconds(spec)
-        print(f"  {canonical(spec):40}  {cost:>9}   {ask(client, model, prompt, 1)[1]:.3f} s")
+        spec = canonical(ALIAS_SPEC if model == ALIAS else model)
+        print(f"  {spec:40}  {merged[spec]:>6.1f} ms   {ask(client, model, prompt, 1)[1]:.3f} s")
     print(f"  {'(the plain adapter sql)':40}  {'':>9}   {ask(client, 'sql', prompt, 1)[1]:.3f} s")
 
 
@@ -102,7 +91,7 @@ def main() -> int:
     make_model(MODEL_DIR)
     flags = server_flags()
     print(f"starting vllm serve (a minute or so; its log: {LOG}) ", end="", flush=True)
-    with Server(MODEL_DIR, *flags, log=LOG, waiting=waiting) as server:
+    with VllmServer(MODEL_DIR, *flags, log=LOG, waiting=print_dot) as server:
         print(f" ready at {server.url}")
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         print_answers(client)

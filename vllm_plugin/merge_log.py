@@ -75,3 +75,9 @@ def parse_log_line(line: str) -> LoggedMerge | None:
         kept_energy=float(found["kept"]),
         milliseconds=float(found["ms"]),
     )
+
+
+def merge_milliseconds(log: str) -> dict[str, float]:
+    """The milliseconds that each merge in a log took, the last time it was made, by its canonical spec."""
+    found = (parse_log_line(line) for line in log.splitlines())
+    return {merge.spec: merge.milliseconds for merge in found if merge is not None}

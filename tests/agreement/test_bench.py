@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from merged_lora.backends import Progress, Result, load_backend
 from merged_lora.bench import cases, cpu
 from merged_lora.bench.__main__ import main
+from merged_lora.bench.cpu import Case, Row
 from merged_lora.plan import MergePlan
 
 
@@ -33,24 +33,20 @@ class Wrong:
 
 
 @pytest.fixture
-def untimed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The parts that would have been timed."""
-    parts: list[str] = []
+def untimed(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """The cases that would have been timed."""
+    cases: list[Case] = []
 
-    def noting(part: str) -> Callable[[object], list[dict[str, str]]]:
-        def rows(backend: object) -> list[dict[str, str]]:
-            parts.append(part)
-            return [{"case": part}]
+    def measure(backend: object, case: Case) -> Row:
+        cases.append(case)
+        return Row(case.name, case.spec, 1, [1.0], [1.0])
 
-        return rows
-
-    for part in ("_factor_rows", "_svd_rows"):
-        monkeypatch.setattr(cpu, part, noting(part))
-    return parts
+    monkeypatch.setattr(cpu, "measure", measure)
+    return cases
 
 
 def test_what_disagrees_is_named_and_not_timed(
-    untimed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    untimed: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cpu, "load_backend", lambda name: Wrong())
     assert main(["cpu", "--json", str(tmp_path / "times.json")]) == 1
@@ -62,23 +58,50 @@ def test_what_disagrees_is_named_and_not_timed(
 
 
 def test_agreement_comes_first_then_every_time_goes_to_the_file(
-    untimed: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    untimed: list[Case], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["cpu", "--json", str(tmp_path / "times.json")]) == 0
-    assert untimed == ["_factor_rows", "_svd_rows"]
+    assert untimed == cpu.CASES["factors"]
     assert "WRONG" not in capsys.readouterr().out
     report = json.loads((tmp_path / "times.json").read_text())
-    assert [row["case"] for row in report["rows"]] == untimed
+    assert [row["case"] for row in report["rows"]] == [case.name for case in untimed]
     assert {"cpu", "cores", "torch", "numpy", "numba", "peft"} <= report["machine"].keys()
 
 
-def test_quick_leaves_out_the_large_svds(untimed: list[str]) -> None:
+def test_quick_leaves_out_the_large_svds(untimed: list[Case]) -> None:
     assert main(["cpu", "--quick"]) == 0
-    assert untimed == ["_factor_rows"]
+    assert [case.strategy for case in untimed] == ["linear"] * 3 + ["ties"] * 3 + ["dare_ties"] * 3
+
+
+def test_the_cases_of_a_space_are_timed_after_its_own_agreement(
+    untimed: list[Case], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cpu", "--space", "core"]) == 0
+    assert untimed == cpu.CASES["core"]
+    assert "knots(a, 0.5*b, -0.3*c, d) as close as a rank allows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("ties", 2, ", density=0.5", module="m", rounds=2, peft_rounds=2, faster=1e-9),
+        Case("svd", 2, ", rank=16", module="m", dtype=torch.float32, rounds=2, peft_rounds=1, seconds=1e9),
+    ],
+    ids=str,
+)
+def test_a_case_is_timed_beside_peft_and_held_to_its_aims(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cases.LLAMA3_8B_LAYER, "m", (48, 80))
+    row = cpu.measure(load_backend("cpu"), case)
+    assert (len(row.ours_s), len(row.plan_s), len(row.peft_s)) == (2, 2, case.peft_rounds)
+    assert [aim.met for aim in row.aims] == [True]
+    entries = 16 * (48 + 80)
+    assert row.bytes_moved == 3 * entries * (4 if case.dtype == torch.float32 else 2)
 
 
 def test_a_file_in_no_folder_is_refused_before_anything_is_measured(
-    untimed: list[str], tmp_path: Path
+    untimed: list[Case], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["cpu", "--json", str(tmp_path / "none" / "times.json")])
@@ -88,7 +111,7 @@ def test_a_file_in_no_folder_is_refused_before_anything_is_measured(
 
 @pytest.mark.parametrize("benchmark", ["cpu", "gpu", "registers"])
 def test_a_folder_is_refused_before_anything_is_measured(
-    untimed: list[str], tmp_path: Path, benchmark: str
+    untimed: list[Case], tmp_path: Path, benchmark: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main([benchmark, "--json", str(tmp_path)])

@@ -8,22 +8,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import triton
 
 from kernels.rehearsing import SHAPES, TINY, HostTimer, check
 from merged_lora.backends import Slot
 from merged_lora.bench import cases, device, device_agreement, gpu, pool
 from merged_lora.bench.__main__ import main
 from merged_lora.bench.agreement import Check
-from merged_lora.bench.device import Call, Copies, CudaTimer, DeviceTimes
-from merged_lora.bench.device_agreement import COUNTS
+from merged_lora.bench.device import Call, Copies, CudaTimer
+from merged_lora.bench.device_agreement import COUNTS, USUAL
+from merged_lora.bench.gpu_report import Row
 from merged_lora.factors import DTYPES
 from merged_lora.plan import MergePlan
 from merged_lora.triton_kernels.backend import TritonBackend
@@ -40,7 +40,7 @@ def disagreeing(backend: object) -> Iterator[tuple[str, Iterator[Check]]]:
 
 
 class Untimeable(HostTimer):
-    def on_device(self, functions: Sequence[Call], held: bool = True) -> DeviceTimes:
+    def on_device(self, functions: Sequence[Call]) -> dict[str, float]:
         raise AssertionError("timed what disagrees")
 
 
@@ -74,7 +74,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the whole benchmark writes, of tiny shapes; of the merges of entries, two."""
     file = tmp_path_factory.mktemp("bench") / "times.json"
     every = gpu.Bench.cases
-    chosen = {*gpu.OPTIONS, "svd", "sum", "slerp", "core_linear", "ties_svd"}
+    chosen = {*USUAL, "svd", "core_linear", "ties_svd"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "groups", agreeing)
         patch.setattr(gpu.Bench, "cases", lambda self: (c for c in every(self) if c.strategy in chosen))
@@ -86,18 +86,23 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_case_is_in_the_report_with_every_time(report: dict[str, Any]) -> None:
     rows = [(r["case"], r["sources"], r["dtype"], r["slot_rank"]) for r in report["rows"]]
     for count in TINY.counts:
-        for case in ("linear", "ties", "ties, cold", "dare_ties"):
-            assert (case, count, "bfloat16", 4) in rows
+        for case in ("linear", "ties", "dare_ties"):
+            assert (case if count == 4 else f"{case} of {count}", count, "bfloat16", 4) in rows
+        assert ("ties, cold" if count == 4 else f"ties of {count}, cold", count, "bfloat16", 4) in rows
     for case in ("linear", "ties", "dare_ties"):
-        assert (case, 4, "bfloat16", 16) in rows
-        assert (case, 4, "float32", 4) in rows
-    assert ("svd", 2, "bfloat16", 4) in rows
+        assert (f"{case}, float32", 4, "float32", 4) in rows
+    assert ("svd of 2", 2, "bfloat16", 4) in rows
     for row in report["rows"]:
         assert all(seconds > 0 for times in row["seconds"].values() for seconds in times)
         if row["case"] in ("linear", "ties", "ties, cold", "dare_ties"):
-            expected = dict.fromkeys(("copy", "kernels", "write", "queued", "call"), TINY.sets)
+            expected = dict.fromkeys(("copy", "kernels", "write", "queued", "call"), 1)
             assert {name: len(times) for name, times in row["seconds"].items()} == expected
-            assert [len(times) for times in row["kernels"].values()] == [TINY.sets]
+            assert {name: len(times) for name, times in row["work"].items()} == {
+                "_host_kernel": 1,
+                "Memcpy": 1,
+            }
+            assert row["seconds"]["write"] == [sum(times[0] for times in row["work"].values())]
+            assert row["seconds"]["kernels"] == row["work"]["_host_kernel"]
 
 
 def test_what_has_an_aim_is_measured_before_all_else() -> None:
@@ -110,9 +115,8 @@ def test_what_has_an_aim_is_measured_before_all_else() -> None:
 def test_the_bytes_of_a_row_are_those_of_the_sources_and_of_the_slots(report: dict[str, Any]) -> None:
     entries = 4 * sum(rows + columns for rows, columns in TINY.shapes.values())
     found = {(r["case"], r["sources"], r["dtype"], r["slot_rank"]): r["bytes"] for r in report["rows"]}
-    assert found["linear", 2, "bfloat16", 4] == 2 * (2 + 1) * entries
-    assert found["linear", 4, "bfloat16", 16] == 2 * (4 + 4) * entries
-    assert found["linear", 4, "float32", 4] == 4 * (4 + 1) * entries
+    assert found["linear of 2", 2, "bfloat16", 4] == 2 * (2 + 1) * entries
+    assert found["linear, float32", 4, "float32", 4] == 4 * (4 + 1) * entries
     assert found["check of ties", 4, "bfloat16", None] == 2 * 4 * entries
 
 
@@ -182,9 +186,9 @@ def test_a_wrong_truncation_is_noticed() -> None:
     plan, slots = merges.plans[0], merges.slots[0]
     names = pool.one_of_each(SHAPES)
     assert names == ["model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"]
-    assert device_agreement.differs_from_lowrank(plan, names, slots) is None
+    assert device_agreement.find_different_truncation(plan, names, slots) is None
     slots[names[1]].a[0, 0] *= 1.001
-    assert str(device_agreement.differs_from_lowrank(plan, names, slots)).startswith(names[1])
+    assert str(device_agreement.find_different_truncation(plan, names, slots)).startswith(names[1])
 
 
 def test_sets_share_no_source_and_fill_slots_beside_each_other() -> None:
@@ -208,7 +212,6 @@ def test_a_merge_that_is_planned_anew_keeps_other_entries() -> None:
 def test_copies_move_the_bytes_they_are_asked_for() -> None:
     copies = Copies(torch.device("cpu"), 4096, 2)
     copies(1)
-    copies(3)
     assert torch.equal(copies._target[1], copies._source[1])
     assert copies._source[1].nbytes + copies._target[1].nbytes == 4096
 
@@ -249,108 +252,54 @@ def test_an_approximation_that_is_not_the_best_is_noticed() -> None:
     assert device_agreement.not_best(plan.modules[name], result.modules[name]) is not None
 
 
-class Events:
-    """CUDA's events, its spinning kernel and its synchronisation; a log is the queue and the clock."""
+class Profile:
+    """A profile of these activities: their names, microseconds, and whether they are the CPU's or CUDA's."""
 
-    def __init__(self, until_queued: float) -> None:
-        self.until_queued = until_queued  # seconds that the device must be held back
-        self.held = 0.0
-        self.log: list[str] = []
+    def __init__(self, *recorded: tuple[str, float, str]) -> None:
+        self.recorded = recorded
 
-    def sleep(self, cycles: int) -> None:
-        self.held = cycles / device.CYCLES
-        self.log.append("sleep")
+    def __call__(self, activities: object) -> Profile:
+        return self
 
-    def work(self) -> None:
-        self.log.append("work")
+    def __enter__(self) -> Profile:
+        return self
 
-    def install(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(device, "_event", lambda: Event(self))
-        patch.setattr(torch.cuda, "_sleep", self.sleep)
-        patch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
+    def __exit__(self, *_: object) -> None:
+        pass
 
-
-@dataclass
-class Event:
-    """One that is recorded at a place in the log, a second after the one before."""
-
-    events: Events
-    at: int = 0
-
-    def record(self) -> None:
-        self.at = len(self.events.log)
-        self.events.log.append("event")
-
-    def query(self) -> bool:
-        return self.events.held < self.events.until_queued
-
-    def elapsed_time(self, end: Event) -> float:
-        return 1e3 * (end.at - self.at)
+    def events(self) -> list[Any]:
+        return [
+            SimpleNamespace(
+                name=name,
+                device_type=SimpleNamespace(name=kind),
+                time_range=SimpleNamespace(elapsed_us=lambda us=us: us),
+            )
+            for name, us, kind in self.recorded
+        ]
 
 
-def test_the_device_is_held_back_until_all_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = Events(until_queued=0.0)
-    events.install(monkeypatch)
-    times = CudaTimer(torch.device("cpu")).on_device([events.work] * 2)
-    assert events.log == ["wait", "sleep", *["event", "work", "event"] * 2, "wait"]
-    assert times == DeviceTimes([2.0, 2.0], True)
+def test_the_devices_work_is_added_up_by_name_over_all_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    launch, copy = ("cudaLaunchKernel", 9.0, "CPU"), ("Memcpy", 1.0, "CUDA")
+    recorded = Profile(("_trim", 2.0, "CUDA"), launch, copy, ("_trim", 4.0, "CUDA"))
+    monkeypatch.setattr(device, "profile", recorded)
+    seconds = CudaTimer(torch.device("cpu")).on_device([lambda: log.append("work")] * 2)
+    assert seconds == pytest.approx({"_trim": 3e-6, "Memcpy": 0.5e-6})
+    assert log == ["wait", "work", "work", "wait"]
 
 
-def test_what_was_queued_too_late_is_measured_again_behind_a_longer_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    events = Events(until_queued=2 * device.FIRST_HOLD)
-    events.install(monkeypatch)
-    timer = CudaTimer(torch.device("cpu"))
-    slow = [lambda: time.sleep(1.5 * device.FIRST_HOLD)]
-    assert timer.on_device(slow).gapless
-    assert events.log.count("sleep") == 2
-    events.until_queued = float("inf")
-    assert not timer.on_device([lambda: None]).gapless
-    assert events.log.count("sleep") == 2 + device.TRIES
+def test_a_device_on_which_nothing_is_recorded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(device, "profile", Profile(("cudaLaunchKernel", 9.0, "CPU")))
+    with pytest.raises(RuntimeError, match="recorded no work"):
+        CudaTimer(torch.device("cpu")).on_device([lambda: None])
 
 
-def test_kernels_are_timed_by_events_around_each_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = Events(until_queued=0.0)
-    events.install(monkeypatch)
-    hooks = triton.knobs.runtime
-
-    def write() -> None:
-        for name, launches in (("trim", 2), ("combine", 1)):
-            for _ in range(launches):
-                metadata = SimpleNamespace(get=lambda name=name: {"name": name})
-                hooks.launch_enter_hook(metadata)
-                events.log += ["work"] * len(name)
-                hooks.launch_exit_hook(metadata)
-                events.work()  # between two kernels: of no kernel
-
-    times = CudaTimer(torch.device("cpu")).in_kernels([write, write])
-    # An event is a place in the log, and lies one before what follows it.
-    assert times.seconds == [{"trim": 2 * (1.0 + 4), "combine": 1.0 + 7}] * 2
-    assert times.gapless
-    assert not hooks.launch_enter_hook.calls
-    assert not hooks.launch_exit_hook.calls
-
-
-def test_what_was_queued_too_late_counts_no_kernel_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = Events(until_queued=float("inf"))
-    events.install(monkeypatch)
-
-    def write() -> None:
-        metadata = SimpleNamespace(get=lambda: {"name": "combine"})
-        triton.knobs.runtime.launch_enter_hook(metadata)
-        triton.knobs.runtime.launch_exit_hook(metadata)
-
-    times = CudaTimer(torch.device("cpu")).in_kernels([write])
-    assert not times.gapless
-    assert times.seconds == [{"combine": 1.0}]
-
-
-def test_functions_that_wait_for_the_device_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = Events(until_queued=0.0)
-    events.install(monkeypatch)
-    assert not CudaTimer(torch.device("cpu")).on_device([lambda: None], held=False).gapless
-    assert "sleep" not in events.log
+def test_only_our_kernels_count_as_kernels() -> None:
+    row = Row("ties", "ties(a, b)", "bfloat16", 2, 16, 1000)
+    row.add_work({"_combine_kernel": 3.0, "Memcpy HtoD (Pinned -> Device)": 1.0, "void at::native::x": 2.0})
+    assert row.seconds == {"kernels": [3.0], "write": [6.0]}
 
 
 def test_a_whole_call_ends_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +320,7 @@ def test_the_facts_name_the_gpu_and_every_version(
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{tool}\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
     facts = CudaTimer(torch.device("cpu")).facts()
-    assert facts["driver"] == ("580.1" if tool == "echo 580.1" else "unknown")
+    assert str(facts["driver"]).startswith("580.1" if tool == "echo 580.1" else "unknown: ")
     assert (facts["gpu"], facts["memory GiB"], facts["L2 MB"]) == ("X", 128.0, 60.0)
     assert facts["torch"] == torch.__version__
     assert {"cuda", "rocm", "triton", "numpy", "peft"} <= facts.keys()

@@ -34,7 +34,10 @@ CHOICES = [
 
 @pytest.fixture(scope="module", params=CHOICES, ids=lambda choice: choice[0] + ", usual" * choice[1])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bounds, Rows]:
-    """The bounds of a release and the rows of every target, each compiled in a process of its own, which runs no interpreter."""
+    """The bounds of a release and the rows of every target.
+
+    Each target is compiled in a process of its own, without the interpreter.
+    """
     release, bounded = request.param
     folder = tmp_path_factory.mktemp("compiled")
 

@@ -75,7 +75,7 @@ def test_rows_that_fail_take_no_other_with_them(tmp_path: Path) -> None:
     assert "RuntimeError: CUDA error: an illegal memory access" in said["ties"]
     assert f"the process ended with {-signal.SIGSEGV}" in said["ties, cold"]
     assert "ended after 12 s without a result" in said["svd"]
-    assert results["not reached"] == []
+    assert results["not_reached"] == []
 
 
 def started(folder: Path, minutes: float = 5.0) -> subprocess.Popen[str]:
@@ -141,7 +141,7 @@ def test_what_the_minutes_do_not_allow_is_named(tmp_path: Path) -> None:
     assert results["state"] == "finished"
     assert row_names(results) == [name for name in FIRST_ROWS if name not in ("svd", "core_ties")]
     assert results["failed"] == []
-    assert results["not reached"] == ["rows: svd", "rows: core_ties"]
+    assert results["not_reached"] == ["rows: svd", "rows: core_ties"]
 
 
 def test_a_worker_that_cannot_start_is_told_with_its_reason(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_worker_that_cannot_start_is_told_with_its_reason(tmp_path: Path) -> N
     assert code == 1
     assert {failure["item"] for failure in results["failed"]} == {"start"}
     assert all("no GPU here" in failure["text"] for failure in results["failed"])
-    assert "rows: all of it" in results["not reached"]
+    assert "rows: all of it" in results["not_reached"]
 
 
 @pytest.mark.parametrize(
@@ -163,11 +163,10 @@ def test_a_worker_that_cannot_start_is_told_with_its_reason(tmp_path: Path) -> N
 )
 def test_the_sanitizers_verdict_is_noted(body: str, state: str, tmp_path: Path, sanitizer: Path) -> None:
     sanitizer.write_text(f"#!/bin/sh\n{body}\n")
-    results = first_day.Results(tmp_path / first_day.FILE)
-    crew = first_day.Crew(tmp_path, worker("none"), results, Limits())
-    first_day._sanitize(crew, results, time.monotonic() + 2)
-    assert results.data["sanitizer"]["state"] == state
-    assert results.failed == (state != "out of time")
+    record = first_day.new_record(tmp_path / first_day.FILE)
+    first_day.sanitize(first_day.Crew(tmp_path, worker("none"), record, Limits()), time.monotonic() + 2)
+    assert record.data["sanitizer"]["state"] == state
+    assert first_day.has_failed(record.data) == (state != "out of time")
 
 
 def told(
@@ -191,7 +190,7 @@ def test_a_worker_whose_device_is_lost_ends_behind_the_item_that_lost_it() -> No
 
     items = [Item("a", (), fault), Item("b", (), lambda: {"wrong": None})]
     code, messages = told(items, lost=True)
-    assert code == recording.LOST
+    assert code == first_day.DEVICE_LOST
     assert "illegal address" in messages[-1]["failed"]
     assert [m["end"] for m in messages if "end" in m] == ["a"]
     assert told(items)[0] == 0
@@ -208,7 +207,7 @@ def test_a_row_that_no_check_vouches_for_is_not_timed() -> None:
 
             return [Case("ties", "ties", "bfloat16", lambda: pytest.fail("timed"))]
 
-    (item,) = first_day_worker.row_items(Bench(), withheld=[], vouched=["linear bfloat16"])
+    (item,) = first_day_worker.row_items(Bench(), wrong=[], right=["linear bfloat16"])
     assert item.run() == {"withheld": "no check of ties bfloat16 was made"}
 
 

@@ -88,6 +88,6 @@ def test_rounded_twice_five_checks_of_agreement_differ_each_a_float32_vote_of_th
         f"float32 ties{four.format('')} = NumPy, every bit",
         f"float32 ties{four.format(frequency)} = NumPy, every bit",
         f"float32 dare_ties{four.format('')} = NumPy, every bit",
-        f"torch.float32 ties{weighted.format(', 1*d')}",
-        f"torch.float32 dare_ties{weighted.format(', 1*d')}",
+        f"float32 ties{weighted.format(', 1*d')}",
+        f"float32 dare_ties{weighted.format(', 1*d')}",
     ]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agreement.comparing import FAMILIES, WORDS, entries
-from merged_lora.factors import DTYPES
+from agreement.comparing import FAMILIES, entries
+from merged_lora.factors import DTYPES, WORDS
 from merged_lora.reference.backend import to_bits
 from merged_lora.reference.entries import largest
 from merged_lora.reference.numbers import widen

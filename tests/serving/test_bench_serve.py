@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from openai import OpenAI
 
-from merged_lora.bench import serve, serve_report, serving, soak
+from merged_lora.bench import serve, serve_report, serving
 from merged_lora.bench.__main__ import main
 from merged_lora.bench.serve_report import (
     AGAIN,
@@ -27,6 +32,11 @@ from merged_lora.bench.serve_report import (
     Report,
 )
 from merged_lora.bench.timing import quartiles, spread
+from merged_lora.errors import MergeError
+from merged_lora.spec import parse
+from merged_lora.vllm_plugin import merge_log
+from merged_lora.vllm_plugin.identity import MergeIdentity
+from merged_lora.vllm_plugin.worker.makers import Facts
 
 TICKS = [0.0, 0.1, 0.2, 0.5, 0.6, 0.7, 0.9, 1.0]
 
@@ -36,8 +46,8 @@ def a_report(merged: float = 0.080, cost: float = 0.020, gap: float = 0.010) -> 
     report = Report({"cpu": "made up"})
     report.warm = {WARM: [0.080, 0.081, 0.082], AGAIN: [0.080, 0.081, 0.082], MERGED: [merged] * 3}
     report.first = {
-        "ties, 2 sources": FirstUse("ties, 2 sources", [0.08 + cost] * 3, [0.08] * 3, [15.0] * 3),
-        COLD: FirstUse(COLD, [0.12] * 3, [0.08] * 3),
+        "ties, 2 sources": FirstUse([0.08 + cost] * 3, [0.08] * 3, [15.0] * 3),
+        COLD: FirstUse([0.12] * 3, [0.08] * 3),
     }
     report.gaps = {
         ON: Gaps([0.08], {SEEN: [0.16], LOST: [0.16], MEMORY: [0.16], NEW: [0.16 + gap]}, [15.0]),
@@ -74,13 +84,8 @@ def test_streams_add_up() -> None:
     assert gaps.largest == {NEW: [2.0, 2.0]}
 
 
-def test_a_growth_is_a_difference_of_medians() -> None:
-    gaps = Gaps(largest={NEW: [0.2, 0.3, 9.0], SEEN: [0.1, 0.1, 0.2]})
-    assert gaps.grows_by(NEW, SEEN) == pytest.approx(0.2)
-
-
-def test_what_a_first_use_costs_is_told_pair_by_pair() -> None:
-    use = FirstUse("case", [0.3, 0.9], [0.1, 0.8])
+def test_what_a_first_use_costs_is_reported_pair_by_pair() -> None:
+    use = FirstUse([0.3, 0.9], [0.1, 0.8])
     assert use.cost == pytest.approx([0.2, 0.1])
 
 
@@ -101,12 +106,18 @@ def test_the_same_times_without_spread_are_without_noise() -> None:
     assert serve_report.noise([3.0] * 4, [3.0] * 4) == 0
 
 
-def test_the_time_of_a_merge_is_read_from_the_log_by_its_spec() -> None:
-    log = (
-        "INFO [server.py:281] merged spec='ties(0.3*sql, tone)' digest=e8 backend=cpu rank=8 modules=210 "
-        "kept_energy=1.0 ms=19.6\nINFO something else ms=7\n"
-    )
-    assert serve_report.merge_milliseconds(log) == {"ties(0.3*sql, tone)": 19.6}
+def test_the_time_of_a_merge_is_read_from_the_line_that_the_server_logs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = ["INFO something else ms=7"]
+    monkeypatch.setattr(merge_log.logger, "info", lambda text, *given: lines.append(text % given))
+    for spec, kept in (("ties(0.3*sql, tone)", {}), ('knots(json, sql, weights="auto")', {"m": 0.8})):
+        identity = MergeIdentity(parse(spec), ("one", "other"))
+        merge_log.log_merge(identity, Facts("cpu", 8, 210, 0.9, kept, 0.0196))
+    assert merge_log.merge_milliseconds("\n".join(lines)) == {
+        "ties(0.3*sql, tone)": 19.6,
+        'knots(json, sql, weights="auto")': 19.6,
+    }
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_tables_and_file_hold_every_case() -> None:
     text = "\n".join(
         [
             *report.warm_lines(),
-            *(use.line() for use in report.first.values()),
+            *(use.line(case) for case, use in report.first.items()),
             *(line for gaps in report.gaps.values() for line in gaps.lines()),
             report.speed_line(),
             *(aim.line() for aim in report.aims()),
@@ -143,50 +154,58 @@ def test_tables_and_file_hold_every_case() -> None:
     assert [aim["met"] for aim in kept["aims"]] == [True] * 3
 
 
-@pytest.mark.parametrize("benchmark", ["serve", "soak"])
-def test_without_the_model_the_way_to_it_is_told_and_no_server_started(
-    benchmark: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_without_the_model_the_error_says_how_to_make_it_and_no_server_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(serving, "MODEL", tmp_path)
-    for module in (serve, soak):
-        monkeypatch.setattr(module, "Server", None)
+    monkeypatch.setattr(serve, "VllmServer", None)
     with pytest.raises(SystemExit) as caught:
-        main([benchmark])
+        main(["serve"])
     assert caught.value.code == 2
     assert "`make model` makes it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["serve", "--requests", "1"], ["soak", "--minutes", "0"], ["soak", "--minutes", "nan"]],
-    ids=" ".join,
-)
-def test_a_number_that_measures_nothing_is_refused(arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--requests", "1"], ["--json", "/"]], ids=" ".join)
+def test_a_measurement_without_a_result_is_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
+        main(["serve", *arguments])
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("benchmark", ["serve", "soak"])
-def test_a_folder_is_refused_as_the_file_to_write(benchmark: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([benchmark, "--json", str(tmp_path)])
-    assert caught.value.code == 2
+class Tokens:
+    """A client whose stream has a token every hundredth of a second, and which completes in a thirtieth."""
+
+    def __init__(self, tokens: int) -> None:
+        self.completions = self
+        self.models: list[str] = []
+        self._tokens = tokens
+
+    def create(self, model: str, stream: bool = False, **_: object) -> Any:
+        if stream:
+            return contextlib.nullcontext(self._stream())
+        self.models.append(model)
+        time.sleep(1 / 30)
+        return None
+
+    def _stream(self) -> Iterator[int]:
+        for i in range(self._tokens):
+            time.sleep(0.01)
+            yield i
 
 
-def test_a_percentile_is_a_value_that_was_measured() -> None:
-    values = [float(i) for i in range(100, 0, -1)]
-    assert (soak.percentile(values, 50), soak.percentile(values, 99)) == (50.0, 99.0)
-    assert soak.percentile([7.0], 99) == 7.0
+def test_requests_arrive_beside_a_stream_one_after_the_other() -> None:
+    client = Tokens(100)
+    times, arrivals = serve._stream(cast(OpenAI, client), [(NEW, "a"), (SEEN, "b")], apart=4)
+    assert client.models == ["a", "b"]
+    assert [arrival.case for arrival in arrivals] == [NEW, SEEN]
+    assert times[3] <= arrivals[0].begin < arrivals[0].end < arrivals[1].begin < arrivals[1].end < times[-1]
+    # At least four tokens came before each of them, and after the last.
+    ends = [0.0, *(arrival.end for arrival in arrivals)]
+    begins = [*(arrival.begin for arrival in arrivals), times[-1]]
+    for end, begin in zip(ends, begins, strict=True):
+        assert sum(end < t <= begin for t in times) >= 4
 
 
-def test_what_was_counted_is_told_and_unexpected_errors_in_full() -> None:
-    counted = soak.Counted(refused=2, unexpected=["new: it broke"], merges={"a", "b", "c"})
-    counted.steps.update(plain=4, new=3)
-    counted.seconds["new"] = [0.5, 0.25]
-    text = "\n".join(counted.lines())
-    assert "7: 3 new, 4 plain" in text
-    assert "distinct merges 3" in text
-    assert "2 expected refusals, 1 unexpected" in text
-    assert "p50 0.250 s, p99 0.500 s of 2" in text
-    assert "UNEXPECTED new: it broke" in text
+def test_a_stream_that_ends_too_early_is_an_error() -> None:
+    with pytest.raises(MergeError, match="after 0 of 1 requests"):
+        serve._stream(cast(OpenAI, Tokens(5)), [(NEW, "a")], apart=4)

@@ -6,18 +6,20 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from openai import OpenAI
 
 from merged_lora.bench import first_day_server as day
-from merged_lora.bench import recording
+from merged_lora.bench import recording, serving
 from merged_lora.bench.cases import llama3_8b
-from merged_lora.bench.first_day_server import Record, Shape
+from merged_lora.bench.first_day_server import Shape, Steps
 from merged_lora.bench.launcher import vllm_command
+from merged_lora.bench.recording import Record
 
 TINY = {
     "layers": 2,
@@ -43,7 +45,7 @@ def test_all_of_it_runs_on_a_tiny_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / day.FILE).read_text())
     assert results["state"] == "finished"
-    assert results["not reached"] == []
+    assert results["not_reached"] == []
     assert len(results["steps"]) == 11
     steps = {step["name"]: step for step in results["steps"]}
     found = steps["a merge beside its twin on disk, and slots that are used again"]
@@ -54,22 +56,25 @@ def test_all_of_it_runs_on_a_tiny_model(tmp_path: Path) -> None:
     assert steps["warm requests and first ones"]["first"]
 
 
-class Answering:
-    """A server whose log-probabilities are given, in the order in which they are asked for."""
-
-    def __init__(self, *values: float) -> None:
-        self._values = iter(values)
-
-    def logprobs(self, model: str, **more: Any) -> list[float]:
-        return [next(self._values)] * 8
+NO_CLIENT = cast(OpenAI, None)
 
 
-def answers(*values: float) -> dict[str, Any]:
-    found: dict[str, Any] = day.answers(cast(Server, Answering(*values)))
-    return found
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """What is found of log-probabilities that are given in the order in which they are requested."""
+
+    def find(*values: float) -> dict[str, Any]:
+        given = iter(values)
+        monkeypatch.setattr(serving, "logprobs", lambda client, model: [next(given)] * 8)
+        return day.answers(NO_CLIENT)
+
+    return find
 
 
-def test_a_merge_that_is_its_twin_and_no_other_is_right() -> None:
+Answers = Callable[..., dict[str, Any]]
+
+
+def test_a_merge_that_is_its_twin_and_no_other_is_right(answers: Answers) -> None:
     assert answers(-1.0, -2.0, -1.0, -3.0, -4.0, -1.0)["wrong"] == []
 
 
@@ -82,46 +87,50 @@ def test_a_merge_that_is_its_twin_and_no_other_is_right() -> None:
         ((-1.0, -2.0, -1.0, -1.0, -4.0, -1.0), "merge - other merge is 0"),
     ],
 )
-def test_an_answer_that_is_anothers_is_wrong(values: tuple[float, ...], wrong: str) -> None:
+def test_an_answer_that_is_anothers_is_wrong(answers: Answers, values: tuple[float, ...], wrong: str) -> None:
     assert answers(*values)["wrong"] == [wrong]
 
 
-def test_a_number_that_is_none_is_as_far_apart_as_can_be() -> None:
+def test_a_number_that_is_none_is_as_far_apart_as_can_be(answers: Answers) -> None:
     assert answers(math.nan, -2.0, -1.0, -3.0, -4.0, -1.0)["wrong"]
 
 
-def test_slots_that_are_mixed_up_in_a_batch_are_noticed() -> None:
-    class Mixed(Answering):
-        def logprobs(self, model: str, **more: Any) -> list[float]:
-            self.asked = getattr(self, "asked", 0) + 1
-            return [-1.0 if (model == day.SPEC) == (self.asked <= 2) else -2.0] * 8
+def test_slots_that_are_mixed_up_in_a_batch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
 
-    assert day.in_one_batch(cast(Server, Mixed()))["wrong"] == [day.SPEC, day.OTHER]
+    def mixed(client: OpenAI, model: str, tokens: int) -> list[float]:
+        asked.append(model)
+        return [-1.0 if (model == day.SPEC) == (len(asked) <= 2) else -2.0] * 8
+
+    monkeypatch.setattr(serving, "logprobs", mixed)
+    assert day.in_one_batch(NO_CLIENT)["wrong"] == [day.SPEC, day.OTHER]
 
 
 def test_the_size_of_the_cache_is_read_from_the_metrics() -> None:
-    series = 'vllm:cache_config_info{block_size="16",cache_dtype="auto",num_gpu_blocks="1000",x="a,b"}'
-    made = SimpleNamespace(metrics=lambda: {"vllm:other": 1.0, series: 1.0}, ready_after=2.0)
-    assert day.cache_of(cast(Server, made))["cache tokens"] == 16_000
+    series = 'vllm:cache_config_info{block_size="16",cache_dtype="auto",num_gpu_blocks="1000",x="a,b"} 1.0'
+    assert day.cache_size(f"vllm:other 1.0\n{series}\n")["cache tokens"] == 16_000
+    with pytest.raises(LookupError):
+        day.cache_size("vllm:other 1.0\n")
 
 
 def test_steps_that_fail_or_are_wrong_are_told_and_the_next_are_done(tmp_path: Path) -> None:
-    record = Record(tmp_path / "x.json", 1, {})
+    record = Record(tmp_path / "x.json", steps=[], not_reached=[])
+    do = Steps(record, 1).do
 
     def fault() -> dict[str, Any]:
         raise RuntimeError("no answer\nand the end of a log")
 
-    assert not record.step("a", fault)
-    assert not record.step("b", lambda: {"wrong": ["merge - twin"]})
-    assert record.failed
-    assert record.step("c", lambda: {"found": 3})
-    assert not record.step("d", fault, seconds=61)
+    assert not do("a", fault)
+    assert not do("b", lambda: {"wrong": ["merge - twin"]})
+    assert day.has_failed(record.data)
+    assert do("c", lambda: {"found": 3})
+    assert not do("d", fault, seconds=61)
     read = json.loads((tmp_path / "x.json").read_text())
     assert [step["state"] for step in read["steps"]] == [recording.FAILED, recording.WRONG, "ok"]
     assert read["steps"][0]["error"] == "RuntimeError: no answer"
     assert "the end of a log" in read["steps"][0]["text"]
     assert read["steps"][2]["found"] == 3
-    assert read["not reached"] == ["d"]
+    assert read["not_reached"] == ["d"]
 
 
 def test_the_shape_is_that_of_llama_3_8b() -> None:
