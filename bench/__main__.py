@@ -11,6 +11,8 @@ from typing import Any
 
 from merged_lora.errors import MergeError
 
+from .first_day import MINUTES
+
 
 def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
@@ -47,21 +49,46 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gpu: merges on a GPU beside copies of the same bytes and PEFT's": {
         "--quick": {"action": "store_true", "help": "only what has an aim, without PEFT's large SVDs"},
-        "--layers": {"type": _at_least(1), "default": 32, "metavar": "N", "help": "of Llama-3-8B; 32"},
+        "--layers": {
+            "type": _at_least(1),
+            "default": 32,
+            "metavar": "N",
+            "help": "of Llama-3-8B; %(default)s",
+        },
         "--agreement-only": {"action": "store_true", "help": "time nothing; Triton's interpreter will do"},
         "--first-day": {"action": "store_true", "help": "what some minutes allow, the most valuable first"},
-        "--minutes": {"type": _minutes, "default": 9.5, "metavar": "M", "help": "of the first day; 9.5"},
+        "--minutes": {
+            "type": _minutes,
+            "default": MINUTES,
+            "metavar": "M",
+            "help": "of the first day; %(default)s",
+        },
     },
     "registers: what the GPU kernels compile to; needs no GPU": {
         "--target": {"action": "append", "help": "sm_80, sm_90 or gfx942; all by default"},
         "--bounded": {"action": "store_true", "help": "only merges of four bf16 sources and their trim"},
     },
     "host: what the host does for a write into slots; needs no GPU": {
-        "--layers": {"type": _at_least(1), "default": 32, "metavar": "N", "help": "of Llama-3-8B; 32"},
-        "--rounds": {"type": _at_least(1), "default": 30, "metavar": "N", "help": "of each write; 30"},
+        "--layers": {
+            "type": _at_least(1),
+            "default": 32,
+            "metavar": "N",
+            "help": "of Llama-3-8B; %(default)s",
+        },
+        "--rounds": {
+            "type": _at_least(1),
+            "default": 30,
+            "metavar": "N",
+            "help": "of each write; %(default)s",
+        },
     },
     "serve: requests to real servers, for merges beside plain adapters": {
-        "--requests": {"type": _at_least(2), "default": 20, "metavar": "N", "help": "of each kind; 20"},
+        "--requests": {
+            "type": _at_least(2),
+            "default": 20,
+            "metavar": "N",
+            "help": "of each kind; %(default)s",
+        },
     },
 }
 """The flags of every benchmark, beside ``--json``."""
