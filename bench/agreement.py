@@ -39,6 +39,10 @@ class Check:
     find: Callable[[], str | None]
 
 
+Group = tuple[str, Iterator[Check]]
+"""A heading and the checks below it."""
+
+
 def name_of(dtype: torch.dtype) -> str:
     """The name of a dtype without its module's."""
     return str(dtype).removeprefix("torch.")
@@ -58,19 +62,32 @@ def merge_by_reference(plan: MergePlan) -> Result:
     return load_backend("numpy").merge(plan, ignore)
 
 
-def count_agreed(checks: Iterable[Check]) -> int | None:
-    """Print every check and return their number, or None if one has failed and nothing is worth timing."""
-    found = [(check.what, check.find()) for check in checks]
-    for what, wrong in found:
-        print(f"  {'WRONG' if wrong else 'ok':6}{what}{': ' + wrong if wrong else ''}")
-    if any(wrong for _, wrong in found):
+def count_agreed(groups: Iterable[Group]) -> int | None:
+    """Make all checks and print what came of each group; their number, or None if one has failed."""
+    total, failed = 0, False
+    for heading, checks in groups:
+        found = [(check.what, check.find()) for check in checks]
+        wrong = [f"{what}: {text}" for what, text in found if text]
+        print(f"  {'WRONG' if wrong else 'ok':6}{len(found):>3}  {heading}", flush=True)
+        for line in wrong:
+            print(f"           WRONG {line}", flush=True)
+        total, failed = total + len(found), failed or bool(wrong)
+    if failed:
         print("not timed: what disagrees must be mended first")
-        return None
-    return len(found)
+    return None if failed else total
 
 
-def disagreements(backend: Backend) -> Iterator[Check]:
-    """Small merges, compared with the NumPy backend's bit for bit and with PEFT's to rounding."""
+def factor_checks(backend: Backend) -> Group:
+    """Small merges of factors, and a truncated sum."""
+    return "small tensors: NumPy bit for bit, PEFT to rounding", _factor_checks(backend)
+
+
+def entry_checks(backend: Backend) -> Group:
+    """Every strategy in core space and on the entries of deltas."""
+    return "merges of entries in delta and core space: the dense reference", _entry_checks(backend)
+
+
+def _factor_checks(backend: Backend) -> Iterator[Check]:
     for dtype in DTYPES:
         sources = cases.distinct_sources(cases.SMALL, 4, 8, dtype)
         for spec in (
@@ -93,8 +110,7 @@ def disagreements(backend: Backend) -> Iterator[Check]:
     yield Check(what, keys(["svd"], torch.float32), partial(_worse_than_peft, backend))
 
 
-def entry_disagreements(backend: Backend) -> Iterator[Check]:
-    """Every strategy in core space and on the entries of deltas, compared with the dense reference."""
+def _entry_checks(backend: Backend) -> Iterator[Check]:
     sources = cases.random_sources(cases.SMALL, 4, 6, torch.float32)
     for strategy in (s for s in TABLE.values() if s.recipe.space in ("entries", "core")):
         plan = make_plan(parse(f"{strategy.name}(a, 0.5*b, -0.3*c, d)"), sources)

@@ -18,7 +18,7 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 from . import cases, machine, peers
-from .agreement import count_agreed, disagreements, entry_disagreements, ignore
+from .agreement import count_agreed, entry_checks, factor_checks, ignore
 from .recording import write_report
 from .timing import Aim, extremes, interleaved, once, ratio
 
@@ -142,8 +142,8 @@ def run(quick: bool, spaces: Collection[str], file: Path | None) -> int:
     file: gets every measured time as JSON.
     """
     backend = load_backend("cpu")
-    print("agreement, on small tensors")
-    checks = count_agreed(disagreements(backend) if "factors" in spaces else entry_disagreements(backend))
+    print("agreement")
+    checks = count_agreed([factor_checks(backend) if "factors" in spaces else entry_checks(backend)])
     if checks is None:
         return 1
     facts = machine.facts()

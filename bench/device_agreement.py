@@ -28,9 +28,10 @@ from . import cases
 from .agreement import (
     DTYPES,
     Check,
+    Group,
     differs_from_reference,
-    disagreements,
-    entry_disagreements,
+    entry_checks,
+    factor_checks,
     ignore,
     keys,
     merge_by_reference,
@@ -51,15 +52,15 @@ HALF_STEP = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 
 """Half of each dtype's smallest subnormal number: what rounding may add to a number too small for UNIT."""
 
 
-def groups(backend: SlotBackend) -> Iterator[tuple[str, Iterator[Check]]]:
+def groups(backend: SlotBackend) -> Iterator[Group]:
     """All checks, in groups with a heading each."""
     counts = f"{', '.join(map(str, COUNTS[:-1]))} and {COUNTS[-1]}"
-    yield "small tensors: NumPy bit for bit, PEFT to rounding", disagreements(backend)
+    yield factor_checks(backend)
     yield f"{counts} sources of any bits, every strategy: NumPy bit for bit", _any(backend)
     yield "slots of other rank, stride and dtype: NumPy bit for bit, zeros beyond", _slots(backend)
     yield f"trims of more than {LARGE} entries: NumPy bit for bit", _spans(backend)
     yield "merges in delta space: the best approximation of a float64 delta", _deltas(backend)
-    yield "merges of entries in delta and core space: the dense reference", entry_disagreements(backend)
+    yield entry_checks(backend)
     yield "torch.linalg.eigh, batched, float64: the CPU's eigenvalues", eigenvalues(backend.device)
 
 

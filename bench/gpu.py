@@ -20,7 +20,7 @@ from merged_lora.plan import MergePlan
 from merged_lora.triton_kernels.kernels import trim
 
 from . import cases, machine, peers
-from .agreement import name_of
+from .agreement import count_agreed, name_of
 from .device import Copies, CudaTimer, Timer, copy_speed
 from .device_agreement import USUAL, groups
 from .gpu_report import HEADER, Row
@@ -119,9 +119,9 @@ def run(work: Work, file: Path | None, agreement_only: bool = False, timer: Time
     backend = cast(SlotBackend, load_backend("triton"))
     if timer is None and not agreement_only:
         backend, timer = on_a_gpu()
-    checks = _check(backend)
+    print(f"agreement, on {backend.device}", flush=True)
+    checks = count_agreed(groups(backend))
     if checks is None:
-        print("not timed: what disagrees must be mended first")
         return 1
     if timer is None:
         return 0
@@ -156,20 +156,6 @@ def run(work: Work, file: Path | None, agreement_only: bool = False, timer: Time
         checks=checks,
     )
     return 0
-
-
-def _check(backend: SlotBackend) -> int | None:
-    """The number of checks, or None if one of them failed."""
-    print(f"agreement, on {backend.device}", flush=True)
-    total, failed = 0, False
-    for about, checks in groups(backend):
-        found = [(check.what, check.find()) for check in checks]
-        wrong = [(what, text) for what, text in found if text]
-        print(f"  {'WRONG' if wrong else 'ok':6}{len(found):>3}  {about}", flush=True)
-        for what, text in wrong:
-            print(f"           {what}: {text}", flush=True)
-        total, failed = total + len(found), failed or bool(wrong)
-    return None if failed else total
 
 
 class Bench:

@@ -53,7 +53,7 @@ def test_what_disagrees_is_named_and_not_timed(
     assert untimed == []
     assert not (tmp_path / "times.json").exists()
     lines = [line for line in capsys.readouterr().out.splitlines() if "NumPy, every bit" in line]
-    assert lines
+    assert len(lines) == 18
     assert all("WRONG" in line and "small.tall differs" in line for line in lines)
 
 
@@ -78,7 +78,7 @@ def test_the_cases_of_a_space_are_timed_after_its_own_agreement(
 ) -> None:
     assert main(["cpu", "--space", "core"]) == 0
     assert untimed == cpu.CASES["core"]
-    assert "knots(a, 0.5*b, -0.3*c, d) as close as a rank allows" in capsys.readouterr().out
+    assert "the dense reference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
