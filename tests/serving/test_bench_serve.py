@@ -36,7 +36,7 @@ from merged_lora.errors import MergeError
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin import merge_log
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.worker.makers import Facts
+from merged_lora.vllm_plugin.rpc import Facts
 
 TICKS = [0.0, 0.1, 0.2, 0.5, 0.6, 0.7, 0.9, 1.0]
 
