@@ -1,6 +1,7 @@
-"""Where there is no GPU, the kernels run under Triton's interpreter, in this process and only in this one.
+"""How tests are run: one core for each process, Triton's interpreter without a GPU, and in which process.
 
-Where numba cannot be imported, tests that reach for the CPU wing are skipped, by whatever way they reach it.
+Without a GPU, the kernels run under Triton's interpreter, in this process and only in this one.  Without a
+numba that can be imported, tests that reach for the CPU wing are skipped, by whatever way they reach it.
 """
 
 import os
@@ -10,6 +11,11 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 import pytest
+
+# torch and NumPy read it while they are imported.  With more, the helpers of each process that runs tests
+# and of each server that a test starts spin on the cores that the others need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -33,11 +34,12 @@ later.join()
 def threads(beside: str) -> str:
     """How many threads torch uses, in a process where it has done nothing before, as in a server's."""
     command = [sys.executable, "-c", PROGRAM, beside]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_torch_uses_one_thread_in_those_of_the_pool_and_as_many_as_before_in_all_others() -> None:
-    assert threads("pool") == threads("nothing")
+    assert threads("pool") == threads("nothing") == "2\n2\n"
 
 
 def test_jobs_prepared_one_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
