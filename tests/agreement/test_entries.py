@@ -99,12 +99,22 @@ def target_of(spec: str, sources: Mapping[str, Adapter], module: str) -> np.ndar
     return combine(dense.dense(pairs, one.scalings), one.rule, np.float64)
 
 
+def least_error(target: torch.Tensor, rank: int) -> float:
+    """The Frobenius error of the best approximation of this rank: the norm without the largest values.
+
+    The squared singular values are eigenvalues of the Gram matrix of the short side, which takes a tenth of
+    the time of a decomposition; in float64 the error is wrong by at most about 1e-7 of the norm.
+    """
+    short = target if target.shape[0] <= target.shape[1] else target.T
+    largest = torch.linalg.eigvalsh(short @ short.T)[-rank:]
+    return float((target.square().sum() - largest.sum()).clamp(min=0).sqrt())
+
+
 def assert_nearly_best(result: Result, spec: str, sources: Mapping[str, Adapter]) -> None:
     """At most 1.01 times the least possible error, and the energy that the factors have."""
     for module, got in result.modules.items():
         target = torch.from_numpy(target_of(spec, sources, module))
-        values = torch.linalg.svdvals(target)
-        least = float(values[got.rank :].norm())
+        least = least_error(target, got.rank)
         error = float((target - got.delta()).norm())
         # Tiles are float32: a relative 1e-6 of the whole where nothing has to be cut.
         assert error <= 1.01 * least + 1e-6 * float(target.norm()), module
