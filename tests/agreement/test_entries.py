@@ -37,6 +37,8 @@ EXACT = [
 ENTRYWISE = [s.name for s in TABLE.values() if s.recipe.space in ("entries", "core")]
 STREAMED = [s.name for s in TABLE.values() if s.recipe.space == "entries"]
 BACKENDS = ["cpu", "triton"]
+SLOW_ON_TRITON = ["cpu", pytest.param("triton", marks=pytest.mark.slow)]
+"""Of tests that take seconds under Triton's interpreter."""
 
 
 @functools.cache
@@ -71,6 +73,7 @@ def test_core_and_mean_strategies_equal_the_oracle(strategy: str, count: int, ba
         assert ours.energy[module] == pytest.approx(pair, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "count"),
     [
@@ -123,7 +126,7 @@ def assert_nearly_best(result: Result, spec: str, sources: Mapping[str, Adapter]
         assert kept == pytest.approx(float(got.delta().square().sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_ON_TRITON)
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("strategy", STREAMED)
 def test_streamed_merges_are_as_close_as_a_rank_allows(strategy: str, count: int, backend: str) -> None:
@@ -132,6 +135,7 @@ def test_streamed_merges_are_as_close_as_a_rank_allows(strategy: str, count: int
         assert_nearly_best(merged(spec, adapters(False), backend), spec, adapters(False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ties_svd", "dare_ties_svd"])
 def test_the_same_on_a_streamed_matrix_of_1024_by_4096(strategy: str) -> None:
     for count in (2, 4):
@@ -149,6 +153,7 @@ def test_tiles_of_few_rows_give_the_merge_of_one_tile(strategy: str, monkeypatch
         assert relative_error(merged(spec, adapters(False)).modules[module], f) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.5, 0.2, 1e-3, 0.999])
 def test_exactly_as_many_entries_are_kept_as_asked_and_those_of_the_oracle(density: float) -> None:
     """But for entries whose magnitude is within the rounding of the products of the threshold's."""
@@ -277,7 +282,7 @@ def test_what_overflows_on_the_way_is_refused_by_name(strategy: str, backend: st
         merge(f"{strategy}(a, b{options})", pair, backend, rank=1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_ON_TRITON)
 @pytest.mark.parametrize("strategy", ["della", "della_linear"])
 def test_a_source_of_density_1_is_whole_whatever_the_others_are(strategy: str, backend: str) -> None:
     spec = f"{strategy}(a, c, density=[1.0, 0.5], epsilon=0)"

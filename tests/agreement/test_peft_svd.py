@@ -38,7 +38,7 @@ def assert_as_close(spec: str, strategy: str, density: float, method: str, rank:
         assert abs(our_error - peft_error) <= 1e-3 * peft_error
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("density", [0.5, 0.2])
 @pytest.mark.parametrize("rank", [3, 6])
 @pytest.mark.parametrize("method", ["total", "frequency"])
@@ -47,7 +47,7 @@ def test_ties_svd(method: str, rank: int, density: float, backend: str) -> None:
     assert_as_close(spec, "ties_svd", density, method, rank, backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("density", [0.5, 0.2])
 def test_magnitude_prune_svd(density: float, backend: str) -> None:
     spec = f"magnitude_prune_svd({TERMS}, density={density}, rank=5)"

@@ -18,7 +18,7 @@ def trimmed(tensor: torch.Tensor, count: int, backend: str) -> torch.Tensor:
     return run(plan_of(tensor, Largest(count)), backend).modules["m"].a[0]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_among_equal_magnitudes_the_first_are_kept(dtype: torch.dtype, backend: str) -> None:
     equal = torch.full((SIZE,), 0.375, dtype=dtype)
@@ -31,7 +31,7 @@ def test_among_equal_magnitudes_the_first_are_kept(dtype: torch.dtype, backend: 
         assert torch.equal(trimmed(equal, count, backend), expected), count
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("larger", [1, 100, BLOCK])
 def test_larger_entries_come_before_earlier_ones(larger: int, dtype: torch.dtype, backend: str) -> None:

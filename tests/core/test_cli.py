@@ -269,6 +269,7 @@ def exit_code(arguments: list[str]) -> object:
         return end.code
 
 
+@pytest.mark.slow
 def test_a_mistake_of_ours_keeps_its_traceback_and_exits_1(folder: Path) -> None:
     process = started(
         "import merged_lora.engine\nmerged_lora.engine.run = lambda *_: 1 / 0",
@@ -285,6 +286,7 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_exits_1(folder: Path) -> None
 STALL = "import os, time\nos.fsync = lambda _: (print('writing', flush=True), time.sleep(100))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
@@ -307,6 +309,7 @@ def test_a_run_that_is_stopped_leaves_no_half_adapter(
         assert not left
 
 
+@pytest.mark.slow
 def test_overwriting_that_is_terminated_leaves_the_old_adapter(folder: Path) -> None:
     before = Adapter.load("a").digest
     process = started(STALL, "merge", "a + b", *AB, "--output", "a", "--overwrite")
@@ -324,6 +327,7 @@ def test_main_gives_the_signal_handler_back(run: Run, folder: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_pipe_sees_no_progress_bar(folder: Path) -> None:
     arguments = command("merge", "ties(a, b)", *AB, "--output", "out")
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment())
@@ -331,6 +335,7 @@ def test_a_pipe_sees_no_progress_bar(folder: Path) -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_the_modules_being_merged_and_warnings_on_lines_of_their_own(folder: Path) -> None:
     ours, theirs = os.openpty()
     os.set_blocking(ours, False)

@@ -38,6 +38,7 @@ def threads(beside: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_torch_uses_one_thread_in_those_of_the_pool_and_as_many_as_before_in_all_others() -> None:
     assert threads("pool") == threads("nothing") == "2\n2\n"
 
