@@ -6,11 +6,11 @@ MINUTES ?= 30
 NEWEST_VLLM := $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('vllm_plugin/releases.py')['TESTED'][-1])")
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo releases oldest-triton tritons test lint bench soak clean
+.PHONY: help install model demo releases oldest-triton tritons check test style types fast lint bench soak clean
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install:  ## .venv with vLLM for this machine, this project and its tools
 	@$(PYTHON) tools/install.py
@@ -21,18 +21,32 @@ model: install  ## .models/SmolLM2-135M-Instruct, the base model of the examples
 demo: install  ## the quick start
 	@$(PY) examples/demo.py
 
-lint: install  ## ruff and mypy
+check: | $(PY)  ## format, lint, types and the fast tests, in two minutes
+	@$(MAKE) style
+	@$(MAKE) --jobs 2 types fast
+
+style: | $(PY)  ## ruff, its lint and its format
 	@$(PY) -m ruff check --quiet --output-format concise
 	@$(PY) -m ruff format --check --quiet --output-format concise
+
+types: | $(PY)  ## mypy
 	@$(PY) -m mypy
 
-test: lint model releases oldest-triton  ## lint, then every test that this machine can run
+fast: | $(PY)  ## the fast tests: no engine, no process, no test of a second
+	@$(PY) -m pytest -q -n 2 --dist loadgroup -m "not slow and not engine and not soak"
+
+$(PY):  # an environment that is there is used as it is
+	@$(MAKE) install
+
+lint: style types  ## both
+
+test: install lint model releases oldest-triton  ## lint, then every test that this machine can run
 	@PYTHONPATH=$(CURDIR)/.venv/vllm-$(NEWEST_VLLM) $(PY) -m pytest -n 2 --dist loadgroup
 
-releases: install
+releases: install  ## the oldest and the newest vLLM, beside the one that is installed
 	@$(PYTHON) tools/install.py --vllm ends
 
-oldest-triton: install
+oldest-triton: install  ## the oldest Triton that the kernels are tested on
 	@$(PYTHON) tools/tritons.py --oldest
 
 tritons: install  ## the other releases of Triton that make soak tests the kernels on
