@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from .recipe import EVERYWHERE, Option, RankRule, Strategy
+from .recipe import EVERYWHERE, RANK, Option, RankRule, Strategy
 from .strategies import TABLE
 
 WIDTH = 80
@@ -19,24 +19,40 @@ RESULT_RANK: dict[RankRule, str] = {
     "truncate": "the option rank",
 }
 
-HEADINGS = ("strategy", "what it does", "space", "rank of the result", "options", "source")
+PLACES: dict[str, str] = {
+    "factors": "the entries of A and of B, each on its own",
+    "delta": "the deltas as a whole, exactly",
+    "entries": "the entries of the deltas, which are formed a few rows at a time",
+    "core": "the coordinates of the deltas in bases that the sources share",
+}
+"""Where the arithmetic of a strategy happens, by the word that names it."""
+
+MANY = 4
+"""An option that more strategies take is shown with them in the first table, not in its own row."""
 
 
 def as_markdown() -> str:
-    """A table of the strategies and one of the options, as the README shows them."""
-    strategies = [
+    """Three tables, as docs/strategies.md shows them: the families, where each computes, and the options."""
+    families = [
         (
-            f"`{strategy.name}`",
-            strategy.summary,
-            strategy.recipe.space,
-            RESULT_RANK[strategy.recipe.rank],
-            ", ".join(f"`{assignment(option)}`" for option in _own(strategy)),
-            _linked(strategy.source),
+            ", ".join(f"`{strategy.name}`" for strategy in family),
+            family[0].summary,
+            ", ".join(_shown(option, family) for option in _taken(family)),
+            _linked(family[0].source),
         )
-        for strategy in TABLE.values()
+        for family in _families()
     ]
-    options = [(f"`{assignment(option)}`", option.help, _takers(option)) for option in _options()]
-    return f"{_table(HEADINGS, strategies)}\n\n{_table(('option', 'what it does', 'taken by'), options)}\n"
+    places = [
+        (PLACES[place], RESULT_RANK[rank], ", ".join(f"`{name}`" for name in names))
+        for (place, rank), names in _by_place().items()
+    ]
+    options = [(f"`{assignment(option)}`", option.help, _few_takers(option)) for option in _options()]
+    tables = (
+        _table(("strategies", "what they do", "options of their own", "source"), families),
+        _table(("computed on", "rank of the result", "strategies"), places),
+        _table(("option", "what it does", "taken by"), options),
+    )
+    return "\n\n".join(tables) + "\n"
 
 
 def as_json() -> list[dict[str, object]]:
@@ -107,6 +123,49 @@ def _options() -> list[Option]:
 def _takers(option: Option) -> str:
     takers = [strategy.name for strategy in TABLE.values() if option in strategy.options]
     return "every strategy" if len(takers) == len(TABLE) else ", ".join(takers)
+
+
+def _few_takers(option: Option) -> str:
+    """The strategies that take an option, or a word for them if they are many."""
+    takers = [strategy.name for strategy in TABLE.values() if option in strategy.options]
+    if len(takers) == len(TABLE):
+        return "every strategy"
+    if option is RANK:
+        return "every strategy whose result has that rank"
+    return "see the families" if len(takers) > MANY else ", ".join(f"`{name}`" for name in takers)
+
+
+def _families() -> list[list[Strategy]]:
+    """The strategies by the rule that they follow, in the order of the table.
+
+    ``ties``, ``ties_svd`` and ``core_ties`` are one family: the same rule, computed in three places.
+    """
+    families: dict[str, list[Strategy]] = {}
+    for strategy in TABLE.values():
+        families.setdefault(strategy.name.removeprefix("core_").removesuffix("_svd"), []).append(strategy)
+    return list(families.values())
+
+
+def _taken(family: Sequence[Strategy]) -> list[Option]:
+    """The options of a family beyond those of every strategy, and beyond ``rank``: the second table has it."""
+    options = {option.name: option for strategy in family for option in _own(strategy)}
+    return [option for option in options.values() if option is not RANK]
+
+
+def _shown(option: Option, family: Sequence[Strategy]) -> str:
+    """An option as a family's row shows it, with the strategies that take it if others do not."""
+    takers = [f"`{strategy.name}`" for strategy in family if option in strategy.options]
+    return f"`{option.name}`" + (f" ({', '.join(takers)})" if len(takers) < len(family) else "")
+
+
+def _by_place() -> dict[tuple[str, RankRule], list[str]]:
+    """The names of the strategies by where they compute and by the rank of their result."""
+    found: dict[tuple[str, RankRule], list[str]] = {}
+    for strategy in TABLE.values():
+        recipe = strategy.recipe
+        place = "entries" if recipe.space == "delta" and recipe.entrywise else recipe.space
+        found.setdefault((place, recipe.rank), []).append(strategy.name)
+    return found
 
 
 def _linked(source: str) -> str:
