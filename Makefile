@@ -6,7 +6,7 @@ MINUTES ?= 30
 NEWEST_VLLM := $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('vllm_plugin/releases.py')['TESTED'][-1])")
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo releases oldest-triton tritons check test style types fast lint bench soak clean
+.PHONY: help install model demo releases oldest-triton tritons check test style types fast lint bench docs soak clean
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -54,6 +54,10 @@ tritons: install  ## the other releases of Triton that make soak tests the kerne
 
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu
+
+docs: install  ## build/site, the documentation
+	@$(PY) tools/render_pages.py
+	@$(PY) -m mkdocs build --strict --quiet
 
 soak: model tritons  ## the long tests, then random load on a real server; MINUTES=30
 	@$(PYTHON) tools/install.py --vllm all

@@ -120,7 +120,7 @@ def _parser() -> Parser:
     strategies = commands.add_parser("strategies", help="show the table of strategies", allow_abbrev=False)
     form = strategies.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as a JSON list")
-    form.add_argument("--markdown", action="store_true", help="as the tables in the README")
+    form.add_argument("--markdown", action="store_true", help="as the tables in docs/strategies.md")
     return parser
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from merged_lora import catalog
-from merged_lora.recipe import EVERYWHERE, Option, Strategy
+from merged_lora.recipe import EVERYWHERE, RANK, Option, Strategy
 from merged_lora.spec import parse
 from merged_lora.strategies import TABLE
 
@@ -17,25 +17,56 @@ def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in lines[2:]]
 
 
-def test_the_markdown_has_a_full_row_for_every_strategy_in_order() -> None:
-    strategies, _ = catalog.as_markdown().split("\n\n")
-    found = rows(strategies)
-    assert [row[0] for row in found] == [f"`{name}`" for name in TABLE]
-    assert {len(row) for row in found} == {6}
-    for row, strategy in zip(found, TABLE.values(), strict=True):
-        assert row[1] == strategy.summary
-        assert row[2] == strategy.recipe.space
-        assert row[4].count("`") == 2 * (len(strategy.options) - len(EVERYWHERE))
+def names(cell: str) -> list[str]:
+    """What a cell shows as code."""
+    return re.findall(r"`([a-z_]+)", cell)
 
 
-def test_the_markdown_has_a_row_for_every_option_and_says_who_takes_it() -> None:
-    _, options = catalog.as_markdown().split("\n\n")
-    found = {row[0].strip("`").split("=")[0]: row[2] for row in rows(options)}
-    taken = {option.name for strategy in TABLE.values() for option in strategy.options}
-    assert found.keys() == taken
-    assert found["t"] == "slerp"
-    assert found["compat"] == "linear, ties"
+def tables() -> list[list[list[str]]]:
+    """The rows of the families, of the places where they compute, and of the options."""
+    return [rows(table) for table in catalog.as_markdown().split("\n\n")]
+
+
+def test_the_families_name_every_strategy_once_with_its_own_options() -> None:
+    families, _, _ = tables()
+    named = [name for row in families for name in names(row[0])]
+    assert sorted(named) == sorted(TABLE)
+    for strategies, summary, options, _ in families:
+        family = [TABLE[name] for name in names(strategies)]
+        assert summary == family[0].summary
+        taken = {option.name for strategy in family for option in strategy.options}
+        beyond = taken - {option.name for option in (*EVERYWHERE, RANK)}
+        assert beyond <= set(names(options)) <= beyond | {strategy.name for strategy in family}
+
+
+def test_an_option_that_only_some_of_a_family_take_is_shown_with_them() -> None:
+    families, _, _ = tables()
+    (ties,) = [row for row in families if names(row[0])[0] == "ties"]
+    assert "`compat` (`ties`)" in ties[2]
+    assert "`density`," in ties[2]
+
+
+def test_every_strategy_has_one_place_and_one_rank() -> None:
+    _, places, _ = tables()
+    found = {name: rank for _, rank, strategies in places for name in names(strategies)}
+    assert sorted(name for row in places for name in names(row[2])) == sorted(TABLE)
+    assert found == {name: catalog.RESULT_RANK[strategy.recipe.rank] for name, strategy in TABLE.items()}
+
+
+def test_every_option_has_one_row_that_says_who_takes_it() -> None:
+    _, _, options = tables()
+    found = {names(row[0])[0]: row[2] for row in options}
+    assert len(options) == len(found)
+    assert found.keys() == {option.name for strategy in TABLE.values() for option in strategy.options}
+    assert found["t"] == "`slerp`"
+    assert found["compat"] == "`linear`, `ties`"
+    assert found["density"] == "see the families"
     assert found["scale"] == "every strategy"
+
+
+def test_the_strategies_that_take_a_rank_are_those_whose_result_has_it() -> None:
+    takers = {name for name, strategy in TABLE.items() if RANK in strategy.options}
+    assert takers == {name for name, strategy in TABLE.items() if strategy.recipe.rank == "truncate"}
 
 
 def test_papers_are_linked_in_markdown() -> None:

@@ -1,0 +1,113 @@
+"""What the pages say about the code is what the code says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import quality
+import render_pages
+from merged_lora import cli, errors
+from merged_lora.vllm_plugin.api_server import gate
+from merged_lora.vllm_plugin.settings import FLAGS, Flag, Settings, option
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "bench/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+def read(page: str) -> str:
+    """The text of a page."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors of the headings of a page, as Markdown renderers make them."""
+    headings = re.findall(r"^#+ (.+)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?![a-z]+:)([^)#\s]*)#?([^)\s]*)\)", read(page)):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(str(file.resolve().relative_to(ROOT))), f"{target}#{anchor}"
+
+
+def test_the_readme_is_as_long_as_a_newcomer_reads() -> None:
+    assert 9_000 <= len(read("README.md").encode()) <= 11_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_rendered_parts_are_what_the_code_renders_now(page: str) -> None:
+    text = read(page)
+    assert render_pages.rendered(text) == text, "run python tools/render_pages.py"
+
+
+def test_every_part_that_can_be_rendered_is_on_a_page() -> None:
+    shown = {match[2] for page in PAGES for match in render_pages.BLOCK.finditer(read(page))}
+    assert shown == set(render_pages.PARTS)
+
+
+def test_the_table_and_the_plot_of_quality_are_those_of_the_measured_rows() -> None:
+    (measured,) = (ROOT / "bench/results").glob("quality-*.json")
+    rows = json.loads(measured.read_text(encoding="utf-8"))["rows"]
+    assert quality.markdown(rows) in read("docs/quality.md")
+    assert quality.plot(rows) == read("docs/quality.svg")
+
+
+def flag_rows() -> dict[str, str]:
+    """The default of each of the plugin's flags, as the table of the page about serving has it."""
+    rows = re.findall(r"^\| `(--[a-z-]+)[^|`]*(?:\\\|[^|`]*)*` \| ([^|]*) \|", read("docs/serving.md"), re.MULTILINE)
+    return {flag: default.strip("` ") for flag, default in rows}
+
+
+def test_the_page_about_serving_has_every_flag_and_no_other() -> None:
+    assert set(flag_rows()) == {"--enable-merged-lora", option("modules"), *(flag.option for flag in FLAGS)}
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.key)
+def test_the_default_of_a_flag_on_the_page_is_that_of_the_settings(flag: Flag) -> None:
+    default = getattr(Settings(), flag.key)
+    shown = flag_rows()[flag.option]
+    if default is None:
+        assert shown in ("none", "sized by the model")
+    elif isinstance(default, bool):
+        assert shown == ("on" if default else "off")
+    elif isinstance(default, str):
+        assert shown == default
+    else:
+        assert float(shown) == default
+
+
+def kinds() -> set[str]:
+    """The names of all kinds of errors that a user can meet."""
+    modules = (errors, cli, gate)
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, errors.MergeError)
+    }
+
+
+def test_every_kind_of_error_has_a_section_that_says_what_to_do() -> None:
+    sections = re.split(r"^## ", read("docs/errors.md"), flags=re.MULTILINE)[1:]
+    found = {section.split("\n", 1)[0]: section for section in sections}
+    assert set(found) == kinds() - {"MergeError"}
+    assert not [name for name, section in found.items() if "**What to do.**" not in section]
+
+
+def test_an_error_has_the_status_that_the_page_says() -> None:
+    rows = dict(re.findall(r"^\| \[(\w+)\]\(#\w+\) \| (\d*) \|", read("docs/errors.md"), re.MULTILINE))
+    assert set(rows) == kinds() - {"MergeError"}
+    plain = (errors.SpecError, errors.UnknownStrategyError, errors.UnknownAdapterError)
+    plain = (*plain, errors.AdapterError, errors.PlanError)
+    raised = [*(kind("") for kind in plain), gate.BusyError(3, 1), gate.CacheFullError("", 1)]
+    assert {name for name, status in rows.items() if status} == {type(error).__name__ for error in raised}
+    for error in raised:
+        assert gate.status_of(error)[0] == int(rows[type(error).__name__])
