@@ -147,7 +147,7 @@ def _families() -> list[list[Strategy]]:
 
 
 def _taken(family: Sequence[Strategy]) -> list[Option]:
-    """The options of a family beyond those of every strategy, and beyond ``rank``: the second table has it."""
+    """The options of a family, except those of every strategy and ``rank``, which the second table has."""
     options = {option.name: option for strategy in family for option in _own(strategy)}
     return [option for option in options.values() if option is not RANK]
 

@@ -1,4 +1,4 @@
-"""Writes into the pages of ``docs/`` what follows from the code: the tables of strategies, the command's help.
+"""Writes into the pages of ``docs/`` what follows from the code: tables of strategies, help of commands.
 
     python tools/render_pages.py
 

@@ -13,6 +13,7 @@ import render_pages
 from merged_lora import cli, errors
 from merged_lora.vllm_plugin.api_server import gate
 from merged_lora.vllm_plugin.settings import FLAGS, Flag, Settings, option
+from merged_lora.vllm_plugin.worker.snapshots import CacheFullError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "bench/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
@@ -62,7 +63,8 @@ def test_the_table_and_the_plot_of_quality_are_those_of_the_measured_rows() -> N
 
 def flag_rows() -> dict[str, str]:
     """The default of each of the plugin's flags, as the table of the page about serving has it."""
-    rows = re.findall(r"^\| `(--[a-z-]+)[^|`]*(?:\\\|[^|`]*)*` \| ([^|]*) \|", read("docs/serving.md"), re.MULTILINE)
+    text = read("docs/serving.md").replace(r"\|", "/")
+    rows = re.findall(r"^\| `(--[a-z-]+)[^`]*` \| ([^|]*) \|", text, re.MULTILINE)
     return {flag: default.strip("` ") for flag, default in rows}
 
 
@@ -103,11 +105,17 @@ def test_every_kind_of_error_has_a_section_that_says_what_to_do() -> None:
 
 
 def test_an_error_has_the_status_that_the_page_says() -> None:
-    rows = dict(re.findall(r"^\| \[(\w+)\]\(#\w+\) \| (\d*) \|", read("docs/errors.md"), re.MULTILINE))
+    rows = dict(re.findall(r"^\| \[(\w+)\]\(#\w+\) \| *(\d*) *\|", read("docs/errors.md"), re.MULTILINE))
     assert set(rows) == kinds() - {"MergeError"}
-    plain = (errors.SpecError, errors.UnknownStrategyError, errors.UnknownAdapterError)
-    plain = (*plain, errors.AdapterError, errors.PlanError)
-    raised = [*(kind("") for kind in plain), gate.BusyError(3, 1), gate.CacheFullError("", 1)]
+    raised = [
+        errors.SpecError(),
+        errors.UnknownStrategyError(),
+        errors.UnknownAdapterError(),
+        errors.AdapterError(),
+        errors.PlanError(),
+        gate.BusyError(3, 1),
+        CacheFullError("", 1),
+    ]
     assert {name for name, status in rows.items() if status} == {type(error).__name__ for error in raised}
     for error in raised:
         assert gate.status_of(error)[0] == int(rows[type(error).__name__])
