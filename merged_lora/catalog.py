@@ -1,4 +1,4 @@
-"""The table of strategies as Markdown, as JSON and as text. Knows nothing of how a strategy is computed."""
+"""The table of strategies as Markdown, JSON and text.  Knows nothing of how a strategy is computed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def as_json() -> list[dict[str, object]]:
 
 
 def as_text() -> str:
-    """The same two tables for a terminal, no line over ``WIDTH`` characters."""
+    """The strategies and the options for a terminal, in lines of at most ``WIDTH`` characters."""
     lines = ["strategies", ""]
     for strategy in TABLE.values():
         own = "".join(f", {assignment(option)}" for option in _own(strategy))
@@ -101,7 +101,7 @@ def as_text() -> str:
 
 
 def assignment(option: Option) -> str:
-    """An option with its default, as a spec writes it: ``density=0.5``; the bare name where it has none."""
+    """An option with its default, as a spec writes it: ``density=0.5``, or its name alone without one."""
     return option.name if option.default is None else f"{option.name}={_value(option.default)}"
 
 
@@ -110,12 +110,12 @@ def _value(value: object) -> str:
 
 
 def _own(strategy: Strategy) -> list[Option]:
-    """What a strategy takes beyond the options that all take."""
+    """The options of a strategy beyond those that every strategy takes."""
     return [option for option in strategy.options if option not in EVERYWHERE]
 
 
 def _options() -> list[Option]:
-    """Every option once, in the order of the table; those that all strategies take come last."""
+    """Every option once, in the order of the table.  Those that every strategy takes come last."""
     seen = {option.name: option for strategy in TABLE.values() for option in _own(strategy)}
     return [*seen.values(), *EVERYWHERE]
 
