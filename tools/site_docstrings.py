@@ -1,13 +1,14 @@
 """A griffe extension: docstrings in the style of this repository become Markdown.
 
-A docstring lists parameters as ``name: what it is`` lines, and names objects as ``:class:`Name``` or in
-double backticks. Knows nothing of what a docstring says.
+A docstring lists parameters and attributes as ``name: what it is`` lines, and names objects as
+``:class:`Name``` or in double backticks. Knows nothing of what a docstring says.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Collection
 from typing import Any
 
 import griffe
@@ -22,26 +23,26 @@ class RepositoryStyle(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """Rewrite the docstring of one object in place."""
         if obj.docstring is not None:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+            parameters = {parameter.name for parameter in getattr(obj, "parameters", ())}
+            obj.docstring.value = as_markdown(obj.docstring.value, {*parameters, *obj.members})
 
 
-def as_markdown(docstring: str) -> str:
-    """A docstring with its parameters as a list and its roles as code."""
+def as_markdown(docstring: str, names: Collection[str]) -> str:
+    """A docstring with its roles as code and a list of what it says about these parameters or attributes."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
-    return ROLE.sub(r"`\1`", "\n\n".join(map(_paragraph, paragraphs)))
+    return ROLE.sub(r"`\1`", "\n\n".join(_paragraph(text, names) for text in paragraphs))
 
 
-def _paragraph(text: str) -> str:
-    lines = text.split("\n")
-    first = ENTRY.fullmatch(lines[0])
-    if first is None or any(not ENTRY.fullmatch(line) and not line.startswith(" ") for line in lines):
-        return text
+def _paragraph(text: str, names: Collection[str]) -> str:
+    """A paragraph, as a list if it begins with one of the names; other lines go on with the entry before."""
     items: list[str] = []
-    for line in lines:
+    for line in text.split("\n"):
         entry = ENTRY.fullmatch(line)
-        if entry:
-            names = ", ".join(f"**{name}**" for name in entry["names"].split(", "))
-            items.append(f"- {names}: {entry['text']}")
-        else:
+        if entry and set(entry["names"].split(", ")) <= set(names):
+            named = ", ".join(f"**{name}**" for name in entry["names"].split(", "))
+            items.append(f"- {named}: {entry['text']}")
+        elif items:
             items.append(f"  {line.strip()}")
+        else:
+            return text
     return "\n".join(items)

@@ -97,12 +97,14 @@ def test_parameters_of_a_docstring_become_a_list() -> None:
 
     a, b: two things, of
       two lines.
-    c:    a third.
+    c:    a third,
+    of two lines.
 
-    Not a list: this is prose.
+    other: this is prose.
     See :class:`merged_lora.Adapter`.
     """
-    assert as_markdown(docstring) == (
-        "What comes out.\n\n- **a**, **b**: two things, of\n  two lines.\n- **c**: a third.\n\n"
-        "Not a list: this is prose.\nSee `merged_lora.Adapter`."
+    assert as_markdown(docstring, ("a", "b", "c", "d")) == (
+        "What comes out.\n\n"
+        "- **a**, **b**: two things, of\n  two lines.\n- **c**: a third,\n  of two lines.\n\n"
+        "other: this is prose.\nSee `merged_lora.Adapter`."
     )
