@@ -63,8 +63,7 @@ def test_the_table_and_the_plot_of_quality_are_those_of_the_measured_rows() -> N
 
 def flag_rows() -> dict[str, str]:
     """The default of each of the plugin's flags, as the table of the page about serving has it."""
-    text = read("docs/serving.md").replace(r"\|", "/")
-    rows = re.findall(r"^\| `(--[a-z-]+)[^`]*` \| ([^|]*) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| `(--[a-z-]+)[^`]*` \| ([^|]*) \|", read("docs/serving.md"), re.MULTILINE)
     return {flag: default.strip("` ") for flag, default in rows}
 
 
