@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from .recipe import EVERYWHERE, RANK, Option, RankRule, Strategy
+from .recipe import EVERYWHERE, RANK, Option, RankRule, Space, Strategy
 from .strategies import TABLE
 
 WIDTH = 80
@@ -19,13 +19,13 @@ RESULT_RANK: dict[RankRule, str] = {
     "truncate": "the option rank",
 }
 
-PLACES: dict[str, str] = {
+PLACES: dict[Space, str] = {
     "factors": "the entries of A and of B, each on its own",
-    "delta": "the deltas as a whole, exactly",
+    "sums": "the deltas as a whole, exactly",
     "entries": "the entries of the deltas, which are formed a few rows at a time",
     "core": "the coordinates of the deltas in bases that the sources share",
 }
-"""Where the arithmetic of a strategy happens, by the word that names it."""
+"""What a strategy computes on, by the word of its recipe."""
 
 MANY = 4
 """An option that more strategies take is shown with them in the first table, not in its own row."""
@@ -90,7 +90,8 @@ def as_text() -> str:
             f"  {strategy.name}",
             *_indented(strategy.summary),
             *_indented(f"options: {own.removeprefix(', ')}" if own else ""),
-            *_indented(f"{strategy.recipe.space} space; rank: {RESULT_RANK[strategy.recipe.rank]}"),
+            *_indented(f"computed on: {PLACES[strategy.recipe.space]}"),
+            *_indented(f"rank: {RESULT_RANK[strategy.recipe.rank]}"),
             *_indented(f"from: {strategy.source}"),
             "",
         ]
@@ -158,13 +159,11 @@ def _shown(option: Option, family: Sequence[Strategy]) -> str:
     return f"`{option.name}`" + (f" ({', '.join(takers)})" if len(takers) < len(family) else "")
 
 
-def _by_place() -> dict[tuple[str, RankRule], list[str]]:
+def _by_place() -> dict[tuple[Space, RankRule], list[str]]:
     """The names of the strategies by where they compute and by the rank of their result."""
-    found: dict[tuple[str, RankRule], list[str]] = {}
+    found: dict[tuple[Space, RankRule], list[str]] = {}
     for strategy in TABLE.values():
-        recipe = strategy.recipe
-        place = "entries" if recipe.space == "delta" and recipe.entrywise else recipe.space
-        found.setdefault((place, recipe.rank), []).append(strategy.name)
+        found.setdefault((strategy.recipe.space, strategy.recipe.rank), []).append(strategy.name)
     return found
 
 

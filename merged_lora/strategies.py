@@ -110,13 +110,13 @@ def _rows() -> Iterator[Strategy]:
     yield row(
         "sum",
         Recipe("sums", rank="fit"),
-        "weighted sum of the deltas; exact where the ranks fit the limit, else the best approximation",
+        "weighted sum of the deltas; exact if the ranks fit the limit, else the best approximation",
         "task arithmetic, arXiv 2212.04089",
     )
     yield row(
         "cat",
         Recipe("sums", rank="exact"),
-        "weighted sum of the deltas, always exact; refused where the ranks exceed the limit",
+        "weighted sum of the deltas, always exact; refused if the ranks exceed the limit",
         "PEFT combination_type='cat'",
     )
     yield row(

@@ -72,10 +72,10 @@ OUR_WORDS = "desnity"  # of a test
 """What codespell takes for misspelled and is not, separated by commas."""
 
 ALLOWED = {
-    "merged_lora": 45,
-    "reference": 5,
-    "cpu_kernels": 10,
-    "triton_kernels": 38,
+    "merged_lora": 43,
+    "reference": 7,
+    "cpu_kernels": 1,
+    "triton_kernels": 35,
     "vllm_plugin": 68,
     "bench": 48,
     "examples": 3,

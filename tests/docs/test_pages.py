@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import prose
 import quality
 import render_pages
 from merged_lora import cli, errors
@@ -17,6 +18,7 @@ from merged_lora.vllm_plugin.worker.snapshots import CacheFullError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "bench/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+HOUSE = (ROOT, *(ROOT / name for name in prose.CODE))
 
 
 def read(page: str) -> str:
@@ -118,3 +120,25 @@ def test_an_error_has_the_status_that_the_page_says() -> None:
     assert {name for name, status in rows.items() if status} == {type(error).__name__ for error in raised}
     for error in raised:
         assert gate.status_of(error)[0] == int(rows[type(error).__name__])
+
+
+def rooms() -> list[list[str]]:
+    """The modules and folders in the picture of the house, floor by floor: the core's floors come first."""
+    labels = re.findall(r'font-size="1[12]" font-weight="bold">([^<]+)<', read("docs/house.svg"))
+    return [re.findall(r"\w+", label) for label in labels]
+
+
+def test_the_picture_of_the_house_names_what_exists() -> None:
+    folders = {path.name for folder in HOUSE for path in folder.iterdir() if path.is_dir()}
+    modules = {path.stem for folder in HOUSE for path in folder.glob("*.py")}
+    assert {name for floor in rooms() for name in floor} <= folders | modules
+
+
+def test_the_floors_of_the_core_hold_all_of_it_and_imports_go_down() -> None:
+    core = {path.stem: path for path in (ROOT / "merged_lora").glob("*.py") if not path.stem.startswith("__")}
+    floors = rooms()[: next(i for i, floor in enumerate(rooms()) if floor == ["errors"]) + 1]
+    height = {name: -i for i, floor in enumerate(floors) for name in floor}
+    assert height.keys() == core.keys()
+    for name, path in core.items():
+        imported = re.findall(r"^ *from \.(\w*) import ", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not [other for other in imported if other and height[other] >= height[name]], name
