@@ -31,7 +31,9 @@ text:    output that was measured, a diagram or a formula; the output of a progr
 class Block:
     """A fenced block of a page.
 
-    line: the line of its opening fence.  kind: one of KINDS.  before: the block right before it.
+    line:   the line of its opening fence, from 1.
+    kind:   one of KINDS.
+    before: the block right before it, with nothing in between.
     """
 
     page: str

@@ -57,6 +57,7 @@ PHRASES = (
     (r"\bnobody's\b|\bworth its while\b|\bmoods\b|\bfor want of\b|\bfor good\b", "a plain word"),
     (r"\b(?:there|where|here)(?:of|by|upon|in)\b", "a plain word"),
     (r"\bwings?\b", "backend, folder"),
+    (r"[.;]\x20{1,2}(?!x:)(?-i:[a-z_]\w*)(?:,\x20[a-z_]\w*)*:\x20", "one parameter a line"),
 )
 """What we do not write, as patterns in which a space is any white space, with what to write instead."""
 
@@ -72,15 +73,15 @@ OUR_WORDS = "desnity"  # of a test
 """What codespell takes for misspelled and is not, separated by commas."""
 
 ALLOWED = {
-    "merged_lora": 43,
-    "reference": 7,
-    "cpu_kernels": 1,
-    "triton_kernels": 35,
-    "vllm_plugin": 68,
-    "bench": 48,
-    "examples": 3,
+    "merged_lora": 52,
+    "reference": 8,
+    "cpu_kernels": 6,
+    "triton_kernels": 65,
+    "vllm_plugin": 95,
+    "bench": 92,
+    "examples": 4,
     "tools": 2,
-    "tests": 44,
+    "tests": 47,
 }
 """Findings that are left in a folder. It only shrinks: who mends a folder takes its line away."""
 

@@ -26,6 +26,7 @@ FOREIGN = (
     "An API server that dies takes the others not with it.",
     "Names beginning with a dot are nobody's.",
     "The releases, held beside the installed one.",
+    "What comes in.  path: of a folder.  options: how it is read.",
 )
 NATIVE = (
     "A place to look: it says where it is, and from where it came.",
@@ -33,6 +34,7 @@ NATIVE = (
     "It is no longer than a line, and no less exact.",
     "This tells them apart. A stand-in for the model.",
     "See where the file lies, if it exists. A number of names, one of them new.",
+    "Takes two.\n\npath:    of a folder.\noptions: how it is read.\n\nA note. See: this is well.",
     "All but one agree. The rank of the result is that of its sources.",
 )
 
