@@ -55,6 +55,7 @@ tritons: install  ## the other releases of Triton that make soak tests the kerne
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu
 
+.PHONY: docs
 docs: install  ## build/site, the documentation
 	@$(PY) tools/render_pages.py
 	@$(PY) -m mkdocs build --strict --quiet

@@ -93,6 +93,7 @@ def needs_a_server(program: ast.Module) -> bool:
     return any(node.module in ("openai", "vllm") for node in imports)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", all_blocks("python"), ids=name)
 def test_a_program_runs_and_prints_what_the_page_shows(block: Block, folder: Path) -> None:
     program = ast.parse(block.text)
@@ -132,6 +133,7 @@ def comparable(output: str) -> str:
     return re.sub(r", [0-9]+\.[0-9] s$", ", ... s", output, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", all_blocks("console"), ids=name)
 def test_a_session_of_the_command_prints_what_the_page_shows(
     block: Block, folder: Path, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ import pytest
 
 from site_docstrings import as_markdown
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = r"""=["']?(?:https?:)?//"""
 LOADED = re.compile(
