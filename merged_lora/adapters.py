@@ -1,4 +1,4 @@
-"""An adapter in memory: its modules, its content digest, and the way to and from PEFT's files."""
+"""An adapter in memory: its modules, the digest of its content, and its way to and from PEFT's files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class Adapter:
 
     modules:  factors by module name, as in the base model (``model.layers.0.self_attn.q_proj``).
     header:   base model, task and layout, as far as known.
-    metadata: free text pairs; a merge says here what it did (``merged_lora.spec``, ...).
+    metadata: pairs of text; a merge records here how it was made (``merged_lora.spec``, ...).
 
-    The tensors are treated as constant: change them in place and the digest is wrong.
+    The tensors must not be changed in place, or the digest is wrong.  Raises AdapterError if the modules are
+    malformed.
     """
 
     modules: Mapping[str, Factors]
@@ -42,15 +43,16 @@ class Adapter:
                 )
             if f.a.dtype not in DTYPES or f.b.dtype not in DTYPES:
                 raise AdapterError(f"{name}: factors are {f.a.dtype} and {f.b.dtype}, not fp32, fp16 or bf16")
-            if not abs(f.scaling) <= MAX_ALPHA:  # so, and not the other way round, for a NaN
+            if not abs(f.scaling) <= MAX_ALPHA:  # written this way round so that NaN is rejected too
                 raise AdapterError(f"{name}: scaling {f.scaling} is not a number of size up to {MAX_ALPHA:g}")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], drop: Iterable[str] = ()) -> Adapter:
-        """The adapter in a PEFT folder, wholly read into memory and checked; raises AdapterError.
+        """The adapter in a PEFT folder, read into memory as a whole and checked; raises AdapterError.
 
+        path: the folder.
         drop: parts to leave out instead of refusing the adapter: ``modules_to_save``, ``lora_bias``,
-        ``target_parameters``.
+              ``target_parameters``.
         """
         if "\0" in os.fspath(path):
             raise AdapterError("an adapter's path holds a NUL character")
@@ -60,23 +62,26 @@ class Adapter:
         return adapter
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write a PEFT folder, all of it or nothing; PEFT 0.21 and vLLM read it back to the same deltas.
+        """Write a PEFT folder, completely or not at all; PEFT 0.21 and vLLM read the same deltas from it.
 
-        overwrite: replace an adapter folder that stands there.  Raises AdapterError.
+        path:      the folder.
+        overwrite: replace an adapter folder that is there already.
+
+        Raises AdapterError.
         """
         if "\0" in os.fspath(path):
             raise AdapterError("an adapter's path holds a NUL character")
         write_folder(Path(path), self.modules, self.header, self.metadata, overwrite)
 
     def moved(self, modules: Mapping[str, Factors]) -> Adapter:
-        """The same adapter with its tensors elsewhere in memory; what is known of their content stays."""
+        """The same adapter with its tensors in other memory; the digest is not computed again."""
         twin = Adapter(modules, self.header, self.metadata)
         vars(twin).update({name: vars(self)[name] for name in ("digest", "nonfinite") if name in vars(self)})
         return twin
 
     @cached_property
     def digest(self) -> str:
-        """blake2b of all that decides the deltas: names, kinds, scalings, shapes, dtypes and values."""
+        """blake2b of all that determines the deltas: names, kinds, scalings, shapes, dtypes and values."""
         h = hashlib.blake2b(digest_size=16)
         for name, f in sorted(self.modules.items()):
             h.update(f"{name}\0{f.scaling!r}\0{f.embedding}\0".encode())
@@ -87,18 +92,20 @@ class Adapter:
 
     @cached_property
     def nonfinite(self) -> str | None:
-        """The first module that holds NaN or infinity, None where every entry is a number."""
+        """The first module that holds NaN or infinity; None if every entry is finite."""
         for name, f in self.modules.items():
             for tensor in (f.a, f.b):
                 if tensor.numel():
-                    extremes = torch.aminmax(tensor)  # NaN if there is one; a quarter of isfinite's time
+                    extremes = torch.aminmax(
+                        tensor
+                    )  # NaN if there is one; takes a quarter of the time of isfinite
                     if not (math.isfinite(extremes.min) and math.isfinite(extremes.max)):
                         return name
         return None
 
     @property
     def rank(self) -> int:
-        """Largest rank among the modules."""
+        """The largest rank of a module."""
         return max(f.rank for f in self.modules.values())
 
     @property

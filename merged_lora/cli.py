@@ -1,7 +1,7 @@
 """The command ``merged-lora``: merge adapters into a folder, show the strategies.
 
-Exit codes: 0; 2 for a user's mistake, with one line on stderr; 1 for ours, with a traceback; 130 and 143
-where the run was interrupted or terminated.  torch is imported by the commands that need it, not before.
+Exit codes: 0; 2 for a user's mistake, with one line on stderr; 1 for ours, with a traceback; 130 and 143 if
+the run was interrupted or terminated.  torch is imported only by the commands that need it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class UsageError(MergeError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others here."""
+    """An argument parser whose errors are one line, like all other errors of the command."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -64,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read stdout has left. The interpreter flushes stdout once more on its way out.
+        # The reader of stdout is gone. The interpreter flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
 
 
 def _parser() -> Parser:
-    parser = Parser(PROG, description="LoRA adapters merged into one.", allow_abbrev=False)
+    parser = Parser(PROG, description="Merge LoRA adapters into one.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -103,17 +103,17 @@ def _parser() -> Parser:
         "--rank",
         metavar="K",
         type=int,
-        help="largest rank of the result; cat and strategies on factors refuse to go beyond it, "
+        help="largest rank of the result; cat and strategies on factors refuse to exceed it, "
         "all others approximate",
     )
-    merge.add_argument("--overwrite", action="store_true", help="replace the adapter that stands in DIR")
+    merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
     merge.add_argument(
         "--drop",
         metavar="KEY",
         nargs="+",
         action="extend",
         default=[],
-        help="leave out of the sources what cannot be merged, instead of refusing them: "
+        help="leave these parts out of the sources, instead of refusing sources that have them: "
         "modules_to_save, lora_bias, target_parameters",
     )
 
@@ -154,7 +154,7 @@ def _merge(arguments: argparse.Namespace) -> None:
         check_target(arguments.output, arguments.overwrite)
         sources = {name: Adapter.load(path, arguments.drop) for name, path in paths.items()}
         planned = plan(spec, sources, arguments.rank)
-        # disable=None: there is a bar where stderr is a terminal, and not a trace of one elsewhere
+        # disable=None: a bar is shown only if stderr is a terminal
         bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
         with bar, logging_redirect_tqdm([LOGGER]):
             made = run(planned, arguments.backend, bar.update)
@@ -188,7 +188,7 @@ def _read_spec(text: str) -> MergeSpec:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object whose keys are all different."""
+    """A JSON object; raises SpecError if a key occurs twice."""
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
@@ -198,7 +198,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
-    """The folder of every source; raises MergeError unless each is named exactly once and nothing else is."""
+    """The folder of each source; raises MergeError unless every source, and nothing else, is given once."""
     paths = dict(named)
     for name in spec.names:
         if name not in paths:
@@ -213,7 +213,7 @@ def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path
 
 @contextmanager
 def _terminated_cleanly() -> Iterator[None]:
-    """SIGTERM unwinds the stack like Ctrl-C, so that a half-written scratch folder is removed."""
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that a half-written scratch folder is removed."""
 
     def leave(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
@@ -227,7 +227,7 @@ def _terminated_cleanly() -> Iterator[None]:
 
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """What the core logs as a warning becomes one line each."""
+    """Print each warning that the core logs as one line on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(_WarningLine())
@@ -244,5 +244,5 @@ class _WarningLine(logging.Formatter):
 
 
 def _printable(text: str) -> str:
-    """The text on one line: names and paths may hold line ends, terminal codes, or bytes of no encoding."""
+    """The text on one line: names and paths may contain line ends, terminal codes or undecodable bytes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,13 +1,13 @@
-"""What a user can get wrong, each kind with a message that names the problem and the way out.
+"""The mistakes that a user can make; each message names the problem and the way out.
 
-Knows nothing of HTTP or of the command line: those map the kinds to a status or an exit code.
+Knows nothing of HTTP or the command line, which map these classes to a status or an exit code.
 """
 
 from collections.abc import Iterable
 
 
 class MergeError(Exception):
-    """A merge that cannot be done as asked; the message says what to do instead."""
+    """A merge cannot be made as asked; the message says what to do instead."""
 
 
 class SpecError(MergeError):
@@ -15,27 +15,27 @@ class SpecError(MergeError):
 
 
 class UnknownStrategyError(SpecError):
-    """The spec names a strategy that the table does not hold."""
+    """The spec names a strategy that is not in the table."""
 
 
 class UnknownAdapterError(MergeError):
-    """The spec names a source that nobody has given a place."""
+    """The spec names a source that is not registered."""
 
 
 class AdapterError(MergeError):
-    """An adapter's files are missing, damaged, contradictory, or hold what no merge supports."""
+    """An adapter's files are missing, damaged or contradictory, or use what no merge supports."""
 
 
 class PlanError(MergeError):
-    """The sources are sound, but do not fit together or do not fit the rank limit."""
+    """The sources are valid, but do not fit together, or do not fit the rank limit or the model."""
 
 
 class BackendError(MergeError):
-    """The backend asked for does not exist or cannot be loaded here."""
+    """The backend asked for does not exist, or cannot be loaded on this machine."""
 
 
 def listed(names: Iterable[object], limit: int = 8) -> str:
-    """The names as one readable line: sorted by the caller, cut after ``limit`` with a count of the rest."""
+    """The names as one readable line; after ``limit`` of them, the number of the others."""
     items = [str(name) for name in names]
     rest = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""The two factors of one module and the delta they stand for. Knows nothing of files or of merging."""
+"""The two factors of a module, whose product is its delta. Knows nothing of files or of merging."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16:
 class Factors:
     """One module of an adapter; its delta is ``scaling * b @ a``.
 
-    a: ``[rank, in]``, b: ``[out, rank]``, both float32, float16 or bfloat16, contiguous, on the CPU.
-    embedding: the module is an embedding: ``in`` counts tokens, and PEFT applies the delta transposed.
+    a:         ``[rank, in]``, float32, float16 or bfloat16, contiguous, on the CPU.
+    b:         ``[out, rank]``, likewise.
+    scaling:   factor of the product.
+    embedding: whether it is an embedding: ``in`` counts tokens, and PEFT applies the delta transposed.
     """
 
     a: torch.Tensor
@@ -27,7 +29,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Inner dimension of the product."""
+        """The inner dimension of the product."""
         return self.a.shape[0]
 
     @property
@@ -41,12 +43,12 @@ class Factors:
         return self.a.nbytes + self.b.nbytes
 
     def delta(self) -> torch.Tensor:
-        """The delta ``[out, in]`` in float64. Large: for tests and inspection only."""
+        """The delta ``[out, in]`` in float64. It is large: for tests and inspection only."""
         return self.scaling * (self.b.double() @ self.a.double())
 
 
 def promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The dtype in which a merge of these is stored: theirs if they agree, else what torch promotes to."""
+    """The dtype that a merge of these is stored in: the common one, or what torch promotes them to."""
     result = dtypes[0]
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)

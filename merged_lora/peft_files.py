@@ -1,7 +1,7 @@
-"""Read and write the folders in which PEFT keeps a LoRA adapter. Knows nothing of merging.
+"""Read and write the folders in which PEFT stores a LoRA adapter. Knows nothing of merging.
 
-Layout and meaning follow PEFT 0.21: ``adapter_config.json`` and ``adapter_model.safetensors`` (or shards
-with an index).  Nothing is ever unpickled.  What an adapter holds beyond plain factors is refused by name.
+Layout and meaning follow PEFT 0.21: ``adapter_config.json`` and ``adapter_model.safetensors`` (or shards with
+an index).  Nothing is ever unpickled.  Everything in an adapter besides plain factors is refused by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_PATTERN = 256
 MAX_ALPHA = 1e30
 
 DROPPABLE = ("modules_to_save", "lora_bias", "target_parameters")
-"""What can be left out without changing what the factors mean."""
+"""Parts that can be left out without changing the meaning of the factors."""
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 _BASE_COPY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
@@ -46,7 +46,12 @@ _BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 @dataclass(frozen=True)
 class Header:
-    """What an adapter's configuration says besides ranks and scalings."""
+    """What an adapter's configuration says besides ranks and scalings.
+
+    base_model:     name of the base model.
+    task_type:      PEFT's name of the task.
+    fan_in_fan_out: whether the base model stores its weights transposed.
+    """
 
     base_model: str | None = None
     task_type: str | None = None
@@ -56,8 +61,10 @@ class Header:
 def read_folder(folder: Path, drop: Iterable[str] = ()) -> tuple[dict[str, Factors], Header, dict[str, str]]:
     """The modules, header and safetensors metadata of a PEFT folder, read into memory and checked.
 
-    drop: names from :data:`DROPPABLE` that are left out instead of refused.
-    Raises AdapterError naming the file and the problem.
+    folder: the folder.
+    drop:   names from :data:`DROPPABLE`, parts that are left out instead of refused.
+
+    Raises AdapterError, which names the file and the problem.
     """
     dropped = set(drop)
     unknown = dropped.difference(DROPPABLE)
@@ -90,10 +97,16 @@ def write_folder(
     metadata: Mapping[str, str],
     overwrite: bool = False,
 ) -> None:
-    """Write a PEFT folder: it is complete or not there at all.
+    """Write a PEFT folder: afterwards it is complete, or not there at all.
 
-    overwrite: replace an adapter folder (nothing else) that stands there.  Killed outright between
-    the two renames of that, it leaves the old adapter in a hidden folder beside.  Raises AdapterError.
+    folder:    the folder.
+    modules:   factors by module name.
+    header:    what the configuration says besides ranks and scalings.
+    metadata:  pairs of text for the safetensors file.
+    overwrite: replace an adapter folder, and nothing else, that is there already.
+
+    A process that is killed between the two renames of an overwrite leaves the old adapter in a hidden folder
+    beside the new one.  Raises AdapterError.
     """
     folder = folder.absolute()
     check_target(folder, overwrite)
@@ -113,7 +126,9 @@ def write_folder(
         (new / CONFIG_NAME).write_text(
             json.dumps(config_of(modules, header), indent=2) + "\n", encoding="utf-8"
         )
-        shutil.copymode(new / CONFIG_NAME, new / WEIGHTS_NAME)  # safetensors lets the owner alone read it
+        shutil.copymode(
+            new / CONFIG_NAME, new / WEIGHTS_NAME
+        )  # safetensors makes it readable for the owner only
         for file in new.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
@@ -125,13 +140,13 @@ def write_folder(
     except safetensors.SafetensorError as error:
         raise AdapterError(f"cannot write {folder}: {error}") from None
     finally:
-        if old.exists() and not folder.exists():  # stopped between the two renames
+        if old.exists() and not folder.exists():  # interrupted between the two renames
             old.rename(folder)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise AdapterError now if :func:`write_folder` would refuse this folder later."""
+    """Raise AdapterError if :func:`write_folder` would refuse this folder."""
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
@@ -150,7 +165,9 @@ def check_target(folder: Path, overwrite: bool) -> None:
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_JSON:
-            raise AdapterError(f"{file}: larger than {MAX_JSON} bytes, this is no adapter configuration")
+            raise AdapterError(
+                f"{file}: larger than {MAX_JSON} bytes, so this is not an adapter configuration"
+            )
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{file}: missing; a PEFT adapter folder holds it beside {WEIGHTS_NAME}") from None
@@ -233,7 +250,9 @@ def _read_shards(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
-        data = file.read_bytes()  # not mapped: a file that is replaced later must not change what was read
+        data = (
+            file.read_bytes()
+        )  # not memory-mapped: a file that is replaced later must not change what was read
         tensors = safetensors.torch.load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
     except FileNotFoundError:
@@ -252,7 +271,7 @@ def _modules(
     others: list[str] = []
     for key, tensor in tensors.items():
         if _BASE_COPY.fullmatch(key):
-            continue  # PEFT's copy of the base embedding; vLLM passes over it too
+            continue  # PEFT's copy of the base embedding, which vLLM ignores too
         match = _FACTOR.fullmatch(key)
         if match is None:
             others.append(key)
@@ -290,10 +309,10 @@ def _is_dropped(key: str, config: Mapping[str, Any], dropped: set[str]) -> bool:
 
 
 def _holds_parameter(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether these factors belong to one of ``target_parameters``: PEFT names them after its holder.
+    """Whether these factors belong to one of ``target_parameters``: PEFT names them after its module.
 
-    Of several parameters of one holder, all but the last stand under ``HOLDER.base_layer``, and so on.
-    A parameter named without its holder may be any module's.
+    If a module has several such parameters, all but the last are named ``MODULE.base_layer``, and so on.  A
+    parameter that is listed without a module may belong to any.
     """
     holder = re.sub(r"(\.base_layer)+$", "", module)
     holders = [name.rpartition(".")[0] for name in _names(config, "target_parameters")]
@@ -346,7 +365,7 @@ def _checked(
 
 
 def _pattern(folder: Path, config: Mapping[str, Any], field: str, module: str) -> Any:
-    """The value of the first pattern that matches, by PEFT's rule: a suffix that starts at a dot."""
+    """The value of the first pattern that matches a module by PEFT's rule: a suffix that starts at a dot."""
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise AdapterError(f"{folder}: {field} is not an object")
@@ -358,7 +377,7 @@ def _pattern(folder: Path, config: Mapping[str, Any], field: str, module: str) -
                 return value
         except (re.error, RecursionError, OverflowError):  # what re raises for a malformed pattern
             raise AdapterError(
-                f"{folder}: {field} holds {key[:64]!r}, which is no regular expression"
+                f"{folder}: {field} holds {key[:64]!r}, which is not a regular expression"
             ) from None
     return None
 
@@ -378,7 +397,7 @@ def tensors_of(modules: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
 
 
 def config_of(modules: Mapping[str, Factors], header: Header) -> dict[str, object]:
-    """A configuration that PEFT and vLLM read back to the same ranks and scalings."""
+    """The configuration from which PEFT and vLLM read these ranks and scalings."""
     rank = Counter(f.rank for f in modules.values()).most_common(1)[0][0]
     alphas = {name: _alpha(f) for name, f in modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]

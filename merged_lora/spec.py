@@ -1,4 +1,4 @@
-"""The name of a merge: text or JSON in, one canonical :class:`MergeSpec` out, and its digest.
+"""The name of a merge: from text or JSON to one canonical :class:`MergeSpec`, and its digest.
 
     ties(0.7*sql, 0.3*chat, density=0.5)        a call: sources, then options by keyword
     0.7*sql + 0.3*chat - 0.2*toxic              a sum, short for sum(0.7*sql, 0.3*chat, -0.2*toxic)
@@ -11,7 +11,7 @@ Grammar (white space is free, except that a ``-`` between terms has it on both s
     option = word "=" (number | "true" | "false" | string | word | "[" number ("," number)* "]")
     name   = [A-Za-z0-9_][A-Za-z0-9_./:-]*  or a JSON string in double quotes
 
-Knows nothing of files: a source is a name, and what it stands for is decided elsewhere.
+Knows nothing of files: a source is a name, and other modules decide which adapter it refers to.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter taking part: its name and its weight."""
+    """A source of a merge: the name of an adapter, and its weight."""
 
     name: str
     weight: float = 1.0
@@ -59,10 +59,13 @@ class Source:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """A merge in canonical form, however it was written: ``str(spec)`` is the one text that means it.
+    """A merge in canonical form, however it was written: ``str(spec)`` is the only text for it.
 
-    Construction checks everything that can be known without the adapters and raises SpecError.
-    Sources are sorted by name except where order matters; options that equal their default are left out.
+    strategy: name of the strategy.
+    sources:  the sources, sorted by name unless their order matters.
+    options:  the options that differ from their defaults, by name.
+
+    Construction checks everything that can be checked without the adapters, and raises SpecError.
     """
 
     strategy: str
@@ -93,7 +96,7 @@ class MergeSpec:
         object.__setattr__(
             self, "options", tuple(sorted((k, v) for k, v in kept.items() if v != defaults[k]))
         )
-        check_length(str(self))  # names are escaped in it, so it can be longer than what was written
+        check_length(str(self))  # names are escaped here, so it can be longer than what was written
 
     def __str__(self) -> str:
         options = [f"{name}={_value_text(value)}" for name, value in self.options]
@@ -101,11 +104,11 @@ class MergeSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sources' names, in order."""
+        """The names of the sources, in order."""
         return tuple(source.name for source in self.sources)
 
     def option(self, name: str) -> Value | None:
-        """The value of an option: the one given, else the strategy's default."""
+        """The value of an option: the given one, or else the strategy's default."""
         given = dict(self.options)
         if name in given:
             return given[name]
@@ -119,13 +122,13 @@ class MergeSpec:
 
     @property
     def automatic(self) -> bool:
-        """Whether weights are found for each module; means find lengths and angles themselves."""
+        """Whether weights are computed for each module; means compute lengths and angles themselves."""
         return self.option("weights") == "auto" and find(self.strategy).recipe.blend not in MEANS
 
     def weights(self) -> tuple[float, ...]:
-        """The weight of each source, in order; relative to their sum where that is asked for or implied.
+        """The weight of each source, in order; divided by their sum if that is asked for or implied.
 
-        ``scale`` is not in it.
+        They do not include ``scale``.
         """
         relative = self.option("normalize") or find(self.strategy).recipe.blend in MEANS
         total = math.fsum(s.weight for s in self.sources) if relative else 1.0
@@ -138,13 +141,15 @@ class MergeSpec:
             "weights": [s.weight for s in self.sources],
             "merge_strategy": self.strategy,
         }
-        # The option `weights` takes the place of the list: it is "auto" here, and the list holds ones.
+        # The option ``weights`` replaces the list: it is "auto" then, and all weights in the list are 1.
         return body | {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
 
     def digest(self, contents: Mapping[str, str]) -> str:
         """Identity of the result: blake2b of the canonical text and of the content of every source.
 
-        contents: content digest of each source, by name.  Returns 32 hexadecimal characters.
+        contents: content digest of each source, by name.
+
+        Returns 32 hexadecimal characters.  Raises UnknownAdapterError if a digest is missing.
         """
         h = hashlib.blake2b(digest_size=16)
         h.update(str(self).encode())
@@ -156,7 +161,7 @@ class MergeSpec:
 
 
 def parse(text: str) -> MergeSpec:
-    """The merge that a text names; raises SpecError, which says where and what was expected."""
+    """The merge that a text names; raises SpecError, which says what was expected and where."""
     return _Parser(text).spec()
 
 
@@ -167,7 +172,7 @@ def check_length(text: str, limit: int = MAX_TEXT) -> None:
 
 
 def canonical(spec: str | MergeSpec) -> str:
-    """The one text that means this merge: ``parse(canonical(spec)) == spec``."""
+    """The canonical text of a merge: ``parse(canonical(spec)) == spec``."""
     return str(parse(spec) if isinstance(spec, str) else spec)
 
 
@@ -177,19 +182,19 @@ def cancels(weights: Sequence[float], tolerance: float) -> bool:
 
 
 def is_spec(text: str) -> bool:
-    """Whether a text is written as a merge rather than as one plain name (it may still be malformed)."""
+    """Whether a text is meant as a merge and not as a plain name; it may still be malformed."""
     return len(text) > MAX_TEXT or bool(re.search(r'[()*+"]|^\s*-|\s-\s', text))
 
 
 def from_json(body: object) -> MergeSpec:
-    """The merge that a JSON object with LoRAX's field names means; raises SpecError.
+    """The merge in a JSON object with the field names of LoRAX; raises SpecError.
 
-    ``ids`` and ``weights`` are lists of the same length (weights default to 1, and may be ``"auto"``),
-    ``merge_strategy`` defaults to ``linear``; every other field is an option of the strategy, and null means
-    its default.
+    ``ids`` and ``weights`` are lists of the same length (weights default to 1, and may be ``"auto"``).
+    ``merge_strategy`` defaults to ``linear``.  Every other field is an option of the strategy; null means its
+    default.
     """
     if not isinstance(body, Mapping):
-        raise SpecError('a merge in JSON is an object like {"ids": ["a", "b"], "weights": [0.7, 0.3]}')
+        raise SpecError('a merge in JSON must be an object like {"ids": ["a", "b"], "weights": [0.7, 0.3]}')
     ids, weights = body.get("ids"), body.get("weights")
     automatic = weights == "auto"
     if (
@@ -294,7 +299,7 @@ def _checked_option(strategy: Strategy, name: str, value: object, count: int) ->
         raise SpecError(f"{strategy.name} takes no option {name[:64]!r}; it takes: {taken}{hint}")
     if isinstance(value, list | tuple):
         if not option.per_source:
-            hint = "; a source's weight stands before its name: 0.5*a" if name == "weights" else ""
+            hint = "; write a source's weight before its name: 0.5*a" if name == "weights" else ""
             raise SpecError(f"{strategy.name}: {name} takes one value, not a list{hint}")
         if len(value) != count:
             raise SpecError(f"{strategy.name}: {name} has {len(value)} values for {count} sources")
@@ -327,7 +332,7 @@ def _value_text(value: Value) -> str:
 
 
 class _Parser:
-    """One pass over the text, no recursion: a text of any depth is refused in time linear in its length."""
+    """One pass over the text without recursion: any text is refused in time linear in its length."""
 
     def __init__(self, text: str) -> None:
         check_length(text)
@@ -338,7 +343,7 @@ class _Parser:
         call = _CALL.match(self.text)
         if call is None:
             return self.sum()
-        find(call[1])  # an unknown strategy is said before what is wrong with its sources
+        find(call[1])  # an unknown strategy is reported before any mistake in its sources
         self.at = call.end()
         sources: list[Source] = []
         options: list[tuple[str, Value]] = []
@@ -387,7 +392,7 @@ class _Parser:
         if self.skip() < len(self.text) and self.text[self.at] == "*":
             hint = f"; a '-' between terms needs white space around it ({name!r} was read as one name)"
             raise SpecError(
-                f"the weight stands before the name: 0.5*{name[:64]}" + (hint if "-" in name else "")
+                f"write the weight before the name: 0.5*{name[:64]}" + (hint if "-" in name else "")
             )
         return Source(name, sign * float(weight[1]) if weight else sign)
 
@@ -421,7 +426,7 @@ class _Parser:
             return self.unquoted(quoted[0])
         number = self.match(_NUMBER)
         if number:
-            # A whole number stays exact (a seed has up to 63 bits); a longer one is out of every range.
+            # A whole number stays exact (a seed has up to 63 bits); one with more digits is out of any range.
             return int(number[0]) if re.fullmatch(r"[+-]?[0-9]{1,30}", number[0]) else float(number[0])
         word = self.match(_WORD)
         if not word:

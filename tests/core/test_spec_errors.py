@@ -21,7 +21,7 @@ REFUSALS = {
     "a/b(c)": "unknown strategy 'a/b'; there are: sum,",
     "knots(a, b, rank=8)": "scale, normalize; its rank is the sum of the sources', or the limit",
     "ties(a, b, rank=8)": "ties takes no option 'rank'; it takes: density",
-    "ties(a, b, weights=[1, 2])": "not a list; a source's weight stands before its name: 0.5*a",
+    "ties(a, b, weights=[1, 2])": "not a list; write a source's weight before its name: 0.5*a",
     "ties(a, b, desnity=0.5)": "ties takes no option 'desnity'; it takes: density, majority_sign_method,",
     "linear(a, b, density=0.5)": "linear takes no option 'density'; it takes: compat, weights,",
     # numbers out of range
@@ -42,7 +42,7 @@ REFUSALS = {
     "1e31*a": "the weight of 'a' must be 0 or a number of size 1e-30 to 1e30",
     "1e-31*a": "the weight of 'a' must be 0 or a number of size 1e-30 to 1e30",
     "1e999*a": "the weight of 'a' must be 0 or a number of size 1e-30 to 1e30",
-    "nan*a": "the weight stands before the name",
+    "nan*a": "write the weight before the name",
     # lists
     "ties(a, b, density=[0.3])": "ties: density has 1 values for 2 sources",
     "ties(a, b, density=[])": "ties: density has 0 values for 2 sources",
@@ -70,7 +70,7 @@ REFUSALS = {
     "a + ": "expected an adapter's name, found the end",
     "a + - b": "expected an adapter's name, found '- b'",
     "0.5 a": "expected '+'",
-    "a*0.5": "the weight stands before the name: 0.5*a",
+    "a*0.5": "write the weight before the name: 0.5*a",
     "0.7*a-0.3*b": "a '-' between terms needs white space around it ('a-0.3' was read as one name)",
     "ties(sum(a, b), c)": "'sum' is used as a merge within a merge; merge it first and name the result",
     '"a': "expected an adapter's name",
@@ -181,8 +181,8 @@ def test_every_refusal_is_a_merge_error() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ([], "is an object like"),
-        ("ties(a, b)", "is an object like"),
+        ([], "must be an object like"),
+        ("ties(a, b)", "must be an object like"),
         ({}, '"ids" must be a list of adapter names'),
         ({"ids": "ab"}, '"ids" must be a list of adapter names'),
         ({"ids": [1]}, '"ids" must be a list of adapter names'),
