@@ -138,7 +138,7 @@ def _streams() -> Iterator[Case]:
         yield Case(f"count {precision}", sketch._count_kernel, shared | {"BINS": sketch.BINS}, False)
         for rule in ("magnitude_prune", "ties", "dare_ties"):
             keep, blend = RULES[rule]
-            chosen = {"SOURCES": 4, "KEEP": keep.value, "RULE": blend.value, "WEIGHTED": False}
+            chosen = {"SOURCES": 4, "KEEP": keep.value, "BLEND": blend.value, "WEIGHTED": False}
             for rank, width in ((16, 64), (LARGE_RANK, sketch.WIDEST)):
                 sizes = {"SKETCH": "tf32x3", "RANK": rank, "WIDTH": width}
                 name = f"{rule}_svd {{}} {precision}, r={rank}, {width}"
@@ -173,7 +173,7 @@ def _combine(
             "ROUND": stored,
             "TARGET": stored if target is None else target,
             "KEEP": keep.value,
-            "RULE": blend.value,
+            "BLEND": blend.value,
             "WEIGHTED": weighted,
             "ALIGNED": aligned,
             "CHECK": check,

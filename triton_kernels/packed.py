@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from merged_lora.adapters import Adapter
 from merged_lora.errors import PlanError
 from merged_lora.factors import Factors
+from merged_lora.lru import Lru
 
 from .transfer import host_memory, padded
 
@@ -79,7 +79,7 @@ class Resident:
     packed: Packed
     buffer: torch.Tensor
     start: int
-    thresholds: OrderedDict[bytes, torch.Tensor] = field(default_factory=OrderedDict)
+    thresholds: Lru[bytes, torch.Tensor] = field(default_factory=Lru)
 
     @property
     def addresses(self) -> NDArray[np.int64]:
@@ -113,7 +113,7 @@ class DeviceSources:
         self._device = device
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
         self._reserved: str | None = None
-        self._residents: OrderedDict[str, Resident] = OrderedDict()  # by content digest, oldest first
+        self._residents: Lru[str, Resident] = Lru()  # by content digest
         self._packed: weakref.WeakKeyDictionary[Adapter, Packed] = weakref.WeakKeyDictionary()
 
     def reserve(self, nbytes: int, reason: str = "") -> None:
@@ -150,8 +150,7 @@ class DeviceSources:
                 )
             self._renew(max(total, UNRESERVED))
         for digest in needed:  # not a set, whose order depends on the hash seed
-            if digest in self._residents:
-                self._residents.move_to_end(digest)
+            self._residents.use(digest)
         missing = {digest: packed for digest, packed in needed.items() if digest not in self._residents}
         if not all(self._place(digest, packed, needed) for digest, packed in missing.items()):
             # There is enough room, but it is fragmented: start over, one adapter after the other.

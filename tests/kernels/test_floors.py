@@ -18,7 +18,8 @@ BELOW: dict[str, set[str]] = {
     "kernels": {"transfer"},
     "factors": {"transfer", "packed", "kernels"},
     "batched": {"kernels", "factors"},
-    "backend": {"transfer", "packed", "kernels", "factors", "batched"},
+    "warm_up": {"kernels"},
+    "backend": {"transfer", "packed", "kernels", "factors", "batched", "warm_up"},
 }
 """By room, a folder or a file, the other rooms of the wing that it may import from."""
 
@@ -68,7 +69,7 @@ def test_imports_of_every_form_are_seen() -> None:
     }
 
 
-def test_few_batched_modules_look_at_how_a_plan_is_launched() -> None:
+def test_groups_alone_look_at_how_a_plan_is_launched() -> None:
     batched = {name: targets for name, targets in IMPORTED.items() if name.startswith("batched.")}
     using = {name for name, targets in batched.items() if any(t.startswith("factors.") for t in targets)}
-    assert using == {"batched.groups", "batched.fused_tiles"}
+    assert using == {"batched.groups"}

@@ -84,14 +84,14 @@ def test_thresholds_keep_as_many_as_asked_whatever_the_sample_says(
     shape = (70, 90)
     count = int(share * 70 * 90)
     a, b, scalings = factors(shape)
-    tiles = TritonTiles(a, b, scalings, [rule((Largest(count), Largest(count)))] * 2)
+    magnitudes = fused_tiles.find_magnitudes(fused_tiles.stacked_deltas(a, b, scalings), [count, count])
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         delta = (y.double() @ x.double()) * scalings[:, i, None, None]
         slack = (
             (x.shape[1] + 2) * 2.0**-24 * (y.double().abs() @ x.double().abs()) * scalings[:, i, None, None]
         )
         for module in range(2):
-            low = float(tiles.low[module, i])
+            low = float(magnitudes[module, i])
             surely = int((delta[module].abs() - slack[module] >= low).sum())
             perhaps = int((delta[module].abs() + slack[module] >= low).sum())
             assert surely <= count <= perhaps

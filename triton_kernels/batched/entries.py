@@ -1,8 +1,8 @@
 """Entries combined by any rule, in torch on any device: for cases too small or too rare for a kernel.
 
 For coordinates in shared bases, which are small, and for rules that look at whole rows or across sources
-before they keep an entry (DELLA, breadcrumbs, SCE).  Every operation rounds to float32 in the order of
-``reference.entries`` and gives its bits.  Knows nothing of where values come from.
+before they keep an entry.  Every operation rounds to float32 in the order of ``reference.entries`` and gives
+its bits.  Knows nothing of where values come from.
 """
 
 from __future__ import annotations
@@ -27,31 +27,34 @@ from merged_lora.plan import (
     Sum,
     Varied,
 )
+from merged_lora.triton_kernels.kernels.words import GROUP, INFINITY, MAGNITUDE
 
-MAGNITUDE = 0x7FFFFFFF
-INFINITY = 0x7F800000
-HALF = 0xFFFFFFFF
+LOW_HALF = 0xFFFFFFFF  # of a 64-bit number
 
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
-    """Keeps the magnitudes above ``value``, and of those equal to it the entries before index ``cut``.
+    """Keeps the magnitudes above ``value``, and those equal to it before index ``cut``.
 
     value: bits of float32 magnitudes, int64 ``[modules]``.
-    cut:   flat indices in the whole tensor, int64 ``[modules]``.
+    cut: flat indices in the whole tensor, int64 ``[modules]``.
     """
 
     value: torch.Tensor
     cut: torch.Tensor
 
     def keeps(self, scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Whether each of the float32 scores ``[modules, entries]`` is kept; index: in the whole tensor."""
+        """Whether each score is kept, bool ``[modules, entries]``.
+
+        scores: float32 ``[modules, entries]``.
+        index: flat index of each entry in the whole tensor ``[entries]``.
+        """
         mags, value, cut = magnitudes(scores), self.value[:, None], self.cut[:, None]
         return (mags > value) | ((mags == value) & (index < cut))
 
 
 Thresholds = Sequence[tuple[Threshold, ...]]
-"""For every source the thresholds that its keep rule needs, in the order of ``Keep.counts``."""
+"""For each source the thresholds that its keep rule needs, in the order of ``Keep.counts``."""
 
 
 def combine(
@@ -59,9 +62,9 @@ def combine(
 ) -> torch.Tensor:
     """The merged entries of several modules, float32 ``[modules, rows, columns]``.
 
-    values:     of every source, float32 ``[modules, rows, columns]``.
-    rules:      one per module; they may differ in weights and keys alone.
-    thresholds: if they are those of the whole model, instead of what the rules' counts give.
+    values: for each source float32 ``[modules, rows, columns]``.
+    rules: one per module; they differ at most in weights and keys.
+    thresholds: those of the whole model; found by the rules' counts if None.
     """
     found = find_in(values, rules[0].keeps) if thresholds is None else thresholds
     kept = keep_entries(values, rules, 0, found)
@@ -69,24 +72,30 @@ def combine(
 
 
 def magnitudes(x: torch.Tensor) -> torch.Tensor:
-    """The bits of float32 values without their signs, int32 ``[modules, entries]``; they order alike."""
-    return x.reshape(x.shape[0], -1).view(torch.int32) & MAGNITUDE
+    """The bits of float32 values without their signs, int32 ``[modules, entries]``; they order like |x|."""
+    return x.reshape(x.shape[0], -1).view(torch.int32) & int(MAGNITUDE.value)
 
 
 def largest(mags: torch.Tensor, count: int) -> Threshold:
-    """The threshold of each module that keeps ``count`` entries, among equals those that come first."""
-    every = torch.zeros(mags.shape[0], dtype=torch.int64, device=mags.device)
+    """The threshold of each module that keeps ``count`` entries, among equals those that come first.
+
+    mags: int32 ``[modules, entries]``.
+    """
+    zeros = torch.zeros(mags.shape[0], dtype=torch.int64, device=mags.device)
     if count == 0:
-        return Threshold(every + INFINITY, every)
-    thr = mags.sort(dim=1, descending=True).values[:, count - 1 : count]
-    wanted = count - (mags > thr).sum(1, keepdim=True)
-    met = (mags == thr).cumsum(1)
-    cut = (met < wanted).sum(1) + 1
+        return Threshold(zeros + INFINITY.value, zeros)
+    thr = mags.sort(dim=1, descending=True).values[:, count - 1 : count]  # [modules, 1]
+    wanted = count - (mags > thr).sum(1, keepdim=True)  # of the ties
+    ties = (mags == thr).cumsum(1)
+    cut = (ties < wanted).sum(1) + 1
     return Threshold(thr[:, 0].long(), cut)
 
 
 def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The float32 scores of one source's entries ``[modules, entries]``, whose magnitudes decide."""
+    """Float32 scores of one source's entries ``[modules, entries]``, whose magnitudes decide what is kept.
+
+    values: of all sources ``[modules, rows, columns]``.
+    """
     match keep:
         case Varied():
             return deviations(values).flatten(1)
@@ -96,7 +105,7 @@ def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor]) -> torch.T
 
 
 def importance(x: torch.Tensor) -> torch.Tensor:
-    """See ``reference.entries.importance``; ``[modules, rows, columns]``."""
+    """The importance of entries ``[modules, rows, columns]``, as in ``reference.entries.importance``."""
     p = x.double().softmax(2) + 1e-8
     q = 1.0 / x.shape[2] + 1e-8
     divergence = (p * (p / q).log()).sum(2, keepdim=True)
@@ -104,7 +113,7 @@ def importance(x: torch.Tensor) -> torch.Tensor:
 
 
 def find_in(values: Sequence[torch.Tensor], keeps: Sequence[Keep]) -> Thresholds:
-    """The thresholds of whole tensors ``[modules, rows, columns]``, by source."""
+    """The thresholds of each source; values: whole tensors ``[modules, rows, columns]``."""
 
     def find(index: int, keep: Keep) -> tuple[Threshold, ...]:
         if not keep.counts:
@@ -116,7 +125,7 @@ def find_in(values: Sequence[torch.Tensor], keeps: Sequence[Keep]) -> Thresholds
 
 
 def by_source(keeps: Sequence[Keep], find: Callable[[int, Keep], tuple[Threshold, ...]]) -> Thresholds:
-    """The thresholds of every source; for ``varied`` all sources share those of the first."""
+    """The thresholds of each source; with ``Varied``, all sources share those of the first."""
     if isinstance(keeps[0], Varied):
         return [find(0, keeps[0])] * len(keeps)
     return [find(i, keep) for i, keep in enumerate(keeps)]
@@ -125,10 +134,12 @@ def by_source(keeps: Sequence[Keep], find: Callable[[int, Keep], tuple[Threshold
 def keep_entries(
     values: Sequence[torch.Tensor], rules: Sequence[Rule], begin: int, thresholds: Thresholds
 ) -> list[torch.Tensor]:
-    """The entries of every source ``[modules, entries]``, 0 if they are not kept; drawn ones are rescaled.
+    """The entries of each source ``[modules, entries]``; 0 if they are not kept, rescaled if drawn at random.
 
-    values: float32 ``[modules, rows, columns]``.
-    begin:  flat index of the first entry in the whole tensor, a multiple of 8.
+    values: for each source float32 ``[modules, rows, columns]``, all rows or some.
+    rules: one per module; they differ at most in weights and keys.
+    begin: flat index of the first entry in the whole tensor, a multiple of 8.
+    thresholds: of each source.
     """
     keeps = rules[0].keeps
     index = torch.arange(begin, begin + values[0][0].numel(), device=values[0].device)
@@ -165,7 +176,10 @@ def _key(keep: Keep) -> int:
 
 
 def shares(x: torch.Tensor, share: int, spread: int) -> torch.Tensor:
-    """The share of 65536 of each entry ``[modules, rows, columns]``, rising with its rank in its row."""
+    """The share of draws of each entry ``[modules, rows, columns]``, which rises with its rank in its row.
+
+    share, spread: as in :class:`merged_lora.plan.Graded`; all shares are equal if spread is 0.
+    """
     columns = x.shape[2]
     if not spread or columns == 1:
         return torch.full(x.shape, share, device=x.device)
@@ -177,7 +191,7 @@ def shares(x: torch.Tensor, share: int, spread: int) -> torch.Tensor:
 
 
 def deviations(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of squared deviations between the sources, entry by entry."""
+    """The sum of squared deviations of the sources from their mean, entry by entry."""
     mean = torch.zeros_like(values[0])
     for x in values:
         mean = mean + x
@@ -189,9 +203,13 @@ def deviations(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def squares(values: Sequence[torch.Tensor], exponent: torch.Tensor, bits: int) -> torch.Tensor:
-    """Per source the sum of squares in units of ``2 ** (2 * exponent - bits)``, int64 ``[modules, sources]``.
+    """The sum of squares of each source, int64 ``[modules, sources]``.
 
-    exponent: ``[modules]``.  Each square is rounded down to a whole number, so that no order matters.
+    The unit is ``2 ** (2 * exponent - bits)``.  Each square is rounded down to an integer, so that the sum
+    does not depend on its order.
+
+    values: for each source ``[modules, entries]``.
+    exponent: ``[modules]``.
     """
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent)[:, None]
     sums = []
@@ -202,25 +220,33 @@ def squares(values: Sequence[torch.Tensor], exponent: torch.Tensor, bits: int) -
 
 
 def coefficients(values: Sequence[torch.Tensor], rule: Rule) -> torch.Tensor | None:
-    """Each source's share of all squares, float32 ``[modules, sources]``; None where no rule asks for it."""
+    """Each source's share of all squares, float32 ``[modules, sources]``; None unless the blend needs it."""
     if not isinstance(rule.blend, EnergyMean):
         return None
-    most = torch.stack([x.abs().amax(1) for x in values], dim=1).amax(1)
+    most = torch.stack([x.abs().amax(1) for x in values], dim=1).amax(1)  # [modules]
     exponent = torch.frexp(most.double()).exponent
+    # As many bits as 64-bit sums of that many squares have room for.
     bits = 62 - max(values[0].shape[1] - 1, 1).bit_length()
     return energy_shares(squares(values, exponent, bits).double())
 
 
 def energy_shares(sums: torch.Tensor) -> torch.Tensor:
-    """Each one's share of the sum over sources ``[modules, sources]``, equal shares where that is zero."""
+    """Each source's share of the sum over sources ``[modules, sources]``; equal shares if the sum is zero."""
     total = sums.sum(1, keepdim=True)
     return torch.where(total > 0, sums / total, 1.0 / sums.shape[1]).float()
 
 
-def blend(values: Sequence[torch.Tensor], rules: Sequence[Rule], given: torch.Tensor | None) -> torch.Tensor:
-    """The weighted sum of kept values ``[modules, entries]``, or the mean of those that agree."""
+def blend(
+    values: Sequence[torch.Tensor], rules: Sequence[Rule], coefficients: torch.Tensor | None
+) -> torch.Tensor:
+    """The weighted sum of kept values, or the mean of those that agree, float32 ``[modules, entries]``.
+
+    values: for each source ``[modules, entries]``.
+    rules: one per module; they differ at most in weights and keys.
+    coefficients: of :func:`coefficients`.
+    """
     table = torch.tensor([rule.weights for rule in rules], dtype=torch.float32).to(values[0].device)
-    weights = [w[:, None] for w in table.unbind(1)]
+    weights = [w[:, None] for w in table.unbind(1)]  # [modules, 1] each
     total = torch.zeros_like(values[0])
     how = rules[0].blend
     if isinstance(how, Sum):
@@ -233,8 +259,8 @@ def blend(values: Sequence[torch.Tensor], rules: Sequence[Rule], given: torch.Te
     for i, (x, w) in enumerate(zip(values, weights, strict=True)):
         y = x * w
         z = y if weighted else x
-        c = torch.ones_like(w) if given is None else given[:, i : i + 1]
-        if given is not None:
+        c = torch.ones_like(w) if coefficients is None else coefficients[:, i : i + 1]
+        if coefficients is not None:
             y = y * c
         total = total + (z.sign() if frequency else z)
         positive = torch.where(z > 0, positive + y, positive)
@@ -247,24 +273,30 @@ def blend(values: Sequence[torch.Tensor], rules: Sequence[Rule], given: torch.Te
 
 
 def draws(keys: Sequence[int], begin: int, count: int, device: torch.device) -> torch.Tensor:
-    """16-bit draws of the entries from ``begin`` on, int64 ``[modules, count]``: see ``reference.philox``."""
-    table = torch.tensor([[key & HALF, key >> 32] for key in keys]).to(device)
+    """16-bit draws of ``count`` entries, int64 ``[modules, count]``, as in ``reference.philox``.
+
+    keys: 64 bits, one per module.
+    begin: flat index of the first entry, a multiple of 8.
+    """
+    table = torch.tensor([[key & LOW_HALF, key >> 32] for key in keys]).to(device)
     k0, k1 = table[:, :1], table[:, 1:]
-    c0 = torch.arange(begin // 8, (begin + count + 7) // 8, device=device)[None, :] & HALF
+    eight = int(GROUP.value)  # entries of one call of Philox
+    counters = torch.arange(begin // eight, -(-(begin + count) // eight), device=device)
+    c0 = counters[None, :] & LOW_HALF
     c1 = c2 = c3 = torch.zeros_like(c0)
     for _ in range(10):
         high0, low0 = _product(0xD2511F53, c0)
         high1, low1 = _product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & HALF, (k1 + 0xBB67AE85) & HALF
+        k0, k1 = (k0 + 0x9E3779B9) & LOW_HALF, (k1 + 0xBB67AE85) & LOW_HALF
     words = torch.stack([c.expand_as(c0) for c in (c0, c1, c2, c3)], dim=2)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=3)
     return halves.reshape(len(keys), -1)[:, :count]
 
 
 def _product(factor: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper and lower 32 bits of the product of 32-bit numbers, held in int64."""
-    # In halves, as int64 has no room for the sign bit of a 64-bit product.
+    """The upper and lower 32 bits of products of 32-bit numbers that are stored as int64."""
+    # In two halves, because int64 has no room for the highest bit of an unsigned 64-bit product.
     low = factor * (x & 0xFFFF)
     middle = factor * (x >> 16) + (low >> 16)
     return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF

@@ -1,6 +1,7 @@
-"""Modules of one kind merged together, where no single launch merges them all.
+"""Modules of one kind merged together, for merges that no single launch does.
 
-Their factors come as stacks, views of packed sources; the result is a stack too.  Knows nothing of slots.
+Factors are given as stacks, which are views of packed sources, and the result is a stack, too.  Knows nothing
+of slots.
 """
 
 from __future__ import annotations
@@ -14,32 +15,33 @@ from merged_lora import bases
 from merged_lora.plan import DeltaModule, EntryModule, FactorModule, Graded, MergePlan, Random, Rule
 from merged_lora.streaming import OVERSAMPLING, starting_columns, truncate_tiles
 from merged_lora.triton_kernels.factors.layout import is_launched
+from merged_lora.triton_kernels.kernels.words import INFINITY
 
 from . import entries, lowrank
 from .entries import Threshold
 from .fused_tiles import FUSED, SAMPLE_BYTES, TritonTiles
 from .lowrank import WORKSPACE, MergedStack
-from .tiles import GROUP, TILE_BYTES, TorchTiles, count_bins, last_bin, lower_bits, upper_bits
+from .tiles import ROW_STEP, TILE_BYTES, TorchTiles, count_bins, last_bin, lower_bits, upper_bits
 
-RESULTS = 64 << 20  # bytes of merged factors that wait for their slots at a time
+RESULTS = 64 << 20  # bytes of merged factors that wait for their slots at the same time
 TEMPORARIES = 12  # peak temporaries of ``entries.combine``, as a multiple of its input size
 
 Module = DeltaModule | EntryModule | FactorModule
 Stacks = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
-"""A per source ``[modules, rank_i, in]`` and B per source ``[modules, out, rank_i]``."""
+"""A and B of each source, ``[modules, rank_i, in]`` and ``[modules, out, rank_i]``."""
 ModelThresholds = Mapping[str, list[tuple[Threshold, ...]]]
-"""By module, the thresholds of each source if entries are counted over the whole model."""
+"""By module name, the thresholds of each source if entries are counted over the whole model."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Modules of one kind, merged together; at most RESULTS bytes of results, or a single module."""
+    """Modules of one kind that are merged together: a single one, or up to RESULTS bytes of results."""
 
     names: tuple[str, ...]
     modules: tuple[Module, ...]
 
     def only(self, names: Collection[str]) -> Group:
-        """Those of them that have one of these names."""
+        """The group of those modules that have one of these names."""
         pairs = [(name, m) for name, m in zip(self.names, self.modules, strict=True) if name in names]
         return Group(tuple(name for name, _ in pairs), tuple(m for _, m in pairs))
 
@@ -68,7 +70,11 @@ def kind(module: Module) -> Hashable:
 
 
 def merge_group(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> MergedStack:
-    """The merged factors of a group of modules, whose sources' factors are given as stacks."""
+    """The merged factors of a group.
+
+    stacks: factors of its sources.
+    thresholds: of :func:`model_thresholds`.
+    """
     first = group.modules[0]
     a, b = stacks
     if isinstance(first, DeltaModule):
@@ -90,13 +96,16 @@ def merge_group(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> Me
 def model_thresholds(
     plan: MergePlan, groups: Sequence[Group], stacks: Callable[[Group], Stacks]
 ) -> dict[str, list[tuple[Threshold, ...]]]:
-    """The thresholds of each module if entries are counted over the whole model; else none."""
+    """The thresholds of each module if entries are counted over the whole model; otherwise none.
+
+    stacks: returns the factors of a group's sources.
+    """
     if plan.counts is None:
         return {}
     modules = {name: m for name, m in plan.modules.items() if isinstance(m, EntryModule)}
 
     def magnitudes() -> Iterator[tuple[tuple[str, ...], int, torch.Tensor]]:
-        """Names of modules, number of a source, and its ``[modules, entries]``: source after source."""
+        """Names of modules, index of a source, and its magnitudes ``[modules, entries]``, for all of both."""
         for group in groups:
             for where, part in _chunks(group):
                 coordinates = _coordinates(part, _sliced(stacks(group), where))
@@ -127,15 +136,16 @@ def _last_kept(
 ) -> list[tuple[int, int]]:
     """For each source the bits of the smallest kept magnitude, and how many entries that equal it are kept.
 
-    magnitudes: goes through all of them, with the index of their source.
-    wanted:     number of entries kept, by source.
+    magnitudes: iterates over all magnitudes, with the index of their source.
+    wanted: number of entries kept of each source.
     """
 
-    def counted(places: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> dict[int, torch.Tensor]:
+    def counted(to_bin: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> dict[int, torch.Tensor]:
+        """The number of magnitudes in each bin, by source; to_bin: one function per source."""
         totals: dict[int, torch.Tensor] = {}
         for source, mags in magnitudes():
-            here = count_bins(mags.reshape(1, -1), places[source])
-            totals[source] = totals[source] + here if source in totals else here
+            counts = count_bins(mags.reshape(1, -1), to_bin[source])
+            totals[source] = totals[source] + counts if source in totals else counts
         return totals
 
     upper = counted([upper_bits] * len(wanted))
@@ -145,7 +155,7 @@ def _last_kept(
     found = []
     for i, count in enumerate(wanted):
         if i not in upper or count == 0:
-            found.append((entries.INFINITY, 0))
+            found.append((INFINITY.value, 0))
             continue
         bins, left = first[i]
         low, left = last_bin(lower[i], left)
@@ -154,6 +164,7 @@ def _last_kept(
 
 
 def _merge_part(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> MergedStack:
+    """The merged factors of a part of a group, whose intermediates fit into the workspace."""
     first = group.modules[0]
     a, b = stacks
     if isinstance(first, FactorModule):
@@ -181,6 +192,7 @@ def _merge_part(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> Me
 
 
 def _coordinates(group: Group, stacks: Stacks) -> bases.Coordinates:
+    """The deltas of a group in the basis that its modules are merged in."""
     first = group.modules[0]
     assert isinstance(first, EntryModule)
     assert first.basis is not None
@@ -193,12 +205,13 @@ def _rules(group: Group) -> list[Rule]:
 
 
 def _scalings(group: Group, device: torch.device) -> torch.Tensor:
+    """Scalings of the sources, float64 ``[modules, sources]``."""
     table = [m.scalings for m in group.modules if isinstance(m, EntryModule)]
     return torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def _stacked(rows: Sequence[list[tuple[Threshold, ...]]]) -> list[tuple[Threshold, ...]]:
-    """The thresholds of one module each as thresholds of all of them."""
+    """Thresholds of one module each, combined into thresholds of all modules."""
     return [
         (Threshold(torch.cat([x.value for (x,) in column]), torch.cat([x.cut for (x,) in column])),)
         for column in zip(*rows, strict=True)
@@ -206,13 +219,13 @@ def _stacked(rows: Sequence[list[tuple[Threshold, ...]]]) -> list[tuple[Threshol
 
 
 def _outline(rule: Rule) -> Hashable:
-    """A rule without what may differ between the modules of a group."""
+    """A rule without weights and keys, which may differ between the modules of a group."""
     keeps = tuple(replace(keep, key=0) if isinstance(keep, Random | Graded) else keep for keep in rule.keeps)
     return keeps, rule.blend
 
 
 def _parts(modules: Mapping[str, Module]) -> Iterator[Group]:
-    """Modules of one kind in groups of a bounded size."""
+    """Modules of one kind, divided into groups of a bounded size."""
     names = list(modules)
     (a, b) = modules[names[0]].results
     each = sum(rows * columns * dtype.itemsize for (rows, columns), dtype in (a, b))
@@ -223,7 +236,7 @@ def _parts(modules: Mapping[str, Module]) -> Iterator[Group]:
 
 
 def _chunks(group: Group) -> Iterator[tuple[slice, Group]]:
-    """A group in pieces whose intermediates take WORKSPACE bytes, where a single module takes no more."""
+    """Parts of a group whose intermediates take WORKSPACE bytes, unless a single module needs more."""
     first = group.modules[0]
     (_, columns), (rows, _) = (shape for shape, _ in first.results)
     space = WORKSPACE
@@ -235,9 +248,9 @@ def _chunks(group: Group) -> Iterator[tuple[slice, Group]]:
         total = sum(f.rank for f in first.sources)
         sources = len(first.present)
         if first.basis is None:
-            # float32 and float64 copies of the factors, and of what is made orthonormal four in float64
+            # Copies of the factors in float32 and float64, and four float64 copies of orthonormal columns.
             vectors = (rows + columns) * (12 * total + 32 * (first.rank + OVERSAMPLING))
-            each = sources * max(SAMPLE_BYTES, TEMPORARIES * 4 * GROUP * columns) + vectors
+            each = sources * max(SAMPLE_BYTES, TEMPORARIES * 4 * ROW_STEP * columns) + vectors
             space -= TEMPORARIES * TILE_BYTES
         else:
             entries = first.entries[0] * first.entries[1]
@@ -249,5 +262,6 @@ def _chunks(group: Group) -> Iterator[tuple[slice, Group]]:
 
 
 def _sliced(stacks: Stacks, where: slice) -> Stacks:
+    """The stacks of some modules."""
     a, b = (tuple(x[where] for x in side) for side in stacks)
     return a, b

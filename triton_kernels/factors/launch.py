@@ -67,11 +67,7 @@ def source_thresholds(
     # Stored only after the search has been launched, so that a failed one leaves no table of garbage behind.
     for place, resident, table in zip(layout.places, residents, tables, strict=True):
         assert table is not None
-        thresholds = resident.thresholds
-        thresholds[place.key] = table
-        thresholds.move_to_end(place.key)
-        while len(thresholds) > max(KEPT_THRESHOLDS, len(residents)):
-            thresholds.popitem(last=False)
+        resident.thresholds.add(place.key, table, max(KEPT_THRESHOLDS, len(residents)))
     return tables
 
 
@@ -169,7 +165,7 @@ def draft_launches(
             round=rounds,
             target=target,
             keep=layout.keep,
-            rule=layout.rule,
+            blend=layout.blend,
             weighted=layout.weighted,
             aligned=bool(is_aligned),
             check=check,

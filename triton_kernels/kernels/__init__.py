@@ -1,1 +1,1 @@
-"""The Triton kernels and their launchers. Knows tensors and tables, not plans."""
+"""The Triton kernels and their launchers. Knows tensors, tables and rules, but no modules or plans."""

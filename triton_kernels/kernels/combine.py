@@ -20,11 +20,14 @@ a group is also loaded and stored by one instruction.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+from merged_lora.plan import AgreeingMean, All, Blend, Keep, Largest, Random, Sum
 
 from .philox import draws
 from .words import BF16, FP16, FP32, GROUP, INFINITY, MAGNITUDE, MIXED, WARPS, narrow, pointer, widen
@@ -40,6 +43,8 @@ KEEP_RANDOM: tl.constexpr = tl.constexpr(2)
 NEGATIVE: tl.constexpr = tl.constexpr(1 << 16)  # negative entries are counted in the upper half of a word
 TABLE_COLUMNS: tl.constexpr = tl.constexpr(9)  # of the table of tensors
 BLOCK = 2048  # entries of a target that one program computes
+COMBINED = (All, Largest, Random), (Sum, AgreeingMean)
+"""Keep rules and blends that the kernel does."""
 UNROLLED = 4
 """The loop over up to this many sources is unrolled, unless their dtypes differ: that takes too many
 registers."""
@@ -69,7 +74,7 @@ def _load_kind(address, index, mask, KIND: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def add_entries(x, weight, total, positive, negative, counts, RULE: tl.constexpr, WEIGHTED: tl.constexpr):
+def add_entries(x, weight, total, positive, negative, counts, BLEND: tl.constexpr, WEIGHTED: tl.constexpr):
     """The running sums after adding one source's kept entries ``x``.
 
     total: sum of the results (SUM), or of the votes.
@@ -77,15 +82,15 @@ def add_entries(x, weight, total, positive, negative, counts, RULE: tl.constexpr
     counts: 1 for each positive entry and NEGATIVE for each negative one.
     """
     y = x * weight
-    if RULE == COPY:
+    if BLEND == COPY:
         total = y
-    elif RULE == SUM:
+    elif BLEND == SUM:
         total += y
     else:
         z = y if WEIGHTED else x
         up = z > 0.0
         down = z < 0.0
-        if RULE == VOTE_TOTAL:
+        if BLEND == VOTE_TOTAL:
             total += z
         else:
             total += up.to(tl.float32) - down.to(tl.float32)
@@ -114,7 +119,7 @@ def _add_source(
     kinds_ptr,
     KIND: tl.constexpr,
     KEEP: tl.constexpr,
-    RULE: tl.constexpr,
+    BLEND: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -144,7 +149,7 @@ def _add_source(
     elif KEEP == KEEP_RANDOM:
         drawn = draws(counter, lane, tl.load(keeps_ptr + cell))
         x = tl.where(drawn < tl.load(shares_ptr + cell), x * tl.load(rescales_ptr + cell), 0.0)
-    return add_entries(x, tl.load(weights_ptr + cell), total, positive, negative, counts, RULE, WEIGHTED)
+    return add_entries(x, tl.load(weights_ptr + cell), total, positive, negative, counts, BLEND, WEIGHTED)
 
 
 @triton.jit
@@ -187,7 +192,7 @@ def _combine_kernel(
     ROUND: tl.constexpr,  # dtype of the merge
     TARGET: tl.constexpr,  # dtype of the targets
     KEEP: tl.constexpr,
-    RULE: tl.constexpr,
+    BLEND: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHECK: tl.constexpr,  # store no result; set the flag of a tensor whose result is not finite
@@ -236,7 +241,7 @@ def _combine_kernel(
             total, positive, negative, counts = _add_source(
                 cell, index, counter, lane, inside, total, positive, negative, counts,
                 sources_ptr, keeps_ptr, weights_ptr, shares_ptr, rescales_ptr, kinds_ptr,
-                KIND, KEEP, RULE, WEIGHTED, ALIGNED,
+                KIND, KEEP, BLEND, WEIGHTED, ALIGNED,
             )  # fmt: skip
             cell += 1
     else:
@@ -244,10 +249,10 @@ def _combine_kernel(
             total, positive, negative, counts = _add_source(
                 cell + i, index, counter, lane, inside, total, positive, negative, counts,
                 sources_ptr, keeps_ptr, weights_ptr, shares_ptr, rescales_ptr, kinds_ptr,
-                KIND, KEEP, RULE, WEIGHTED, ALIGNED,
+                KIND, KEEP, BLEND, WEIGHTED, ALIGNED,
             )  # fmt: skip
 
-    if RULE != SUM and RULE != COPY:
+    if BLEND != SUM and BLEND != COPY:
         elected = total >= 0.0
         agreeing = tl.where(elected, positive, negative)
         voters = tl.where(elected, counts & 0xFFFF, counts >> 16)
@@ -292,7 +297,7 @@ class Variant:
     round: dtype of the merge.
     target: dtype of the targets.
     keep: KEEP_ALL, KEEP_LARGEST or KEEP_RANDOM.
-    rule: COPY, SUM, VOTE_TOTAL or VOTE_FREQUENCY.
+    blend: COPY, SUM, VOTE_TOTAL or VOTE_FREQUENCY.
     weighted: whether weighted entries vote, instead of entries as they are.
     aligned: whether every address is a multiple of 16 bytes, and every row and stride one of eight entries.
     check: whether to store no result and set the flags of tensors that overflow.
@@ -302,10 +307,27 @@ class Variant:
     round: int
     target: int
     keep: int
-    rule: int
+    blend: int
     weighted: bool
     aligned: bool
     check: bool = False
+
+
+def keep_code(keeps: Collection[Keep]) -> int:
+    """``Variant.keep`` for the keep rules of all sources, which are of COMBINED."""
+    if any(isinstance(keep, Random) for keep in keeps):
+        return int(KEEP_RANDOM.value)
+    return int((KEEP_LARGEST if any(isinstance(keep, Largest) for keep in keeps) else KEEP_ALL).value)
+
+
+def blend_code(blend: Blend) -> int:
+    """``Variant.blend`` for a blend of COMBINED."""
+    match blend:
+        case Sum():
+            return int(SUM.value)
+        case AgreeingMean(frequency):
+            return int((VOTE_FREQUENCY if frequency else VOTE_TOTAL).value)
+    raise TypeError(f"the kernel has no blend for {blend}")
 
 
 def combine(tables: Tables, variant: Variant, programs: int) -> None:
@@ -330,7 +352,7 @@ def combine(tables: Tables, variant: Variant, programs: int) -> None:
         ROUND=variant.round,
         TARGET=variant.target,
         KEEP=variant.keep,
-        RULE=variant.rule,
+        BLEND=variant.blend,
         WEIGHTED=variant.weighted,
         ALIGNED=variant.aligned,
         CHECK=variant.check,

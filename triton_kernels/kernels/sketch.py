@@ -133,7 +133,7 @@ def _merged_tile(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
-    RULE: tl.constexpr,
+    BLEND: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
     """A tile of the merged delta, float32 ``[TILE_ROWS, TILE_COLUMNS]``; zeros outside of the delta."""
@@ -168,9 +168,9 @@ def _merged_tile(
             x = tl.where(drawn < tl.load(shares_ptr + i), x * tl.load(rescales_ptr + i), 0.0)
         weight = tl.load(weights_ptr + cell)
         total, positive, negative, counts = add_entries(
-            x, weight, total, positive, negative, counts, RULE, WEIGHTED
+            x, weight, total, positive, negative, counts, BLEND, WEIGHTED
         )
-    if RULE != SUM:
+    if BLEND != SUM:
         elected = total >= 0.0
         count = tl.where(elected, counts & 0xFFFF, counts >> 16)
         total = tl.where(elected, positive, negative) / tl.maximum(count, 1).to(tl.float32)
@@ -200,7 +200,7 @@ def _multiply_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,  # of the products B A
     KEEP: tl.constexpr,
-    RULE: tl.constexpr,
+    BLEND: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SKETCH: tl.constexpr,  # precision of the product with T
     WIDTH: tl.constexpr,
@@ -241,7 +241,7 @@ def _multiply_kernel(
             DEPTH=DEPTH,
             PRECISION=PRECISION,
             KEEP=KEEP,
-            RULE=RULE,
+            BLEND=BLEND,
             WEIGHTED=WEIGHTED,
         )
         offset = (module * end + moving)[:, None] * WIDTH + wide[None, :]
@@ -259,29 +259,19 @@ def _multiply_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class Sources:
-    """The arguments that all passes share, on the device; ``_multiply_kernel`` has their shapes and dtypes.
+class Deltas:
+    """The deltas ``s_i B_i A_i`` of all sources, on the device.
 
-    a, b: padded with zeros to a common rank, a multiple of DEPTH.
+    a: float32 ``[sources, modules, rank, columns]``, padded with zeros to a rank that is a multiple of DEPTH.
+    b: float32 ``[sources, modules, rows, rank]``, likewise.
+    scalings: float32 ``[modules, sources]``.
     precision: of the products B A, from :func:`precision`.
-    keep: KEEP_ALL, KEEP_LARGEST, KEEP_BETWEEN or KEEP_RANDOM.
-    rule: SUM, VOTE_TOTAL or VOTE_FREQUENCY.
-    weighted: whether weighted entries vote, instead of entries as they are.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scalings: torch.Tensor
-    weights: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
-    keys: torch.Tensor
-    shares: torch.Tensor
-    rescales: torch.Tensor
     precision: str
-    keep: int
-    rule: int
-    weighted: bool
 
     @property
     def extent(self) -> tuple[int, int, int, int]:
@@ -289,19 +279,39 @@ class Sources:
         return self.a.shape[0], self.a.shape[1], self.b.shape[2], self.a.shape[3]
 
 
-def count(sources: Sources, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """How deltas are merged; ``_multiply_kernel`` has the shapes and dtypes of the tensors.
+
+    keep: KEEP_ALL, KEEP_LARGEST, KEEP_BETWEEN or KEEP_RANDOM.
+    blend: SUM, VOTE_TOTAL or VOTE_FREQUENCY.
+    weighted: whether weighted entries vote, instead of entries as they are.
+    """
+
+    weights: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    keys: torch.Tensor
+    shares: torch.Tensor
+    rescales: torch.Tensor
+    keep: int
+    blend: int
+    weighted: bool
+
+
+def count(deltas: Deltas, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """The number of magnitudes in each bin and above all bins, int32 ``[modules, sources, BINS + 1]``.
 
     base: magnitude at which the bins begin, int32 ``[modules, sources]``.
     shift: a bin spans ``2 ** shift`` magnitudes, int32 ``[modules, sources]``.
     """
-    number, modules, rows, columns = sources.extent
+    number, modules, rows, columns = deltas.extent
     counts = torch.zeros(modules, number, BINS + 1, dtype=torch.int32, device=base.device)
     tiles = triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS)
     _count_kernel[(tiles, modules, number)](
-        a_ptr=sources.a,
-        b_ptr=sources.b,
-        scalings_ptr=sources.scalings,
+        a_ptr=deltas.a,
+        b_ptr=deltas.b,
+        scalings_ptr=deltas.scalings,
         base_ptr=base,
         shift_ptr=shift,
         counts_ptr=counts,
@@ -309,9 +319,9 @@ def count(sources: Sources, base: torch.Tensor, shift: torch.Tensor) -> torch.Te
         sources=number,
         rows=rows,
         columns=columns,
-        RANK=sources.a.shape[2],
+        RANK=deltas.a.shape[2],
         DEPTH=DEPTH,
-        PRECISION=sources.precision,
+        PRECISION=deltas.precision,
         BINS=BINS,
         TILE_ROWS=TILE_ROWS,
         TILE_COLUMNS=TILE_COLUMNS,
@@ -321,49 +331,50 @@ def count(sources: Sources, base: torch.Tensor, shift: torch.Tensor) -> torch.Te
     return counts
 
 
-def times(sources: Sources, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``T @ right``, float32 ``[modules, rows, width]``, and the squared norms of the rows of T.
+def times(deltas: Deltas, merge: Merge, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``T @ right`` for the merged deltas T, float32 ``[modules, rows, width]``, and norms.
 
     right: float32 ``[modules, columns, width]``, contiguous; width is a power of two from 16 to WIDEST.
-    The norms are float32 ``[modules, rows]``.
+    The norms are the squared norms of the rows of T, float32 ``[modules, rows]``.
     """
-    _, modules, rows, _ = sources.extent
+    _, modules, rows, _ = deltas.extent
     product = right.new_empty(modules, rows, right.shape[2])
     norms = right.new_empty(modules, rows)
-    _multiply(sources, right, product, norms, transposed=False)
+    _multiply(deltas, merge, right, product, norms, transposed=False)
     return product, norms
 
 
-def transposed_times(sources: Sources, left: torch.Tensor) -> torch.Tensor:
-    """``T^T @ left``, float32 ``[modules, columns, width]``.
+def transposed_times(deltas: Deltas, merge: Merge, left: torch.Tensor) -> torch.Tensor:
+    """``T^T @ left`` for the merged deltas T, float32 ``[modules, columns, width]``.
 
     left: float32 ``[modules, rows, width]``, contiguous; width is a power of two from 16 to WIDEST.
     """
-    _, modules, _, columns = sources.extent
+    _, modules, _, columns = deltas.extent
     product = left.new_empty(modules, columns, left.shape[2])
-    _multiply(sources, left, product, None, transposed=True)
+    _multiply(deltas, merge, left, product, None, transposed=True)
     return product
 
 
 def _multiply(
-    sources: Sources,
+    deltas: Deltas,
+    merge: Merge,
     factor: torch.Tensor,
     product: torch.Tensor,
     norms: torch.Tensor | None,
     transposed: bool,
 ) -> None:
-    number, modules, rows, columns = sources.extent
+    number, modules, rows, columns = deltas.extent
     stripes = triton.cdiv(columns, TILE_COLUMNS) if transposed else triton.cdiv(rows, TILE_ROWS)
     _multiply_kernel[(stripes, modules)](
-        a_ptr=sources.a,
-        b_ptr=sources.b,
-        scalings_ptr=sources.scalings,
-        weights_ptr=sources.weights,
-        low_ptr=sources.low,
-        high_ptr=sources.high,
-        keys_ptr=sources.keys,
-        shares_ptr=sources.shares,
-        rescales_ptr=sources.rescales,
+        a_ptr=deltas.a,
+        b_ptr=deltas.b,
+        scalings_ptr=deltas.scalings,
+        weights_ptr=merge.weights,
+        low_ptr=merge.low,
+        high_ptr=merge.high,
+        keys_ptr=merge.keys,
+        shares_ptr=merge.shares,
+        rescales_ptr=merge.rescales,
         factor_ptr=factor,
         product_ptr=product,
         norms_ptr=norms,
@@ -372,12 +383,12 @@ def _multiply(
         columns=columns,
         TRANSPOSED=transposed,
         SOURCES=number,
-        RANK=sources.a.shape[2],
+        RANK=deltas.a.shape[2],
         DEPTH=DEPTH,
-        PRECISION=sources.precision,
-        KEEP=sources.keep,
-        RULE=sources.rule,
-        WEIGHTED=sources.weighted,
+        PRECISION=deltas.precision,
+        KEEP=merge.keep,
+        BLEND=merge.blend,
+        WEIGHTED=merge.weighted,
         SKETCH=FLOAT32,
         WIDTH=factor.shape[2],
         TILE_ROWS=TILE_ROWS,
