@@ -59,6 +59,17 @@ def test_a_module_imports_only_from_its_own_room_and_those_below(name: str) -> N
     assert rooms <= BELOW[room] | {room}
 
 
+@pytest.mark.parametrize("name", ["GROUP", "INFINITY", "KINDS", "MAGNITUDE", "SHARES"])
+def test_a_fact_about_entries_has_one_home(name: str) -> None:
+    homes = [
+        module
+        for module, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
+    ]
+    assert homes == ([] if name == "SHARES" else ["kernels.words"])  # SHARES is the core's
+
+
 def test_imports_of_every_form_are_seen() -> None:
     tree = ast.parse(
         f"import {WING}.packed\nfrom {WING} import transfer\ndef f():\n    from .layout import Layout\n"

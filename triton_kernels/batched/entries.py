@@ -106,7 +106,9 @@ def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor]) -> torch.T
 
 def importance(x: torch.Tensor) -> torch.Tensor:
     """The importance of entries ``[modules, rows, columns]``, as in ``reference.entries.importance``."""
-    p = x.double().softmax(2) + 1e-8
+    # Not by torch.softmax, which vLLM replaces under VLLM_BATCH_INVARIANT=1 by a kernel without float64.
+    powers = (x - x.amax(2, keepdim=True)).double().exp()
+    p = powers / powers.sum(2, keepdim=True) + 1e-8
     q = 1.0 / x.shape[2] + 1e-8
     divergence = (p * (p / q).log()).sum(2, keepdim=True)
     return x.abs() * divergence.clamp(min=0.0).float()
