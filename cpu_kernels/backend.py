@@ -87,7 +87,10 @@ class CpuBackend:
     def _merge_coordinates(
         self, batch: Mapping[str, Coordinated], thresholds: Mapping[str, Integers]
     ) -> dict[str, tuple[Factors, Energy | None]]:
-        """Modules merged on their coordinates.  thresholds: if they are those of the whole model."""
+        """Modules merged on their coordinates, by name.
+
+        thresholds: by module, if entries are counted over the whole model; else empty.
+        """
         jobs = [
             FactorJob(tuple([x[0] for x in one.coordinates.values]), one.module.rule, torch.float32)
             for one in batch.values()
@@ -158,7 +161,7 @@ def _coordinated(module: EntryModule) -> Coordinated:
 
 
 def _placed(pair: tuple[Coordinated, torch.Tensor]) -> tuple[Factors, Energy | None]:
-    """The factors of merged coordinates and, where the rank was cut, their energy."""
+    """The factors of merged coordinates and, if the rank was cut, their energy."""
     one, values = pair
     module = one.module
     weights = torch.tensor([module.rule.weights])

@@ -61,7 +61,10 @@ def _combine(
     progress: Progress,
     thresholds: Sequence[Integers],
 ) -> list[torch.Tensor]:
-    """The same by one table.  coefficients: for an energy mean, one for every input of every job."""
+    """The merged tensors by one table, for rules in FUSED or inputs whose entries are kept already.
+
+    coefficients: of an energy mean, one for every input of every job.
+    """
     inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
     counts = np.array([len(job.inputs) for job in jobs])
     outputs = _new_tensors([(job.inputs[0].shape, job.dtype) for job in jobs])

@@ -187,7 +187,10 @@ def _trim32(data, count, counts):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def find_threshold(address, size, kind, count, bins):
-    """``(thr, cut)`` of a tensor; a negative count keeps everything.  bins: scratch, ``2 * BINS`` uint32."""
+    """``(thr, cut)`` of a tensor; a negative count keeps everything.
+
+    bins: scratch, ``2 * BINS`` uint32.
+    """
     if count < 0 or count > size:
         return 0, size
     if count == 0:
@@ -279,9 +282,11 @@ def combine_tensors(
     entry in the whole (a multiple of 8), first row and number of rows in the source tables.  Per source row:
     address, kind, float32 weight, count of the largest entries kept (or KEEP_ALL), share of 65536 (or
     NO_DRAW) and key of the random mask, float32 rescale, float32 coefficient in an energy mean.
-    blend: SUM, VOTE_TOTAL, VOTE_FREQUENCY or VOTE_ENERGY for all items; weighted: whether the vote counts
-    weighted values.  thresholds: ``(thr, cut)`` per source row, used instead of the counts if it has rows;
-    cut counts from the item's first entry.
+
+    blend:      SUM, VOTE_TOTAL, VOTE_FREQUENCY or VOTE_ENERGY for all items.
+    weighted:   whether the vote counts weighted values.
+    thresholds: ``(thr, cut)`` per source row, used instead of the counts if it has rows; cut counts from the
+                item's first entry.
     """
     bits = np.empty(BLOCK, np.uint32)
     x = bits.view(np.float32)

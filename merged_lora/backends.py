@@ -1,4 +1,4 @@
-"""The one interface of all backends, and the one place that loads a wing by name."""
+"""The one interface of all backends, and the one place that loads a backend by name."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def load_backend(name: str) -> Backend:
     Raises BackendError if the name is unknown or something that the backend needs is not installed.
     """
     if name == "auto":
-        # A backend that needs a GPU is no candidate without one; torch calls ROCm devices cuda too.
+        # Without a GPU no backend that needs one is tried; torch calls ROCm devices cuda too.
         for candidate in AUTO if torch.cuda.is_available() else AUTO[1:]:
             try:
                 backend = load_backend(candidate)

@@ -55,8 +55,10 @@ def coordinates_in(
 ) -> Coordinates:
     """The deltas in the basis that a recipe names.
 
-    basis: ``both`` for :func:`both_bases`, otherwise :func:`output_basis`; a, b, scalings: see there.
-    rank: of the bases, if both sides share one.
+    basis:    ``both`` for :func:`both_bases`, otherwise :func:`output_basis`.
+    a, b:     as in those functions.
+    scalings: as in those functions.
+    rank:     of the bases, if both sides share one.
     """
     return both_bases(a, b, scalings, rank) if basis == "both" else output_basis(a, b, scalings)
 
@@ -206,7 +208,7 @@ def joined(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
 def eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``batched.eigenvectors``, but NaN instead of an error for a matrix that is not finite.
 
-    An overflow on the way thus becomes NaN in the result, where it is detected.
+    An overflow on the way thus becomes NaN in the result, and is detected there.
     """
     wrong = ~gram.isfinite().all(-1).all(-1)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -120,7 +120,11 @@ class Important(Keep):
 
 @dataclass(frozen=True)
 class Random(_Drawn):
-    """A ``share`` of 65536 at random, rescaled.  key: 64 bits, of the random numbers."""
+    """Entries kept at random, rescaled so that their mean stays.
+
+    share: of 65536.
+    key:   64 bits, of the random numbers.
+    """
 
     @property
     def rescale(self) -> float:
@@ -183,15 +187,17 @@ class Rule:
     blend: Blend
 
     def consists_of(self, keeps: Collection[type[Keep]], blends: Collection[type[Blend]]) -> bool:
-        """Whether it keeps and blends by these classes alone; a wing declares which it fuses."""
+        """Whether it keeps and blends by these classes alone; each backend declares those that it fuses."""
         return type(self.blend) in blends and all(type(keep) in keeps for keep in self.keeps)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Weights from the inner products of the deltas: a rule of ``scalars.RULES`` and what it is given.
+    """A rule of ``scalars.RULES``, which finds weights from the inner products of the deltas.
 
-    shares: one per input.  count: sources of the merge, of which some may lack the module.
+    rule:   name of the rule.
+    shares: one per input.
+    count:  number of sources of the merge; some of them may lack the module.
     """
 
     rule: str
@@ -201,7 +207,12 @@ class Mean:
 
 @dataclass(frozen=True, eq=False)
 class FactorJob:
-    """One result tensor in ``factors`` space: inputs of one shape, combined entry by entry."""
+    """One result tensor in ``factors`` space: inputs of one shape, combined entry by entry.
+
+    inputs: of every source that has the module, float32, float16 or bfloat16.
+    rule:   how they are combined.
+    dtype:  of the result.
+    """
 
     inputs: tuple[torch.Tensor, ...]
     rule: Rule
@@ -212,7 +223,8 @@ class FactorJob:
 class FactorModule:
     """A module merged in ``factors`` space: one job for A, one for B.
 
-    present: indices into the plan's sources of those that have the module, in the order of the inputs.
+    present:   indices of the plan's sources that have the module, in the order of the inputs.
+    embedding: whether it is an embedding, see :class:`Factors`.
     """
 
     a: FactorJob
@@ -232,8 +244,13 @@ class FactorModule:
 class DeltaModule:
     """A weighted sum of deltas: ``sum_i c_i weights[i] B_i A_i`` in at most ``rank`` dimensions.
 
-    weights hold the sources' scalings.  mean: what gives the ``c_i``; None where they are 1.
-    present: indices into the plan's sources of those that have the module, in the order of ``sources``.
+    sources:   factors of the sources that have the module.
+    present:   their indices in the plan's sources.
+    weights:   one float32 value per source; scalings and ``scale`` are in them.
+    rank:      of the result.
+    mean:      the rule that finds the ``c_i``; None if they are 1.
+    dtype:     of the result.
+    embedding: whether it is an embedding.
     """
 
     sources: tuple[Factors, ...]
@@ -254,9 +271,15 @@ class DeltaModule:
 class EntryModule:
     """Deltas ``scalings[i] * B_i A_i`` merged entry by entry, as they are or in a basis that they share.
 
-    rule: for the entries, of which there are ``entries`` (rows, columns).
-    basis: None for the deltas themselves; ``output``: one basis for their columns; ``both``: for rows too.
-    present: indices into the plan's sources of those that have the module, in the order of ``sources``.
+    sources:   factors of the sources that have the module.
+    present:   their indices in the plan's sources.
+    scalings:  one float32 value per source.
+    rule:      how the entries are combined, of which there are ``entries`` (rows, columns).
+    basis:     None for the deltas themselves, ``output`` for a basis of their columns, ``both`` for one of
+               their rows too.
+    rank:      of the result.
+    dtype:     of the result.
+    embedding: whether it is an embedding.
     """
 
     sources: tuple[Factors, ...]
@@ -270,7 +293,7 @@ class EntryModule:
 
     @property
     def entries(self) -> tuple[int, int]:
-        """Rows and columns of what the rule is applied to."""
+        """Number of rows and columns that the rule is applied to."""
         total = sum(f.rank for f in self.sources)
         return entries_of(self.sources[0].shape, total, self.rank, self.basis)
 
@@ -281,7 +304,7 @@ class EntryModule:
 
 
 def entries_of(shape: tuple[int, int], total: int, rank: int, basis: Basis | None) -> tuple[int, int]:
-    """Rows and columns of what an :class:`EntryModule` combines.
+    """Number of rows and columns that an :class:`EntryModule` combines.
 
     shape: of the delta.
     total: sum of the sources' ranks.
@@ -304,10 +327,15 @@ Module = FactorModule | DeltaModule | EntryModule
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
-    """A merge ready to run: its spec, its recipe, one entry per module, and what the user should know.
+    """A merge ready to run.
 
+    spec:    what was asked for.
+    recipe:  of its strategy.
+    header:  of the result.
+    modules: how each module is merged, by name.
     sources: the adapters in the order of ``spec.names``.
-    counts: where entries are counted over all modules instead of in each, how many of each source are kept.
+    notes:   what a user should know, in sentences.
+    counts:  number of entries kept of each source, if they are counted over all modules instead of in each.
     """
 
     spec: MergeSpec
@@ -331,12 +359,12 @@ class MergePlan:
 
 
 def overflow(spec: MergeSpec, module: str) -> PlanError:
-    """What to raise where a module's merged factors are larger than their dtype can hold."""
+    """The error for a module whose merged factors are larger than their dtype can hold."""
     return PlanError(f"{spec}: the result overflows its dtype in {module}; use smaller weights")
 
 
 def as_float32(value: float) -> float:
-    """The value rounded to float32; raises PlanError where it is larger than that can hold."""
+    """The value rounded to float32; raises PlanError if it is larger than that can hold."""
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:

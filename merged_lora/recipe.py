@@ -26,7 +26,7 @@ Basis = Literal["output", "both"]
 MEANS: tuple[Blend, ...] = ("nuslerp", "karcher", "multislerp", "model_stock")
 """Blends that take the weights relative to their sum."""
 DIVIDED_BY_SUM: tuple[Blend, ...] = ("karcher",)
-"""Those of them that divide by the sum of the weights of the sources that have a module."""
+"""Blends in MEANS that divide by the sum of the weights of the sources that have a module."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ MAX_SOURCES = 16
 MAX_NAME = 256
 
 CANCELLING_AS_WRITTEN = 1e-12
-"""Weights whose sum is at most this share of the sum of their magnitudes add up to 0, but for rounding."""
+"""Weights whose sum is at most this share of the sum of their magnitudes add up to 0, except for rounding."""
 
 _BARE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]*")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

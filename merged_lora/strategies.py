@@ -50,7 +50,10 @@ KEPT_BY: dict[KeepRule, tuple[Option, ...]] = {
 
 
 def options_of(recipe: Recipe, *own: Option) -> tuple[Option, ...]:
-    """The options that follow from a recipe.  own: those that no recipe implies."""
+    """The options that follow from a recipe.
+
+    own: those that no recipe implies.
+    """
     vote = (MAJORITY, ELECT) if recipe.blend == "agreeing_mean" else ()
     seed = (SEED,) if recipe.keep in ("random", "graded") else ()
     rank = (RANK,) if recipe.rank == "truncate" else ()

@@ -4,7 +4,7 @@ A randomized range finder (N. Halko, P. G. Martinsson and J. A. Tropp, "Finding 
 SIAM Review 53, 2011, algorithms 4.4 and 5.1) that does not start from random vectors, but from the directions
 that the sources share most, because merged deltas are close to those.  On the example adapters and on random
 ones, at densities from 0.05 to 0.5, the error is up to 1.006 times the least possible.  Knows nothing of
-rules: each wing multiplies its own :class:`Tiles`.
+rules: each backend multiplies its own :class:`Tiles`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class Tiles(Protocol):
         ...
 
     def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
-        """``T^T @ left``, float32 ``[modules, in, n]``; left: float32 ``[modules, out, n]``."""
+        """``T^T @ left``, float32 ``[modules, in, n]``.
+
+        left: float32 ``[modules, out, n]``.
+        """
         ...
 
 

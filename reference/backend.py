@@ -104,7 +104,7 @@ def combine(values: Sequence[Array], rule: Rule, number: type[Any]) -> Array:
 
 
 def kept_values(values: Sequence[Array], keeps: Sequence[Keep]) -> list[Array]:
-    """The values of every source, 0 where they are not kept."""
+    """The values of every source, with 0 for the entries that are not kept."""
     if isinstance(keeps[0], Varied):
         return entries.keep_varied(values, keeps[0].count)
     return [_keep(x, keep) for x, keep in zip(values, keeps, strict=True)]
@@ -149,7 +149,10 @@ def _merge_delta(module: DeltaModule) -> tuple[Factors, tuple[float, float] | No
 def _merge_entries(
     module: EntryModule, chosen: Sequence[Array] | None
 ) -> tuple[Factors, tuple[float, float] | None]:
-    """chosen: which entries of each source are kept, where that is not counted in the module alone."""
+    """The factors of a module merged entry by entry, and its energy if the rank was cut.
+
+    chosen: the entries of each source that are kept, if they are counted over the whole model.
+    """
     deltas = delta.dense(_pairs(module), module.scalings)
     if module.basis is None:
         merged = combine(deltas, module.rule, np.float64)
@@ -177,7 +180,7 @@ def _in_output_basis(module: EntryModule) -> list[Array]:
 
 
 def _whole_model(plan: MergePlan) -> dict[str, list[Array]]:
-    """Which entries of each source are kept, by module, where they are counted over all modules."""
+    """The entries of each source that are kept, by module, if they are counted over all modules."""
     if plan.counts is None:
         return {}
     modules = {name: m for name, m in plan.modules.items() if isinstance(m, EntryModule)}

@@ -1,4 +1,4 @@
-"""Merging in ``delta`` and ``core`` space on dense float64 matrices: slow, large, and beyond doubt."""
+"""Merging deltas as dense float64 matrices: slow, large, and beyond doubt."""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +14,21 @@ SWEEPS = 1
 
 
 def dense(pairs: Sequence[Pair], weights: Sequence[float]) -> list[Matrix]:
-    """``weights[i] * B_i @ A_i`` of every source; pairs are ``(A [rank, in], B [out, rank])``."""
+    """``weights[i] * B_i @ A_i`` of every source.
+
+    pairs:   ``(A [rank, in], B [out, rank])`` of every source.
+    weights: one per source.
+    """
     return [
         w * (b.astype(np.float64) @ a.astype(np.float64)) for (a, b), w in zip(pairs, weights, strict=True)
     ]
 
 
 def slerp(deltas: Sequence[Matrix], shares: Sequence[float], count: int) -> Matrix:
-    """Spherical interpolation of two deltas; straight where |cos| exceeds 0.9995.  shares: (1 - t, t)."""
+    """Spherical interpolation of two deltas, in a straight line if |cos| exceeds 0.9995.
+
+    shares: ``(1 - t, t)``.
+    """
     x, y = deltas
     norms = np.linalg.norm(x) * np.linalg.norm(y)
     cosine = float((x * y).sum() / norms) if norms else 1.0
@@ -72,7 +79,7 @@ def multislerp(deltas: Sequence[Matrix], shares: Sequence[float], count: int) ->
 
 
 def model_stock(deltas: Sequence[Matrix], shares: Sequence[float], count: int) -> Matrix:
-    """The weighted mean times ``N cos / (1 + (N - 1) cos)``; where a source lacks the delta, cos is 0."""
+    """The weighted mean times ``N cos / (1 + (N - 1) cos)``; cos is 0 for a source that lacks the delta."""
     cosines = 0.0
     for i, x in enumerate(deltas):
         for y in deltas[:i]:

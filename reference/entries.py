@@ -27,7 +27,7 @@ def largest(values: Array, count: int, skip: int = 0) -> Mask:
 
 
 def keep_largest(values: Array, count: int, skip: int = 0) -> Array:
-    """The values, 0 where they are not among the ``count`` largest after the ``skip`` largest."""
+    """The ``count`` largest values after the ``skip`` largest; 0 for the others."""
     return np.where(largest(values, count, skip), values, values.dtype.type(0))
 
 
@@ -66,7 +66,7 @@ def importance(values: Array) -> Array:
 
 
 def keep_important(values: Array) -> Array:
-    """The values, 0 where their importance is less than the median plus 1.5 times the interquartile range."""
+    """The values of an importance of at least the median plus 1.5 times the interquartile range; else 0."""
     score = importance(values)
     ordered = np.sort(score, axis=None)
     lower, median, upper = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
@@ -93,7 +93,7 @@ def keep_varied(values: Sequence[Array], count: int) -> list[Array]:
 
 
 def energies(values: Sequence[Array]) -> list[float]:
-    """Each source's share of the sum of all squares, float32 values; equal shares where all are zero.
+    """Each source's share of the sum of all squares, float32 values; equal shares if all are zero.
 
     The squares are summed as integers, in units of 2^-62 of the largest possible sum, so that every order of
     summation gives the same.
@@ -128,7 +128,7 @@ def agreeing_mean(
     weighted: bool = False,
     energy: bool = False,
 ) -> Array:
-    """The mean of the weighted entries whose own sign is the elected one; 0 where none is.
+    """The mean of the weighted entries whose own sign is the elected one, 0 if there is none.
 
     frequency: elect by the count of signs instead of by the sum of values.
     weighted:  elect on weighted instead of plain values.
