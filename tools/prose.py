@@ -25,7 +25,7 @@ FOLDERS = (*CODE, "examples", "tools", "tests", "docs", ".")
 START = r"(?:\A\W*|[.:?!]\s+|\n\s*\n\s*)"
 """The beginning of a sentence."""
 SPATIAL = "".join(
-    rf"(?<!{word}\s)" for word in ("say", "says", "knows", "shows", "from", "place", "finds", "is")
+    rf"(?<!{word}\s)" for word in ("say", "says", "knows", "shows", "from", "place", "finds", "is", "stays")
 )
 """Not after a word that makes ``where`` a place instead of a condition."""
 THINGS = r"(?:it|they|that|one|none|this|these|those|both|all|some|nothing|there|an? \w+|the \w+|no \w+)"
@@ -73,12 +73,12 @@ OUR_WORDS = "desnity"  # of a test
 """What codespell takes for misspelled and is not, separated by commas."""
 
 ALLOWED = {
-    "triton_kernels": 65,
-    "vllm_plugin": 95,
-    "bench": 92,
+    "triton_kernels": 10,
+    "vllm_plugin": 6,
+    "bench": 2,
     "examples": 4,
     "tools": 2,
-    "tests": 47,
+    "tests": 45,
 }
 """Findings that are left in a folder. It only shrinks: who mends a folder takes its line away."""
 
