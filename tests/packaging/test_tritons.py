@@ -17,7 +17,7 @@ class Pip:
         self.calls: list[tuple[str, ...]] = []
         self.works = works
 
-    def __call__(self, venv: Path, *arguments: str, complain: bool = True) -> bool:
+    def __call__(self, venv: Path, *arguments: str) -> bool:
         self.calls.append(arguments)
         Path(arguments[arguments.index("--target") + 1], "triton").mkdir(parents=True)
         return self.works
