@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json
 import triton
@@ -28,6 +30,7 @@ print(json.dumps(codes))
 """
 
 
+@pytest.mark.slow
 def test_every_atomic_operation_is_relaxed_and_nothing_is_fenced() -> None:
     # In a process of its own, which knows no interpreter.
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)

@@ -150,6 +150,7 @@ def test_thresholds_belong_to_the_modules_they_were_found_for() -> None:
         assert_same_bits(backend.merge(part, lambda _: None), run(part, "numpy"))
 
 
+@pytest.mark.slow
 def test_the_newest_thresholds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "KEPT_THRESHOLDS", 3)
     backend = fresh()
@@ -230,6 +231,7 @@ def test_sources_that_lie_elsewhere_are_read_there() -> None:
     assert backend.load_sources(merge)[0].start != first.start
 
 
+@pytest.mark.slow
 def test_thresholds_that_were_forgotten_are_found_and_read_where_they_are_now(built: list[str]) -> None:
     backend, merge = reserving(2), plan("ties(a, b, density=0.4)")
     written = slots(backend)

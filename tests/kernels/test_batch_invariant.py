@@ -66,6 +66,7 @@ def cases() -> list[tuple[str, int | None]]:
     return [(name, None) for name in uncut] + [(name, RANK) for name in cutting]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "limit"), cases())
 def test_no_strategy_calls_what_vllm_replaces(strategy: str, limit: int | None) -> None:
     adapters = {name: random_adapter(SHAPES, 4, seed=i) for i, name in enumerate("ab")}

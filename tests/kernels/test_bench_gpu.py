@@ -83,6 +83,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return read
 
 
+@pytest.mark.slow
 def test_every_case_is_in_the_report_with_every_time(report: dict[str, Any]) -> None:
     rows = [(r["case"], r["sources"], r["dtype"], r["slot_rank"]) for r in report["rows"]]
     for count in TINY.counts:
@@ -199,6 +200,7 @@ def test_sets_share_no_source_and_fill_slots_beside_each_other() -> None:
     assert second.data_ptr() - first.data_ptr() == first.nbytes
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_planned_anew_keeps_other_entries() -> None:
     sources = pool.Pool({"large": (1 << 10, 40)}, 4, 16, torch.bfloat16, HostTimer().device)
     merges = sources.merges("ties", 4, ", density={density}", 1)
@@ -334,6 +336,7 @@ def test_without_a_gpu_nothing_is_timed(capsys: pytest.CaptureFixture[str]) -> N
     assert "no GPU to time; --agreement-only runs under the interpreter" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @WITHOUT_GPU
 def test_without_a_gpu_and_without_the_interpreter_there_is_one_line() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

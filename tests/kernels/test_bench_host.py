@@ -13,6 +13,7 @@ from merged_lora.bench.device_agreement import USUAL
 from merged_lora.triton_kernels.kernels import combine, trim
 
 
+@pytest.mark.slow
 def test_all_times_are_written_and_nothing_is_launched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

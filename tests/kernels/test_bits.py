@@ -46,13 +46,16 @@ USUAL = ("sum", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_
 """Strategies that are one launch; the others are torch operations, and as many sources more of the same."""
 
 
+def mark(strategy: str, count: int) -> Any:
+    """Where a case runs: those that take long and tell little in ``make soak``, the fast ones everywhere."""
+    if strategy not in USUAL and count not in (2, 9):
+        return pytest.mark.soak
+    return () if count <= 2 else pytest.mark.slow
+
+
 def cases() -> list[Any]:
-    """Strategy and count; those that take long and tell little are for `make soak`."""
-    return [
-        pytest.param(s.name, n, marks=() if s.name in USUAL or n in (2, 9) else pytest.mark.soak)
-        for s in EXACT
-        for n in COUNTS
-    ]
+    """Each strategy with each count of sources."""
+    return [pytest.param(s.name, n, marks=mark(s.name, n)) for s in EXACT for n in COUNTS]
 
 
 @pytest.mark.parametrize(("strategy", "count"), cases())
@@ -74,6 +77,7 @@ def test_modules_that_some_sources_lack_merge_alike(strategy: str) -> None:
     assert_backends_agree(make_plan(spec_of(strategy, {}, 4), with_gaps(sources(4, 3))), "triton")
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(plans())
 def test_any_plan_gives_the_same_bits(case: tuple[MergeSpec, dict[str, Adapter]]) -> None:
@@ -84,6 +88,7 @@ def test_every_strategy_in_factors_space_is_tried() -> None:
     assert {s.name for s in TABLE.values() if s.recipe.space == "factors"} <= {s.name for s in EXACT}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", ["linear(a, -0.5*b, c)", "ties(a, b, 0.3*c)", "dare_ties(a, b, c)"])
 def test_every_size_around_groups_and_blocks(spec: str, dtype: torch.dtype) -> None:
@@ -104,6 +109,7 @@ def test_every_size_around_groups_and_blocks(spec: str, dtype: torch.dtype) -> N
     assert_backends_agree(make_plan(parse(spec), {name: adapter() for name in "abc"}), "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ties", ["smallest", "largest"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ties_are_cut_at_every_place_of_a_group(dtype: torch.dtype, ties: str) -> None:

@@ -26,8 +26,8 @@ Rows = Mapping[str, list[Compiled]]
 
 OLDEST = tritons.RELEASES[0]
 CHOICES = [
-    (INSTALLED, False),
-    (OLDEST, True),  # with few kernels, as all of them take minutes
+    pytest.param((INSTALLED, False), marks=pytest.mark.slow),
+    pytest.param((OLDEST, True), marks=pytest.mark.slow),  # with few kernels, as all of them take minutes
     *(pytest.param((release, False), marks=pytest.mark.soak) for release in tritons.RELEASES),
 ]
 

@@ -47,6 +47,7 @@ def sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_what_a_failed_check_is_about_is_not_timed_and_everything_else_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], sanitizer: Path
 ) -> None:
@@ -102,6 +103,7 @@ def workers_of(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_day_that_is_ended_leaves_what_it_found_and_no_process(tmp_path: Path) -> None:
     with started(tmp_path) as day:
         wait_for_a_row(tmp_path / first_day.FILE)

@@ -15,6 +15,7 @@ MODULES = 16
 SAMPLE = 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "shape", "kibibytes"),
     [

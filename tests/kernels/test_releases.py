@@ -35,6 +35,7 @@ def assert_passing(release: str, *tests: str) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_usual_merges_keep_their_bits_under_the_oldest_release() -> None:
     assert_passing(tritons.RELEASES[0], *USUAL)
 

@@ -71,6 +71,7 @@ def assert_written(slots: Mapping[str, Slot], plan: MergePlan) -> None:
             assert torch.equal(bits(rest.cpu()), bits(torch.zeros_like(rest).cpu())), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "strided", "transposed"])
 @pytest.mark.parametrize("rank", [EIGHT, FIVE])
 @pytest.mark.parametrize("spec", RULES)
@@ -90,6 +91,7 @@ def test_a_slot_of_the_same_rank_holds_the_merge(spec: str, rank: int) -> None:
     assert_written(written, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_is_rounded_to_the_plans_dtype_before_the_slots(

@@ -57,6 +57,7 @@ def assert_exact(tensors: list[torch.Tensor], counts: list[int], large: int = LA
         assert np.array_equal(got, kept_by_sorting(tensor, count)), (tensor.dtype, tensor.numel(), count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_exactly_the_largest_entries_are_kept(dtype: torch.dtype, family: str) -> None:
@@ -69,6 +70,7 @@ def test_exactly_the_largest_entries_are_kept(dtype: torch.dtype, family: str) -
     assert_exact(tensors, counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["normal", "few values", "signed zeros", "all exponents"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_cut_into_spans_keep_the_same(dtype: torch.dtype, family: str) -> None:
@@ -78,6 +80,7 @@ def test_tensors_cut_into_spans_keep_the_same(dtype: torch.dtype, family: str) -
     assert_exact(tensors, [count for _, count in cases], SMALL_SPANS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_that_misleads_costs_time_but_not_exactness(dtype: torch.dtype) -> None:
     size = 5 * SAMPLE
@@ -95,6 +98,7 @@ def test_sorted_entries_are_no_obstacle(dtype: torch.dtype) -> None:
     assert_exact([tensor, tensor.flip(0)], [BLOCK + 3, BLOCK + 3])
 
 
+@pytest.mark.slow
 def test_a_tensor_of_a_million_entries_is_cut_into_spans() -> None:
     generator = torch.Generator().manual_seed(0)
     tensor = torch.randn(1 << 20, generator=generator).bfloat16()

@@ -171,6 +171,7 @@ def find_vllm() -> Path:
     return Path(spec.origin).parent
 
 
+@pytest.mark.slow
 def test_vllm_does_not_take_the_folder_for_openais_kernels() -> None:
     ask = (
         "import sys; from vllm.utils.import_utils import has_triton_kernels; has_triton_kernels();"

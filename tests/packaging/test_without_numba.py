@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REFUSAL = "Numba needs NumPy 2.4 or less. Got NumPy 2.5."
 OF_TRITON = "test_quotients_are_rounded_as_by_the_hardware and 1-zero"
 OF_THE_CPU = "test_density_1_does_not_trim"
@@ -21,6 +23,7 @@ FILES = {
 """Those that look into the CPU wing itself."""
 
 
+@pytest.mark.slow
 def test_all_tests_are_collected_and_those_that_reach_for_the_cpu_wing_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text(f"raise ImportError({REFUSAL!r})\n")
     chosen = ("-k", f"{OF_TRITON} or {OF_THE_CPU}")
