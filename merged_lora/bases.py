@@ -55,10 +55,9 @@ def coordinates_in(
 ) -> Coordinates:
     """The deltas in the basis that a recipe names.
 
-    basis:    ``both`` for :func:`both_bases`, otherwise :func:`output_basis`.
-    a, b:     as in those functions.
-    scalings: as in those functions.
-    rank:     of the bases, if both sides share one.
+    basis: ``both`` for :func:`both_bases`, otherwise :func:`output_basis`.
+    a, b, scalings: as in :func:`output_basis`.
+    rank: of the bases, if both sides share one.
     """
     return both_bases(a, b, scalings, rank) if basis == "both" else output_basis(a, b, scalings)
 

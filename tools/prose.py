@@ -73,7 +73,6 @@ OUR_WORDS = "desnity"  # of a test
 """What codespell takes for misspelled and is not, separated by commas."""
 
 ALLOWED = {
-    "triton_kernels": 10,
     "vllm_plugin": 6,
     "bench": 2,
     "examples": 4,

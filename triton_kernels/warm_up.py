@@ -16,7 +16,7 @@ from merged_lora.triton_kernels.kernels.combine import UNROLLED
 STRATEGIES = ("sum", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """The usual strategies.  A kernel that only others launch is compiled when it is first asked for."""
 COUNTS = range(2, UNROLLED + 2)
-"""Source counts with a kernel of their own, and one that stands for any larger count."""
+"""Source counts with a kernel of their own, and one for all larger counts."""
 
 
 def warm_up(backend: SlotBackend, dtype: torch.dtype) -> None:

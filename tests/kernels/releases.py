@@ -14,7 +14,7 @@ INSTALLED = "installed"
 
 
 def environment(release: str) -> dict[str, str]:
-    """The variables of a process that runs with a release.  Skips the test where that is not installed."""
+    """The variables of a process that runs with a release.  Skips the test if that is not installed."""
     variables = dict(os.environ)
     if release != INSTALLED:
         folder = folder_of(Path(sys.prefix), release)

@@ -30,7 +30,7 @@ from merged_lora.strategies import TABLE
 from merged_lora.triton_kernels.kernels.combine import BLOCK
 
 COUNTS = (1, 2, 3, 4, 8, 9, 16)
-"""Of sources: unrolled, looped, and with and without a correction in the division."""
+"""Source counts: unrolled, looped, and with and without a correction in the division."""
 
 
 @cache

@@ -49,7 +49,10 @@ def slots(dtype: torch.dtype = torch.bfloat16) -> dict[str, Slot]:
 
 
 class UploadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Fails on copies to the device that the host waits for; locked: page-locked tensors."""
+    """Fails on copies to the device that the host waits for.
+
+    locked: page-locked tensors, whose copies are not waited for.
+    """
 
     def __init__(self, locked: list[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -23,7 +23,10 @@ class Diagnostics:
         self._repeated: dict[str, torch.Tensor] = {}
 
     def add(self, names: Sequence[str], merged: MergedStack) -> None:
-        """Record the diagnostics of a merged stack; names: of its modules."""
+        """Record the diagnostics of a merged stack.
+
+        names: of its modules.
+        """
         if merged.energy is not None:
             self._energy.update(zip(names, merged.energy, strict=True))
         if merged.repeated is not None:

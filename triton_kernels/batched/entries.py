@@ -115,7 +115,10 @@ def importance(x: torch.Tensor) -> torch.Tensor:
 
 
 def find_in(values: Sequence[torch.Tensor], keeps: Sequence[Keep]) -> Thresholds:
-    """The thresholds of each source; values: whole tensors ``[modules, rows, columns]``."""
+    """The thresholds of each source.
+
+    values: whole tensors, for each source ``[modules, rows, columns]``.
+    """
 
     def find(index: int, keep: Keep) -> tuple[Threshold, ...]:
         if not keep.counts:

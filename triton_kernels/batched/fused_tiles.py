@@ -18,7 +18,7 @@ from merged_lora.triton_kernels.kernels.words import INFINITY, MAGNITUDE
 
 FUSED = (All, Largest, Middle, Random), (Sum, AgreeingMean)
 """Keep rules and blends that the kernels do."""
-SAMPLE = 1 << 14  # entries of each source and module that predict where a threshold is
+SAMPLE = 1 << 14  # entries of each source and module that predict its threshold
 SAMPLE_BYTES = 24 * SAMPLE  # while they are sorted
 GATHER_BYTES = 32 << 20  # of the sampled rows and columns of factors, gathered at a time
 BIN_BITS = 11  # BINS = 2^11: each count resolves that many bits of a threshold
@@ -78,7 +78,10 @@ class TritonTiles:
 def stacked_deltas(
     a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings: torch.Tensor
 ) -> sketch.Deltas:
-    """The deltas of all sources as the kernels read them; a, b, scalings: as for :class:`TritonTiles`."""
+    """The deltas of all sources as the kernels read them.
+
+    a, b, scalings: as in :class:`TritonTiles`.
+    """
     rank = -(-max(x.shape[1] for x in a) // DEPTH) * DEPTH
     precision = sketch.precision({x.dtype for x in (*a, *b)})
     return sketch.Deltas(_filled(a, 1, rank), _filled(b, 2, rank), scalings.contiguous(), precision)

@@ -141,7 +141,10 @@ def _last_kept(
     """
 
     def counted(to_bin: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> dict[int, torch.Tensor]:
-        """The number of magnitudes in each bin, by source; to_bin: one function per source."""
+        """The number of magnitudes in each bin, by source.
+
+        to_bin: one function per source.
+        """
         totals: dict[int, torch.Tensor] = {}
         for source, mags in magnitudes():
             counts = count_bins(mags.reshape(1, -1), to_bin[source])

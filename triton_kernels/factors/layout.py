@@ -93,7 +93,10 @@ def is_launched(module: Module) -> TypeGuard[FactorModule]:
 
 
 def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
-    """The layout of the modules of a plan that one launch merges; packed: the plan's sources, in order."""
+    """The layout of the modules of a plan that one launch merges.
+
+    packed: the plan's sources, in order.
+    """
     modules = {name: module for name, module in plan.modules.items() if is_launched(module)}
     jobs = [job for module in modules.values() for job in (module.a, module.b)]
     keeps = [keep for job in jobs for keep in job.rule.keeps]
@@ -155,7 +158,10 @@ def _rescale_of(share: int) -> float:
 
 
 def copies(kinds: Integers) -> Layout:
-    """The layout of tensors that are copied from one source each; kinds: their dtypes ``[T]``."""
+    """The layout of tensors that are copied from one source each.
+
+    kinds: dtypes of the tensors, as in ``words.KINDS``, ``[T]``.
+    """
     column = kinds[:, None]
     return Layout(
         modules=(),

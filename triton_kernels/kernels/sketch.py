@@ -6,8 +6,8 @@ For each entry, over the sources ``i`` in their order (TIES, arXiv 2306.01708; D
                                random:  draw(index) < share_i, and x_i = rescale_i x_i, else 0
     T   = sum of w_i x_i, or the mean of the w_i x_i whose sign is elected
 
-Of T only the sketches ``T V`` and ``T^T Q`` and its squared norm leave the kernel (N. Halko, P. G. Martinsson
-and J. A. Tropp, "Finding structure with randomness", SIAM Review 53, 2011).
+Only the sketches ``T V`` and ``T^T Q`` of T, and its squared norm, are stored (N. Halko, P. G. Martinsson and
+J. A. Tropp, "Finding structure with randomness", SIAM Review 53, 2011).
 
 Every pass forms a tile by the same product of the same shape, so an entry has the same bits in all passes.
 Factors of 16 bits are exact in tf32, so one tf32 product of them is as good as float32; other factors take

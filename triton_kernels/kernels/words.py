@@ -31,7 +31,7 @@ def pointer(address, KIND: tl.constexpr, ALIGNED: tl.constexpr = True):
     address: int64.
     KIND: dtype of the words.
     ALIGNED: promise the compiler that the address is a multiple of 16 bytes.  The promise has to be made
-        here, where the pointer is created: Triton 3.6 forgets hints on the result of a function.
+        here, as the pointer is created: Triton 3.6 forgets hints on the result of a function.
     """
     if KIND == BF16:
         typed = address.to(tl.pointer_type(tl.int16))
