@@ -12,9 +12,9 @@ import prose
 import quality
 import render_pages
 from merged_lora import cli, errors
-from merged_lora.vllm_plugin.api_server import gate
+from merged_lora.vllm_plugin.api_server import gate, routes
+from merged_lora.vllm_plugin.rpc import CacheFullError
 from merged_lora.vllm_plugin.settings import FLAGS, Flag, Settings, option
-from merged_lora.vllm_plugin.worker.snapshots import CacheFullError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "bench/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
@@ -119,7 +119,7 @@ def test_an_error_has_the_status_that_the_page_says() -> None:
     ]
     assert {name for name, status in rows.items() if status} == {type(error).__name__ for error in raised}
     for error in raised:
-        assert gate.status_of(error)[0] == int(rows[type(error).__name__])
+        assert routes.status_of(error)[0] == int(rows[type(error).__name__])
 
 
 def rooms() -> list[list[str]]:

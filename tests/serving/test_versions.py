@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import distribution, version
@@ -225,8 +224,7 @@ def made_up(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:
     for entry in newest.iterdir():
         if not entry.name.startswith("vllm"):
             (folder / entry.name).symlink_to(entry)
-    with zipfile.ZipFile(install.write_stub(folder, "0.34.0+cpu")) as stub:
-        stub.extractall(folder)
+    install.name_vllm(folder, "0.34.0")
     for name, (old, new) in {**changes, "_version.py": (TESTED[-1], "0.34.0")}.items():
         file = folder / "vllm" / name
         text = file.read_text(encoding="utf-8")
