@@ -29,7 +29,7 @@ class LoggedMerge:
     backend:      name of the backend that made it.
     rank:         largest rank of a module.
     modules:      number of modules.
-    kept_energy:  share of the squared norm kept where the rank was cut; 1 if it was cut nowhere.
+    kept_energy:  share of the squared norm kept in modules whose rank was cut; 1 if none was.
     milliseconds: time to make it in the worker.
     """
 

@@ -54,7 +54,7 @@ class Facts:
     backend:        name of the backend.
     rank:           largest rank of a module.
     modules:        number of modules.
-    kept_energy:    share of the squared norm kept where the rank was cut; 1 if it was cut nowhere.
+    kept_energy:    share of the squared norm kept in modules whose rank was cut; 1 if none was.
     kept_by_module: the same for each module whose rank was cut.
     seconds:        time to make the merge in this worker; on a device, time to try it.
     """

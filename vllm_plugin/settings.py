@@ -169,7 +169,7 @@ def _spelled(value: object) -> object:
 
 
 def _number(is_allowed: Callable[[float], bool], message: str) -> Callable[[object], float]:
-    """A check with one message for everything that is no number or is not allowed."""
+    """A check with one message for any value that is not an allowed number."""
 
     def check(value: object) -> float:
         try:

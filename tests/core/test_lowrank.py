@@ -1,4 +1,4 @@
-"""The exact linear algebra where it is hard: factors of very different size, dependent and zero ones."""
+"""The exact linear algebra in hard cases: factors of very different size, dependent and zero ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESOLUTION = 1e-7  # of the largest singular value: the square root of float64's
 
 
 def pair(seed: int, size: float = 1.0) -> Factors:
-    """Factors ``A / size`` and ``B * size``: the same product whatever the size."""
+    """Factors ``A / size`` and ``B * size``, whose product does not depend on the size."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(3, 40, generator=generator, dtype=torch.float64) / size
     b = torch.randn(30, 3, generator=generator, dtype=torch.float64) * size

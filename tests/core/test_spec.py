@@ -199,7 +199,7 @@ Read = Callable[[Any], MergeSpec]
 
 
 def read_or_refused(read: Read, written: object) -> MergeSpec | None:
-    """The merge, or None where it was refused with a message of sensible length."""
+    """The merge, or None if it was refused with a message of sensible length."""
     try:
         return read(written)
     except SpecError as error:

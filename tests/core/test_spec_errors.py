@@ -1,4 +1,4 @@
-"""The grammar, where it refuses: every message says what is wrong and what to write instead."""
+"""What the grammar refuses: every message says what is wrong and what to write instead."""
 
 import json
 import math

@@ -1,7 +1,7 @@
-"""What the plugin finds on the vLLM that is imported, and what it does where it does not fit, as JSON.
+"""A report, as JSON, of how the plugin fits the vLLM that is imported, and what it does if it does not.
 
-A program of its own, in which every case is a forked process: there vLLM's plugins are loaded for the first
-time.
+This is a program, in which every case is a forked process, so that vLLM's plugins are loaded for the first
+time in each.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Lines(logging.Handler):
         logging.getLogger("vllm.merged_lora").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
+        """Keep a line."""
         self.lines.append(record.getMessage())
 
 
 def in_child(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a case reports from a process of its own."""
+    """The report of a case, run in a process of its own."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -67,7 +67,7 @@ def in_child(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def load_plugins() -> dict[str, Any]:
-    """What vLLM's command line is with its plugins loaded: log lines, options, what becomes of our flags."""
+    """vLLM's command line with its plugins loaded: log lines, options, and what happens to our flags."""
     log = Lines()
     before = hooked()
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
@@ -83,13 +83,13 @@ def load_plugins() -> dict[str, Any]:
 
 
 def hooked() -> list[int]:
-    """What stands for two functions that the plugin wraps, one in a server and one in a worker."""
+    """Ids of functions that the plugin wraps, in a server and in a worker; they change when it does."""
     owned = (vars(OpenAIServingModels).get("load_lora_adapter"), vars(LoRAModelManager).get("add_adapter"))
     return [*map(id, owned), id(vars(LoRAModelManager).get("activate_adapter"))]
 
 
 def refusal(parser: Any, flags: list[str]) -> str:
-    """Why these flags are not taken; empty where they are."""
+    """Why these flags are refused; empty if they are accepted."""
     known, unknown = parser.parse_known_args(["--model", NO_MODEL, *flags])
     if unknown:
         return f"unknown: {unknown}"
@@ -101,7 +101,7 @@ def refusal(parser: Any, flags: list[str]) -> str:
 
 
 def refusal_offline() -> str:
-    """Why merges are refused in offline inference; empty where they are not."""
+    """Why merges are refused in offline inference; empty if they are accepted."""
     args = EngineArgs(model=NO_MODEL, additional_config={"merged_lora": {"enable": True}})
     try:
         args.create_engine_config()
@@ -117,7 +117,7 @@ def without_plugins() -> dict[str, Any]:
 
 
 def an_older_release() -> dict[str, Any]:
-    """A release before those that are claimed."""
+    """A release older than the supported ones."""
     vllm.__version__ = "0.24.1"
     return load_plugins()
 
@@ -131,25 +131,25 @@ def a_bad_release() -> dict[str, Any]:
 
 
 def other_parameters() -> dict[str, Any]:
-    """A hook that takes something else."""
+    """A hook with other parameters."""
     OpenAIServingModels.load_lora_adapter = lambda self, request, color: None
     return load_plugins()
 
 
 def a_function_less() -> dict[str, Any]:
-    """A hook that is not there."""
+    """A hook that is missing."""
     del LoRAModelManager.activate_adapter
     return load_plugins()
 
 
 def a_module_moved() -> dict[str, Any]:
-    """A hook whose module is somewhere else."""
+    """A hook whose module has moved."""
     sys.modules["vllm.lora.worker_manager"] = None  # type: ignore[assignment]
     return load_plugins()
 
 
 def no_flags_to_add_to() -> dict[str, Any]:
-    """A command line that takes its flags in some other way."""
+    """A command line that reads its flags in another way."""
     del EngineArgs.from_cli_args
     log = Lines()
     AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
@@ -222,7 +222,7 @@ CASES = (
 
 
 def report() -> dict[str, Any]:
-    """One entry for each fact, and for each case."""
+    """One entry for each fact and each case."""
     facts = {
         "release": vllm.__version__,
         "file": vllm.__file__,

@@ -1,4 +1,4 @@
-"""The gate of an API server in front of workers in this process: no vLLM, adapters of ours for its models."""
+"""The gate of an API server and its workers in one process, without vLLM: our adapters replace its models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ class FolderAdapters:
 
 
 def worker(limit: int = 1 << 30, adapters: FolderAdapters | None = None) -> MergeWorker[Adapter]:
-    """A worker that takes adapters for vLLM's models.  limit: bytes for copies of adapters."""
+    """A worker with our adapters in the place of vLLM's models.
+
+    limit:    bytes for copies of adapters.
+    adapters: reads plain adapters.
+    """
     maker = HostMaker(load_backend("auto"), lambda _, adapter: adapter)
     return MergeWorker(16, limit, adapters or FolderAdapters(), maker)
 
@@ -56,7 +60,13 @@ def gate_with(
     registry: CollectorRegistry | None = None,
     **settings: Any,
 ) -> MergeGate:
-    """A gate in front of one worker, with the alias ``mix``.  calls: takes the path of every merge made."""
+    """A gate in front of one worker, with the alias ``mix``.
+
+    merges:   the worker.
+    calls:    receives the path of every merge that the worker is asked for.
+    registry: registry of the metrics.
+    settings: settings that differ from the defaults.
+    """
 
     async def capture(*arguments: Any) -> Reply:
         await asyncio.sleep(0)
@@ -78,7 +88,7 @@ def gate_with(
 
 
 async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: Any) -> None:
-    """Make an adapter, or make it anew, and load it under that name."""
+    """Make an adapter, or replace it, and load it under its name."""
     tiny.make_adapter(seed, **make).save(folder / name, overwrite=True)
     async with gate.sources.changes:
         await gate.sources.serve(name, await gate.sources.copy(str(folder / name), {}))

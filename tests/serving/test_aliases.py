@@ -44,7 +44,7 @@ def test_the_number_of_aliases_is_bounded(tmp_path: Path) -> None:
 
 
 async def served(tmp_path: Path) -> MergeGate:
-    """A gate with the adapters ``a`` and ``b``, the alias ``mix``, and leave to change it."""
+    """A gate with the adapters ``a`` and ``b`` and the alias ``mix``, which may be changed."""
     gate = gate_with(worker(), alias_store=str(tmp_path / "aliases.json"), runtime_aliases=True)
     await register(gate, "a", tmp_path, 1)
     await register(gate, "b", tmp_path, 2)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 REQUESTS, MERGES, CLIENTS = 200, 60, 4
 SLACK = 64 << 20
-"""Memory that the allocators of a server may keep."""
+"""Bytes that the allocators of a server may keep."""
 
 LOADED, FOLDER = ("k0", "k1", "k2"), ("d0", "d1", "d2")
 NONSENSE = (
@@ -95,7 +95,7 @@ def test_two_hundred_requests_in_chaos_get_their_own_merge_or_their_own_error(
 
 
 def twins(server: Server, place: Place, contents: list[dict[str, Adapter]]) -> dict[str, list[list[float]]]:
-    """What each merge has to give, by the same merge written to disk: before and after a source changes."""
+    """The expected answer of each merge, from the same merge on disk: before and after a source changes."""
     found: dict[str, list[list[float]]] = {spec: [] for spec in specs()}
     for spec in specs():
         for i, adapters in enumerate(contents[: 2 if "d2" in spec else 1]):
@@ -112,7 +112,7 @@ def make_trouble(
     second: dict[str, Adapter],
     done: threading.Event,
 ) -> None:
-    """Delete, break, replace and bring back folders, and change an alias, until it is enough."""
+    """Delete, break, replace and restore folders, and change an alias, until it is stopped."""
     for turn in itertools.count():
         for name in LOADED:
             shutil.rmtree(loaded / name, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Merges written into vLLM's slots by the backend triton: real vLLM, and Triton's interpreter for a GPU."""
+"""Merges that the backend triton writes into vLLM's slots, with Triton's interpreter in place of a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECS_HERE = SPECS | {
     "merged_ends": "ties(ends, tails, density=0.5)",
     "merged_all": "dare_linear(sql, ends)",
 }
-"""Further merges: of few modules, of an embedding and an output head, and of those with all the others."""
+"""More merges: of few modules, of an embedding and an output head, and of these with all other modules."""
 
 OVERFLOW = 'linear(1e30*sql, chat, scale=5.5e16, compat="lorax")'
 DEVICE_GIB = "0.00015"  # 161061 bytes; an adapter of all modules and rank 8 takes 35840

@@ -1,4 +1,4 @@
-"""What a client gets for a mistake: 400 or 404 with the way out, and a server that lives on."""
+"""A client's mistake is answered with 400 or 404 and the way out, and the server lives on."""
 
 from __future__ import annotations
 

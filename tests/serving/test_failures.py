@@ -1,4 +1,4 @@
-"""What kills a plain vLLM, or makes it serve wrong weights, and must not with the plugin; a test for each."""
+"""Requests that kill plain vLLM, or make it serve wrong weights, and must not with the plugin."""
 
 from __future__ import annotations
 

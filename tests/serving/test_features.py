@@ -87,7 +87,7 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [
     ("/tokenize", {"prompt": "hello"}),
     ("/detokenize", {"tokens": [5, 6]}),
 ]
-"""Every route that names a model, with bodies for it."""
+"""Every route that takes a model, with bodies for it."""
 
 
 @pytest.mark.parametrize(("route", "body"), ROUTES)
@@ -106,7 +106,7 @@ def test_a_merge_answers_as_its_offline_twin(server: Server, route: str, body: d
 
 
 def test_a_batch_of_chats_is_served_with_the_merge_of_its_body(server: Server) -> None:
-    """vLLM makes requests of its own out of this one, and asks for the adapter of each."""
+    """vLLM splits this request into several, and looks up the adapter of each."""
     merge = {"ids": ["sql", "chat"], "weights": [0.7, 0.3], "merge_strategy": "ties", "density": 0.5}
     body = {"messages": [HELLO, BYE], "max_tokens": 4, "temperature": 0, "logprobs": True}
     asked = ({"model": "base", "merged_adapters": merge}, {"model": "ties(0.7*sql, 0.3*chat, density=0.5)"})
@@ -130,14 +130,14 @@ NO_MODEL = {
 
 
 def test_every_route_that_names_a_model_is_tried(server: Server) -> None:
-    """A route that a new release brings fails here until it was read and stands above."""
+    """A route that is new in a release fails here until it was read and is listed above."""
     api = server.get("/openapi.json")[1]
     with_body = {path for path, methods in api["paths"].items() if "requestBody" in methods.get("post", {})}
     assert with_body <= {route for route, _ in ROUTES} | set(NO_MODEL)
 
 
 def without_marks(value: Any) -> Any:
-    """A reply without what differs between any two."""
+    """A reply without the fields that differ between any two replies."""
     if isinstance(value, dict):
         marks = ("id", "request_id", "created", "created_at", "model", "completed_at")
         return {key: without_marks(item) for key, item in value.items() if key not in marks}

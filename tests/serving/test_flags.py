@@ -1,4 +1,4 @@
-"""What the command line says becomes the plugin's settings, or an error."""
+"""The command line becomes the plugin's settings, or an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merged_lora.vllm_plugin.settings import FLAGS, Settings, parse_alias
 
 
 def parsed(*arguments: str, **more: Any) -> Namespace:
-    """The arguments of ``vllm serve`` that the plugin adds, in front of those that it changes."""
+    """Parsed flags of the plugin, with the arguments of vLLM that it changes."""
     parser = command_line.wrap_add_cli_args(lambda parser: parser)(ArgumentParser(exit_on_error=False))
     args: Namespace = parser.parse_args(list(arguments))
     for name, value in ({"additional_config": None, "grpc": False} | more).items():
@@ -24,7 +24,7 @@ def parsed(*arguments: str, **more: Any) -> Namespace:
 
 
 def configured(*arguments: str, **more: Any) -> Any:
-    """What they leave in ``additional_config``."""
+    """The ``additional_config`` that these arguments lead to."""
     args = parsed(*arguments, **more)
     command_line.wrap_from_cli_args(lambda cls, args: args)(None, args)
     return args.additional_config
@@ -114,6 +114,20 @@ def test_every_flag_says_its_default() -> None:
         if value not in (None, False):
             said = f"{value:.0f}" if isinstance(value, float) else str(value)
             assert re.search(rf"\b{said}\b", flag.help), flag.key
+
+
+def test_the_table_of_flags_in_the_documentation_has_their_defaults() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `(--merged-lora-[a-z-]+)[^|]*` \| ([^|]*) \|", page, re.MULTILINE))
+    assert shown.keys() == {flag.option for flag in FLAGS} | {"--merged-lora-modules"}
+    for flag in FLAGS:
+        cell = shown[flag.option]
+        if isinstance(flag.default, bool):
+            assert cell == ("on" if flag.default else "off"), flag.key
+        elif isinstance(flag.default, str):
+            assert cell == f"`{flag.default}`", flag.key
+        elif flag.default is not None:
+            assert float(cell) == flag.default, flag.key
 
 
 def test_settings_travel_and_leave_behind_what_is_not_for_an_engine(tmp_path: Path) -> None:

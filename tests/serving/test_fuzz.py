@@ -1,4 +1,4 @@
-"""Names and bodies that nobody would write: a merge, a clear error, and never anything else."""
+"""Names and bodies that nobody would write lead to a merge or a clear error, and to nothing else."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ WORDS += (
 
 
 def mutated(seed: random.Random, text: str) -> str:
-    """The text with some of its bytes changed, cut out, doubled or swapped for words of the grammar."""
+    """The text with some bytes changed, removed, doubled or replaced by words of the grammar."""
     data = bytearray(text.encode())
     for _ in range(seed.randint(1, 6)):
         at = seed.randrange(len(data) + 1)
@@ -121,7 +121,7 @@ def gate() -> MergeGate:
 
 
 def assert_bounded(gate: MergeGate) -> None:
-    """Nothing grew beyond its bound."""
+    """Nothing has grown beyond its limit."""
     shown = report(gate)
     assert len(shown["merges"]) <= 20 + len(shown["aliases"])
     assert len(shown["sources"]) == 3

@@ -1,4 +1,4 @@
-"""The name gate and the worker's side of it, without a server: identity, pre-flight, bounds."""
+"""The gate and the worker behind it, without a server: identities, preparation, limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from merged_lora.vllm_plugin.rpc import Reply, agreed
 
 CONTENTS = ("0" * 32, "1" * 32)
 ME = Lease()
-"""Whoever asks, for as long as the tests run."""
+"""A request that lasts as long as the tests run."""
 
 
 def test_name_path_and_id_hold_the_digest_and_no_text_of_the_client() -> None:
@@ -265,7 +265,7 @@ def test_two_names_of_one_content_share_one_copy(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-# Bounds
+# Limits
 
 
 def test_a_copy_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path) -> None:

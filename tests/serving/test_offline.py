@@ -1,4 +1,4 @@
-"""Merges in offline inference, in a process of its own: vLLM allows one engine in each."""
+"""Merges in offline inference, in a process of its own, because vLLM allows one engine in each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators see and change of a running server: ``/v1/merged_lora``, a folder of sources, metrics."""
+"""What operators see and change in a running server: ``/v1/merged_lora``, a folder of sources, metrics."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_report_tells_what_is_served(server: Server) -> None:
 
 
 SEEDS = (("sql", 1, 2.0), ("chat", 2, 1.0))
-"""As tests/serving/conftest.py makes them."""
+"""Aliases of the server in conftest.py."""
 
 
 def test_an_alias_is_added_redefined_and_removed(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings of a model that pools: a merge works there as well."""
+"""A merge works for the embeddings of a pooling model as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plugin's rooms: which file may import which, read off the source."""
+"""The plugin's rooms: which file may import which, read from the source."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FILES = {
     ".".join((PACKAGE, *path.relative_to(FOLDER).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(FOLDER.rglob("*.py"))
 }
-"""Each file by the name of its module."""
+"""The files by module name."""
 
 PROTOCOL = {f"{PACKAGE}.{name}" for name in ("identity", "rpc", "settings")}
-"""What the processes share, besides the core."""
+"""The modules that the processes share, besides the core."""
 
 
 def imported(module: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""More than one process of a kind: tensor parallel, several API servers, data parallel; each as one alone."""
+"""Tensor parallel, several API servers and data parallel serve the same as one process of each kind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def serve(place: Place, root: Path, *flags: str) -> Server:
 
 
 def assert_the_same(several: Server, one: Server) -> None:
-    """Each merge gives what its twin gives there, to the last bit, and what one process alone gives."""
+    """Each merge equals its twin on the same server to the last bit, and the server of one process nearly."""
     for name in NAMES:
         got = several.logprobs(SPECS[name])
         assert got == several.logprobs(name), name
@@ -50,7 +50,7 @@ def assert_the_same(several: Server, one: Server) -> None:
 
 
 def ask(server: Server, route: str, body: dict[str, Any] | None = None, key: str | None = None) -> int:
-    """Status of a request over a connection of its own, with that key."""
+    """The status of a request with this API key, over a connection of its own."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = json.dumps(body).encode() if body is not None else None
     try:
@@ -83,7 +83,7 @@ def test_two_ranks_and_two_api_servers_serve_as_one(place: Place, server: Server
             assert ask(several, route, more) == ask(several, route, more, "wrong") == 401
         assert several.delete("/v1/merged_lora/m")[0] == 404
 
-        # What one API server is told, the other knows, and both merge the same.
+        # An alias defined through one API server is known to the other, and both merge the same.
         assert several.post("/v1/merged_lora/shared", {"spec": "0.25*sql + tone"})[0] == 201
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(several.logprobs, ["shared"] * 12))
@@ -104,14 +104,14 @@ def test_two_ranks_and_two_api_servers_serve_as_one(place: Place, server: Server
 
 
 def api_servers(server: Server) -> list[int]:
-    """Process ids of the API servers, as the log names them, that are alive."""
+    """Process ids, from the log, of the API servers that are alive."""
     log = server.log.read_text()
     pids = {int(line.split("pid=", 1)[1].split(")")[0]) for line in log.splitlines() if "(ApiServer_" in line}
     return [pid for pid in sorted(pids) if is_alive(pid)]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs, dead ones that wait to be reaped aside."""
+    """Whether a process is running and not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

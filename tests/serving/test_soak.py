@@ -1,4 +1,4 @@
-"""The random load of ``make soak`` tells a server that fails from one that does not."""
+"""The random load of ``make soak`` notices whether a server fails."""
 
 from __future__ import annotations
 

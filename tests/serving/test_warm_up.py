@@ -22,7 +22,7 @@ HALF, WHOLE = torch.bfloat16, torch.float32
 
 @pytest.fixture
 def needed(monkeypatch: pytest.MonkeyPatch) -> set[object]:
-    """All kernels that merges in one launch ask for, none of which is run."""
+    """The kernels that merges of factors ask for; none of them is run."""
     kernels: set[object] = set()
 
     def combine(tables: Any, variant: Any, programs: int) -> None:
@@ -38,7 +38,7 @@ def needed(monkeypatch: pytest.MonkeyPatch) -> set[object]:
 
 
 def served(strategy: str, dtypes: Sequence[torch.dtype], slot_dtype: torch.dtype) -> None:
-    """A merge of one source of each dtype, as a server checks and writes it."""
+    """Check and write a merge of one source of each dtype, as a server does."""
     backend = module.TritonBackend(torch.device("cpu"))
     adapters = {
         name: random_adapter(SHAPES, 8, dtype, seed)
@@ -73,6 +73,6 @@ def test_usual_merges_need_no_kernel_that_was_not_compiled_at_the_start(
 def test_a_start_compiles_so_many_kernels(needed: set[object], slot_dtype: torch.dtype, count: int) -> None:
     # For each of five rules (linear, ties, dare_linear, dare_ties, magnitude_prune) one that checks and one
     # that writes, for 2, 3, 4 and more sources: 40; a trim and a copy, for results of groups: 42 a dtype.
-    # Of one source of each dtype: 10.
+    # A merge of one source of each dtype adds 10.
     module.TritonBackend(torch.device("cpu")).warm_up(slot_dtype)
     assert len(needed) == count

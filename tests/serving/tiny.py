@@ -1,6 +1,6 @@
 """A tiny random Qwen3 with a byte tokenizer, and adapters for it: all that a server needs.
 
-Of an architecture that vLLM serves on all its routes for text, that of decisions among them.
+vLLM serves this architecture on all its routes for text, including the one for decisions.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ SPECS = {
     "merged_ties_svd": "ties_svd(sql, chat, density=0.3)",
     "merged_sce_svd": "sce_svd(sql, chat, select_topk=0.4)",
 }
-"""Merges by every path that a strategy may take, by the name under which its offline twin is served."""
+"""A merge for every path that a strategy may take, by the name under which its offline twin is served."""
 
 
 def importing_tests() -> dict[str, str]:
-    """The environment of a server that imports this folder's modules, and the vLLM that is tested."""
+    """The environment of a server that imports this folder's modules and the vLLM under test."""
     folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the model and the adapters lie, and the folder of further sources, empty at first."""
+    """The folders of the model, of the adapters and of further sources; the last one is empty at first."""
 
     model: Path
     adapters: dict[str, Path]
@@ -112,7 +112,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_adapter(seed: int, rank: int = 8, only: str = "", scaling: float = 2.0) -> Adapter:
-    """A bf16 adapter of every module, or of those whose name holds ``only``."""
+    """A bfloat16 adapter of all modules, or of those whose name contains ``only``."""
     modules = {name: shape for name, shape in MODULES.items() if only in name}
     return random_adapter(
         modules, rank, torch.bfloat16, seed, scaling, header=Header(base_model="tiny", task_type="CAUSAL_LM")

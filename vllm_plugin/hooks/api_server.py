@@ -176,7 +176,7 @@ def wrap_load_lora_adapter(original: Callable[..., Awaitable[Any]]) -> Callable[
 
 
 def wrap_unload_lora_adapter(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Wrap ``OpenAIServingModels.unload_lora_adapter``: then the adapter is no source any more."""
+    """Wrap ``OpenAIServingModels.unload_lora_adapter``: then the adapter is removed from the sources."""
 
     @functools.wraps(original)
     async def unload_lora_adapter(self: Any, request: Any) -> Any:

@@ -1,9 +1,9 @@
-"""What the plugin relies on in vLLM's source, and whether it reads as in the releases that were tested.
+"""The parts of vLLM's source that the plugin relies on, compared with the tested releases.
 
-The hooks' parameters (``table.HOOKS``) say whether the plugin fits at all. What the functions around them do
-can change as well: those that are wrapped, those that are called, and whatever calls one of the wrapped.
-Each has a digest of its source here, free of comments, docstrings, annotations and layout; of a function that
-calls, the calls alone, as its other lines change with every release. Reads files and imports none of vLLM.
+The parameters of the hooks (``table.HOOKS``) decide whether the plugin fits at all. The code around them can
+change too: functions that are wrapped, functions that are called, and functions that call a wrapped one. Each
+has a digest of its source, without comments, docstrings, annotations and layout. For a caller, only the calls
+count, because its other lines change with every release. This module reads files and imports nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).with_name("reliance.json")
-"""For each name the digests that were tested, each with the first release that had it."""
+"""The digests of the tested releases by name, each with the first release that had it."""
 
 ABSENT = "absent"
 
@@ -109,7 +109,7 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "LoRAModelRunnerMixin.load_lora_model",
     ),
 }
-"""Functions and classes, by their file in vLLM's package."""
+"""Functions and classes by file in vLLM's package."""
 
 CALLED = frozenset(
     {
@@ -118,16 +118,16 @@ CALLED = frozenset(
         *("wait_for_completion_or_failure",),
     }
 )
-"""Wrapped functions: the calls of them, with their arguments and their order, are relied upon too."""
+"""Wrapped functions whose calls, with their arguments and their order, are relied on too."""
 
 CALLERS_IN = ("engine", "entrypoints", "lora", "v1")
-"""Folders of vLLM's package whose functions are looked through for such calls."""
+"""Folders of vLLM's package that are searched for such calls."""
 
 _IGNORED = frozenset({"ctx", "kind", "returns", "type_comment", "type_params"})
 
 
 def read(package: Path) -> dict[str, str]:
-    """Digests of all that is relied upon, by ``FILE:NAME`` or ``FILE:NAME calls``.
+    """Digests of everything that is relied on, by ``FILE:NAME`` or ``FILE:NAME calls``.
 
     package: the folder of the package ``vllm``.
     """
@@ -146,7 +146,7 @@ def read(package: Path) -> dict[str, str]:
 
 
 def changed(found: Mapping[str, str], recorded: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The names whose digest is none of those recorded; a caller that is new is one of them."""
+    """The names whose digest was not recorded, including new callers."""
     return sorted(name for name, value in found.items() if value not in recorded.get(name, ()))
 
 
@@ -157,7 +157,10 @@ def recorded() -> dict[str, dict[str, str]]:
 
 
 def record(packages: Mapping[str, Path]) -> None:
-    """Write the digests of releases, which are given from the oldest to the newest."""
+    """Write the digests of releases.
+
+    packages: the folder of the package ``vllm`` by release, from the oldest to the newest.
+    """
     table: dict[str, dict[str, str]] = {}
     for release, package in packages.items():
         for name, value in read(package).items():
@@ -171,7 +174,7 @@ def digest(code: ast.AST | list[ast.Call]) -> str:
 
 
 def _definitions(body: Iterable[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.AST]]:
-    """Classes, their methods and functions by qualified name; what is inside a function is part of it."""
+    """Classes, methods and functions by qualified name; functions inside a function are part of it."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield prefix + node.name, node
@@ -181,7 +184,7 @@ def _definitions(body: Iterable[ast.stmt], prefix: str) -> Iterator[tuple[str, a
 
 
 def _calls(node: ast.AST) -> list[ast.Call]:
-    """The calls of wrapped functions in a function, in their order; classes are left to their methods."""
+    """The calls of wrapped functions in a function, in order; a class has none, its methods have them."""
     if isinstance(node, ast.ClassDef):
         return []
     found = [n for n in ast.walk(node) if isinstance(n, ast.Call) and _called(n.func) in CALLED]
@@ -189,12 +192,12 @@ def _calls(node: ast.AST) -> list[ast.Call]:
 
 
 def _called(function: ast.expr) -> str:
-    """The last part of the name by which something is called."""
+    """The last part of the name of what is called."""
     return getattr(function, "attr", getattr(function, "id", ""))
 
 
 def _plain(value: Any) -> Any:
-    """A syntax tree as nested lists, without what does not change what the code does."""
+    """A syntax tree as nested lists, without the parts that do not change what the code does."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if not isinstance(value, ast.AST):

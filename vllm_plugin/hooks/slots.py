@@ -1,4 +1,4 @@
-"""The slots of vLLM's layers: where they are, and how a merge is written or copied into them.
+"""The slots of vLLM's layers, and how a merge is written or copied into them.
 
 ``table.py`` lists the functions of vLLM that are wrapped.
 """
@@ -236,7 +236,7 @@ def _begins(layer: Any, parts: int) -> list[tuple[Begin, Begin]] | None:
 
 
 def _begin(whole: torch.Tensor, part: torch.Tensor, slot: torch.Tensor) -> Begin | None:
-    """Row and column at which a view of ``whole`` begins; None if it is no view or does not fill the slot."""
+    """Row and column at which a view of ``whole`` begins; None if it is none, or does not fill the slot."""
     fits = all(x in (y, LARGE) for x, y in zip(part.shape, slot.shape[2:], strict=True))
     if not fits or not (part is whole or part._base is whole) or part.stride() != whole.stride():
         return None

@@ -59,8 +59,8 @@ def difference() -> str:
         return ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (
-        f"in vLLM {vllm.__version__}, {len(names)} of the functions that merged-lora relies on read otherwise"
-        f" than in the releases that it was tested on ({', '.join(TESTED)}): {', '.join(names[:SHOWN])}{more}"
+        f"in vLLM {vllm.__version__}, {len(names)} of the functions that merged-lora relies on differ from "
+        f"those in the tested releases ({', '.join(TESTED)}): {', '.join(names[:SHOWN])}{more}"
     )
 
 
@@ -69,7 +69,7 @@ def check_tested() -> None:
     release = installed()
     if release is None or minor(release.base_version) not in map(minor, TESTED):
         raise MergeError(
-            f"--merged-lora-vllm tested: vLLM {vllm.__version__} is none of the tested releases "
+            f"--merged-lora-vllm tested: vLLM {vllm.__version__} is not one of the tested releases "
             f"({', '.join(TESTED)}); install one of them, or leave the flag out"
         )
     changes = difference()

@@ -106,7 +106,7 @@ def _make_ready(manager: Any, backend: Backend, settings: Settings) -> None:
 
 
 def _source_memory(layers: Any, settings: Settings) -> tuple[int, str]:
-    """Bytes to reserve for sources on a device, and where that number comes from.
+    """Bytes to reserve for sources on a device, and the reason for that number.
 
     All sources of a merge have to be there at the same time.  If there are more slots than a merge may have
     sources, as many sources as slots may stay from one merge to the next.

@@ -1,4 +1,4 @@
-"""How a function of vLLM gets a wrapper, and where an object of vLLM keeps what belongs to it."""
+"""Wrap a function of vLLM; the attribute that attaches our state to vLLM's objects."""
 
 from __future__ import annotations
 
