@@ -12,8 +12,8 @@ import prose
 import quality
 import render_pages
 from merged_lora import cli, errors
+from merged_lora.vllm_plugin import rpc
 from merged_lora.vllm_plugin.api_server import gate, routes
-from merged_lora.vllm_plugin.rpc import CacheFullError
 from merged_lora.vllm_plugin.settings import FLAGS, Flag, Settings, option
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def test_the_default_of_a_flag_on_the_page_is_that_of_the_settings(flag: Flag) -
 
 def kinds() -> set[str]:
     """The names of all kinds of errors that a user can meet."""
-    modules = (errors, cli, gate)
+    modules = (errors, cli, gate, rpc)
     return {
         name
         for module in modules
@@ -115,7 +115,7 @@ def test_an_error_has_the_status_that_the_page_says() -> None:
         errors.AdapterError(),
         errors.PlanError(),
         gate.BusyError(3, 1),
-        CacheFullError("", 1),
+        rpc.CacheFullError("", 1),
     ]
     assert {name for name, status in rows.items() if status} == {type(error).__name__ for error in raised}
     for error in raised:

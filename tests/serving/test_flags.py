@@ -116,20 +116,6 @@ def test_every_flag_says_its_default() -> None:
             assert re.search(rf"\b{said}\b", flag.help), flag.key
 
 
-def test_the_table_of_flags_in_the_documentation_has_their_defaults() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    shown = dict(re.findall(r"^\| `(--merged-lora-[a-z-]+)[^|]*` \| ([^|]*) \|", page, re.MULTILINE))
-    assert shown.keys() == {flag.option for flag in FLAGS} | {"--merged-lora-modules"}
-    for flag in FLAGS:
-        cell = shown[flag.option]
-        if isinstance(flag.default, bool):
-            assert cell == ("on" if flag.default else "off"), flag.key
-        elif isinstance(flag.default, str):
-            assert cell == f"`{flag.default}`", flag.key
-        elif flag.default is not None:
-            assert float(cell) == flag.default, flag.key
-
-
 def test_settings_travel_and_leave_behind_what_is_not_for_an_engine(tmp_path: Path) -> None:
     config = {"enable": True, "aliases": {"mix": "ties(b, a)"}, "source_dir": str(tmp_path), "cache_gib": 2}
     settings = Settings.of({"merged_lora": config})
