@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 import tiny
+from making import random_adapter
+from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from tiny import FLAGS, MAX_AD_HOC, MAX_RANK, SPECS, Place, importing_tests
 from vllm_server import Server
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +60,45 @@ def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **importing_tests()},
     ) as running:
         yield running
+
+
+# vLLM's layers without an engine; imported late, because most tests of this folder start no vLLM here
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
+    """vLLM's configuration, with its process groups initialised for one process."""
+    from slots import distributed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_HOST_IP", "127.0.0.1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        with distributed(tmp_path_factory.mktemp("distributed")) as made:
+            yield made
+
+
+@pytest.fixture
+def activation_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin's one hook into the activation of an adapter."""
+    from vllm.lora.model_manager import LoRAModelManager
+
+    from merged_lora.vllm_plugin.hooks.worker import wrap_activate_adapter
+
+    original = vars(LoRAModelManager)["activate_adapter"]
+    monkeypatch.setattr(LoRAModelManager, "activate_adapter", wrap_activate_adapter(original))
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, Adapter]:
+    """The adapters that SPECS names, two of the modules in OTHERS, and one of a single module."""
+    from slots import OTHERS
+
+    return {
+        "sql": tiny.make_adapter(1),
+        "chat": tiny.make_adapter(2, scaling=1.0),
+        "tone": tiny.make_adapter(3),
+        "attention": tiny.make_adapter(4, only="self_attn"),
+        "keys": tiny.make_adapter(5, only="0.self_attn.k_proj"),
+        "ends": random_adapter(OTHERS, 8, torch.bfloat16, 6, embeddings=["model.embed_tokens"]),
+        "tails": random_adapter(OTHERS, 8, torch.bfloat16, 7, embeddings=["model.embed_tokens"]),
+    }

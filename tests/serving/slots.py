@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,11 +33,24 @@ from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import WeightsMapper
 
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Progress, Result, Slot, load_backend
+from merged_lora.backends import Progress, Result, Slot, load_backend, no_progress
+from merged_lora.engine import merge, plan
 from merged_lora.plan import MergePlan
+from merged_lora.spec import parse
+from merged_lora.vllm_plugin.hooks import models as model_hooks
+from merged_lora.vllm_plugin.hooks import slots as slot_hooks
+from merged_lora.vllm_plugin.hooks.wrapping import ATTRIBUTE
+from merged_lora.vllm_plugin.worker.makers import SlotMaker
 from tiny import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, MAX_RANK, VOCABULARY
 
 FUSED = (48, 32, 16)  # one module of an adapter, three slices in vLLM
+
+OTHERS = {
+    "model.embed_tokens": (HIDDEN, VOCABULARY),
+    "model.layers.0.mlp.fused_proj": (sum(FUSED), HIDDEN),
+    "lm_head": (VOCABULARY, HIDDEN),
+}
+"""Modules whose layers take whole tensors through vLLM's own code."""
 
 
 class CopyingBackend:
@@ -63,19 +77,19 @@ class CopyingBackend:
     def warm_up(self, dtype: torch.dtype) -> None:
         self.warmed.append(dtype)
 
-    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+    def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         return load_backend("cpu").merge(plan, progress)
 
     def check(self, plan: MergePlan) -> Result:
         self.checked.append(plan)
-        return self.merge(plan, lambda _: None)
+        return self.merge(plan)
 
     def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
         self.compiled.append(sorted(slots))
 
     def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
         self.written.append(sorted(slots))
-        merged = self.merge(plan, lambda _: None).modules
+        merged = self.merge(plan).modules
         for slot in (*slots.values(), *empty):
             slot.a.zero_()
             slot.b.zero_()
@@ -199,3 +213,43 @@ def contents(manager: Any, slot: int) -> dict[str, torch.Tensor]:
         for side, stacked in (("a", layer.lora_a_stacked), ("b", layer.lora_b_stacked))
         for i, tensor in enumerate(stacked if isinstance(stacked, tuple) else (stacked,))
     }
+
+
+def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
+    """The maker of a worker."""
+    build = functools.partial(model_hooks.slot_model, manager, backend)
+    return SlotMaker(backend, build, model_hooks.compile_slot_writer)
+
+
+def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
+    """A merge to be written into slots."""
+    return maker(manager, backend).prepare(7, plan(parse(spec), sources, MAX_RANK))[0]
+
+
+def copied(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
+    """The same merge in host memory, which vLLM copies into slots with its own code."""
+    merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
+    return model_hooks.lora_model(manager, 7, merged, "cpu")
+
+
+def filled(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
+    """The same merge in host memory, which is copied into slots all at once."""
+    merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
+    lora = model_hooks.host_model(manager, 7, merged)
+    assert isinstance(getattr(lora, ATTRIBUTE), slot_hooks.HostSlotWriter)
+    return lora
+
+
+def assert_same(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+
+
+def stacked(manager: Any) -> list[torch.Tensor]:
+    """Every tensor that holds slots."""
+    return [
+        tensor
+        for layer in manager._adapter_manager.modules.values()
+        for pair in (layer.lora_a_stacked, layer.lora_b_stacked)
+        for tensor in (pair if isinstance(pair, tuple) else (pair,))
+    ]

@@ -1,0 +1,145 @@
+"""What a worker does when it starts: choose a backend, reserve memory, compile."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.lora.lora_model import LoRAModel
+
+import tiny
+from making import random_adapter
+from merged_lora.backends import load_backend
+from merged_lora.errors import BackendError, PlanError
+from merged_lora.triton_kernels.packed import DeviceSources
+from merged_lora.vllm_plugin.hooks import worker as worker_hooks
+from merged_lora.vllm_plugin.settings import Settings
+from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker
+from slots import (
+    FUSED,
+    OTHERS,
+    CopyingBackend,
+    worker_manager,
+)
+from tiny import HIDDEN, MAX_RANK
+
+TRITON = Settings(enable=True, backend="triton")
+
+
+def start(
+    manager: Any, backend: CopyingBackend, settings: Settings, sleeps: bool = False
+) -> Maker[LoRAModel]:
+    """Start a worker on a machine whose device backend is this one; returns its maker."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = load_backend
+        patch.setattr(worker_hooks, "load_backend", lambda name: real("cpu") if name == "cpu" else backend)
+        made = worker_hooks._maker(manager, settings, sleeps)
+        worker_hooks._make_ready(manager, made.backend, settings)
+        return made
+
+
+def test_device_memory_for_sources_is_reserved_when_the_worker_starts(vllm_config: VllmConfig) -> None:
+    backend = CopyingBackend()
+    start(worker_manager(vllm_config), backend, Settings(enable=True, gpu_gib=0.25))
+    assert backend.reserved == [268_435_456]
+    assert backend.reason == "--merged-lora-gpu-gib"
+
+
+@pytest.mark.parametrize(
+    ("max_loras", "max_sources", "count", "words"),
+    [
+        (2, 8, 8, "8 adapters, as --merged-lora-max-sources says"),
+        (2, 3, 3, "3 adapters, as --merged-lora-max-sources says"),
+        (4, 3, 4, "4 adapters, as --max-loras says"),
+    ],
+)
+def test_unless_it_is_said_there_is_room_for_the_sources_of_any_merge(
+    vllm_config: VllmConfig, max_loras: int, max_sources: int, count: int, words: str
+) -> None:
+    backend = CopyingBackend()
+    settings = Settings(enable=True, max_sources=max_sources)
+    start(worker_manager(vllm_config, max_loras), backend, settings)
+    assert words in backend.reason
+    shapes = tiny.MODULES | OTHERS | {"model.layers.1.mlp.fused_proj": (sum(FUSED), HIDDEN)}
+    embeddings = ["model.embed_tokens"]
+    largest = [
+        random_adapter(shapes, MAX_RANK, torch.float32, seed, embeddings=embeddings) for seed in range(9)
+    ]
+    assert f"{len(shapes)} modules, rank {MAX_RANK}, float32" in backend.reason
+    room = DeviceSources(torch.device("cpu"))
+    (nbytes,) = backend.reserved
+    room.reserve(nbytes, backend.reason)
+    room.load(largest[:count])
+    with pytest.raises(PlanError, match="gpu-gib") as refused:
+        room.load(largest[: count + 1])
+    assert backend.reason in str(refused.value)
+    each = f"{largest[0].nbytes / 2**30:.3g}"
+    assert " + ".join([each] * (count + 1)) in str(refused.value)
+
+
+def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, backend = worker_manager(vllm_config), CopyingBackend()
+    layers = vars(manager).pop("_adapter_manager")
+    enabled = SimpleNamespace(
+        additional_config={"merged_lora": {"enable": True}},
+        model_config=SimpleNamespace(enable_sleep_mode=False),
+    )
+    monkeypatch.setattr(worker_hooks, "load_backend", lambda name: backend)
+    worker_hooks.wrap_init(lambda self, vllm_config: None)(manager, enabled)
+    assert backend.reserved == []
+
+    def create_lora_manager(self: Any, model: str, vllm_config: Any) -> str:
+        self._adapter_manager = layers
+        return f"{model} with LoRA"
+
+    ready = worker_hooks.wrap_create_lora_manager(create_lora_manager)
+    assert ready(manager, "a model", enabled) == "a model with LoRA"
+    assert len(backend.reserved) == 1
+    assert backend.warmed == [manager.lora_config.lora_dtype]
+
+
+def test_a_backend_of_another_device_than_vllms_is_refused(vllm_config: VllmConfig) -> None:
+    backend = CopyingBackend()
+    backend.device = torch.device("cuda", 0)
+    with pytest.raises(
+        BackendError, match=r"merges on cuda:0, vLLM runs on cpu; .*--merged-lora-backend cpu"
+    ):
+        start(worker_manager(vllm_config), backend, TRITON)
+    assert backend.reserved == []
+
+
+def test_sleep_mode_is_refused_with_a_backend_that_keeps_sources_on_the_device(
+    vllm_config: VllmConfig,
+) -> None:
+    with pytest.raises(BackendError, match="sleep mode"):
+        start(worker_manager(vllm_config), CopyingBackend(), TRITON, sleeps=True)
+
+
+def test_where_the_device_does_not_serve_auto_takes_the_cpu_and_says_so(
+    vllm_config: VllmConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = CopyingBackend()
+    logging.getLogger("vllm.merged_lora").addHandler(caplog.handler)
+    try:
+        made = start(worker_manager(vllm_config), backend, Settings(enable=True), sleeps=True)
+    finally:
+        logging.getLogger("vllm.merged_lora").removeHandler(caplog.handler)
+    assert isinstance(made, HostMaker)
+    assert backend.reserved == []
+    assert "sleep mode takes the memory" in caplog.text
+
+
+def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merged_lora.backends.MODULES", {"triton": "merged_lora.no_such_backend"})
+    load_backend.cache_clear()
+    try:
+        with pytest.raises(BackendError, match="backend triton cannot be loaded"):
+            worker_hooks._maker(SimpleNamespace(), Settings(enable=True, backend="triton"), False)
+    finally:
+        load_backend.cache_clear()
