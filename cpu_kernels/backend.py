@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from merged_lora import bases
-from merged_lora.backends import Energy, Progress, Result
+from merged_lora.backends import Energy, Progress, Result, no_progress
 from merged_lora.factors import Factors
 from merged_lora.lowrank import Each, in_turn, merge_modules
 from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan
@@ -44,7 +44,7 @@ class CpuBackend:
         """See :class:`merged_lora.backends.Backend`."""
         warm_up(self)
 
-    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+    def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}
         energy: dict[str, Energy] = {}

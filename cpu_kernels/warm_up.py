@@ -14,7 +14,7 @@ from merged_lora.spec import parse
 def warm_up(backend: Backend) -> None:
     """Make small merges, so that their loops are compiled."""
     for spec in ("ties(a, b)", "dare_linear(a, b)"):
-        backend.merge(make_plan(parse(spec), {"a": _adapter(), "b": _adapter()}), lambda _: None)
+        backend.merge(make_plan(parse(spec), {"a": _adapter(), "b": _adapter()}))
 
 
 def _adapter() -> Adapter:

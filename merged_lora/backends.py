@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Called with the number of modules finished since the last call, from the caller's thread."""
 
+
+def no_progress(count: int) -> None:
+    """A :data:`Progress` that ignores the number."""
+
+
 MODULES = {
     "triton": "merged_lora.triton_kernels.backend",
     "cpu": "merged_lora.cpu_kernels.backend",
@@ -97,7 +102,7 @@ class Backend(Protocol):
         """
         ...
 
-    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+    def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """The merged factors of every module of the plan, each with scaling 1."""
         ...
 

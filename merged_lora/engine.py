@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from . import __version__
 from .adapters import Adapter
-from .backends import Progress, Result, load_backend
+from .backends import Progress, Result, load_backend, no_progress
 from .errors import PlanError
 from .plan import MergePlan, overflow
 from .planning import check_names, make_plan
@@ -81,7 +81,7 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
     """
     warn(plan.spec, plan.notes)
     chosen = load_backend(backend)
-    result = chosen.merge(plan, progress or (lambda _: None))
+    result = chosen.merge(plan, progress or no_progress)
     metadata = {
         "merged_lora.version": __version__,
         "merged_lora.backend": chosen.name,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from merged_lora.backends import Progress, Result
+from merged_lora.backends import Progress, Result, no_progress
 from merged_lora.factors import Factors, bits
 from merged_lora.plan import (
     AgreeingMean,
@@ -45,7 +45,7 @@ class NumpyBackend:
     def warm_up(self, dtype: torch.dtype) -> None:
         """See :class:`merged_lora.backends.Backend`; nothing is compiled here."""
 
-    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+    def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}
         energy: dict[str, tuple[float, float]] = {}

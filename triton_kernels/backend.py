@@ -13,7 +13,7 @@ import torch
 import triton
 
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Progress, Result, Slot
+from merged_lora.backends import Progress, Result, Slot, no_progress
 from merged_lora.errors import BackendError
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan, overflow
@@ -97,7 +97,7 @@ class TritonBackend:
         """See :class:`merged_lora.backends.Backend`."""
         warm_up(self, dtype)
 
-    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+    def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`; the result is in host memory."""
         with self._turn, self._own_stream():
             buffer = torch.empty(_result_bytes(plan), dtype=torch.uint8, device=self.device)

@@ -31,7 +31,7 @@ def merged(
 
 def run(plan: MergePlan, backend: str = "cpu") -> Result:
     """What a backend makes of a plan."""
-    return load_backend(backend).merge(plan, lambda _: None)
+    return load_backend(backend).merge(plan)
 
 
 def assert_same_bits(got: Result, expected: Result) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from merged_lora.backends import Progress, Result, load_backend
+from merged_lora.backends import Progress, Result, load_backend, no_progress
 from merged_lora.bench import cases, cpu
 from merged_lora.bench.__main__ import main
 from merged_lora.bench.cpu import Case, Row
@@ -24,7 +24,7 @@ class Wrong:
     def warm_up(self, dtype: torch.dtype) -> None:
         load_backend("cpu").warm_up(dtype)
 
-    def merge(self, plan: MergePlan, progress: Progress) -> Result:
+    def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         result = load_backend("cpu").merge(plan, progress)
         name, f = next(iter(result.modules.items()))
         b = f.b.clone()

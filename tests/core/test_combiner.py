@@ -32,7 +32,7 @@ later.join()
 
 
 def threads(beside: str) -> str:
-    """How many threads torch uses, in a process where it has done nothing before, as in a server's."""
+    """How many threads torch uses, in a process that has not used it before, as in a server."""
     command = [sys.executable, "-c", PROGRAM, beside]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -68,9 +68,9 @@ def test_deltas_are_merged_in_inference_mode_as_a_server_does(spec: str) -> None
     }
     plan = make_plan(parse(spec), sources)
     backend = load_backend("cpu")
-    expected = backend.merge(plan, lambda _: None).modules
+    expected = backend.merge(plan).modules
     with torch.inference_mode():
-        merged = backend.merge(plan, lambda _: None).modules
+        merged = backend.merge(plan).modules
     for name, f in expected.items():
         assert torch.equal(merged[name].a, f.a)
         assert torch.equal(merged[name].b, f.b)

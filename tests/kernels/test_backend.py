@@ -139,15 +139,15 @@ def test_a_search_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(launch, "find_thresholds", failing)
         with pytest.raises(torch.OutOfMemoryError):
-            backend.merge(ties, lambda _: None)
-    assert_same_bits(backend.merge(ties, lambda _: None), expected)
+            backend.merge(ties)
+    assert_same_bits(backend.merge(ties), expected)
 
 
 def test_thresholds_belong_to_the_modules_they_were_found_for() -> None:
     backend, ties = fresh(), plan("ties(a, b)")
     for name in SHAPES:
         part = replace(ties, modules={name: ties.modules[name]})
-        assert_same_bits(backend.merge(part, lambda _: None), run(part, "numpy"))
+        assert_same_bits(backend.merge(part), run(part, "numpy"))
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_the_newest_thresholds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
     adapters = {k: random_adapter(SHAPES, 4, torch.bfloat16, i) for i, k in enumerate("ab")}
     for density in np.linspace(0.1, 0.9, 5):
         trimmed = make_plan(parse(f"ties(a, b, density={density:.2f})"), adapters)
-        assert_same_bits(backend.merge(trimmed, lambda _: None), run(trimmed, "numpy"))
+        assert_same_bits(backend.merge(trimmed), run(trimmed, "numpy"))
     (first, _) = backend.load_sources(trimmed)
     assert len(first.thresholds) == 3
 

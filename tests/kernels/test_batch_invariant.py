@@ -72,9 +72,9 @@ def test_no_strategy_calls_what_vllm_replaces(strategy: str, limit: int | None) 
     adapters = {name: random_adapter(SHAPES, 4, seed=i) for i, name in enumerate("ab")}
     plan = make_plan(spec_of(strategy, {}, 2), adapters, limit)
     backend = load()
-    expected = backend.merge(plan, lambda _: None)
+    expected = backend.merge(plan)
     with replaced():
-        got = backend.merge(plan, lambda _: None)
+        got = backend.merge(plan)
         backend.check(plan)
     assert_same_bits(got, expected)
 
@@ -86,7 +86,7 @@ def test_rules_that_look_at_all_entries_call_none_either(strategy: str, options:
     adapters = {name: random_adapter(SHAPES, 4, seed=i) for i, name in enumerate("ab")}
     plan = make_plan(spec_of(strategy, options, 2), adapters)
     with replaced():
-        load().merge(plan, lambda _: None)
+        load().merge(plan)
 
 
 def test_tiles_that_torch_forms_call_none_either() -> None:

@@ -247,7 +247,7 @@ def test_an_approximation_that_is_not_the_best_is_noticed() -> None:
     sources = pool.Pool(SHAPES, 2, 4, torch.float32, HostTimer().device)
     merges = sources.merges("svd", 2, ", rank=4", 1)
     plan = merges.plans[0]
-    result = sources.backend.merge(plan, lambda _: None)
+    result = sources.backend.merge(plan)
     name = next(iter(SHAPES))
     assert device_agreement.not_best(plan.modules[name], result.modules[name]) is None
     result.modules[name].b[:, 0] *= 1.01
