@@ -28,7 +28,7 @@ def slerp(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
     cosine = _units(gram)[1][..., 0, 1]
     present = (gram.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
     curved = (present & (cosine.abs() <= SLERP_STRAIGHT))[..., None]
-    angle = torch.where(curved, cosine[..., None], 0.0).acos()
+    angle = torch.where(curved, cosine[..., None], 0.0).acos()  # [..., 1]; a right angle if it is not curved
     return torch.where(curved, (shares * angle).sin() / angle.sin(), shares)
 
 
@@ -39,19 +39,22 @@ def karcher(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tenso
     tangent start from the weighted sum of the directions, or from the first direction if that sum vanishes.
     Deltas of zero only count for the length.
     """
-    lengths, cosines = _units(gram)
+    lengths, cosines = _units(gram)  # [..., n], [..., n, n]
     present = (lengths > 0).to(gram.dtype)
     weights = shares * present
     weights = weights * _inverse(weights.sum(-1, keepdim=True))
+    # A point of the sphere is represented by its coefficients in the directions of the deltas, [..., n].
     mean, size = _normalized(weights, cosines)
     first = torch.zeros_like(weights).scatter_(-1, present.argmax(-1, keepdim=True), 1.0)
     mean = torch.where(size > TINY, mean, first)
     for _ in range(KARCHER_STEPS):
-        dots = _applied(cosines, mean).clamp(-1.0, 1.0)
+        dots = _applied(cosines, mean).clamp(-1.0, 1.0)  # with every direction
         angles = dots.acos()
+        # The logarithmic map scales chords to the lengths of arcs; its limit at angle 0 is 1.
         pull = weights * torch.where(angles.sin() > TINY, angles * _inverse(angles.sin()), 1.0)
         tangent = pull - (pull * dots).sum(-1, keepdim=True) * mean
         mean = _moved(mean, tangent, cosines)
+        # Rounding moves the point off the sphere, a little with every step.
         mean = _normalized(mean, cosines)[0]
     return _placed(mean, lengths, shares)
 

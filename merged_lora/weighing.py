@@ -56,7 +56,7 @@ _LOCK = threading.Lock()
 
 
 def _weights(factors: Sequence[Factors], summed: bool) -> tuple[float, ...]:
-    gram = gram_of(factors, [f.scaling for f in factors])[0]
+    gram = gram_of(factors, [f.scaling for f in factors])[0]  # [n, n]
     lengths = gram.diagonal().clamp(min=0.0).sqrt()
     present = lengths > 0
     count = int(present.sum())
@@ -66,6 +66,7 @@ def _weights(factors: Sequence[Factors], summed: bool) -> tuple[float, ...]:
     balance = BALANCE_SUMMED if summed else BALANCE_AVERAGED
     weights = torch.where(present, (mean / torch.where(present, lengths, 1.0)) ** balance, 1.0)
     if summed:
+        # The length of the sum, but no less than if the deltas were orthogonal.
         size = max(float(weights @ gram @ weights), float((weights * lengths).square().sum()))
         weights = weights * (mean / count**SHRINK / math.sqrt(size))
     return tuple(weights.tolist())

@@ -139,11 +139,12 @@ def draft_launches(
     kinds: dtypes of the targets ``[n]``, as in ``words.KINDS``.
     check: whether to store no result and set flags instead.
     """
+    # Targets are grouped by the compile-time constants in which they differ: dtypes and alignment.
     uniform = (layout.kinds == layout.kinds[:, :1]).all(1)
     source = np.where(uniform, layout.kinds[:, 0], MIXED.value)[chosen]
     keeps = layout.keys if layout.keep == KEEP_RANDOM.value else thresholds
     columns = source, layout.rounds[chosen], kinds, aligned(targets).astype(np.int64)
-    code = np.ravel_multi_index(columns, (4, 4, 4, 2))
+    code = np.ravel_multi_index(columns, (4, 4, 4, 2))  # four kinds, MIXED included
     drafts = []
     for variant_code in np.unique(code):
         where = np.flatnonzero(code == variant_code)
@@ -190,6 +191,7 @@ def upload_launches(drafts: Sequence[Draft], device: torch.device, take: Take | 
 
 def raised_flags(launches: Sequence[Launch]) -> torch.Tensor:
     """The flags of checking launches, int32 ``[n]`` on the device: 1 for each target that is not finite."""
+    # Launches group the targets by dtype; this restores the targets' own order.
     order = torch.from_numpy(np.argsort(np.concatenate([launch.where for launch in launches])))
     flags = torch.cat([launch.tables.flags for launch in launches])
     return flags[order.to(flags.device)]

@@ -101,6 +101,7 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
     jobs = [job for module in modules.values() for job in (module.a, module.b)]
     keeps = [keep for job in jobs for keep in job.rule.keeps]
     kept_counts, shares, keys, rescales = zip(*map(_row, keeps), strict=True) if keeps else ((),) * 4
+    # For every input of every job, in the same order as ``keeps``: its tensor in the layout and its source.
     tensor = np.repeat(np.arange(len(jobs)), [len(job.inputs) for job in jobs])
     source = np.array([i for module in modules.values() for _ in "ab" for i in module.present], np.int64)
     rounds = np.array([KINDS[job.dtype] for job in jobs], np.int64)
@@ -116,6 +117,7 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
     shapes = np.array([job.inputs[0].shape for job in jobs], np.int64).reshape(-1, 2)
     places = []
     for i, adapter in enumerate(packed):
+        # Tensors 2 i and 2 i + 1 belong to module i, so halving an index gives its module.
         tensors = tensor[source == i]
         rows = np.array([adapter.index.get(name, -1) for name in modules], np.int64)[tensors // 2]
         sizes, kept = shapes[tensors].prod(1), counts[tensors, i]
@@ -152,7 +154,7 @@ def _row(keep: Keep) -> tuple[int, int, int, float]:
     raise TypeError(f"the kernel has no rule for {keep}")
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(64)  # a merge has few shares, but a plan thousands of inputs
 def _rescale_of(share: int) -> float:
     return Random(share, 0).rescale
 

@@ -63,6 +63,7 @@ def draft_copies(sources: Sequence[torch.Tensor], slots: Sequence[Slot]) -> list
     addresses = np.array([t.data_ptr() for t in sources], np.int64).reshape(-1, 1)
     rows = _target_rows(slots, tensors, shapes)
     every = np.arange(len(tensors))
+    # Copies keep all entries and read no thresholds, so any addresses will do for those.
     return draft_launches(
         copies(_kinds(sources)), every, addresses, np.zeros_like(addresses), rows, _kinds(tensors)
     )

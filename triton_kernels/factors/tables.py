@@ -36,12 +36,15 @@ def target_rows(
     address, shape, stride = np.split(np.array(described, np.int64).reshape(-1, 5), (1, 3), axis=1)
     address, length = address[:, 0], sources[:, 1]
     begins = np.zeros_like(sources) if begins is None else begins
+    # A target may be larger than what is left of the sources, or begin beyond their end.
     filled = np.clip(sources - begins, 0, shape)
     first = begins[:, 0] * length + begins[:, 1]
     table = np.stack([address, *stride.T, *shape.T, length, *filled.T, first], axis=1)
     furthest = np.maximum(((shape - 1) * stride).sum(1), np.maximum(shape.prod(1), sources.prod(1)))
     if (furthest > FURTHEST).any():
         raise PlanError(f"a tensor of more than {FURTHEST} entries cannot be merged on a device")
+    # Only a target without gaps whose rows are rows of the sources is one long row. If the sources do not
+    # reach it, all of it becomes zero, and their rows do not matter.
     contiguous = (stride[:, 1] == 1) & (stride[:, 0] == shape[:, 1])
     contiguous &= ((length == shape[:, 1]) & (begins[:, 1] == 0)) | (filled[:, 0] == 0)
     ones, size = np.ones_like(address), shape.prod(1)

@@ -105,6 +105,7 @@ class LayoutWriter:
         chosen, slots = targets.chosen(layout)
         thresholds = source_thresholds(layout, residents, self._device) if slots else []
         if written is not None:
+            # Writes whose tables were overwritten in the ring by newer ones are forgotten.
             written[:] = [write for write in written if write.part.held]
             for write in written:
                 if write.is_valid(targets, residents, thresholds):
@@ -141,6 +142,7 @@ class LayoutWriter:
 
     def check(self, layout: Layout, residents: Sequence[Resident]) -> torch.Tensor:
         """Whether the result of each module of the layout overflows, bool ``[modules]`` on the device."""
+        # A check stores no results, so its targets need shapes but no memory.
         nowhere = [torch.empty(shape, device="meta") for shape in layout.shapes.tolist()]
         thresholds = source_thresholds(layout, residents, self._device)
         drafts = draft_launches(
