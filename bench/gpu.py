@@ -265,7 +265,9 @@ class Bench:
         """Add to a row what a write takes, and judge its aims.
 
         Each round takes every set in turn, first for the copies, then for the device's work, then for whole
-        calls.  cold: every write is of a plan that was never seen; planning is not part of the times.
+        calls.
+
+        cold: whether every write is of a plan that was never seen; planning is not part of the times.
         """
         turns = range(len(merges))
         copies = Copies(self._device, row.bytes, len(merges))

@@ -22,7 +22,7 @@ from .timing import Aim, once, quartiles, spread
 RANK = 16
 COUNTS = (2, 4)
 AIM = 1.0
-"""The most milliseconds for a write whose sources and slots are where they were."""
+"""The most milliseconds for a write whose sources and slots have not moved."""
 
 
 @dataclass(frozen=True)

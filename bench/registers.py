@@ -63,7 +63,6 @@ class Compiled:
     spilled: spilled bytes, or spilled registers on gfx942.
     shared: bytes of shared memory.
     instructions: instructions of the machine code, each counted once, loops and rare branches included.
-    path: instructions on the shortest way to the end, with no rare branch and no loop twice; None on gfx942.
     loads, stores: number of global accesses of 16 bytes in the code.
     wide: whether the loads must be 16 bytes.
     """
@@ -75,7 +74,6 @@ class Compiled:
     spilled: int
     shared: int
     instructions: int
-    path: int | None
     loads: int
     stores: int
     wide: bool
@@ -214,7 +212,6 @@ def compile_case(case: Case, target: str) -> Compiled:
         options={"num_warps": THREADS // TARGETS[target].warp_size, "enable_fp_fusion": False},
     )
     seconds = time.perf_counter() - start
-    path = None
     if target == "gfx942":
         code = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
@@ -224,45 +221,17 @@ def compile_case(case: Case, target: str) -> Compiled:
     else:
         code = compiled.asm["ptx"]
         registers, spilled = _ask_ptxas(code, TARGETS[target].arch)
-        instructions, path = _count_instructions(_disassemble(compiled.asm["cubin"]))
+        instructions = len(INSTRUCTION.findall(_disassemble(compiled.asm["cubin"])))
         loads, stores = (len(re.findall(rf"{verb}\.global\S*\.v4", code)) for verb in ("ld", "st"))
     shared = compiled.metadata.shared
     return Compiled(
-        case.name, target, seconds, registers, spilled, shared, instructions, path, loads, stores, case.wide
+        case.name, target, seconds, registers, spilled, shared, instructions, loads, stores, case.wide
     )
 
 
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?(?!NOP\b)([A-Z][\w.]+)(.*)")
-"""An instruction of NVIDIA's machine code: the predicate that guards it, its name, its operands."""
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?!NOP\b)[A-Z]", re.MULTILINE)
+"""An instruction of NVIDIA's machine code, with its predicate; padding is left out."""
 AMD_INSTRUCTION = re.compile(r"^\t(?:[vs]|ds|global|buffer|flat|scratch)_\w+", re.MULTILINE)
-
-
-def _count_instructions(code: str) -> tuple[int, int]:
-    """Number of instructions of NVIDIA's machine code without padding, and of those on the shortest way."""
-    found: list[tuple[str, str, str]] = []
-    places: dict[str, int] = {}
-    for line in code.splitlines():
-        if label := re.match(r"(\.\w+):", line):
-            places[label[1]] = len(found)
-        elif instruction := INSTRUCTION.match(line):
-            guard, name, operands = instruction.groups(default="")
-            found.append((guard, name, operands))
-    reached, ahead = {0}, {0}
-    for steps in range(1, len(found) + 1):
-        following = set()
-        for at in ahead:
-            guard, name, operands = found[at]
-            if name == "EXIT" and not guard:
-                return len(found), steps
-            # A label within the kernel may be called, too: another way to jump there.
-            target = re.search(r"\.L\w+", operands) if name.startswith(("BRA", "CALL")) else None
-            if target:
-                following.add(places[target[0]])
-            if not target or guard or "P" in operands.partition("`")[0]:
-                following.add(at + 1)
-        ahead = following - reached
-        reached |= ahead
-    raise RuntimeError("the machine code does not come to an end")
 
 
 def _disassemble(cubin: bytes) -> str:
@@ -308,7 +277,7 @@ def run(targets: Sequence[str] | None, file: Path | None, bounded: bool = False)
     rows = []
     print(
         f"{'kernel':47} {'target':7} {'registers':>9} {'programs':>8} {'spilled':>7} {'shared':>6} "
-        f"{'code':>5} {'path':>5} {'ld16':>4} {'st16':>4}"
+        f"{'code':>5} {'ld16':>4} {'st16':>4}"
     )
     chosen = [case for case in cases() if not bounded or case.name in BOUNDED]
     for target, case in ((target, case) for target in targets or TARGETS for case in chosen):
@@ -316,7 +285,7 @@ def run(targets: Sequence[str] | None, file: Path | None, bounded: bool = False)
         rows.append(asdict(done) | {"programs": done.programs})
         print(
             f"{done.case:47} {target:7} {done.registers:9} {done.programs:8} {done.spilled:7} "
-            f"{done.shared:6} {done.instructions:5} {done.path or '':5} {done.loads:4} {done.stores:4}",
+            f"{done.shared:6} {done.instructions:5} {done.loads:4} {done.stores:4}",
             flush=True,
         )
     print(f"{len(rows)} compiled with Triton {triton.__version__}")
