@@ -181,7 +181,7 @@ def measure(judge: Judge, sources: Mapping[str, Adapter], strategy: Strategy) ->
 
 
 def mean(scores: Mapping[str, float]) -> float:
-    """Of all tasks."""
+    """The mean score over all tasks."""
     return sum(scores.values()) / len(scores)
 
 
@@ -210,7 +210,7 @@ def markdown(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, object]]) -> str:
-    """An SVG: for every strategy the mean score by default, with weights="auto" and at best; ticks: worst."""
+    """An SVG: every strategy's mean score by default, with weights="auto" and at best, and its worst."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     alone = []
     for row in rows:

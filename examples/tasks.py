@@ -1,6 +1,6 @@
 """Three small synthetic text tasks with one right answer per prompt, scored by exact match.
 
-Every task is told by the first words of its prompts ("Write SQL:"), as a user would type them, and
+Every task is named by the first words of its prompts ("Write SQL:"), as a user would type them, and
 its answers follow house rules that a base model cannot guess: a schema, a record layout, a letter
 style. The examples are the same on every machine; no prompt of a test set occurs in the train set of
 its task. Knows nothing of models: standard library only.
@@ -155,7 +155,7 @@ def examples(task: str, split: Split, count: int) -> list[Example]:
 
 
 def exact_match_score(answers: Sequence[str], expected: Sequence[Example]) -> float:
-    """The share, 0 to 1, of `answers` equal to the expected ones but for spaces at their ends."""
+    """The share, 0 to 1, of `answers` equal to the expected ones, except for spaces at their ends."""
     if not expected or len(answers) != len(expected):
         raise ValueError(f"got {len(answers)} answers to {len(expected)} examples")
     right = sum(got.strip() == want.answer for got, want in zip(answers, expected, strict=True))

@@ -1,7 +1,7 @@
 """How tests are run: one core for each process, Triton's interpreter without a GPU, and in which process.
 
 Without a GPU, the kernels run under Triton's interpreter, in this process and only in this one.  Without a
-numba that can be imported, tests that reach for the CPU wing are skipped, by whatever way they reach it.
+numba that can be imported, tests that import the CPU backend are skipped, in whatever way they import it.
 """
 
 import os
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class CpuWingGate(MetaPathFinder):
-    """Finds no module; the import of the CPU wing's loops skips the test, or its file, for want of numba."""
+    """Finds no module.  The import of the CPU backend's loops skips the test, or its file, without numba."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         if name == "merged_lora.cpu_kernels.kernels":

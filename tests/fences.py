@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md",
+    "CONTRIBUTING.md",
     "bench/README.md",
     *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
 ]
@@ -67,15 +68,15 @@ def all_blocks(*kinds: str) -> list[Block]:
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The commands of a ``bash`` block as words, without comments; a pipe begins another command."""
+    """The commands of a ``bash`` block as words, without comments; `|` and `&&` begin another command."""
     text = re.sub(r"(?:^|\s+)#.*$", "", text.replace("\\\n", " "), flags=re.MULTILINE)
-    words = shlex.shlex(text, posix=True, punctuation_chars="|\n")
+    words = shlex.shlex(text, posix=True, punctuation_chars="|&\n")
     words.whitespace = " \t"
     words.whitespace_split = True
     words.commenters = ""
     commands: list[list[str]] = [[]]
     for word in words:
-        if set(word) <= set("|\n"):
+        if set(word) <= set("|&\n"):
             commands.append([])
         else:
             commands[-1].append(word)

@@ -2,8 +2,8 @@
 
     python3 tools/install.py [--venv DIR] [--extra cpu|gpu|auto] [--vllm ends|all]
 
-It holds the project, editable, with vLLM for this machine (the GPU build where there is an NVIDIA GPU,
-the CPU build elsewhere) and the packages of the examples and the tests; with --vllm also, beside the CPU
+It holds the project, editable, with vLLM for this machine (the GPU build if there is an NVIDIA GPU,
+otherwise the CPU build) and the packages of the examples and the tests; with --vllm also, beside the CPU
 build and each in a folder of its own, other releases that the plugin is tested on. One whose CPU build is
 not out yet is made of its Python files and the newest CPU build's libraries. Standard library only. Knows
 nothing of the project but its releases of vLLM and the names of its extras.

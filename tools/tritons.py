@@ -22,7 +22,7 @@ UNFINISHED = ".unfinished"  # what a folder's name ends in while pip is at work
 
 
 def folder_of(venv: Path, release: str) -> Path:
-    """Where a release is, or would be."""
+    """The folder of a release, whether or not it is there."""
     return venv / f"triton-{release}"
 
 

@@ -16,7 +16,7 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.strategies import find
 
-BLOCK = 1024  # of the CPU wing, which is not there to be asked without numba
+BLOCK = 1024  # of the CPU backend, which cannot be imported without numba
 NAMES = [chr(ord("a") + i) for i in range(16)]
 SIZES = ((1, 7), (8, 9), (BLOCK - 1, BLOCK), (BLOCK + 1, 3001))
 """Shapes of deltas; at rank 1 these are the sizes of B and of A."""

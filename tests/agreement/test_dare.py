@@ -66,7 +66,7 @@ def test_the_mean_of_the_entries_is_preserved(density: float, strategy: str) -> 
     source = adapter(0)
     result = merged(f"{strategy}(a, density={density})", {"a": source}).modules["m"].a.double()
     x = source.modules["m"].a.double()
-    # Each term is 0 or x * 65536/share, so its range is that; its mean is x but for the rounding of the
+    # Each term is 0 or x * 65536/share, so its range is that; its mean is x except for the rounding of the
     # rescale and of the product to float32, 2^-24 each.
     ranges = x * SHARES / round(density * SHARES)
     slack = 2 * 2.0**-24 * ranges.sum()

@@ -38,12 +38,12 @@ ENTRYWISE = [s.name for s in TABLE.values() if s.recipe.space in ("entries", "co
 STREAMED = [s.name for s in TABLE.values() if s.recipe.space == "entries"]
 BACKENDS = ["cpu", "triton"]
 SLOW_ON_TRITON = ["cpu", pytest.param("triton", marks=pytest.mark.slow)]
-"""Of tests that take seconds under Triton's interpreter."""
+"""Backends for tests that take seconds under Triton's interpreter."""
 
 
 @functools.cache
 def adapters(large: bool) -> dict[str, Adapter]:
-    """Four of them, of different ranks where that is no matter, in float32: no rounding hides an error."""
+    """Four adapters of two ranks in float32, so that no rounding hides an error."""
     shapes = LARGE if large else SMALL
     return {name: random_adapter(shapes, 4 + i % 2, seed=i, scaling=0.5 + i) for i, name in enumerate("abcd")}
 
@@ -119,7 +119,7 @@ def assert_nearly_best(result: Result, spec: str, sources: Mapping[str, Adapter]
         target = torch.from_numpy(target_of(spec, sources, module))
         least = least_error(target, got.rank)
         error = float((target - got.delta()).norm())
-        # Tiles are float32: a relative 1e-6 of the whole where nothing has to be cut.
+        # Tiles are float32: a relative 1e-6 of the whole if nothing has to be cut.
         assert error <= 1.01 * least + 1e-6 * float(target.norm()), module
         kept, asked = result.energy[module]
         assert asked == pytest.approx(float(target.square().sum()), rel=1e-5)
@@ -156,7 +156,7 @@ def test_tiles_of_few_rows_give_the_merge_of_one_tile(strategy: str, monkeypatch
 @pytest.mark.slow
 @pytest.mark.parametrize("density", [0.5, 0.2, 1e-3, 0.999])
 def test_exactly_as_many_entries_are_kept_as_asked_and_those_of_the_oracle(density: float) -> None:
-    """But for entries whose magnitude is within the rounding of the products of the threshold's."""
+    """Except for entries as close to the threshold as the products are rounded."""
     sources = adapters(True)
     module = make_plan(parse(f"ties_svd(a, b, density={density})"), sources).modules["m"]
     assert isinstance(module, EntryModule)
@@ -276,7 +276,7 @@ def test_shapes_of_one_row_or_one_column_and_ranks_beyond_them(strategy: str, ba
 def test_what_overflows_on_the_way_is_refused_by_name(strategy: str, backend: str) -> None:
     large = Factors(torch.full((2, 9), 3e19), torch.full((8, 2), 3e19), 1.0)
     pair = {"a": Adapter({"up_proj": large}), "b": Adapter({"up_proj": large})}
-    # Of the one coordinate that core_ties has here it must keep the whole.
+    # core_ties has one coordinate here and must keep it.
     options = ", density=1" if strategy == "core_ties" else ""
     with pytest.raises(PlanError, match="overflows its dtype in up_proj; use smaller weights"):
         merge(f"{strategy}(a, b{options})", pair, backend, rank=1)

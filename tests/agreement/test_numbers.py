@@ -47,7 +47,7 @@ def torch_narrow(values: Array, dtype: str) -> Array:
 
 
 def patterns(dtype: str) -> Array:
-    """All 65,536 patterns of a 16-bit dtype, less those that are no number."""
+    """All 65,536 patterns of a 16-bit dtype that are numbers, infinity included."""
     stored = np.arange(65536).astype(np.uint16)
     return np.compress(~np.isnan(torch_widen(stored, dtype)), stored)
 

@@ -20,7 +20,7 @@ SHAPES = {"embed": (32, 80), "q_proj": (48, 32), "down_proj": (16, 48)}
 U = 2.0**-24
 """Unit roundoff of float32."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:Adapter name")  # PEFT's, where a name is part of "lora_"
+pytestmark = pytest.mark.filterwarnings("ignore:Adapter name")  # PEFT's, about a name that is part of "lora_"
 
 
 class Tiny(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""weights="auto": what it promises, told by lengths and sums of dense deltas."""
+"""weights="auto": what it promises, seen in the lengths and sums of dense deltas."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_one_source_keeps_its_length() -> None:
 
 @pytest.mark.parametrize("strategy", ["knots", "core_ties", "ties_svd"])
 def test_rules_that_average_see_deltas_of_one_length(strategy: str) -> None:
-    # To them it makes no difference how strong an adapter was trained, but for the length of the whole.
+    # The strength of an adapter makes no difference to them, except for the length of the whole.
     weak, strong = sources(1.0, 1.0, 1.0), sources(1.0, 1.0, 1.0)
     strong["b"] = scaled(strong["b"], 8.0)
     one = merged(f"{strategy}(a, b, c, weights=auto)", weak).modules

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
-if __name__ == "__main__":  # where it is imported, that process has decided
+if __name__ == "__main__":  # a process that imports it has decided
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch

@@ -1,4 +1,4 @@
-"""A GPU's first day brings home all that it can: what fails is named, and what stands on it is not timed."""
+"""A GPU's first day brings home all that it can: what fails is named, and what depends on it is not timed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "merged_lora"
 LINKS = sorted(path.name for path in PACKAGE.iterdir() if path.is_symlink())
 """The folders beside the package that are linked into it."""
 WINGS = [name for name in LINKS if name != "bench"]
-"""Those of them that users get: the benchmarks are for a checkout."""
+"""The linked folders that a wheel holds: the benchmarks are for a checkout."""
 
 FIND = """
 import sys, importlib.util

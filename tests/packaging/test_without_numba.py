@@ -1,4 +1,4 @@
-"""Without a numba that can be imported, tests of the CPU wing are skipped, and all others are there."""
+"""Without a numba that can be imported, tests of the CPU backend are skipped, and all others run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES = {
     "tests/agreement/test_trim.py",
     "tests/core/test_combiner.py",
 }
-"""Those that look into the CPU wing itself."""
+"""Tests that look into the CPU backend itself."""
 
 
 @pytest.mark.slow
