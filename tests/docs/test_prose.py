@@ -67,21 +67,10 @@ def test_docstrings_and_comments_of_a_module_are_prose(tmp_path: Path) -> None:
     assert found == [(1, "told"), (4, "Of"), (6, "told"), (11, "nobody's")]
 
 
-@pytest.fixture(scope="module")
-def checked() -> dict[str, list[prose.Finding]]:
-    return prose.check_repository()
-
-
 @pytest.mark.parametrize("folder", prose.FOLDERS)
-def test_a_folder_has_no_more_such_phrases_than_are_allowed(
-    checked: dict[str, list[prose.Finding]], folder: str
-) -> None:
-    found = checked[folder]
-    assert len(found) <= prose.ALLOWED.get(folder, 0), "\n".join(map(str, found))
-
-
-def test_a_folder_that_is_mended_is_allowed_nothing(checked: dict[str, list[prose.Finding]]) -> None:
-    assert not [folder for folder in prose.ALLOWED if not checked[folder]], "take these lines out of ALLOWED"
+def test_a_folder_has_no_such_phrases(folder: str) -> None:
+    found = [finding for file in prose.files_of(folder) for finding in prose.check_file(file)]
+    assert not found, "\n".join(map(str, found))
 
 
 def test_pages_have_few_semicolons() -> None:

@@ -42,7 +42,7 @@ TICKS = [0.0, 0.1, 0.2, 0.5, 0.6, 0.7, 0.9, 1.0]
 
 
 def a_report(merged: float = 0.080, cost: float = 0.020, gap: float = 0.010) -> Report:
-    """Of a plain token in 80 ms, a load from disk in 40 ms, and a merge in 15 ms."""
+    """A report of a plain token in 80 ms, a load from disk in 40 ms, and a merge in 15 ms."""
     report = Report({"cpu": "made up"})
     report.warm = {WARM: [0.080, 0.081, 0.082], AGAIN: [0.080, 0.081, 0.082], MERGED: [merged] * 3}
     report.first = {
