@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .spec import MergeSpec, parse
 
 __all__ = ["Adapter", "MergeError", "MergeSpec", "merge", "parse"]
-__version__ = "0.1.0"  # pyproject.toml reads it from here
+__version__ = "0.2.0"  # pyproject.toml reads it from here
 
 _HOMES = {
     "Adapter": "adapters",
