@@ -13,6 +13,7 @@ from train import ADAPTERS_DIR
 COUNT = 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_specialist_beats_the_base_on_its_own_task(task: str) -> None:
     base = score(*load_adapted(MODEL_DIR, None), task, COUNT)

@@ -118,6 +118,7 @@ def test_one_group_is_free_before_the_next_is_merged(monkeypatch: pytest.MonkeyP
     assert not [merged for merged in alive if merged() is not None]
 
 
+@pytest.mark.slow
 def test_what_is_reserved_is_lent_for_decompositions_alone() -> None:
     backend = fresh()
     backend.reserve(1 << 20)
@@ -129,6 +130,7 @@ def test_what_is_reserved_is_lent_for_decompositions_alone() -> None:
     assert backend._spare is not before
 
 
+@pytest.mark.slow
 def test_a_search_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, ties = fresh(), plan("ties(a, b)")
     expected = run(ties, "numpy")
@@ -143,6 +145,7 @@ def test_a_search_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same_bits(backend.merge(ties), expected)
 
 
+@pytest.mark.slow
 def test_thresholds_belong_to_the_modules_they_were_found_for() -> None:
     backend, ties = fresh(), plan("ties(a, b)")
     for name in SHAPES:
@@ -201,6 +204,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["linear(a, b)", "ties(a, b)", "dare_ties(a, b, seed=3)"])
 def test_a_write_that_is_repeated_makes_and_uploads_no_tables(spec: str, built: list[str]) -> None:
     backend, merge = reserving(2), plan(spec)
@@ -245,6 +249,7 @@ def test_thresholds_that_were_forgotten_are_found_and_read_where_they_are_now(bu
     assert "upload" in built
 
 
+@pytest.mark.slow
 def test_other_slots_and_slots_that_have_moved_are_written_where_they_are() -> None:
     backend, merge = reserving(2), plan("ties(a, b)")
     first, second = slots(backend), slots(backend)
@@ -259,6 +264,7 @@ def test_other_slots_and_slots_that_have_moved_are_written_where_they_are() -> N
     assert bool((old == 3.0).all())
 
 
+@pytest.mark.slow
 def test_slots_of_modules_that_a_merge_lacks_are_written_before_those_that_it_has() -> None:
     backend, merge = fresh(), plan("ties(a, b, density=0.4)")
     written = slots(backend)
@@ -292,6 +298,7 @@ def test_tables_take_no_more_than_their_ring_and_are_made_again_where_others_cam
     assert backend._writer.reserve() is ring
 
 
+@pytest.mark.slow
 def test_tables_that_the_ring_cannot_hold_are_made_for_every_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "TABLES", 1000)
     backend, merge = reserving(2), plan("ties(a, b)")
@@ -300,6 +307,7 @@ def test_tables_that_the_ring_cannot_hold_are_made_for_every_write(monkeypatch: 
         assert_writes(backend, merge, written)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_plan_is_kept_when_it_is_gone() -> None:
     backend, merge = reserving(2), plan("ties(a, b)")
     written = slots(backend)
@@ -309,6 +317,7 @@ def test_nothing_of_a_plan_is_kept_when_it_is_gone() -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
+@pytest.mark.slow
 def test_slots_that_are_gone_are_not_held_by_tables() -> None:
     backend, merge = reserving(2), plan("ties(a, b)")
     written = slots(backend)
@@ -318,6 +327,7 @@ def test_slots_that_are_gone_are_not_held_by_tables() -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
+@pytest.mark.slow
 def test_evicted_sources_are_not_held_by_tables() -> None:
     backend, merge = reserving(2), plan("ties(a, b)")
     backend.write(merge, slots(backend))

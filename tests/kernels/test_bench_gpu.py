@@ -113,6 +113,7 @@ def test_what_has_an_aim_is_measured_before_all_else() -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_row_are_those_of_the_sources_and_of_the_slots(report: dict[str, Any]) -> None:
     entries = 4 * sum(rows + columns for rows, columns in TINY.shapes.values())
     found = {(r["case"], r["sources"], r["dtype"], r["slot_rank"]): r["bytes"] for r in report["rows"]}

@@ -121,6 +121,7 @@ def test_ties_are_cut_at_every_place_of_a_group(dtype: torch.dtype, ties: str) -
         assert_backends_agree(plan_of(tensor, Largest(count)), "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_views_and_unaligned_tensors_merge_like_their_copies(dtype: torch.dtype) -> None:
     views = awkward_views(dtype, torch.Generator().manual_seed(0))

@@ -75,6 +75,7 @@ def test_products_are_those_of_the_tiles_that_torch_forms(shape: tuple[int, int]
     assert float((x - y).norm()) <= 1e-5 * (float(y.norm()) + float(expected.sum().sqrt()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", [1, 50, fused_tiles.SAMPLE])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
 def test_thresholds_keep_as_many_as_asked_whatever_the_sample_says(
@@ -105,6 +106,7 @@ def test_what_the_kernels_know() -> None:
     assert not rule((Varied(4),) * 2).consists_of(*FUSED)
 
 
+@pytest.mark.slow
 def test_more_columns_than_a_kernel_takes_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (TILE_ROWS + 3, TILE_COLUMNS + 5)
     chosen = rules_of(shape[0] * shape[1])["largest"]

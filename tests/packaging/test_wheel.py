@@ -68,6 +68,7 @@ def test_the_links_are_relative_and_lead_to_the_folders_beside_the_package() -> 
     }
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_one_top_level_package(wheel: Path) -> None:
     places = [PACKAGE, *(PACKAGE / name for name in WINGS)]  # rglob does not follow links
     expected = {file.relative_to(ROOT).as_posix() for place in places for file in place.rglob("*.py")}
@@ -77,6 +78,7 @@ def test_the_wheel_holds_every_module_and_one_top_level_package(wheel: Path) -> 
     }
 
 
+@pytest.mark.slow
 def test_a_wheel_built_from_the_sdist_holds_the_same(wheel: Path, tmp_path: Path) -> None:
     source = copy_of_the_sources(tmp_path)
     backend = "from setuptools import build_meta; print(build_meta.build_sdist('made'))"
@@ -88,6 +90,7 @@ def test_a_wheel_built_from_the_sdist_holds_the_same(wheel: Path, tmp_path: Path
     assert modules_of(build(sdist, made)) == modules_of(wheel)
 
 
+@pytest.mark.slow
 def test_an_editable_install_finds_the_wings_and_nothing_beside_the_package(tmp_path: Path) -> None:
     source, made = copy_of_the_sources(tmp_path), tmp_path / "installed"
     made.mkdir()
@@ -106,6 +109,7 @@ def test_an_editable_install_finds_the_wings_and_nothing_beside_the_package(tmp_
     assert done.stdout.splitlines() == ["nowhere"] * len(LINKS)
 
 
+@pytest.mark.slow
 def test_the_wheel_brings_the_command_the_vllm_plugin_and_the_licence(wheel: Path) -> None:
     entry_points = ConfigParser()
     with zipfile.ZipFile(wheel) as archive:
@@ -116,11 +120,13 @@ def test_the_wheel_brings_the_command_the_vllm_plugin_and_the_licence(wheel: Pat
     assert dict(entry_points["vllm.general_plugins"]) == {"merged_lora": "merged_lora.vllm_plugin:register"}
 
 
+@pytest.mark.slow
 def test_an_unpacked_wheel_finds_the_wings_inside_the_package(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     assert find(tmp_path, *WINGS) == [f"{tmp_path}/merged_lora/{wing}/__init__.py" for wing in WINGS]
 
 
+@pytest.mark.slow
 def test_an_unpacked_wheel_does_not_take_its_neighbours_for_its_own_modules(
     wheel: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +139,7 @@ def test_a_checkout_finds_the_linked_folders_inside_the_package() -> None:
     assert find(ROOT, *LINKS) == [f"{ROOT}/merged_lora/{name}/__init__.py" for name in LINKS]
 
 
+@pytest.mark.slow
 def test_the_public_names_are_there_and_nothing_heavy_is_imported_before_they_are_used() -> None:
     program = """
 import sys

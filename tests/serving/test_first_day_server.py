@@ -148,6 +148,7 @@ def test_adapters_cover_every_module_and_no_two_layers_are_alike() -> None:
         assert not torch.equal(first.b, second.b)
 
 
+@pytest.mark.slow
 def test_a_checkout_is_laid_out_as_if_it_were_installed(tmp_path: Path) -> None:
     day.lay_out_package(tmp_path)
     code = (

@@ -129,6 +129,7 @@ def assert_bounded(gate: MergeGate) -> None:
     assert not gate.sources._leases
 
 
+@pytest.mark.slow
 @settings(max_examples=GENERATED, deadline=1_000, suppress_health_check=list(HealthCheck), database=None)
 @given(
     st.one_of(st.text(max_size=3_000), st.lists(st.sampled_from(WORDS), max_size=60).map("".join)),

@@ -62,12 +62,13 @@ def contract_of(folder: Path) -> dict[str, Any]:
     return report
 
 
-@pytest.fixture(scope="module", params=INSTALLED)
+@pytest.fixture(scope="module", params=[pytest.param(r, marks=pytest.mark.slow) for r in INSTALLED])
 def contract(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The report of ``contract.py`` on one of the installed releases."""
     return contract_of(INSTALLED[request.param]) | {"expected": request.param}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not version("vllm").endswith("+cpu"), reason="vLLM's GPU build is here alone")
 def test_the_oldest_the_newest_and_the_newest_cpu_build_are_installed() -> None:
     assert {TESTED[0], NEWEST_CPU, TESTED[-1]} <= set(INSTALLED) <= set(TESTED)
@@ -247,6 +248,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_up(tmp_path_factory.mktemp("changed"), OTHER_BODY)
 
 
+@pytest.mark.slow
 def test_a_new_release_that_reads_as_the_last_is_taken_silently(tmp_path: Path) -> None:
     commented = {"lora/model_manager.py": (COMMENTED, f"        # a comment\n{COMMENTED}")}
     case = contract_of(made_up(tmp_path, commented))
@@ -255,6 +257,7 @@ def test_a_new_release_that_reads_as_the_last_is_taken_silently(tmp_path: Path) 
     assert case["where_it_fits"]["difference"] == ""
 
 
+@pytest.mark.slow
 def test_a_new_release_with_another_signature_is_refused_with_its_reason(tmp_path: Path) -> None:
     case = contract_of(made_up(tmp_path, OTHER_SIGNATURE))
     line = f"{REFUSED}LoRAModelManager.activate_adapter takes (self lora_id slot) instead of (self lora_id)"
