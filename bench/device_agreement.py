@@ -17,7 +17,7 @@ from merged_lora import lowrank
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Result, Slot, SlotBackend
 from merged_lora.factors import Factors, bits
-from merged_lora.plan import DeltaModule, MergePlan
+from merged_lora.plan import MergePlan, SumModule
 from merged_lora.planning import make_plan
 from merged_lora.reference import delta as dense
 from merged_lora.spec import parse
@@ -174,7 +174,7 @@ def not_best(module: object, merged: Factors) -> str | None:
 
     The bound is Eckart and Young's error, the promised resolution, and what rounding both factors adds.
     """
-    assert isinstance(module, DeltaModule)
+    assert isinstance(module, SumModule)
     pairs = [(f.a.double().numpy(), f.b.double().numpy()) for f in module.sources]
     deltas = dense.dense(pairs, module.weights)
     if module.mean is None:
@@ -197,7 +197,7 @@ def find_different_truncation(plan: MergePlan, names: Sequence[str], slots: Mapp
     """
     for name in names:
         module = plan.modules[name]
-        assert isinstance(module, DeltaModule)
+        assert isinstance(module, SumModule)
         slot = slots[name]
         ours = Factors(slot.a[: module.rank].cpu(), slot.b[:, : module.rank].cpu())
         (merged,) = lowrank.merge_modules([module])

@@ -12,7 +12,7 @@ from merged_lora import bases
 from merged_lora.backends import Energy, Progress, Result, no_progress
 from merged_lora.factors import Factors
 from merged_lora.lowrank import Each, in_turn, merge_modules
-from merged_lora.plan import DeltaModule, EntryModule, FactorJob, FactorModule, MergePlan
+from merged_lora.plan import EntryModule, FactorJob, FactorModule, MergePlan, SumModule
 from merged_lora.streaming import starting_columns, truncate_tiles
 
 from .combine import combine
@@ -54,7 +54,7 @@ class CpuBackend:
         merged = combine(self._pool, jobs, _halved(progress))
         for i, (name, module) in enumerate(factors.items()):
             modules[name] = Factors(merged[2 * i], merged[2 * i + 1], 1.0, module.embedding)
-        deltas = [(name, m) for name, m in plan.modules.items() if isinstance(m, DeltaModule)]
+        deltas = [(name, m) for name, m in plan.modules.items() if isinstance(m, SumModule)]
         for part in batches(deltas, lambda item: _vector_bytes(item[1]), AT_A_TIME):
             members = [module for _, module in part]
             done = merge_modules(members, self._each(members))
@@ -112,7 +112,7 @@ class CpuBackend:
             names, members = zip(*part, strict=True)
             yield dict(zip(names, self._each(members)(_coordinated, members), strict=True))
 
-    def _each(self, modules: Sequence[DeltaModule | EntryModule]) -> Each:
+    def _each(self, modules: Sequence[SumModule | EntryModule]) -> Each:
         """How modules are gone through: each on one core, or in turn, with torch on all of them."""
         # The large products of an output basis, and those of few large modules, torch spreads better itself.
         output = any(isinstance(module, EntryModule) and module.basis == "output" for module in modules)
@@ -170,7 +170,7 @@ def _placed(pair: tuple[Coordinated, torch.Tensor]) -> tuple[Factors, Energy | N
     return _factors(a[0], b[0], module), kept
 
 
-def _vector_bytes(module: DeltaModule) -> int:
+def _vector_bytes(module: SumModule) -> int:
     """Bytes of two float64 copies of the factors."""
     return 16 * sum(x.numel() for f in module.sources for x in (f.a, f.b))
 

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from .factors import Factors
-from .plan import DeltaModule
+from .plan import SumModule
 from .scalars import RULES
 
 Item = TypeVar("Item")
@@ -43,12 +43,12 @@ def in_turn(function: Callable[[Item], Made], items: Sequence[Item], /) -> list[
     return [function(item) for item in items]
 
 
-def merge_modules(modules: Sequence[DeltaModule], each: Each = in_turn) -> list[Merged]:
+def merge_modules(modules: Sequence[SumModule], each: Each = in_turn) -> list[Merged]:
     """The merged factors of every module, in the module's dtype and with scaling 1."""
     return each(_merge, list(zip(modules, _weights(modules, each), strict=True)))
 
 
-def _weights(modules: Sequence[DeltaModule], each: Each) -> list[tuple[float, ...]]:
+def _weights(modules: Sequence[SumModule], each: Each) -> list[tuple[float, ...]]:
     """For each module, what its products ``B_i A_i`` are multiplied by, one weight per source."""
     found = [module.weights for module in modules]
     alike: dict[tuple[int, str, int], list[tuple[int, Sequence[float]]]] = {}
@@ -67,7 +67,7 @@ def _weights(modules: Sequence[DeltaModule], each: Each) -> list[tuple[float, ..
     return found
 
 
-def _merge(pair: tuple[DeltaModule, Sequence[float]]) -> Merged:
+def _merge(pair: tuple[SumModule, Sequence[float]]) -> Merged:
     module, weights = pair
     total = sum(f.rank for f in module.sources)
     if module.rank == total:
@@ -163,5 +163,5 @@ def gram_of(sources: Sequence[Factors], weights: Sequence[float]) -> torch.Tenso
     return inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in sources], given)
 
 
-def _gram(module: DeltaModule) -> torch.Tensor:
+def _gram(module: SumModule) -> torch.Tensor:
     return gram_of(module.sources, module.weights)

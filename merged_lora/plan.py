@@ -241,7 +241,7 @@ class FactorModule:
 
 
 @dataclass(frozen=True, eq=False)
-class DeltaModule:
+class SumModule:
     """A weighted sum of deltas: ``sum_i c_i weights[i] B_i A_i`` in at most ``rank`` dimensions.
 
     sources:   factors of the sources that have the module.
@@ -317,12 +317,12 @@ def entries_of(shape: tuple[int, int], total: int, rank: int, basis: Basis | Non
     return (min(total, rows), columns) if basis == "output" else (rank, rank)
 
 
-def _results(module: DeltaModule | EntryModule) -> Results:
+def _results(module: SumModule | EntryModule) -> Results:
     rows, columns = module.sources[0].shape
     return ((module.rank, columns), module.dtype), ((rows, module.rank), module.dtype)
 
 
-Module = FactorModule | DeltaModule | EntryModule
+Module = FactorModule | SumModule | EntryModule
 
 
 @dataclass(frozen=True, eq=False)

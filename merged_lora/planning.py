@@ -17,7 +17,6 @@ from .plan import (
     AgreeingMean,
     All,
     Blend,
-    DeltaModule,
     EnergyMean,
     EntryModule,
     FactorJob,
@@ -34,6 +33,7 @@ from .plan import (
     Random,
     Rule,
     Sum,
+    SumModule,
     Varied,
     as_float32,
     entries_of,
@@ -177,7 +177,7 @@ class _Planner:
         if self.recipe.space == "factors":
             return self._factor_module(name, present, factors)
         if self.recipe.space == "sums":
-            return self._delta_module(name, present, factors)
+            return self._sum_module(name, present, factors)
         return self._entry_module(name, present, factors)
 
     def model_counts(self, modules: Mapping[str, Module]) -> tuple[int, ...] | None:
@@ -225,7 +225,7 @@ class _Planner:
             jobs.append(FactorJob(inputs, rule, promoted([t.dtype for t in inputs])))
         return FactorModule(jobs[0], jobs[1], present, factors[0].embedding)
 
-    def _delta_module(self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]) -> DeltaModule:
+    def _sum_module(self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]) -> SumModule:
         settings, blend = self._settings, self.recipe.blend
         rank = self._sum_rank(name, factors)
         given = self._weights(name, present)
@@ -250,7 +250,7 @@ class _Planner:
             # The other source's delta is zero here, and the path to it is a straight line.
             weights, mean = (as_float32(weights[0] * mean.shares[0]),), None
         dtype = promoted([t.dtype for f in factors for t in (f.a, f.b)])
-        return DeltaModule(factors, present, weights, rank, mean, dtype, factors[0].embedding)
+        return SumModule(factors, present, weights, rank, mean, dtype, factors[0].embedding)
 
     def _sum_rank(self, name: str, factors: Sequence[Factors]) -> int:
         total, limit = sum(f.rank for f in factors), self._limit
@@ -375,7 +375,7 @@ def _factor_weights(
 
 def _is_zero(module: Module) -> bool:
     """Whether nothing is kept, or all of it is multiplied by 0."""
-    if isinstance(module, DeltaModule):
+    if isinstance(module, SumModule):
         return not any(module.weights)
     rules = (module.a.rule, module.b.rule) if isinstance(module, FactorModule) else (module.rule,)
     return any(

@@ -13,7 +13,6 @@ from merged_lora.factors import Factors, bits
 from merged_lora.plan import (
     AgreeingMean,
     All,
-    DeltaModule,
     EnergyMean,
     EntryModule,
     FactorJob,
@@ -28,6 +27,7 @@ from merged_lora.plan import (
     Random,
     Rule,
     Sum,
+    SumModule,
     Varied,
 )
 
@@ -56,7 +56,7 @@ class NumpyBackend:
             else:
                 merged = (
                     _merge_delta(module)
-                    if isinstance(module, DeltaModule)
+                    if isinstance(module, SumModule)
                     else _merge_entries(module, whole.get(name))
                 )
                 modules[name], cut = merged
@@ -127,7 +127,7 @@ def _keep(values: Array, keep: Keep) -> Array:
     raise TypeError(f"the reference has no rule for {keep}")
 
 
-def _merge_delta(module: DeltaModule) -> tuple[Factors, tuple[float, float] | None]:
+def _merge_delta(module: SumModule) -> tuple[Factors, tuple[float, float] | None]:
     pairs = _pairs(module)
     exact = module.rank == sum(f.rank for f in module.sources)
     if module.mean is None and exact:
@@ -198,10 +198,10 @@ def _whole_model(plan: MergePlan) -> dict[str, list[Array]]:
     return masks
 
 
-def _pairs(module: DeltaModule | EntryModule) -> list[delta.Pair]:
+def _pairs(module: SumModule | EntryModule) -> list[delta.Pair]:
     return [(widen(*to_bits(f.a)), widen(*to_bits(f.b))) for f in module.sources]
 
 
-def _factors(a: Array, b: Array, module: DeltaModule | EntryModule) -> Factors:
+def _factors(a: Array, b: Array, module: SumModule | EntryModule) -> Factors:
     new_a, new_b = (torch.from_numpy(np.ascontiguousarray(x)).to(module.dtype) for x in (a, b))
     return Factors(new_a, new_b, 1.0, module.embedding)

@@ -24,7 +24,7 @@ from kernels.watching import Watch
 from merged_lora import lowrank
 from merged_lora.bench.device_agreement import HALF_STEP, UNIT
 from merged_lora.factors import DTYPES, Factors
-from merged_lora.plan import DeltaModule, Mean
+from merged_lora.plan import Mean, SumModule
 from merged_lora.triton_kernels.batched import lowrank as batched
 from merged_lora.triton_kernels.batched.lowrank import MergedStack, Stack, kind, merge_stack
 
@@ -377,9 +377,9 @@ def test_the_workspace_bounds_what_is_taken_beside_the_result(
 def test_modules_of_one_kind_may_differ_in_weights_and_entries_alone() -> None:
     x, y = source(3, 0, 2), source(3, 1, 2)
 
-    def module(m: int, **changes: Any) -> DeltaModule:
+    def module(m: int, **changes: Any) -> SumModule:
         factors = Factors(x[0][m], x[1][m], 0.5 + m), Factors(y[0][m], y[1][m])
-        plain = DeltaModule(factors, (0, 2), (1.0, float(m)), 4, None, torch.float32, False)
+        plain = SumModule(factors, (0, 2), (1.0, float(m)), 4, None, torch.float32, False)
         return dataclasses.replace(plain, **changes)
 
     first = module(0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from merged_lora import bases
-from merged_lora.plan import DeltaModule, EntryModule, FactorModule, Graded, MergePlan, Random, Rule
+from merged_lora.plan import EntryModule, FactorModule, Graded, MergePlan, Random, Rule, SumModule
 from merged_lora.streaming import OVERSAMPLING, starting_columns, truncate_tiles
 from merged_lora.triton_kernels.factors.layout import is_launched
 from merged_lora.triton_kernels.kernels.words import INFINITY
@@ -26,7 +26,7 @@ from .tiles import ROW_STEP, TILE_BYTES, TorchTiles, count_bins, last_bin, lower
 RESULTS = 64 << 20  # bytes of merged factors that wait for their slots at the same time
 TEMPORARIES = 12  # peak temporaries of ``entries.combine``, as a multiple of its input size
 
-Module = DeltaModule | EntryModule | FactorModule
+Module = SumModule | EntryModule | FactorModule
 Stacks = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 """A and B of each source, ``[modules, rank_i, in]`` and ``[modules, out, rank_i]``."""
 ModelThresholds = Mapping[str, list[tuple[Threshold, ...]]]
@@ -57,7 +57,7 @@ def grouped(plan: MergePlan) -> tuple[Group, ...]:
 
 def kind(module: Module) -> Hashable:
     """The properties that modules merged together share; weights, keys and tensors may differ."""
-    if isinstance(module, DeltaModule):
+    if isinstance(module, SumModule):
         return lowrank.kind(module)
     if isinstance(module, FactorModule):
         inputs = (*module.a.inputs, *module.b.inputs)
@@ -77,8 +77,8 @@ def merge_group(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> Me
     """
     first = group.modules[0]
     a, b = stacks
-    if isinstance(first, DeltaModule):
-        table = [m.weights for m in group.modules if isinstance(m, DeltaModule)]
+    if isinstance(first, SumModule):
+        table = [m.weights for m in group.modules if isinstance(m, SumModule)]
         weights = torch.tensor(table, dtype=torch.float64)
         on_device = weights.to(a[0].device, non_blocking=True)
         return lowrank.merge_stack(lowrank.Stack(a, b, on_device, first.rank, first.mean, first.dtype))

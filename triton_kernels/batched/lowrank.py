@@ -18,7 +18,7 @@ import torch
 from merged_lora.bases import EPS, inverses, joined, normalized, per_column
 from merged_lora.batched import SMALL, eigenvectors, loops, multiplied
 from merged_lora.lowrank import inner_products
-from merged_lora.plan import DeltaModule, Mean
+from merged_lora.plan import Mean, SumModule
 from merged_lora.scalars import RULES
 
 WORKSPACE = 256 << 20
@@ -32,7 +32,7 @@ class Stack:
     a: for each source ``[modules, rank_i, in]``; float32, float16 or bfloat16, of any strides.
     b: for each source ``[modules, out, rank_i]``; likewise.
     weights: float64 ``[modules, sources]``.
-    rank, mean, dtype: see :class:`merged_lora.plan.DeltaModule`.
+    rank, mean, dtype: see :class:`merged_lora.plan.SumModule`.
     """
 
     a: tuple[torch.Tensor, ...]
@@ -69,7 +69,7 @@ class MergedStack:
     repeated: torch.Tensor | None = None
 
 
-def kind(module: DeltaModule) -> Hashable:
+def kind(module: SumModule) -> Hashable:
     """A key that modules of one stack share; their weights and tensors may differ."""
     factors = tuple((f.a.shape, f.a.dtype, f.b.shape, f.b.dtype) for f in module.sources)
     return factors, module.present, module.rank, module.mean, module.dtype, module.embedding
