@@ -115,40 +115,40 @@ class Sources:
         for name in names if self._folder is not None else ():
             if name in self._components and self._components[name].served:
                 continue
-            found = await asyncio.to_thread(self._look, name)
-            known = self._components.get(name)
+            found = await asyncio.to_thread(self._find, name)
+            component = self._components.get(name)
             if found is None:
-                if known is not None and known.key is None:
+                if component is not None and component.key is None:
                     del self._components[name]
-                elif known is not None and known.stamp:
+                elif component is not None and component.stamp:
                     logger.warning("source %r is gone from its folder; its copy in memory stays", name)
-                    known = self._components[name] = replace(known, stamp=())
-                self._lease(known, request)
+                    component = self._components[name] = replace(component, stamp=())
+                self._lease(component, request)
                 continue
             path, stamp = found
-            if known is None or known.stamp != stamp:
+            if component is None or component.stamp != stamp:
                 async with self.changes:
-                    known = self._components.get(name)  # it may have been read in the meantime
-                    if known is None or (not known.served and known.stamp != stamp):
-                        known = self._components[name] = await self._read(name, path, stamp, known)
+                    component = self._components.get(name)  # it may have been read in the meantime
+                    if component is None or (not component.served and component.stamp != stamp):
+                        component = self._components[name] = await self._read(name, path, stamp, component)
                         await self.trim()
-            self._lease(known, request)
+            self._lease(component, request)
 
-    async def _read(self, name: str, path: str, stamp: Stamp, known: Component | None) -> Component:
+    async def _read(self, name: str, path: str, stamp: Stamp, component: Component | None) -> Component:
         try:
             reply = await self._copied(path, None)
         except CacheFullError:  # there may be room for the next request
             raise
         except MergeError as error:
-            if known is not None and known.key is not None:
+            if component is not None and component.key is not None:
                 logger.warning(
                     "source %r changed and cannot be read (%s); its copy in memory stays", name, error
                 )
-                return replace(known, stamp=stamp)
+                return replace(component, stamp=stamp)
             return Component(None, str(error), stamp=stamp)
         return Component(reply["key"], nbytes=reply["nbytes"], stamp=stamp)
 
-    def _look(self, name: str) -> tuple[str, Stamp] | None:
+    def _find(self, name: str) -> tuple[str, Stamp] | None:
         """Path and stamp of the adapter of that name in the folder; None if there is none."""
         assert self._folder is not None
         if name != Path(name).as_posix() or any(part.startswith(".") for part in Path(name).parts):
