@@ -268,8 +268,8 @@ def _leading(squares: Sequence[torch.Tensor], rank: int) -> tuple[torch.Tensor, 
     Returns ``[modules, rank]`` and ``[modules, R, rank]``.
     """
     total = torch.zeros_like(squares[0])
-    for i, one in enumerate(squares):
-        total = total + (1.0 + i * ORDERING) * one
+    for i, square in enumerate(squares):
+        total = total + (1.0 + i * ORDERING) * square
     # The shift keeps zero matrices away from cuSOLVER, which has failed on them (pytorch#94772).
     noise = EPS * total.diagonal(dim1=1, dim2=2).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
     total.diagonal(dim1=1, dim2=2).add_(noise[:, None])

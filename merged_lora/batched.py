@@ -57,19 +57,19 @@ def block_jacobi(matrices: torch.Tensor, small: int = SMALL) -> tuple[torch.Tens
     a = torch.nn.functional.pad(matrices / scale, (0, size - n, 0, size - n))
     a.diagonal(dim1=1, dim2=2)[:, n:] = 2.0 * n  # above all eigenvalues, so that the padding comes last
     v = torch.eye(size, dtype=a.dtype, device=a.device).expand(modules, -1, -1)
-    places = [torch.tensor(order, device=a.device) for order in _tournament(blocks, small // 2)]
+    orders = [torch.tensor(order, device=a.device) for order in _tournament(blocks, small // 2)]
     rounding = 8 * n * torch.finfo(a.dtype).eps
     for _ in range(SWEEPS):
         # Convergence is quadratic: a sweep that begins close to the rounding error ends within it.
         last = bool((torch.linalg.vector_norm(a.tril(-1), dim=(1, 2)) <= rounding * n**0.5).all())
-        for place in places:
-            a, v = _turned(a, v, place, small)
+        for order in orders:
+            a, v = _turned(a, v, order, small)
         if last:
             break
     else:
         raise RuntimeError(f"a matrix of {n} rows is not diagonal after {SWEEPS} sweeps")
-    order = a.diagonal(dim1=1, dim2=2).argsort(dim=1)[:, None, :n]
-    v = v.gather(2, order.expand(-1, size, -1))[:, :n]
+    ascending = a.diagonal(dim1=1, dim2=2).argsort(dim=1)[:, None, :n]
+    v = v.gather(2, ascending.expand(-1, size, -1))[:, :n]
     # Dozens of products accumulate a few rounding errors, which one step of Newton's iteration to the polar
     # factor removes.
     identity = torch.eye(n, dtype=a.dtype, device=a.device)
@@ -90,17 +90,17 @@ def _tournament(blocks: int, rows: int) -> Iterator[list[int]]:
 
 
 def _turned(
-    a: torch.Tensor, v: torch.Tensor, place: torch.Tensor, small: int
+    a: torch.Tensor, v: torch.Tensor, order: torch.Tensor, small: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``U^T a U`` and ``v U``, where U diagonalizes the diagonal blocks of ``a`` with its rows reordered.
 
     a, v: float64 ``[modules, size, size]``.
-    place: the order of the rows ``[size]``.
+    order: the order of the rows ``[size]``.
     small: rows of a block.
     """
     modules, size, _ = a.shape
-    back = place.argsort()
-    square = a[:, place][:, :, place].view(modules, size // small, small, size // small, small)
+    back = order.argsort()
+    square = a[:, order][:, :, order].view(modules, size // small, small, size // small, small)
     square = square.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, small, small)
     # Blocks that are diagonal up to rounding are left alone: among equal eigenvalues any rotation would do,
     # and a large one would undo the work on other blocks.
@@ -109,7 +109,7 @@ def _turned(
     u = torch.where(done[:, None, None], identity, torch.linalg.eigh(square)[1])
 
     def times_u(x: torch.Tensor) -> torch.Tensor:
-        columns = x[:, :, place].view(modules, size, -1, small).transpose(1, 2).reshape(-1, size, small)
+        columns = x[:, :, order].view(modules, size, -1, small).transpose(1, 2).reshape(-1, size, small)
         return multiplied(columns, u).view(modules, -1, size, small).transpose(1, 2).flatten(2)[:, :, back]
 
     return times_u(times_u(a).mT).mT, times_u(v)

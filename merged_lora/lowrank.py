@@ -52,23 +52,24 @@ def _weights(modules: Sequence[SumModule], each: Each) -> list[tuple[float, ...]
     """For each module, what its products ``B_i A_i`` are multiplied by, one weight per source."""
     found = [module.weights for module in modules]
     alike: dict[tuple[int, str, int], list[tuple[int, Sequence[float]]]] = {}
-    for place, module in enumerate(modules):
+    for index, module in enumerate(modules):
         if module.mean is not None:
             kind = len(module.sources), module.mean.rule, module.mean.count
-            alike.setdefault(kind, []).append((place, module.mean.shares))
+            alike.setdefault(kind, []).append((index, module.mean.shares))
     # A rule is many small steps, which for all modules together cost little more than for one.
     for (_, rule, count), members in alike.items():
-        places, shares = zip(*members, strict=True)
-        given = torch.tensor([found[place] for place in places], dtype=torch.float64)
-        gram = torch.cat(each(_gram, [modules[place] for place in places]))
-        rows = RULES[rule](gram, torch.tensor(shares, dtype=torch.float64), count) * given
-        for place, row in zip(places, rows.tolist(), strict=True):
-            found[place] = tuple(row)
+        indices, shares = zip(*members, strict=True)
+        own = torch.tensor([found[index] for index in indices], dtype=torch.float64)
+        gram = torch.cat(each(_gram, [modules[index] for index in indices]))
+        rows = RULES[rule](gram, torch.tensor(shares, dtype=torch.float64), count) * own
+        for index, row in zip(indices, rows.tolist(), strict=True):
+            found[index] = tuple(row)
     return found
 
 
-def _merge(pair: tuple[SumModule, Sequence[float]]) -> Merged:
-    module, weights = pair
+def _merge(weighted: tuple[SumModule, Sequence[float]]) -> Merged:
+    """The merged factors of a module with the weights of its products."""
+    module, weights = weighted
     total = sum(f.rank for f in module.sources)
     if module.rank == total:
         a, b = concatenate(module.sources, weights, module.dtype)
@@ -159,8 +160,8 @@ def gram_of(sources: Sequence[Factors], weights: Sequence[float]) -> torch.Tenso
     """Frobenius inner products of ``weights[i] B_i A_i`` of one module, float64 ``[1, n, n]``."""
     a = torch.cat([f.a.double() for f in sources], dim=0)
     b = torch.cat([f.b.double() for f in sources], dim=1)
-    given = torch.tensor([weights], dtype=torch.float64)
-    return inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in sources], given)
+    row = torch.tensor([weights], dtype=torch.float64)
+    return inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in sources], row)
 
 
 def _gram(module: SumModule) -> torch.Tensor:

@@ -44,14 +44,13 @@ class Packed:
 def pack(adapter: Adapter, device: torch.device) -> Packed:
     """A copy of the adapter's tensors in one buffer of host memory, ready to be uploaded to the device."""
     order = sorted(adapter.modules, key=lambda name: (*_kind(adapter.modules[name]), name))
-    pairs = [(f.a, f.b) for f in (adapter.modules[name] for name in order)]
-    lengths = np.array([[padded(t.nbytes, ALIGNMENT) for t in pair] for pair in pairs], np.int64)
+    factors = [adapter.modules[name] for name in order]
+    lengths = np.array([[padded(t.nbytes, ALIGNMENT) for t in (f.a, f.b)] for f in factors], np.int64)
     offsets = np.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
     host = host_memory(int(lengths.sum()), device).zero_()
     modules = {}
-    for name, pair, starts in zip(order, pairs, offsets.tolist(), strict=True):
-        a, b = (_view(host, start, t).copy_(t) for start, t in zip(starts, pair, strict=True))
-        f = adapter.modules[name]
+    for name, f, starts in zip(order, factors, offsets.tolist(), strict=True):
+        a, b = (_view(host, start, t).copy_(t) for start, t in zip(starts, (f.a, f.b), strict=True))
         modules[name] = Factors(a, b, f.scaling, f.embedding)
     return Packed(host, modules, {name: i for i, name in enumerate(order)}, offsets)
 

@@ -25,10 +25,10 @@ def warm_up(backend: SlotBackend, dtype: torch.dtype) -> None:
     dtype: dtype of the slots; the sources are in it and in float32, in which PEFT saves by default.
     """
     dtypes = dict.fromkeys((dtype, torch.float32))
-    given = [(source,) * count for source in dtypes for count in COUNTS]
+    cases = [(source,) * count for source in dtypes for count in COUNTS]
     if len(dtypes) > 1:
-        given.append(tuple(dtypes))  # one source of each; merges of more that differ are rare
-    for sources in given:
+        cases.append(tuple(dtypes))  # one source of each; merges of more that differ are rare
+    for sources in cases:
         for strategy in STRATEGIES:
             _merge_once(backend, strategy, sources, dtype)
 

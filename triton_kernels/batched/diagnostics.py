@@ -34,8 +34,8 @@ class Diagnostics:
 
     def result(self, modules: dict[str, Factors]) -> Result:
         """The result with these merged factors, and all that was recorded, copied to the host."""
-        pairs = torch.stack(list(self._energy.values())).tolist() if self._energy else []
+        norms = torch.stack(list(self._energy.values())).tolist() if self._energy else []
         flags = torch.stack(list(self._repeated.values())).tolist() if self._repeated else []
-        energy = {name: (kept, asked) for name, (kept, asked) in zip(self._energy, pairs, strict=True)}
+        energy = {name: (kept, asked) for name, (kept, asked) in zip(self._energy, norms, strict=True)}
         repeated = tuple(name for name, flag in zip(self._repeated, flags, strict=True) if flag)
         return Result(modules, energy, repeated)

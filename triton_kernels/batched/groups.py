@@ -42,8 +42,8 @@ class Group:
 
     def only(self, names: Collection[str]) -> Group:
         """The group of those modules that have one of these names."""
-        pairs = [(name, m) for name, m in zip(self.names, self.modules, strict=True) if name in names]
-        return Group(tuple(name for name, _ in pairs), tuple(m for _, m in pairs))
+        chosen = {name: m for name, m in zip(self.names, self.modules, strict=True) if name in names}
+        return Group(tuple(chosen), tuple(chosen.values()))
 
 
 def grouped(plan: MergePlan) -> tuple[Group, ...]:
@@ -122,12 +122,12 @@ def model_thresholds(
     for name, module in modules.items():  # in the order of the plan, which is the order of the indices
         found[name] = []
         for source in module.present:
-            places = ties[name, source]
-            kept = min(wanted[source], places.numel())
-            cut = int(places[kept - 1]) + 1 if kept else 0
+            indices = ties[name, source]
+            kept = min(wanted[source], indices.numel())
+            cut = int(indices[kept - 1]) + 1 if kept else 0
             wanted[source] -= kept
-            pair = [torch.tensor([x], device=places.device) for x in (last[source][0], cut)]
-            found[name].append((Threshold(*pair),))
+            threshold = [torch.tensor([x], device=indices.device) for x in (last[source][0], cut)]
+            found[name].append((Threshold(*threshold),))
     return found
 
 
@@ -171,9 +171,9 @@ def _merge_part(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> Me
     first = group.modules[0]
     a, b = stacks
     if isinstance(first, FactorModule):
-        pairs = [m for m in group.modules if isinstance(m, FactorModule)]
-        new_a = entries.combine([x.float() for x in a], [m.a.rule for m in pairs])
-        new_b = entries.combine([x.float() for x in b], [m.b.rule for m in pairs])
+        modules = [m for m in group.modules if isinstance(m, FactorModule)]
+        new_a = entries.combine([x.float() for x in a], [m.a.rule for m in modules])
+        new_b = entries.combine([x.float() for x in b], [m.b.rule for m in modules])
         return MergedStack(new_a.to(first.a.dtype), new_b.to(first.b.dtype), None)
     assert isinstance(first, EntryModule)
     ruled = _rules(group)

@@ -36,8 +36,8 @@ THRESHOLD_BYTES = 8  # two int32
 def source_addresses(layout: Layout, residents: Sequence[Resident]) -> Integers:
     """The address of every tensor in every source, ``[T, N]``; 0 if a source lacks it."""
     table = np.zeros(layout.weights.shape, np.int64)
-    for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
-        table[place.tensors, i] = resident.addresses[place.rows, place.sides]
+    for i, (tensors, resident) in enumerate(zip(layout.sources, residents, strict=True)):
+        table[tensors.indices, i] = resident.addresses[tensors.rows, tensors.sides]
     return table
 
 
@@ -52,22 +52,22 @@ def source_thresholds(
         return [None for _ in residents]
     tables: list[torch.Tensor | None] = []
     tasks, kinds = [], []
-    for i, (place, resident) in enumerate(zip(layout.places, residents, strict=True)):
-        table = resident.thresholds.get(place.key)
+    for i, (tensors, resident) in enumerate(zip(layout.sources, residents, strict=True)):
+        table = resident.thresholds.get(tensors.key)
         if table is None:
-            table = torch.empty(place.tensors.size, 2, dtype=torch.int32, device=device)
-            targets = np.arange(place.counts.size) * THRESHOLD_BYTES + table.data_ptr()
-            addresses = resident.addresses[place.rows, place.sides]
-            rows = np.stack([addresses, place.sizes, place.counts, targets], axis=1)
-            tasks.append(rows[place.searched])
-            kinds.append(layout.kinds[place.tensors, i][place.searched])
+            table = torch.empty(tensors.indices.size, 2, dtype=torch.int32, device=device)
+            targets = np.arange(tensors.counts.size) * THRESHOLD_BYTES + table.data_ptr()
+            addresses = resident.addresses[tensors.rows, tensors.sides]
+            rows = np.stack([addresses, tensors.sizes, tensors.counts, targets], axis=1)
+            tasks.append(rows[tensors.searched])
+            kinds.append(layout.kinds[tensors.indices, i][tensors.searched])
         tables.append(table)
     if tasks:
         find_thresholds(np.concatenate(tasks), np.concatenate(kinds), device)
     # Stored only after the search has been launched, so that a failed one leaves no table of garbage behind.
-    for place, resident, table in zip(layout.places, residents, tables, strict=True):
+    for tensors, resident, table in zip(layout.sources, residents, tables, strict=True):
         assert table is not None
-        resident.thresholds.add(place.key, table, max(KEPT_THRESHOLDS, len(residents)))
+        resident.thresholds.add(tensors.key, table, max(KEPT_THRESHOLDS, len(residents)))
     return tables
 
 
@@ -81,11 +81,11 @@ def threshold_addresses(
     """
     keep_every, keep_none = constants.data_ptr(), constants.data_ptr() + THRESHOLD_BYTES
     addresses = np.full(layout.weights.shape, keep_every, np.int64)
-    for i, (place, table) in enumerate(zip(layout.places, thresholds, strict=True)):
+    for i, (tensors, table) in enumerate(zip(layout.sources, thresholds, strict=True)):
         if table is not None:
-            searched = np.arange(place.counts.size) * THRESHOLD_BYTES + table.data_ptr()
-            unsearched = np.where(place.counts == 0, keep_none, keep_every)
-            addresses[place.tensors, i] = np.where(place.searched, searched, unsearched)
+            searched = np.arange(tensors.counts.size) * THRESHOLD_BYTES + table.data_ptr()
+            unsearched = np.where(tensors.counts == 0, keep_none, keep_every)
+            addresses[tensors.indices, i] = np.where(tensors.searched, searched, unsearched)
     return addresses
 
 

@@ -32,10 +32,10 @@ UNLIMITED = -1  # a count of kept entries: all of them
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class SourceTensors:
     """The tensors of one source.
 
-    tensors: their indices in the layout ``[n]``.
+    indices: of the tensors in the layout ``[n]``.
     rows: rows of their modules in ``Packed.offsets``, ``[n]``.
     sides: 0 for A and 1 for B, ``[n]``.
     sizes: numbers of entries ``[n]``.
@@ -44,7 +44,7 @@ class Place:
     key: identifies the thresholds of this source: which modules, and how many entries are kept.
     """
 
-    tensors: Integers
+    indices: Integers
     rows: Integers
     sides: Integers
     sizes: Integers
@@ -60,7 +60,7 @@ class Layout:
     modules: names; tensors ``2 i`` and ``2 i + 1`` belong to module ``i``.
     shapes: int64 ``[T, 2]``.
     rounds: dtypes of the results, as in ``words.KINDS``, ``[T]``.
-    places: one per source.
+    sources: one per source.
     weights: float32 ``[T, N]``.
     kinds: dtypes of the sources ``[T, N]``; the dtype of the result if a source lacks the tensor.
     counts: numbers of entries that are kept, or UNLIMITED, ``[T, N]``.
@@ -73,7 +73,7 @@ class Layout:
     modules: tuple[str, ...]
     shapes: Integers
     rounds: Integers
-    places: tuple[Place, ...]
+    sources: tuple[SourceTensors, ...]
     weights: Floats
     kinds: Integers
     counts: Integers
@@ -115,7 +115,7 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
 
     counts = table(kept_counts, np.int64, UNLIMITED)
     shapes = np.array([job.inputs[0].shape for job in jobs], np.int64).reshape(-1, 2)
-    places = []
+    sources = []
     for i, adapter in enumerate(packed):
         # Tensors 2 i and 2 i + 1 belong to module i, so halving an index gives its module.
         tensors = tensor[source == i]
@@ -123,13 +123,13 @@ def lay_out(plan: MergePlan, packed: Sequence[Packed]) -> Layout:
         sizes, kept = shapes[tensors].prod(1), counts[tensors, i]
         searched = (kept > 0) & (kept < sizes)
         key = rows.tobytes() + kept.tobytes()
-        places.append(Place(tensors, rows, tensors % 2, sizes, kept, searched, key))
+        sources.append(SourceTensors(tensors, rows, tensors % 2, sizes, kept, searched, key))
     blend = jobs[0].rule.blend if jobs else Sum()
     return Layout(
         modules=tuple(modules),
         shapes=shapes,
         rounds=rounds,
-        places=tuple(places),
+        sources=tuple(sources),
         weights=table([w for job in jobs for w in job.rule.weights], np.float32, 0),
         kinds=table([KINDS[t.dtype] for job in jobs for t in job.inputs], np.int64, rounds[:, None]),
         counts=counts,
@@ -169,7 +169,7 @@ def copies(kinds: Integers) -> Layout:
         modules=(),
         shapes=np.zeros((kinds.size, 2), np.int64),
         rounds=kinds,
-        places=(),
+        sources=(),
         weights=np.ones_like(column, np.float32),
         kinds=column,
         counts=np.full_like(column, UNLIMITED),
