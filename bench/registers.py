@@ -120,10 +120,10 @@ def cases() -> Iterator[Case]:
             taken = {name: constants[name] for name in kernel.arg_names if name in constants}
             name = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {DTYPES[kind]}"
             yield Case(name, kernel, taken, True)
-    yield from _streams()
+    yield from _sketches()
 
 
-def _streams() -> Iterator[Case]:
+def _sketches() -> Iterator[Case]:
     """The kernels of delta space, four sources: of rank 16 times 64 columns, and large ones of both."""
     for precision in ("tf32", "tf32x3"):
         shared = {

@@ -28,7 +28,7 @@ from .layout import Layout
 from .tables import aligned
 
 KEPT_THRESHOLDS = 8  # per adapter, one for each density that it was last merged with
-KEEP_EVERY, KEEP_NONE = (0, MAGNITUDE.value), (INFINITY.value, 0)
+KEEP_EVERYTHING, KEEP_NONE = (0, MAGNITUDE.value), (INFINITY.value, 0)
 """Thresholds ``(thr, cut)`` that need no search; no finite magnitude exceeds infinity."""
 THRESHOLD_BYTES = 8  # two int32
 
@@ -77,7 +77,7 @@ def threshold_addresses(
     """The address of the threshold of every tensor in every source, ``[T, N]``.
 
     thresholds: of :func:`source_thresholds`.
-    constants: KEEP_EVERY and KEEP_NONE, int32 ``[2, 2]`` on the device.
+    constants: KEEP_EVERYTHING and KEEP_NONE, int32 ``[2, 2]`` on the device.
     """
     keep_every, keep_none = constants.data_ptr(), constants.data_ptr() + THRESHOLD_BYTES
     addresses = np.full(layout.weights.shape, keep_every, np.int64)

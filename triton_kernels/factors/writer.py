@@ -14,7 +14,7 @@ from merged_lora.triton_kernels.packed import Resident
 from merged_lora.triton_kernels.transfer import Part, Ring
 
 from .launch import (
-    KEEP_EVERY,
+    KEEP_EVERYTHING,
     KEEP_NONE,
     Draft,
     Launch,
@@ -83,7 +83,7 @@ class LayoutWriter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._ring = Ring(TABLES, device)
-        self._constants = torch.tensor([KEEP_EVERY, KEEP_NONE], dtype=torch.int32).to(device)
+        self._constants = torch.tensor([KEEP_EVERYTHING, KEEP_NONE], dtype=torch.int32).to(device)
 
     def reserve(self) -> torch.Tensor:
         """The memory for tables, uint8, allocated now if it is not yet."""
