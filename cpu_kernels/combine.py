@@ -96,7 +96,7 @@ def source_tables(rules: Sequence[Rule], coefficients: Sequence[float]) -> tuple
         np.array(keys, np.uint64),
         np.array(rescales, np.float32),
         np.array(coefficients, np.float32),
-        blend_word(blend),
+        blend_code(blend),
         isinstance(blend, AgreeingMean) and blend.weighted,
     )
 
@@ -113,8 +113,8 @@ def _row(keep: Keep) -> tuple[int, int, int, float]:
     raise TypeError(f"the compiled loops have no rule for {keep}")
 
 
-def blend_word(blend: Blend) -> int:
-    """The word of ``combine_tensors`` for how entries are blended."""
+def blend_code(blend: Blend) -> int:
+    """The code of ``combine_tensors`` for how entries are blended."""
     match blend:
         case Sum():
             return kernels.SUM

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from merged_lora.plan import Graded, Important, Keep, Largest, Middle, Random, Varied
+from merged_lora.plan import All, Graded, Important, Keep, Largest, Middle, Random, Varied
 
 from . import kernels
 from .thresholds import KEEP_EVERYTHING, Query, Threshold
@@ -92,6 +92,8 @@ def keep_entries(
     for x, keep, found in zip(values, keeps, thresholds, strict=True):
         address = x.data_ptr()
         match keep:
+            case All():
+                pass
             case Random(share, key):
                 kernels.keep_graded(address, rows, columns, begin, share, 0, np.uint64(key))
             case Graded(share, key, spread):
@@ -110,6 +112,8 @@ def keep_entries(
             case Varied():
                 (low,) = found
                 kernels.keep_where(address, size, buffer.data_ptr(), low.value, low.cut - begin)
+            case _:
+                raise TypeError(f"the CPU backend has no rule for {keep}")
 
 
 def energies_of(values: Sequence[torch.Tensor]) -> list[float]:

@@ -37,6 +37,8 @@ class Adapter:
         if not self.modules:
             raise AdapterError("an adapter needs at least one module")
         for name, f in self.modules.items():
+            if not isinstance(f, Factors):
+                raise AdapterError(f"{name}: a module of an adapter is Factors, not {type(f).__name__}")
             if f.a.ndim != 2 or f.b.ndim != 2 or f.a.shape[0] != f.b.shape[1]:
                 raise AdapterError(
                     f"{name}: factors of shape {tuple(f.a.shape)} and {tuple(f.b.shape)} do not multiply"

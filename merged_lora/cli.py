@@ -83,7 +83,11 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    merge.add_argument("spec", metavar="SPEC", help='what to merge: "ties(a, 0.5*b)", "a + b", or JSON')
+    merge.add_argument(
+        "spec",
+        metavar="SPEC",
+        help='what to merge: "ties(a, 0.5*b)", "a + b", or JSON. After "--" it may begin with a minus sign',
+    )
     merge.add_argument(
         "--adapter",
         metavar="NAME=PATH",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from . import __version__
 from .adapters import Adapter
 from .backends import Progress, Result, load_backend, no_progress
-from .errors import PlanError
+from .errors import AdapterError, PlanError, SpecError
 from .plan import MergePlan, overflow
 from .planning import check_names, make_plan
 from .spec import MergeSpec, parse
@@ -64,6 +64,12 @@ def plan(
     adapters: for every source name a PEFT folder, which is loaded, or an :class:`Adapter`.
     rank:     largest rank of the result, None for any.
     """
+    if not isinstance(spec, MergeSpec):
+        raise SpecError(f"a spec is text or a MergeSpec, not {type(spec).__name__}")
+    if not isinstance(adapters, Mapping):
+        raise AdapterError(f"adapters are a mapping from names to folders, not {type(adapters).__name__}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise PlanError(f"the rank limit must be a whole number, got {rank!r}")
     if rank is not None and rank < 1:
         raise PlanError(f"the rank limit must be at least 1, got {rank}")
     check_names(spec, adapters)

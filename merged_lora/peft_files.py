@@ -156,7 +156,9 @@ def check_target(folder: Path, overwrite: bool) -> None:
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read ({error.strerror})") from None
     if entries and not overwrite:
-        raise AdapterError(f"{folder} exists; choose another folder or overwrite it (--overwrite)")
+        raise AdapterError(
+            f"{folder} exists; choose another folder or overwrite it (overwrite=True, --overwrite)"
+        )
     foreign = sorted(entries - {CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "README.md"})
     if foreign:
         raise AdapterError(f"{folder} is not replaced: it also holds {listed(foreign)}")

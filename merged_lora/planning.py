@@ -39,7 +39,7 @@ from .plan import (
     entries_of,
 )
 from .recipe import DIVIDED_BY_SUM, MEANS, Recipe, Value
-from .spec import MergeSpec
+from .spec import MergeSpec, cancels
 from .strategies import TABLE, find
 from .weighing import auto_weights
 
@@ -71,7 +71,7 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
 
 
 def check_names(spec: MergeSpec, known: Collection[str]) -> None:
-    """Raise UnknownAdapterError where the spec names a source that is not known."""
+    """Raise UnknownAdapterError if the spec names a source that is not known."""
     missing = [name for name in spec.names if name not in known]
     if missing:
         way_out = f"known: {listed(sorted(known))}" if known else "none is known"
@@ -87,7 +87,7 @@ def amplification(spec: MergeSpec) -> float:
     strategy = find(spec.strategy)
     rescales = [1.0] * len(spec.sources)
     if strategy.recipe.keep in ("random", "graded"):
-        epsilons = spec.per_source("epsilon") if strategy.option("epsilon") else (None,) * len(spec.sources)
+        epsilons = spec.per_source("epsilon") if strategy.option("epsilon") else (0.0,) * len(spec.sources)
         drawn = [_drawn(d, e, 0) for d, e in zip(spec.per_source("density"), epsilons, strict=True)]
         times = 2 if strategy.recipe.space == "factors" else 1  # A and B are rescaled each on its own
         rescales = [keep.rescale**times for keep in drawn]
@@ -98,7 +98,7 @@ def amplification(spec: MergeSpec) -> float:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The options of a spec, read once for all modules; None if its strategy does not take an option."""
+    """The options of a spec, read once for all modules; those that its strategy lacks change nothing."""
 
     strategy: str
     recipe: Recipe
@@ -106,9 +106,9 @@ class _Settings:
     weights: tuple[float, ...]
     auto: Mapping[str, tuple[float, ...]] | None
     scale: float
-    densities: tuple[float, ...] | None
-    gammas: tuple[float, ...] | None
-    epsilons: tuple[float, ...] | None
+    densities: tuple[float, ...]
+    gammas: tuple[float, ...]
+    epsilons: tuple[float, ...]
     select_topk: float | None
     seed: Value | None
     rank: int | None
@@ -122,8 +122,8 @@ class _Settings:
         strategy = find(spec.strategy)
         rank, t, select = (spec.option(name) for name in ("rank", "t", "select_topk"))
 
-        def shares(name: str) -> tuple[float, ...] | None:
-            return spec.per_source(name) if strategy.option(name) else None
+        def shares(name: str, otherwise: float) -> tuple[float, ...]:
+            return spec.per_source(name) if strategy.option(name) else (otherwise,) * len(spec.sources)
 
         return cls(
             strategy=strategy.name,
@@ -132,9 +132,9 @@ class _Settings:
             weights=spec.weights(),
             auto=auto_weights(sources, strategy.recipe.blend == "sum") if spec.automatic else None,
             scale=float(spec.option("scale")),  # type: ignore[arg-type]
-            densities=shares("density"),
-            gammas=shares("gamma"),
-            epsilons=shares("epsilon"),
+            densities=shares("density", 1.0),
+            gammas=shares("gamma", 0.0),
+            epsilons=shares("epsilon", 0.0),
             select_topk=select if isinstance(select, float) and select < 1.0 else None,
             seed=spec.option("seed"),
             rank=rank if isinstance(rank, int) else None,
@@ -182,15 +182,16 @@ class _Planner:
 
     def model_counts(self, modules: Mapping[str, Module]) -> tuple[int, ...] | None:
         """The number of entries of each source kept over all modules, None if each module has its own."""
-        densities = self._settings.densities
-        if not self._settings.whole_model or densities is None:
+        if not self._settings.whole_model:
             return None
         sizes = [0] * len(self._sources)
         for module in modules.values():
             if isinstance(module, EntryModule):
                 for i in module.present:
                     sizes[i] += math.prod(module.entries)
-        return tuple(int(density * size) for density, size in zip(densities, sizes, strict=True))
+        return tuple(
+            int(density * size) for density, size in zip(self._settings.densities, sizes, strict=True)
+        )
 
     def result_notes(self, modules: Mapping[str, Module], counts: tuple[int, ...] | None) -> list[str]:
         """What a user should know about the result."""
@@ -221,7 +222,7 @@ class _Planner:
         jobs = []
         for side, weights in zip("ab", both, strict=True):
             inputs = tuple(f.a if side == "a" else f.b for f in factors)
-            rule = self._rule(weights, name, side, present, inputs[0].numel())
+            rule = self._rule(weights, name, side, present, (inputs[0].shape[0], inputs[0].shape[1]))
             jobs.append(FactorJob(inputs, rule, promoted([t.dtype for t in inputs])))
         return FactorModule(jobs[0], jobs[1], present, factors[0].embedding)
 
@@ -237,8 +238,7 @@ class _Planner:
         mean = None
         if relative:
             mean = Mean("slerp" if blend == "nuslerp" else blend, given, len(self._sources))
-            cancelling = abs(math.fsum(given)) <= CANCELLING * math.fsum(map(abs, given))
-            if blend in DIVIDED_BY_SUM and cancelling:
+            if blend in DIVIDED_BY_SUM and cancels(given, CANCELLING):
                 raise PlanError(
                     f"the weights of those sources that have {name} add up to 0, and {settings.strategy} "
                     "divides by that; change the weights"
@@ -282,12 +282,12 @@ class _Planner:
             # The deltas themselves are balanced, so that the weak ones are heard in a basis and in a vote.
             scalings = tuple(w * f.scaling for w, f in zip(given, factors, strict=True))
             weights = (settings.scale,) * len(factors)
-        size = math.prod(entries_of((rows, columns), total, rank, recipe.basis))
+        shape = entries_of((rows, columns), total, rank, recipe.basis)
         return EntryModule(
             sources=factors,
             present=present,
             scalings=tuple(map(as_float32, scalings)),
-            rule=self._rule(tuple(map(as_float32, weights)), name, "delta", present, size),
+            rule=self._rule(tuple(map(as_float32, weights)), name, "delta", present, shape),
             basis=recipe.basis,
             rank=rank,
             dtype=promoted([t.dtype for f in factors for t in (f.a, f.b)]),
@@ -310,37 +310,41 @@ class _Planner:
         return min(largest, limit or largest) if rank is None else rank
 
     def _rule(
-        self, weights: tuple[float, ...], name: str, side: str, present: Sequence[int], size: int
+        self,
+        weights: tuple[float, ...],
+        name: str,
+        side: str,
+        present: Sequence[int],
+        shape: tuple[int, int],
     ) -> Rule:
-        """How tensors of ``size`` entries are combined, one of each source that has the module."""
-        settings = self._settings
-        if self.recipe.keep == "varied":
-            # If only one source has the module there is nothing that its entries could differ from.
-            share = settings.select_topk
-            keep: Keep = ALL if share is None or len(present) == 1 else Varied(int(share * size))
-            return Rule(weights, (keep,) * len(present), settings.blend)
-        keeps = [self._keep(i, name, side, size) for i in present]
-        return Rule(weights, tuple(keeps), settings.blend)
+        """How tensors of a shape are combined, one of each source that has the module."""
+        alone = len(present) == 1
+        keeps = [self._keep(i, name, side, shape, alone) for i in present]
+        return Rule(weights, tuple(keeps), self._settings.blend)
 
-    def _keep(self, index: int, name: str, side: str, size: int) -> Keep:
-        """Which of ``size`` entries of one source take part."""
-        settings, rule = self._settings, self.recipe.keep
-        if rule == "important":
-            return Important(*(size - int(share * (size - 1)) for share in (0.75, 0.5, 0.25)))
-        if rule == "all" or settings.densities is None:
-            return ALL
-        if settings.whole_model:
-            return LargestInModel()
+    def _keep(self, index: int, name: str, side: str, shape: tuple[int, int], alone: bool) -> Keep:
+        """Which entries of one source's tensor take part.  alone: no other source has the module."""
+        settings, size = self._settings, math.prod(shape)
         density = settings.densities[index]
-        if rule in ("random", "graded"):
-            identity = f"{settings.seed}\0{self._sources[index].digest}\0{name}\0{side}"
-            key = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
-            return _drawn(density, None if settings.epsilons is None else settings.epsilons[index], key)
-        if density == 1.0:
-            return ALL
-        count = int(density * size)
-        skip = 0 if settings.gammas is None else min(int(settings.gammas[index] * size), size - count)
-        return _largest(count, skip)
+        match self.recipe.keep:
+            case "all":
+                return ALL
+            case "largest" | "middle":
+                if settings.whole_model:
+                    return LargestInModel()
+                if density == 1.0:
+                    return ALL
+                count = int(density * size)
+                return _largest(count, min(int(settings.gammas[index] * size), size - count))
+            case "random" | "graded":
+                identity = f"{settings.seed}\0{self._sources[index].digest}\0{name}\0{side}"
+                key = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
+                return _drawn(density, settings.epsilons[index], key)
+            case "varied":
+                share = settings.select_topk
+                return ALL if share is None or alone else Varied(int(share * size))
+            case "important":
+                return Important(*(size - int(share * (size - 1)) for share in (0.75, 0.5, 0.25)))
 
 
 ALL = All()
@@ -351,10 +355,10 @@ def _largest(count: int, skip: int) -> Largest | Middle:
     return Middle(count, skip) if skip else Largest(count)
 
 
-def _drawn(density: float, epsilon: float | None, key: int) -> Random | Graded:
+def _drawn(density: float, epsilon: float, key: int) -> Random | Graded:
     """Entries kept at random; shares are whole 65536ths, and density 1 switches epsilon off."""
     share = max(1, round(density * SHARES))
-    spread = 0 if epsilon is None or density == 1.0 else round(epsilon * SHARES)
+    spread = 0 if density == 1.0 else round(epsilon * SHARES)
     return Graded(share, key, spread) if spread else Random(share, key)
 
 

@@ -162,6 +162,8 @@ class MergeSpec:
 
 def parse(text: str) -> MergeSpec:
     """The merge that a text names; raises SpecError, which says what was expected and where."""
+    if not isinstance(text, str):
+        raise SpecError(f"a spec is text, not {type(text).__name__}")
     return _Parser(text).spec()
 
 
@@ -390,6 +392,8 @@ class _Parser:
                 find(name)
             raise SpecError(f"{name!r} is used as a merge within a merge; merge it first and name the result")
         if self.skip() < len(self.text) and self.text[self.at] == "*":
+            if name.lower() in ("nan", "inf", "infinity"):
+                raise SpecError(f"a weight must be a finite number, got {name}")
             hint = f"; a '-' between terms needs white space around it ({name!r} was read as one name)"
             raise SpecError(
                 f"write the weight before the name: 0.5*{name[:64]}" + (hint if "-" in name else "")

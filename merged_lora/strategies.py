@@ -94,8 +94,12 @@ def on_entries(base: Strategy, source: str | None = None) -> Strategy:
     )
 
 
-def on_coordinates(base: Strategy, summary: str | None = None) -> Strategy:
-    """The strategy on the coordinates of the deltas in bases that the sources share."""
+def on_coordinates(base: Strategy, summary: str | None = None, source: str = COMPRESS) -> Strategy:
+    """The strategy on the coordinates of the deltas in bases that the sources share.
+
+    summary: what it does, if not what the base does on the coordinates.
+    source:  where that comes from.
+    """
     recipe = replace(base.recipe, space="core", rank="truncate", basis="both")
     what = summary or f"{base.name} on the coordinates"
     return replace(
@@ -104,7 +108,7 @@ def on_coordinates(base: Strategy, summary: str | None = None) -> Strategy:
         summary=f"{what} of the deltas in shared bases of the result's rank",
         recipe=recipe,
         options=options_of(recipe),
-        source=f"{COMPRESS}, with {DARE}" if recipe.keep == "random" else COMPRESS,
+        source=source,
     )
 
 
@@ -259,7 +263,10 @@ def _rows() -> Iterator[Strategy]:
         SCOPE,
     )
     yield on_coordinates(linear, "weighted sum of the coordinates")
-    yield from map(on_coordinates, (ties, dare_linear, dare_ties, magnitude_prune))
+    yield on_coordinates(ties)
+    yield on_coordinates(dare_linear, source=f"{COMPRESS}, with {DARE}")
+    yield on_coordinates(dare_ties, source=f"{COMPRESS}, with {DARE}")
+    yield on_coordinates(magnitude_prune)
 
 
 TABLE: dict[str, Strategy] = {strategy.name: strategy for strategy in _rows()}

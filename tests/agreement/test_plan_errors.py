@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from agreement.comparing import merged
 from making import SMALL, random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
-from merged_lora.errors import PlanError, UnknownAdapterError
+from merged_lora.errors import MergeError, PlanError, UnknownAdapterError
 from merged_lora.peft_files import Header
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
@@ -186,3 +187,26 @@ def test_a_weight_beyond_float32_is_refused(strategy: str) -> None:
     spec = parse(f"{strategy}(1e30*sql, chat, scale=1e60)")
     with pytest.raises(PlanError, match="more than float32 can hold"):
         make_plan(spec, pair())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((None, {}), "a spec is text or a MergeSpec, not NoneType"),
+        (({"ids": ["a"]}, {}), "a spec is text or a MergeSpec, not dict"),
+        (("sum(a)", "folder"), "adapters are a mapping from names to folders, not str"),
+        (("sum(a)", {}, "auto", "8"), "the rank limit must be a whole number, got '8'"),
+        (("sum(a)", {}, "auto", True), "the rank limit must be a whole number, got True"),
+        (("sum(a)", {}, "auto", 2.5), "the rank limit must be a whole number, got 2.5"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_before_work_begins(
+    arguments: tuple[object, ...], words: str
+) -> None:
+    with pytest.raises(MergeError, match=re.escape(words)):
+        merge(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_module_that_is_no_pair_of_factors_is_refused() -> None:
+    with pytest.raises(MergeError, match="m: a module of an adapter is Factors, not Tensor"):
+        Adapter({"m": torch.zeros(2, 2)})  # type: ignore[dict-item]

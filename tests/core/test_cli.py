@@ -149,7 +149,10 @@ def test_an_existing_output_is_found_before_anything_is_read(
     code, _, err = run("merge", "a + b", *AB, "--output", "b")
     monkeypatch.undo()
     assert code == 2
-    assert err == "merged-lora: error: b exists; choose another folder or overwrite it (--overwrite)\n"
+    assert (
+        err
+        == "merged-lora: error: b exists; choose another folder or overwrite it (overwrite=True, --overwrite)\n"
+    )
     assert Adapter.load(folder / "b").digest == before
 
 

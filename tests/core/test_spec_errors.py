@@ -25,6 +25,8 @@ REFUSALS = {
     "ties(a, b, desnity=0.5)": "ties takes no option 'desnity'; it takes: density, majority_sign_method,",
     "linear(a, b, density=0.5)": "linear takes no option 'density'; it takes: compat, weights,",
     # numbers out of range
+    "nan*a + b": "a weight must be a finite number, got nan",
+    "ties(inf*a, b)": "a weight must be a finite number, got inf",
     "ties(a, density=0)": "ties: density must be over 0 and at most 1, got 0",
     "ties(a, density=1.1)": "ties: density must be over 0 and at most 1, got 1.1",
     "ties(a, density=1e999)": "ties: density must be a finite number, got inf",
@@ -224,3 +226,9 @@ def test_json_of_any_depth_that_python_can_read_is_refused_without_a_crash(optio
 def test_weights_that_cancel_but_for_rounding_cannot_be_normalised() -> None:
     with pytest.raises(SpecError, match="sum of the weights, which is 0"):
         parse("linear(0.1*a, 0.2*b, -0.3*c, normalize=true)")
+
+
+@pytest.mark.parametrize("text", [None, 3, b"ties(a, b)", ["a"]])
+def test_a_spec_of_another_type_is_refused_by_name(text: object) -> None:
+    with pytest.raises(SpecError, match=f"a spec is text, not {type(text).__name__}"):
+        parse(text)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import torch
 from merged_lora.plan import (
     SHARES,
     AgreeingMean,
+    All,
     EnergyMean,
     Graded,
     Important,
@@ -153,6 +154,8 @@ def keep_entries(
     for i, (x, keep, found) in enumerate(zip(values, keeps, thresholds, strict=True)):
         flat = x.reshape(x.shape[0], -1)
         match keep:
+            case All():
+                pass
             case Random() | Graded():
                 keys = [_key(rule.keeps[i]) for rule in rules]
                 drawn = draws(keys, begin, flat.shape[1], x.device)
@@ -171,6 +174,8 @@ def keep_entries(
             case Largest() | LargestInModel() | Varied():
                 (low,) = found
                 flat = torch.where(low.keeps(flat if varied is None else varied, index), flat, 0.0)
+            case _:
+                raise TypeError(f"the Triton backend has no rule for {keep}")
         kept.append(flat)
     return kept
 
