@@ -46,6 +46,8 @@ def combine(
         return []
     if all(job.rule.consists_of(*FUSED) for job in jobs):
         return _combine(pool, jobs, [1.0] * sum(len(job.inputs) for job in jobs), progress, thresholds)
+    if thresholds:
+        raise TypeError("given thresholds need rules that the compiled loops know")
     outputs: list[torch.Tensor] = []
     for batch in batches(jobs, _copied_bytes, COPY_BYTES):
         prepared = pool.each(_prepare, batch)

@@ -19,6 +19,8 @@ from merged_lora.plan import All, Graded, Important, Keep, Largest, Middle, Rand
 from . import kernels
 from .thresholds import KEEP_EVERYTHING, Query, Threshold
 
+AT_A_TIME = 1 << 16  # entries whose importance is computed
+
 Thresholds = Sequence[tuple[Threshold, ...]]
 """For every source the thresholds that its keep rule needs, in the order of ``Keep.counts``."""
 
@@ -49,10 +51,12 @@ def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor], buffer: to
         case Varied():
             kernels.deviations(addresses(values), x.numel(), score.data_ptr())
         case Important():
-            p = x.double().softmax(1).add_(1e-8)
-            q = 1.0 / x.shape[1] + 1e-8
-            divergence = (p * (p / q).log_()).sum(1, keepdim=True)
-            torch.mul(x.abs(), divergence.clamp_(min=0.0).float(), out=score)
+            step = max(1, AT_A_TIME // x.shape[1])  # a few rows, because they are copied in float64
+            for rows, target in zip(torch.split(x, step), torch.split(score, step), strict=True):
+                p = rows.double().softmax(1).add_(1e-8)
+                q = 1.0 / x.shape[1] + 1e-8
+                divergence = (p * (p / q).log_()).sum(1, keepdim=True)
+                torch.mul(rows.abs(), divergence.clamp_(min=0.0).float(), out=target)
         case _:
             return x
     return score
@@ -107,8 +111,10 @@ def keep_entries(
             case Important():
                 score = scores_of(keep, 0, [x], buffer)
                 upper, median, lower = np.array([t.value for t in found], np.int32).view(np.float32)
-                limit = int((median + np.float32(1.5) * (upper - lower)).view(np.int32))
-                kernels.keep_where(address, size, score.data_ptr(), limit, KEEP_EVERYTHING.cut)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    limit = median + np.float32(1.5) * (upper - lower)
+                bits = 0 if np.isnan(limit) else int(limit.view(np.int32))  # NaN stays, for all to see
+                kernels.keep_where(address, size, score.data_ptr(), bits, KEEP_EVERYTHING.cut)
             case Varied():
                 (low,) = found
                 kernels.keep_where(address, size, buffer.data_ptr(), low.value, low.cut - begin)

@@ -182,7 +182,7 @@ class _Planner:
 
     def model_counts(self, modules: Mapping[str, Module]) -> tuple[int, ...] | None:
         """The number of entries of each source kept over all modules, None if each module has its own."""
-        if not self._settings.whole_model:
+        if not self._settings.whole_model or set(self._settings.densities) == {1.0}:
             return None
         sizes = [0] * len(self._sources)
         for module in modules.values():
@@ -323,17 +323,20 @@ class _Planner:
         return Rule(weights, tuple(keeps), self._settings.blend)
 
     def _keep(self, index: int, name: str, side: str, shape: tuple[int, int], alone: bool) -> Keep:
-        """Which entries of one source's tensor take part.  alone: no other source has the module."""
+        """Which entries of one source's tensor take part.
+
+        alone: whether no other source has the module.
+        """
         settings, size = self._settings, math.prod(shape)
         density = settings.densities[index]
         match self.recipe.keep:
             case "all":
                 return ALL
             case "largest" | "middle":
-                if settings.whole_model:
-                    return LargestInModel()
                 if density == 1.0:
                     return ALL
+                if settings.whole_model:
+                    return LargestInModel()
                 count = int(density * size)
                 return _largest(count, min(int(settings.gammas[index] * size), size - count))
             case "random" | "graded":

@@ -71,7 +71,7 @@ def keep_important(values: Array) -> Array:
     ordered = np.sort(score, axis=None)
     lower, median, upper = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
     limit = median + values.dtype.type(1.5) * (upper - lower)
-    return np.where(score >= limit, values, values.dtype.type(0))
+    return np.where(score < limit, values.dtype.type(0), values)  # NaN stays, for all to see
 
 
 @np.errstate(over="ignore", invalid="ignore")

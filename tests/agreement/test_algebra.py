@@ -22,7 +22,8 @@ U = 2.0**-24
 """Unit roundoff of float32."""
 IN_FACTORS = [strategy.name for strategy in TABLE.values() if strategy.recipe.space == "factors"]
 MASKLESS = [name for name in IN_FACTORS if not TABLE[name].option("seed")]
-ONE_SOURCE = [strategy.name for strategy in TABLE.values() if strategy.sources_min == 1]
+ONE_SOURCE = [s.name for s in TABLE.values() if s.sources_min == 1 and s.recipe.keep != "important"]
+"""Strategies that take one source and can keep all of its entries."""
 
 
 def sources(names: str = "abc") -> dict[str, Adapter]:

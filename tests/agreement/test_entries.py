@@ -303,3 +303,11 @@ def test_weights_that_cancel_among_those_that_have_a_module_are_refused() -> Non
 def test_the_energy_is_told_at_any_size(weight: float) -> None:
     plain = merged("ties_svd(a, b)", adapters(False)).kept_energy()
     assert merged(f"ties_svd({weight}*a, {weight}*b)", adapters(False)).kept_energy() == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_overflow_is_not_hidden_by_a_rule_that_leaves_entries_out(backend: str) -> None:
+    large = Factors(torch.full((1, 9), 1e20), torch.full((5, 1), 1e20), 1.0)
+    small = Factors(torch.full((1, 9), 1e-3), torch.arange(5.0)[:, None], 1.0)
+    with pytest.raises(PlanError, match="the result overflows its dtype in m"):
+        merge("arcee_fusion(a, b)", {"a": Adapter({"m": large}), "b": Adapter({"m": small})}, backend)

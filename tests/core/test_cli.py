@@ -149,10 +149,8 @@ def test_an_existing_output_is_found_before_anything_is_read(
     code, _, err = run("merge", "a + b", *AB, "--output", "b")
     monkeypatch.undo()
     assert code == 2
-    assert (
-        err
-        == "merged-lora: error: b exists; choose another folder or overwrite it (overwrite=True, --overwrite)\n"
-    )
+    way_out = "choose another folder or overwrite it (overwrite=True, --overwrite)"
+    assert err == f"merged-lora: error: b exists; {way_out}\n"
     assert Adapter.load(folder / "b").digest == before
 
 

@@ -44,7 +44,7 @@ REFUSALS = {
     "1e31*a": "the weight of 'a' must be 0 or a number of size 1e-30 to 1e30",
     "1e-31*a": "the weight of 'a' must be 0 or a number of size 1e-30 to 1e30",
     "1e999*a": "the weight of 'a' must be 0 or a number of size 1e-30 to 1e30",
-    "nan*a": "write the weight before the name",
+    "nano*a": "write the weight before the name",
     # lists
     "ties(a, b, density=[0.3])": "ties: density has 1 values for 2 sources",
     "ties(a, b, density=[])": "ties: density has 0 values for 2 sources",

@@ -77,19 +77,28 @@ def magnitudes(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[0], -1).view(torch.int32) & int(MAGNITUDE.value)
 
 
-def largest(mags: torch.Tensor, count: int) -> Threshold:
-    """The threshold of each module that keeps ``count`` entries, among equals those that come first.
+def largest(mags: torch.Tensor, counts: Sequence[int]) -> tuple[Threshold, ...]:
+    """The thresholds of each module that keep ``counts`` entries, among equals those that come first.
 
     mags: int32 ``[modules, entries]``.
     """
-    zeros = torch.zeros(mags.shape[0], dtype=torch.int64, device=mags.device)
+    ordered = mags.sort(dim=1, descending=True).values
+    return tuple(_threshold(mags, ordered, count) for count in counts)
+
+
+def _threshold(mags: torch.Tensor, ordered: torch.Tensor, count: int) -> Threshold:
+    """The threshold that keeps ``count`` entries.
+
+    mags:    int32 ``[modules, entries]``.
+    ordered: the same in descending order.
+    """
     if count == 0:
+        zeros = torch.zeros(mags.shape[0], dtype=torch.int64, device=mags.device)
         return Threshold(zeros + INFINITY.value, zeros)
-    thr = mags.sort(dim=1, descending=True).values[:, count - 1 : count]  # [modules, 1]
-    wanted = count - (mags > thr).sum(1, keepdim=True)  # of the ties
-    ties = (mags == thr).cumsum(1)
-    cut = (ties < wanted).sum(1) + 1
-    return Threshold(thr[:, 0].long(), cut)
+    value = ordered[:, count - 1 : count]  # [modules, 1]
+    wanted = count - (mags > value).sum(1, keepdim=True)  # of the ties
+    ties = (mags == value).cumsum(1)
+    return Threshold(value[:, 0].long(), (ties < wanted).sum(1) + 1)
 
 
 def scores_of(keep: Keep, index: int, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -124,8 +133,7 @@ def find_in(values: Sequence[torch.Tensor], keeps: Sequence[Keep]) -> Thresholds
     def find(index: int, keep: Keep) -> tuple[Threshold, ...]:
         if not keep.counts:
             return ()
-        mags = magnitudes(scores_of(keep, index, values))
-        return tuple(largest(mags, count) for count in keep.counts)
+        return largest(magnitudes(scores_of(keep, index, values)), keep.counts)
 
     return by_source(keeps, find)
 
@@ -167,7 +175,7 @@ def keep_entries(
                 upper, median, lower = (t.value.int().view(torch.float32) for t in found)
                 limit = median + 1.5 * (upper - lower)
                 score = scores_of(keep, i, values)
-                flat = torch.where(score >= limit[:, None], flat, 0.0)
+                flat = torch.where(score < limit[:, None], 0.0, flat)  # NaN stays, for all to see
             case Middle():
                 low, high = found
                 flat = torch.where(low.keeps(flat, index) & ~high.keeps(flat, index), flat, 0.0)

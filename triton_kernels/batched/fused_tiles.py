@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from merged_lora.plan import AgreeingMean, All, Keep, Largest, Middle, Random, Rule, Sum
+from merged_lora.plan import SHARES, AgreeingMean, All, Keep, Largest, Middle, Random, Rule, Sum
 from merged_lora.triton_kernels.kernels import sketch
 from merged_lora.triton_kernels.kernels.combine import blend_code, keep_code
 from merged_lora.triton_kernels.kernels.sketch import BINS, DEPTH, KEEP_BETWEEN, WIDEST
@@ -141,7 +141,7 @@ def _bracket(deltas: sketch.Deltas, wanted: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _share(keep: Keep) -> int:
-    return keep.share if isinstance(keep, Random) else 0
+    return keep.share if isinstance(keep, Random) else SHARES  # all of a source beside those that are drawn
 
 
 def _key(keep: Keep) -> int:

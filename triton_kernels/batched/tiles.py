@@ -97,25 +97,33 @@ class TorchTiles:
                 tile = multiplied(self._b[index][:, start : start + self._step], self._a[index])
                 yield entries.scores_of(keep, 0, [tile])
 
-        return tuple(self._find(scores, count) for count in keep.counts)
+        return self._find(scores, keep.counts) if keep.counts else ()
 
-    def _find(self, values: Callable[[], Iterator[torch.Tensor]], count: int) -> Threshold:
-        """The threshold that keeps exactly ``count`` of the scores that ``values()`` yields tile by tile."""
+    def _find(
+        self, scores: Callable[[], Iterator[torch.Tensor]], counts: Sequence[int]
+    ) -> tuple[Threshold, ...]:
+        """The thresholds that keep exactly ``counts`` of the scores, in three passes over their tiles."""
         size = self._rows * self._columns
         zeros = torch.zeros(self._modules, dtype=torch.int64, device=self._a[0].device)
-        if count == 0:
-            return Threshold(zeros + INFINITY.value, zeros)
-        bins, wanted = last_bin(_counted(values(), upper_bits), zeros + count)
-        low, wanted = last_bin(_counted(values(), lower_bits(bins)), wanted)
-        thr = bins << 16 | low
+        (upper,) = _counted(scores(), [upper_bits])
+        bins, wanted = zip(*(last_bin(upper, zeros + count) for count in counts), strict=True)
+        lower = _counted(scores(), [lower_bits(x) for x in bins])
+        low, wanted = zip(*map(last_bin, lower, wanted), strict=True)
+        values = [x << 16 | y for x, y in zip(bins, low, strict=True)]
         # Then the index of the last tie that is wanted, with the ties of all tiles before.
-        cut, before, end = zeros + size, zeros.clone(), 0
-        for x in values():
-            ties = (entries.magnitudes(x) == thr[:, None]).cumsum(1) + before[:, None]
-            reached = (before < wanted) & (ties[:, -1] >= wanted)
-            cut = torch.where(reached, end + (ties < wanted[:, None]).sum(1) + 1, cut)
-            before, end = ties[:, -1], end + ties.shape[1]
-        return Threshold(thr, cut)
+        cuts, before, end = [zeros + size for _ in counts], [zeros for _ in counts], 0
+        for x in scores():
+            mags = entries.magnitudes(x)
+            for i, (value, most) in enumerate(zip(values, wanted, strict=True)):
+                ties = (mags == value[:, None]).cumsum(1) + before[i][:, None]
+                reached = (before[i] < most) & (ties[:, -1] >= most)
+                cuts[i] = torch.where(reached, end + (ties < most[:, None]).sum(1) + 1, cuts[i])
+                before[i] = ties[:, -1]
+            end += mags.shape[1]
+        return tuple(
+            Threshold(value, cut) if count else Threshold(zeros + INFINITY.value, zeros)
+            for count, value, cut in zip(counts, values, cuts, strict=True)
+        )
 
     def _energies(self) -> torch.Tensor:
         """Each source's share of the squares of all kept entries, float32 ``[modules, sources]``."""
@@ -152,9 +160,12 @@ def count_bins(mags: torch.Tensor, to_bin: Callable[[torch.Tensor], torch.Tensor
     return counted.view(modules, BINS + 1)[:, :BINS]
 
 
-def _counted(tiles: Iterator[torch.Tensor], to_bin: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The number of magnitudes of all tiles in each bin, int64 ``[modules, BINS]``."""
-    return functools.reduce(torch.add, (count_bins(entries.magnitudes(x), to_bin) for x in tiles))
+def _counted(
+    tiles: Iterator[torch.Tensor], to_bins: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+) -> list[torch.Tensor]:
+    """The number of magnitudes of all tiles in each bin, int64 ``[modules, BINS]`` for each binning."""
+    counts = ([count_bins(mags, to_bin) for to_bin in to_bins] for mags in map(entries.magnitudes, tiles))
+    return functools.reduce(lambda x, y: list(map(torch.add, x, y)), counts)
 
 
 def last_bin(counts: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from merged_lora.plan import (
+    SHARES,
     AgreeingMean,
     All,
     FactorModule,
@@ -146,7 +147,7 @@ def _row(keep: Keep) -> tuple[int, int, int, float]:
     """Count, share, key and rescale of a keep rule of ``combine.COMBINED``."""
     match keep:
         case All():
-            return UNLIMITED, 0, 0, 1.0
+            return UNLIMITED, SHARES, 0, 1.0  # beside sources that are drawn, all of it is
         case Largest(count):
             return count, 0, 0, 1.0
         case Random(share, key):

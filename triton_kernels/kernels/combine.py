@@ -315,9 +315,11 @@ class Variant:
 
 def keep_code(keeps: Collection[Keep]) -> int:
     """``Variant.keep`` for the keep rules of all sources, which are of COMBINED."""
-    if any(isinstance(keep, Random) for keep in keeps):
-        return int(KEEP_RANDOM.value)
-    return int((KEEP_LARGEST if any(isinstance(keep, Largest) for keep in keeps) else KEEP_ALL).value)
+    drawn = any(isinstance(keep, Random) for keep in keeps)
+    trimmed = any(isinstance(keep, Largest) for keep in keeps)
+    if drawn and trimmed:
+        raise TypeError("the kernel trims or draws the entries of all sources, it does not mix the two")
+    return int((KEEP_RANDOM if drawn else KEEP_LARGEST if trimmed else KEEP_ALL).value)
 
 
 def blend_code(blend: Blend) -> int:
