@@ -84,7 +84,7 @@ def sources(count: int) -> dict[str, Adapter]:
     return awkward_adapters(count)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 8, 16))])
+@pytest.mark.parametrize("count", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 8, 16))])
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
 def test_both_backends_give_the_same_bits(strategy: str, count: int) -> None:
     count = max(count, TABLE[strategy].sources_min)
@@ -171,6 +171,7 @@ def plans(draw: st.DrawFn) -> tuple[MergeSpec, dict[str, Adapter]]:
     return MergeSpec(spec.strategy, tuple(given_weights), spec.options), adapters
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(plans())
 def test_any_plan_gives_the_same_bits(case: tuple[MergeSpec, dict[str, Adapter]]) -> None:

@@ -44,7 +44,7 @@ def test_larger_entries_come_before_earlier_ones(larger: int, dtype: torch.dtype
         assert torch.equal(trimmed(values, larger + more, backend), expected), more
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numpy", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_distinct_magnitudes_are_kept_as_sorting_says(dtype: torch.dtype, backend: str) -> None:
     # 1024 bit patterns from 2^-4 on; those of float32 differ in their low halves and in their high ones.

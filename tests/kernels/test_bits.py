@@ -50,7 +50,7 @@ def mark(strategy: str, count: int) -> Any:
     """Where a case runs: those that take long and tell little in ``make soak``, the fast ones everywhere."""
     if strategy not in USUAL and count not in (2, 9):
         return pytest.mark.soak
-    return () if count <= 2 else pytest.mark.slow
+    return () if count == 2 else pytest.mark.slow
 
 
 def cases() -> list[Any]:

@@ -77,6 +77,7 @@ def test_a_slot_of_larger_rank_holds_the_merge_and_zeros(spec: str, rank: int, l
     assert_written(written, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [EIGHT, FIVE])
 @pytest.mark.parametrize("spec", RULES[:4])
 def test_a_slot_of_the_same_rank_holds_the_merge(spec: str, rank: int) -> None:

@@ -106,6 +106,7 @@ def test_a_tensor_of_a_million_entries_is_cut_into_spans() -> None:
     assert_exact([tensor], [1 << 19])
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     st.sampled_from(DTYPES),
