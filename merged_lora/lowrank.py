@@ -21,7 +21,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedModule:
     """The factors of a merged delta.
 
     factors: with scaling 1.
@@ -43,7 +43,7 @@ def in_turn(function: Callable[[Item], Made], items: Sequence[Item], /) -> list[
     return [function(item) for item in items]
 
 
-def merge_modules(modules: Sequence[SumModule], each: Each = in_turn) -> list[Merged]:
+def merge_modules(modules: Sequence[SumModule], each: Each = in_turn) -> list[MergedModule]:
     """The merged factors of every module, in the module's dtype and with scaling 1."""
     return each(_merge, list(zip(modules, _weights(modules, each), strict=True)))
 
@@ -67,15 +67,15 @@ def _weights(modules: Sequence[SumModule], each: Each) -> list[tuple[float, ...]
     return found
 
 
-def _merge(weighted: tuple[SumModule, Sequence[float]]) -> Merged:
+def _merge(weighted: tuple[SumModule, Sequence[float]]) -> MergedModule:
     """The merged factors of a module with the weights of its products."""
     module, weights = weighted
     total = sum(f.rank for f in module.sources)
     if module.rank == total:
         a, b = concatenate(module.sources, weights, module.dtype)
-        return Merged(Factors(a, b, 1.0, module.embedding), None)
+        return MergedModule(Factors(a, b, 1.0, module.embedding), None)
     a, b, energy = truncate(module.sources, weights, module.rank)
-    return Merged(Factors(a.to(module.dtype), b.to(module.dtype), 1.0, module.embedding), energy)
+    return MergedModule(Factors(a.to(module.dtype), b.to(module.dtype), 1.0, module.embedding), energy)
 
 
 def concatenate(
