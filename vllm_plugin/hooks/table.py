@@ -15,6 +15,7 @@ from typing import Any
 import vllm
 import vllm.entrypoints.cli.serve
 import vllm.entrypoints.openai.models.api_router
+import vllm.envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
@@ -111,13 +112,21 @@ HOOKS = (
 )
 
 
+SWITCHES = ("VLLM_USE_RUST_FRONTEND",)
+"""Variables of ``vllm.envs`` that the hooks read when vLLM starts."""
+
+
 def problems() -> list[str]:
     """Why the hooks do not fit the installed vLLM; empty if they do."""
-    found = []
+    # In the list, not by getattr, which would read the variable and fail if a user set it wrongly.
+    found = [f"vllm.envs.{name} is missing" for name in SWITCHES if name not in dir(vllm.envs)]
     for hook in HOOKS:
         original = vars(hook.owner).get(hook.name)
         if original is None:
             found.append(f"{hook.owner.__name__}.{hook.name} is missing")
+            continue
+        if not callable(plain(original)):
+            found.append(f"{hook.owner.__name__}.{hook.name} is not a function")
             continue
         actual = " ".join(inspect.signature(inspect.unwrap(plain(original))).parameters)
         expected = hook.parameters if isinstance(hook.parameters, str) else since(hook.parameters)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 import vllm
 from packaging.version import InvalidVersion, Version
@@ -50,6 +51,17 @@ def since(choices: Mapping[str, Choice]) -> Choice:
     release = installed()
     begun = [r for r in choices if release is None or Version(r) <= Version(release.base_version)]
     return choices[max(begun or choices, key=Version)]
+
+
+def named(module: ModuleType, name: str) -> Any:
+    """A module's attribute, looked up by a name that depends on the release.
+
+    Raises ImportError if the module does not have it, as ``from module import name`` does, so that the
+    plugin stays off.
+    """
+    if name not in vars(module):
+        raise ImportError(f"{module.__name__}.{name} is missing", name=module.__name__)
+    return vars(module)[name]
 
 
 def difference() -> str:
