@@ -53,13 +53,9 @@ def keys(strategies: Iterable[str], *dtypes: torch.dtype) -> tuple[str, ...]:
     return tuple(f"{strategy} {name_of(dtype)}" for strategy in strategies for dtype in dtypes)
 
 
-def ignore(_: int) -> None:
-    """A progress function that does nothing."""
-
-
 def merge_by_reference(plan: MergePlan) -> Result:
     """The NumPy backend's result for a plan."""
-    return load_backend("numpy").merge(plan, ignore)
+    return load_backend("numpy").merge(plan)
 
 
 def count_agreed(groups: Iterable[Group]) -> int | None:
@@ -100,7 +96,7 @@ def _factor_checks(backend: Backend) -> Iterator[Check]:
         ):
             plan = make_plan(parse(spec), sources)
             about = keys([plan.spec.strategy], dtype)
-            ours = cache(partial(backend.merge, plan, ignore))
+            ours = cache(partial(backend.merge, plan))
             what = f"{name_of(dtype)} {spec} ="
             yield Check(f"{what} NumPy, every bit", about, partial(differs_from_reference, plan, ours))
             if "dare" not in spec:  # PEFT draws its masks from a global generator
@@ -179,7 +175,7 @@ def _beyond_rounding(
 def _worse_than_peft(backend: Backend) -> str | None:
     """The first module whose truncated sum has another error than PEFT's."""
     sources = cases.random_sources(cases.SMALL, 2, 8, torch.float32)
-    merged = backend.merge(make_plan(parse("svd(a, 0.5*b, rank=6)"), sources), ignore)
+    merged = backend.merge(make_plan(parse("svd(a, 0.5*b, rank=6)"), sources))
     for module, got in merged.modules.items():
         pair = {name: adapter.modules[module] for name, adapter in sources.items()}
         target = pair["a"].delta() + 0.5 * pair["b"].delta()
@@ -196,7 +192,7 @@ def _not_close(backend: Backend, plan: MergePlan) -> str | None:
     In core space they are equal to 1e-5 of the delta; if a rank is cut, the error is at most 1.01 times the
     least one.
     """
-    ours, theirs = backend.merge(plan, ignore), merge_by_reference(plan)
+    ours, theirs = backend.merge(plan), merge_by_reference(plan)
     for module, expected in theirs.modules.items():
         apart = float((ours.modules[module].delta() - expected.delta()).norm() / expected.delta().norm())
         if plan.recipe.space == "core" and apart > 1e-5:

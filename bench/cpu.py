@@ -18,7 +18,7 @@ from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 
 from . import cases, machine, peers
-from .agreement import count_agreed, entry_checks, factor_checks, ignore
+from .agreement import count_agreed, entry_checks, factor_checks
 from .recording import write_report
 from .timing import Aim, extremes, interleaved, once, ratio
 
@@ -166,7 +166,7 @@ def measure(backend: Backend, case: Case) -> Row:
     sources = case.sources()
     plan = make_plan(parse(case.spec), sources)
     planned = [once(partial(make_plan, plan.spec, sources)) for _ in range(case.rounds)]
-    functions = {"ours": partial(backend.merge, plan, ignore)}
+    functions = {"ours": partial(backend.merge, plan)}
     theirs = partial(_merge_by_peft, plan, sources)
     if case.peft_rounds > 1:
         seconds = interleaved(functions | {"peft": theirs}, case.rounds)
@@ -193,8 +193,8 @@ def _peak_memory(case: Case) -> int:
     backend = load_backend("cpu")
     sources = case.sources()
     small = cases.random_sources(cases.SMALL, case.count, RANK, case.dtype)
-    backend.merge(make_plan(parse(case.spec), small), ignore)
-    return machine.peak_memory(partial(backend.merge, make_plan(parse(case.spec), sources), ignore))
+    backend.merge(make_plan(parse(case.spec), small))
+    return machine.peak_memory(partial(backend.merge, make_plan(parse(case.spec), sources)))
 
 
 def _merge_by_peft(plan: MergePlan, sources: Mapping[str, Adapter]) -> None:

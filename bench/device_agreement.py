@@ -32,7 +32,6 @@ from .agreement import (
     differs_from_reference,
     entry_checks,
     factor_checks,
-    ignore,
     keys,
     merge_by_reference,
     name_of,
@@ -84,7 +83,7 @@ def _any(backend: SlotBackend) -> Iterator[Check]:
 
 def _same_bits(backend: SlotBackend, spec: str, sources: Mapping[str, Adapter], dtype: str) -> Check:
     plan = make_plan(parse(spec), sources)
-    find = partial(differs_from_reference, plan, partial(backend.merge, plan, ignore))
+    find = partial(differs_from_reference, plan, partial(backend.merge, plan))
     return Check(f"{dtype} {spec}", (f"{plan.spec.strategy} {dtype}",), find)
 
 
@@ -164,7 +163,7 @@ def _deltas(backend: SlotBackend) -> Iterator[Check]:
 
 
 def _not_all_best(backend: SlotBackend, plan: MergePlan) -> str | None:
-    merged = backend.merge(plan, ignore).modules
+    merged = backend.merge(plan).modules
     wrong = (not_best(module, merged[name]) for name, module in plan.modules.items())
     return next((text for text in wrong if text), None)
 
