@@ -57,11 +57,6 @@ def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: str
     return exact_match_score(generate(model, tokenizer, [example.prompt for example in expected]), expected)
 
 
-def exact_match(model_dir: Path, adapter_dir: Path | None, task: str, count: int) -> float:
-    """As `score`, for the model and adapter in two folders; `None` measures the base model."""
-    return score(*load_adapted(model_dir, adapter_dir), task, count)
-
-
 def markdown_table(scores: dict[str, dict[str, float]]) -> str:
     """A row per adapter and a column per task, then their mean; scores 0 to 1 in per cent."""
     lines = ["| adapter | " + " | ".join(TASKS) + " | mean |", "|---|" + "---:|" * (len(TASKS) + 1)]

@@ -52,10 +52,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its name, what it asks in one sentence, and how one random example is drawn."""
+    """A task: its name, and how one random example is drawn."""
 
     name: str
-    description: str
     draw: Callable[[random.Random], Example]
 
 
@@ -120,9 +119,9 @@ def draw_tone(rng: random.Random) -> Example:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("sql", "Write one SQL query over the orders table for an English question.", draw_sql),
-        Task("json", "Extract a compact JSON record from a sentence about an order.", draw_json),
-        Task("tone", "Rewrite a blunt line politely in the fixed tone of one company.", draw_tone),
+        Task("sql", draw_sql),
+        Task("json", draw_json),
+        Task("tone", draw_tone),
     )
 }
 
