@@ -9,7 +9,7 @@ import torch
 
 SMALL = 32
 """Largest number of rows of float64 matrices that every torch decomposes together on a GPU.  Before torch
-2.12 (pytorch#175403), it decomposes larger matrices one after the other."""
+2.12 (pytorch#175403 and pytorch#175585), it decomposes larger matrices one after the other."""
 SWEEPS = 30
 """In tests of up to 160 rows, including graded and repeated eigenvalues, 12 were enough."""
 

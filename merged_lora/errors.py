@@ -19,7 +19,7 @@ class UnknownStrategyError(SpecError):
 
 
 class UnknownAdapterError(MergeError):
-    """The spec names a source that is not registered."""
+    """The spec names a source whose location is unknown."""
 
 
 class AdapterError(MergeError):
