@@ -69,7 +69,7 @@ def count_agreed(groups: Iterable[Group]) -> int | None:
             print(f"           WRONG {line}", flush=True)
         total, failed = total + len(found), failed or bool(wrong)
     if failed:
-        print("not timed: what disagrees must be mended first")
+        print("not timed: fix the disagreements first")
     return None if failed else total
 
 

@@ -1,7 +1,7 @@
 """Check and measure what some minutes on a new GPU allow, the most valuable first.
 
 Everything is measured in worker processes, because a fault on a CUDA device ends the process that meets it:
-if one dies or hangs, its item has failed, and the next process goes on with the item behind it.  A process
+if one dies or hangs, its item has failed, and the next process continues with the following item.  A process
 takes long to start (torch, Triton, a CUDA context, sources), so each works off a whole list of items.  Checks
 are shared among several processes; times are taken by one that has the device to itself.
 

@@ -138,7 +138,7 @@ def run(work: Work, file: Path | None, agreement_only: bool = False, timer: Time
         except LeftOutError as why:
             left_out.append(str(why))
         except DisagreementError as error:
-            print(f"WRONG {error}\nnot timed any further: what disagrees must be mended first")
+            print(f"WRONG {error}\nnot timed any further: fix the disagreements first")
             return 1
     print("\naims")
     for aim in (aim for row in rows for aim in row.aims):

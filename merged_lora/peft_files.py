@@ -356,7 +356,7 @@ def _checked(
     if (
         isinstance(alpha, bool)
         or not isinstance(alpha, int | float)
-        or not abs(alpha) <= MAX_ALPHA  # so, and not the other way round, for a NaN
+        or not abs(alpha) <= MAX_ALPHA  # written this way round so that NaN is rejected too
     ):
         raise AdapterError(
             f"{folder}: lora_alpha {reprlib.repr(alpha)} of {module} is not a number of size up to "

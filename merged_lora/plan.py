@@ -31,7 +31,7 @@ class Keep:
 
     @property
     def rescale(self) -> float:
-        """The most that a kept entry is multiplied by so that the mean stays; a float32 value."""
+        """The largest factor by which kept entries are multiplied to preserve the mean; a float32 value."""
         return 1.0
 
     @property

@@ -84,7 +84,7 @@ class Strategy:
     ordered: bool = False
 
     def option(self, name: str) -> Option | None:
-        """The option of that name, or None where this strategy does not take it."""
+        """The option of that name, or None if this strategy does not take it."""
         return next((option for option in self.options if option.name == name), None)
 
 

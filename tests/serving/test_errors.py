@@ -1,4 +1,4 @@
-"""A client's mistake is answered with 400 or 404 and the way out, and the server lives on."""
+"""A client's mistake is answered with 400 or 404 and the way out, and the server keeps running."""
 
 from __future__ import annotations
 

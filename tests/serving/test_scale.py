@@ -100,7 +100,7 @@ def test_two_ranks_and_two_api_servers_serve_as_one(place: Place, server: Server
         for _ in range(8):
             assert several.logprobs("merged_sum") == before
         assert several.logprobs("ties(sql, tone, density=0.9)")
-        assert "serve on" in several.log.read_text()
+        assert "keep serving" in several.log.read_text()
 
 
 def api_servers(server: Server) -> list[int]:

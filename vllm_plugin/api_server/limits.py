@@ -1,4 +1,4 @@
-"""What a server refuses to merge for everybody's sake: long specs, many sources, extreme factors."""
+"""Limits that protect all clients of a server: long specs, many sources, extreme factors."""
 
 from __future__ import annotations
 

@@ -85,8 +85,8 @@ class Sources:
         path:    folder of the adapter, or its name on the hub.
         options: how vLLM reads it.
 
-        Raises MergeError if vLLM would refuse the adapter or the copy does not fit.  An adapter that only
-        cannot be merged is copied, with the reason.
+        Raises MergeError if vLLM would refuse the adapter or the copy does not fit.  One that vLLM
+        accepts but no merge can take is copied too, with the reason.
         """
         reply = await self._copied(path, options)
         return Component(reply["key"], reply["refusal"], reply["nbytes"], served=True)

@@ -1,7 +1,7 @@
 """The settings of the engine that this process configured last.
 
-Two hooks need them and are given nothing that leads there: the wait of the process that started the API
-servers, and the models of an API server, because an engine's configuration holds only what workers need.
+Two hooks need them but get no argument from which to reach them: the wait of the process that started the
+API servers, and the models of an API server, because an engine's configuration holds only what workers need.
 """
 
 from __future__ import annotations

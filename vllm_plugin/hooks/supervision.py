@@ -35,7 +35,7 @@ def wrap_wait_for_completion_or_failure(original: Callable[..., None]) -> Callab
                 lost = len(processes) - len(living)
                 if not current.settings.enable or not living or not lost:
                     raise
-                logger.error("%d API server(s) died; the %d others serve on", lost, len(living))
+                logger.error("%d API server(s) died; the other %d keep serving", lost, len(living))
                 api_server_manager.processes = living
 
     return wait_for_completion_or_failure
