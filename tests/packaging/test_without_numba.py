@@ -18,13 +18,13 @@ FILES = {
     "tests/agreement/test_numbers.py",
     "tests/agreement/test_philox.py",
     "tests/agreement/test_trim.py",
-    "tests/core/test_combiner.py",
+    "tests/core/test_pool.py",
 }
 """Tests that look into the CPU backend itself."""
 
 
 @pytest.mark.slow
-def test_all_tests_are_collected_and_those_that_reach_for_the_cpu_wing_are_skipped(tmp_path: Path) -> None:
+def test_all_tests_are_collected_and_those_that_need_the_cpu_backend_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text(f"raise ImportError({REFUSAL!r})\n")
     chosen = ("-k", f"{OF_TRITON} or {OF_THE_CPU}")
     done = subprocess.run(
@@ -37,6 +37,6 @@ def test_all_tests_are_collected_and_those_that_reach_for_the_cpu_wing_are_skipp
     assert done.returncode == 0, done.stdout + done.stderr
     skipped = dict(re.findall(r"^SKIPPED (\S+\.py)\S* - (?:Skipped: )?(.*)$", done.stdout, re.MULTILINE))
     assert skipped == dict.fromkeys(
-        FILES | {"tests/agreement/test_algebra.py"}, f"the CPU wing needs numba: {REFUSAL}"
+        FILES | {"tests/agreement/test_algebra.py"}, f"the CPU backend needs numba: {REFUSAL}"
     )
     assert " 1 passed, 6 skipped, " in done.stdout
