@@ -56,7 +56,7 @@ class Pool:
         """
         names = list(self.sources)
         chosen = [names[i : i + count] for i in range(0, len(names) - count + 1, count)][:sets]
-        specs = [f"{strategy}({', '.join(some)}{options})" for some in chosen]
+        specs = [f"{strategy}({', '.join(group)}{options})" for group in chosen]
         return Merges(self, specs, slot_rank or self.rank)
 
 

@@ -73,7 +73,7 @@ class CpuBackend:
                 modules[name] = result
                 if kept is not None:
                     energy[name] = kept
-            repeated += [name for name, one in batch.items() if bool(one.coordinates.repeated)]
+            repeated += [name for name, member in batch.items() if bool(member.coordinates.repeated)]
             progress(len(batch))
         return Result(modules, energy, tuple(repeated))
 
@@ -92,12 +92,12 @@ class CpuBackend:
         thresholds: by module, if entries are counted over the whole model; else empty.
         """
         jobs = [
-            FactorJob(tuple([x[0] for x in one.coordinates.values]), one.module.rule, torch.float32)
-            for one in batch.values()
+            FactorJob(tuple([x[0] for x in member.coordinates.values]), member.module.rule, torch.float32)
+            for member in batch.values()
         ]
         found = [thresholds[name] for name in batch] if thresholds else ()
         merged = combine(self._pool, jobs, lambda _: None, found)
-        each = self._each([one.module for one in batch.values()])
+        each = self._each([member.module for member in batch.values()])
         done = each(_placed, list(zip(batch.values(), merged, strict=True)))
         return dict(zip(batch, done, strict=True))
 
@@ -132,8 +132,8 @@ class CpuBackend:
 
         def scan(visit: Visit, begins: Collection[int] | None) -> None:
             for batch in self._batches(plan):
-                for name, one in batch.items():
-                    places = zip(one.module.present, one.coordinates.values, starts[name], strict=True)
+                for name, member in batch.items():
+                    places = zip(member.module.present, member.coordinates.values, starts[name], strict=True)
                     for i, x, begin in places:
                         if begins is None or begin in begins:
                             visit(0, i, x.data_ptr(), x.numel(), begin)
@@ -162,10 +162,10 @@ def _coordinated(module: EntryModule) -> Coordinated:
 
 def _placed(pair: tuple[Coordinated, torch.Tensor]) -> tuple[Factors, Energy | None]:
     """The factors of merged coordinates and, if the rank was cut, their energy."""
-    one, values = pair
-    module = one.module
+    member, values = pair
+    module = member.module
     weights = torch.tensor([module.rule.weights])
-    a, b, cut = bases.placed(one.coordinates, values[None], weights, module.rank)
+    a, b, cut = bases.placed(member.coordinates, values[None], weights, module.rank)
     kept = None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
     return _factors(a[0], b[0], module), kept
 

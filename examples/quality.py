@@ -92,26 +92,28 @@ class Judge:
     def _score(self, encoded: Sequence[Encoded]) -> float:
         right = 0
         for batch in _batches(encoded):
-            longest = max(len(one.ids) for one in batch)
-            ids = torch.stack([pad(torch.tensor(one.ids), (longest - len(one.ids), 0)) for one in batch])
+            longest = max(len(example.ids) for example in batch)
+            ids = torch.stack(
+                [pad(torch.tensor(example.ids), (longest - len(example.ids), 0)) for example in batch]
+            )
             mask = torch.stack(
-                [pad(torch.ones(len(one.ids)), (longest - len(one.ids), 0)) for one in batch]
+                [pad(torch.ones(len(example.ids)), (longest - len(example.ids), 0)) for example in batch]
             ).long()
-            answer = max(one.answer for one in batch)
+            answer = max(example.answer for example in batch)
             logits = self._model(input_ids=ids, attention_mask=mask, logits_to_keep=answer + 1).logits
-            said = logits[:, :-1].argmax(-1)
-            for row, one in enumerate(batch):
-                right += bool((said[row, -one.answer :] == ids[row, -one.answer :]).all())
+            predicted = logits[:, :-1].argmax(-1)
+            for row, example in enumerate(batch):
+                right += bool((predicted[row, -example.answer :] == ids[row, -example.answer :]).all())
         return right / len(encoded)
 
 
 def _batches(encoded: Sequence[Encoded]) -> Iterator[list[Encoded]]:
     batch: list[Encoded] = []
-    for one in sorted(encoded, key=lambda one: len(one.ids)):
-        if batch and len(one.ids) * (len(batch) + 1) > TOKENS:
+    for example in sorted(encoded, key=lambda example: len(example.ids)):
+        if batch and len(example.ids) * (len(batch) + 1) > TOKENS:
             yield batch
             batch = []
-        batch.append(one)
+        batch.append(example)
     if batch:
         yield batch
 

@@ -49,7 +49,7 @@ class NumpyBackend:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}
         energy: dict[str, tuple[float, float]] = {}
-        whole = _whole_model(plan)
+        kept_in_model = _whole_model(plan)
         for name, module in plan.modules.items():
             if isinstance(module, FactorModule):
                 modules[name] = Factors(_merge_job(module.a), _merge_job(module.b), 1.0, module.embedding)
@@ -57,7 +57,7 @@ class NumpyBackend:
                 merged = (
                     _merge_delta(module)
                     if isinstance(module, SumModule)
-                    else _merge_entries(module, whole.get(name))
+                    else _merge_entries(module, kept_in_model.get(name))
                 )
                 modules[name], cut = merged
                 if cut is not None:
@@ -128,7 +128,7 @@ def _keep(values: Array, keep: Keep) -> Array:
 
 
 def _merge_delta(module: SumModule) -> tuple[Factors, tuple[float, float] | None]:
-    pairs = _pairs(module)
+    pairs = _factor_pairs(module)
     exact = module.rank == sum(f.rank for f in module.sources)
     if module.mean is None and exact:
         dtype = _NAMES[module.dtype]
@@ -153,7 +153,7 @@ def _merge_entries(
 
     chosen: the entries of each source that are kept, if they are counted over the whole model.
     """
-    deltas = delta.dense(_pairs(module), module.scalings)
+    deltas = delta.dense(_factor_pairs(module), module.scalings)
     if module.basis is None:
         merged = combine(deltas, module.rule, np.float64)
         new_a, new_b, energy = delta.truncate(merged, module.rank)
@@ -174,7 +174,7 @@ def _merge_entries(
 
 
 def _in_output_basis(module: EntryModule) -> list[Array]:
-    deltas = delta.dense(_pairs(module), module.scalings)
+    deltas = delta.dense(_factor_pairs(module), module.scalings)
     left = delta.output_basis(deltas, module.entries[0])
     return [left.T @ x for x in deltas]
 
@@ -198,7 +198,7 @@ def _whole_model(plan: MergePlan) -> dict[str, list[Array]]:
     return masks
 
 
-def _pairs(module: SumModule | EntryModule) -> list[delta.Pair]:
+def _factor_pairs(module: SumModule | EntryModule) -> list[delta.FactorPair]:
     return [(widen(*to_bits(f.a)), widen(*to_bits(f.b))) for f in module.sources]
 
 

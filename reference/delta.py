@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
-Pair = tuple[NDArray[Any], NDArray[Any]]
+FactorPair = tuple[NDArray[Any], NDArray[Any]]
 ORDERING = 2.0**-30
 SWEEPS = 1
 
 
-def dense(pairs: Sequence[Pair], weights: Sequence[float]) -> list[Matrix]:
+def dense(pairs: Sequence[FactorPair], weights: Sequence[float]) -> list[Matrix]:
     """``weights[i] * B_i @ A_i`` of every source.
 
     pairs:   ``(A [rank, in], B [out, rank])`` of every source.
@@ -44,7 +44,7 @@ def karcher(deltas: Sequence[Matrix], shares: Sequence[float], count: int) -> Ma
     units = [(x / np.linalg.norm(x), w) for x, w in zip(deltas, shares, strict=True) if np.linalg.norm(x)]
     if not units:
         return deltas[0]
-    whole = sum(w for _, w in units)
+    total = sum(w for _, w in units)
     mean = np.sum([w * x for x, w in units], axis=0)
     mean = units[0][0] if np.linalg.norm(mean) < 1e-12 else mean / np.linalg.norm(mean)
     for _ in range(100):
@@ -54,7 +54,7 @@ def karcher(deltas: Sequence[Matrix], shares: Sequence[float], count: int) -> Ma
             chord = x - cosine * mean
             size = float(np.linalg.norm(chord))
             if size > 1e-14:
-                tangent += w / whole * math.acos(cosine) * chord / size
+                tangent += w / total * math.acos(cosine) * chord / size
         size = float(np.linalg.norm(tangent))
         if size < 1e-13:
             break

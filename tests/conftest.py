@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
-class CpuWingGate(MetaPathFinder):
+class CpuBackendGate(MetaPathFinder):
     """Finds no module.  The import of the CPU backend's loops skips the test, or its file, without numba."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
@@ -41,10 +41,10 @@ class CpuWingGate(MetaPathFinder):
             try:
                 import numba  # noqa: F401
             except ImportError as error:
-                pytest.skip(f"the CPU wing needs numba: {error}", allow_module_level=True)
+                pytest.skip(f"the CPU backend needs numba: {error}", allow_module_level=True)
 
 
-sys.meta_path.insert(0, CpuWingGate())
+sys.meta_path.insert(0, CpuBackendGate())
 
 
 def pytest_report_header() -> str:

@@ -160,16 +160,16 @@ def test_exactly_as_many_entries_are_kept_as_asked_and_those_of_the_oracle(densi
     sources = adapters(True)
     module = make_plan(parse(f"ties_svd(a, b, density={density})"), sources).modules["m"]
     assert isinstance(module, EntryModule)
-    mine = tiles.NumbaTiles(module, Pool())
+    numba_tiles = tiles.NumbaTiles(module, Pool())
     pairs = [(f.a.numpy(), f.b.numpy()) for f in module.sources]
     streamed = np.zeros((2, *LARGE["m"]), np.float32)
 
     def visit(_: int, buffers: tiles.TileBuffers, start: int, rows: int) -> None:
         streamed[:, start : start + rows] = buffers.tile[:, :rows].numpy()
 
-    mine.walk(visit)
+    numba_tiles.walk(visit)
     for i, x in enumerate(dense.dense(pairs, module.scalings)):
-        factors, keep, ((thr, cut),) = module.sources[i], module.rule.keeps[i], mine.thresholds[i]
+        factors, keep, ((thr, cut),) = module.sources[i], module.rule.keeps[i], numba_tiles.thresholds[i]
         assert isinstance(keep, Largest)
         assert keep.count == int(density * x.size)
         mags = streamed[i].view(np.int32).reshape(-1).astype(np.int64) & 0x7FFFFFFF
@@ -300,7 +300,7 @@ def test_weights_that_cancel_among_those_that_have_a_module_are_refused() -> Non
 
 
 @pytest.mark.parametrize("weight", [1e22, 1e-20])
-def test_the_energy_is_told_at_any_size(weight: float) -> None:
+def test_the_energy_is_reported_at_any_size(weight: float) -> None:
     plain = merged("ties_svd(a, b)", adapters(False)).kept_energy()
     assert merged(f"ties_svd({weight}*a, {weight}*b)", adapters(False)).kept_energy() == pytest.approx(plain)
 

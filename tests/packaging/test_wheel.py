@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "merged_lora"
 LINKS = sorted(path.name for path in PACKAGE.iterdir() if path.is_symlink())
 """The folders beside the package that are linked into it."""
-WINGS = [name for name in LINKS if name != "bench"]
+FOLDERS = [name for name in LINKS if name != "bench"]
 """The linked folders that a wheel holds: the benchmarks are for a checkout."""
 
 FIND = """
@@ -70,7 +70,7 @@ def test_the_links_are_relative_and_lead_to_the_folders_beside_the_package() -> 
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_module_and_one_top_level_package(wheel: Path) -> None:
-    places = [PACKAGE, *(PACKAGE / name for name in WINGS)]  # rglob does not follow links
+    places = [PACKAGE, *(PACKAGE / name for name in FOLDERS)]  # rglob does not follow links
     expected = {file.relative_to(ROOT).as_posix() for place in places for file in place.rglob("*.py")}
     assert modules_of(wheel) == expected | {
         "merged_lora/py.typed",
@@ -91,7 +91,7 @@ def test_a_wheel_built_from_the_sdist_holds_the_same(wheel: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_an_editable_install_finds_the_wings_and_nothing_beside_the_package(tmp_path: Path) -> None:
+def test_an_editable_install_finds_the_folders_and_nothing_beside_the_package(tmp_path: Path) -> None:
     source, made = copy_of_the_sources(tmp_path), tmp_path / "installed"
     made.mkdir()
     backend = "from setuptools import build_meta; print(build_meta.build_editable('installed'))"
@@ -121,9 +121,9 @@ def test_the_wheel_brings_the_command_the_vllm_plugin_and_the_licence(wheel: Pat
 
 
 @pytest.mark.slow
-def test_an_unpacked_wheel_finds_the_wings_inside_the_package(wheel: Path, tmp_path: Path) -> None:
+def test_an_unpacked_wheel_finds_the_folders_inside_the_package(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    assert find(tmp_path, *WINGS) == [f"{tmp_path}/merged_lora/{wing}/__init__.py" for wing in WINGS]
+    assert find(tmp_path, *FOLDERS) == [f"{tmp_path}/merged_lora/{folder}/__init__.py" for folder in FOLDERS]
 
 
 @pytest.mark.slow

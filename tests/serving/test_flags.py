@@ -101,7 +101,7 @@ def test_api_servers_share_a_file_where_aliases_may_change() -> None:
     assert "alias_store" not in configured("--enable-merged-lora")["merged_lora"]
 
 
-def test_workers_are_told_how_many_sources_they_need_room_for() -> None:
+def test_workers_know_how_many_sources_they_need_room_for() -> None:
     settings = Settings(enable=True, max_sources=3, max_waiting=5)
     assert settings.to_config(api_server=False) == {"enable": True, "max_sources": 3}
 
@@ -112,8 +112,8 @@ def test_every_flag_says_its_default() -> None:
         value = getattr(defaults, flag.key)
         assert flag.default == value
         if value not in (None, False):
-            said = f"{value:.0f}" if isinstance(value, float) else str(value)
-            assert re.search(rf"\b{said}\b", flag.help), flag.key
+            written = f"{value:.0f}" if isinstance(value, float) else str(value)
+            assert re.search(rf"\b{written}\b", flag.help), flag.key
 
 
 def test_settings_travel_and_leave_behind_what_is_not_for_an_engine(tmp_path: Path) -> None:
