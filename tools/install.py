@@ -255,7 +255,7 @@ def install(venv: Path, requested: str) -> None:
 
 
 def run(work: Callable[[], None]) -> int:
-    """The exit code of a tool that does this work; where it stops, one line on stderr says why."""
+    """The exit code of a tool that does this work; if it stops, one line on stderr says why."""
     try:
         work()
     except InstallError as error:

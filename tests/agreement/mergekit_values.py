@@ -4,7 +4,7 @@
     python tests/agreement/mergekit_values.py
 
 mergekit pins releases that vLLM does not go with, so the tests read these values instead of calling it.  Its
-own functions make them, on float64 where they allow it; the weights are 1 where its conventions for other
+own functions make them, on float64 if they allow it; the weights are 1 where its conventions for other
 weights are not ours.
 """
 

@@ -31,7 +31,7 @@ def sources(names: str = "abc") -> dict[str, Adapter]:
 
 
 def kept_whole(strategy: str) -> str:
-    """An option that makes a strategy keep every entry, where it takes one."""
+    """An option that makes a strategy keep every entry, if it takes one."""
     return ", density=1" if TABLE[strategy].option("density") else ""
 
 
