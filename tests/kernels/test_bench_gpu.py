@@ -65,7 +65,7 @@ def test_agreement_alone_tells_by_its_exit_code(code: int, monkeypatch: pytest.M
 def test_every_check_of_the_device_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpu", "--agreement-only"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert all(line.strip().startswith("ok") for line in lines[1:])
 
 
