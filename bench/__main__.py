@@ -32,8 +32,8 @@ def _minutes(text: str) -> float:
 def _spaces(text: str) -> tuple[str, ...]:
     """The spaces to measure: ``factors`` alone, or one or both of the others."""
     chosen = tuple(text.split(","))
-    if chosen != ("factors",) and not set(chosen) <= {"delta", "core"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not factors, delta, core or delta,core")
+    if chosen != ("factors",) and not set(chosen) <= {"entries", "core"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not factors, entries, core or entries,core")
     return chosen
 
 
@@ -44,11 +44,11 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
             "type": _spaces,
             "default": ("factors",),
             "metavar": "SPACE[,SPACE]",
-            "help": "factors (default), or one or both of delta and core: one layer, four sources",
+            "help": "factors (default), or one or both of entries and core: one layer, four sources",
         },
     },
     "gpu: merges on a GPU beside copies of the same bytes and PEFT's": {
-        "--quick": {"action": "store_true", "help": "only what has an aim, without PEFT's large SVDs"},
+        "--quick": {"action": "store_true", "help": "only what has a goal, without PEFT's large SVDs"},
         "--layers": {
             "type": _at_least(1),
             "default": 32,

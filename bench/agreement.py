@@ -79,8 +79,8 @@ def factor_checks(backend: Backend) -> Group:
 
 
 def entry_checks(backend: Backend) -> Group:
-    """Every strategy in core space and on the entries of deltas."""
-    return "merges of entries in delta and core space: the dense reference", _entry_checks(backend)
+    """Every strategy in the spaces entries and core."""
+    return "merges in the spaces entries and core: the dense reference", _entry_checks(backend)
 
 
 def _factor_checks(backend: Backend) -> Iterator[Check]:

@@ -83,7 +83,7 @@ SHAPES = ("self_attn.k_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.down_pro
 """A module of every distinct shape, the smallest first."""
 FASTER = {"linear": None, "ties": 40, "dare_ties": 20}
 CORE_SECONDS = {"core_linear": None, "core_ties": 0.06, "core_dare_ties": None, "knots": 0.15}
-DELTA_SECONDS = {"ties_svd": 15.0, "dare_ties_svd": None, "magnitude_prune_svd": None}
+ENTRY_SECONDS = {"ties_svd": 15.0, "dare_ties_svd": None, "magnitude_prune_svd": None}
 F32 = torch.float32  # torch has no SVD of bfloat16
 CASES = {
     "factors": [
@@ -96,8 +96,8 @@ CASES = {
         *(Case("svd", 2, CUT, module=name, dtype=F32, peft_rounds=1, faster=1000) for name in SHAPES),
     ],
     "core": [Case(strategy, layers=1, seconds=seconds) for strategy, seconds in CORE_SECONDS.items()],
-    "delta": [
-        *(Case(name, layers=1, rounds=3, seconds=seconds) for name, seconds in DELTA_SECONDS.items()),
+    "entries": [
+        *(Case(name, layers=1, rounds=3, seconds=seconds) for name, seconds in ENTRY_SECONDS.items()),
         Case("ties_svd", 4, CUT + TRIM, module=SHAPES[0], dtype=F32, rounds=3, peft_rounds=3, faster=20),
     ],
 }

@@ -58,7 +58,7 @@ def groups(backend: SlotBackend) -> Iterator[Group]:
     yield f"{counts} sources of any bits, every strategy: NumPy bit for bit", _any(backend)
     yield "slots of other rank, stride and dtype: NumPy bit for bit, zeros beyond", _slots(backend)
     yield f"trims of more than {LARGE} entries: NumPy bit for bit", _spans(backend)
-    yield "merges in delta space: the best approximation of a float64 delta", _deltas(backend)
+    yield "merges in the space sums: the best approximation of a float64 delta", _deltas(backend)
     yield entry_checks(backend)
     yield "torch.linalg.eigh, batched, float64: the CPU's eigenvalues", eigenvalues(backend.device)
 

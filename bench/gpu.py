@@ -54,7 +54,7 @@ class Work:
     row_seconds: after how long a row gets no further round.
     svd_seconds: how long PEFT's SVDs may take.
     copied: bytes of the copies whose speed is measured.
-    everything: whether more is measured than what has an aim.
+    everything: whether more is measured than what has a goal.
     """
 
     shapes: cases.Shapes

@@ -124,7 +124,7 @@ def cases() -> Iterator[Case]:
 
 
 def _sketches() -> Iterator[Case]:
-    """The kernels of delta space, four sources: of rank 16 times 64 columns, and large ones of both."""
+    """The kernels for entries of deltas, 4 sources: of rank 16 times 64 columns, and large ones of both."""
     for precision in ("tf32", "tf32x3"):
         shared = {
             "RANK": 16,

@@ -1,4 +1,4 @@
-"""Merges in delta and core space against dense float64, on shapes up to 1024 x 4096."""
+"""Merges in the spaces entries and core against dense float64, on shapes up to 1024 x 4096."""
 
 from __future__ import annotations
 
