@@ -1,8 +1,7 @@
 """Which entries a keep rule keeps, in float32 values of every source: whole tensors, or a tile of each.
 
 A new rule is a case in :func:`keep_entries` and, if its scores are not the values themselves, in
-:func:`scores_of`. What decides about an entry is a score, whose
-magnitude is compared with thresholds; only the entries of a draw have none.
+:func:`scores_of`. A rule compares magnitudes of scores with thresholds. Random draws need neither.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def store(address, n, kind, bits):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _find_bin(counts, count):
-    """The highest bin from which on at least ``count`` entries lie, and how many of that bin are kept."""
+    """The highest bin such that it and those above hold ``count`` entries, and how many of it are kept."""
     above = 0
     end = counts.size
     while end > 0:
@@ -420,13 +420,13 @@ def count_lower(address, size, upper, bins):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def find_bin(bins, count):
-    """The highest bin from which on at least ``count`` entries lie, and how many of that bin are kept."""
+    """The highest bin such that it and those above hold ``count`` entries, and how many of it are kept."""
     return _find_bin(bins, count)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def find_tie(address, size, thr, ties):
-    """One past the index of the ``ties``-th entry of magnitude ``thr``; how many were met where fewer are."""
+    """One past the index of the ``ties``-th entry of magnitude ``thr``, or -1, and how many were met."""
     data = words32(address, size)
     met = 0
     for i in range(size):

@@ -1,6 +1,7 @@
 """Exact thresholds over float32 scores that are visited part by part.
 
-Two visits, and a third of a single part if entries of equal magnitude straddle a count.
+Two visits of all parts. If entries of equal magnitude straddle a count, a third of all parts and a fourth of
+the parts in which the last kept ones lie.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class NumbaTiles:
         self._coefficients = [1.0] * len(self._a)
         if isinstance(self._rule.blend, EnergyMean):
             self._coefficients = self._energies()
-        # What the compiled loop does not keep itself is kept before the sources are combined.
+        # Keep rules that the compiled loop lacks are applied before the sources are combined.
         keeps = self._rule.keeps if self._fused else (All(),) * len(self._a)
         self._combined = dataclasses.replace(self._rule, keeps=keeps)
 
