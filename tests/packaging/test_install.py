@@ -331,7 +331,7 @@ def test_the_name_vllm_is_a_distribution_that_pip_knows_and_can_uninstall(tmp_pa
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path)], check=True)
     for version in ("0.31.0", "0.32.0"):
         install.name_vllm(install.site_packages(tmp_path), version)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    pip = [str(python), "-I", "-m", "pip", "--disable-pip-version-check"]  # without PYTHONPATH
     shown = subprocess.run([*pip, "list", "--format", "freeze"], capture_output=True, text=True, check=True)
     assert [line for line in shown.stdout.splitlines() if "vllm" in line] == ["vllm==0.32.0+cpu"]
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", "vllm"], check=True)
