@@ -55,7 +55,6 @@ tritons: install  ## the other releases of Triton that make soak tests the kerne
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu
 
-.PHONY: docs
 docs: install  ## build/site, the documentation
 	@$(PY) tools/render_pages.py
 	@$(PY) -m mkdocs build --strict --quiet

@@ -318,27 +318,27 @@ class _Planner:
         shape: tuple[int, int],
     ) -> Rule:
         """How tensors of a shape are combined, one of each source that has the module."""
-        alone = len(present) == 1
-        keeps = [self._keep(i, name, side, shape, alone) for i in present]
+        size, alone = shape[0] * shape[1], len(present) == 1
+        keeps = [self._keep(i, name, side, size, alone) for i in present]
         return Rule(weights, tuple(keeps), self._settings.blend)
 
-    def _keep(self, index: int, name: str, side: str, shape: tuple[int, int], alone: bool) -> Keep:
-        """Which entries of one source's tensor take part.
+    def _keep(self, index: int, name: str, side: str, size: int, alone: bool) -> Keep:
+        """Which of ``size`` entries of one source take part.
 
         alone: whether no other source has the module.
         """
-        settings, size = self._settings, math.prod(shape)
+        settings, rule = self._settings, self.recipe.keep
+        if rule == "all":
+            return ALL
         density = settings.densities[index]
-        match self.recipe.keep:
-            case "all":
-                return ALL
+        match rule:
             case "largest" | "middle":
                 if density == 1.0:
                     return ALL
                 if settings.whole_model:
                     return LargestInModel()
-                count = int(density * size)
-                return _largest(count, min(int(settings.gammas[index] * size), size - count))
+                count, gamma = int(density * size), settings.gammas[index]
+                return _largest(count, min(int(gamma * size), size - count) if gamma else 0)
             case "random" | "graded":
                 identity = f"{settings.seed}\0{self._sources[index].digest}\0{name}\0{side}"
                 key = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")

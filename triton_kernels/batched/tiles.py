@@ -20,9 +20,8 @@ from . import entries
 from .entries import Threshold, Thresholds
 
 ROW_STEP = int(GROUP.value)  # at least, and a multiple, so that a tile begins with a whole call of Philox
-TILE_BYTES = (
-    8 << 20
-)  # of the tiles of all sources, or ROW_STEP rows; temporaries take about ten times as much
+TILE_BYTES = 8 << 20  # of the tiles of all sources, or ROW_STEP rows
+"""Temporaries take about ten times as much."""
 BINS = 1 << 16
 
 
