@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import torch
 
-from .errors import AdapterError
+from .calibration import CALIBRATION_NAME, Calibration, read_calibration
+from .errors import AdapterError, CalibrationError
 from .factors import DTYPES, Factors
 from .peft_files import MAX_ALPHA, Header, read_folder, write_folder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +28,7 @@ class Adapter:
     modules:  factors by module name, as in the base model (``model.layers.0.self_attn.q_proj``).
     header:   base model, task and layout, as far as known.
     metadata: pairs of text; a merge records here how it was made (``merged_lora.spec``, ...).
+    calibration: what was measured of its inputs and answers; the text says why the one beside it is not used.
 
     The tensors must not be changed in place, or the digest is wrong.  Raises AdapterError if the modules are
     malformed.
@@ -32,6 +37,7 @@ class Adapter:
     modules: Mapping[str, Factors]
     header: Header = field(default_factory=Header)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    calibration: Calibration | str | None = None
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -52,6 +58,9 @@ class Adapter:
     def load(cls, path: str | os.PathLike[str], drop: Iterable[str] = ()) -> Adapter:
         """The adapter in a PEFT folder, read into memory as a whole and checked; raises AdapterError.
 
+        A calibration in the folder is read too.  One that does not fit the adapter is a warning here, and an
+        error in every merge that needs it.
+
         path: the folder.
         drop: parts to leave out instead of refusing the adapter: ``modules_to_save``, ``lora_bias``,
               ``target_parameters``.
@@ -61,7 +70,8 @@ class Adapter:
         adapter = cls(*read_folder(Path(path), drop))
         if adapter.nonfinite:
             raise AdapterError(f"{path}: {adapter.nonfinite} holds NaN or infinity")
-        return adapter
+        file = Path(path) / CALIBRATION_NAME
+        return adapter.calibrated(file) if os.path.lexists(file) else adapter
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a PEFT folder, completely or not at all; PEFT 0.21 and vLLM read the same deltas from it.
@@ -75,9 +85,24 @@ class Adapter:
             raise AdapterError("an adapter's path holds a NUL character")
         write_folder(Path(path), self.modules, self.header, self.metadata, overwrite)
 
+    def calibrated(self, file: Path) -> Adapter:
+        """The same adapter with the calibration in a file, or with the reason why that does not fit."""
+        calibration: Calibration | str
+        try:
+            calibration = read_calibration(file)
+            calibration.check(self.modules, self.digest, self.header.base_model)
+        except CalibrationError as error:
+            where = "" if str(error).startswith(str(file)) else f"{file}: "
+            calibration = f"{where}{error}"
+            logger.warning("this calibration is not used: %s", calibration)
+        return self._twin(self.modules, calibration)
+
     def moved(self, modules: Mapping[str, Factors]) -> Adapter:
         """The same adapter with its tensors in other memory; the digest is not computed again."""
-        twin = Adapter(modules, self.header, self.metadata)
+        return self._twin(modules, self.calibration)
+
+    def _twin(self, modules: Mapping[str, Factors], calibration: Calibration | str | None) -> Adapter:
+        twin = Adapter(modules, self.header, self.metadata, calibration)
         vars(twin).update({name: vars(self)[name] for name in ("digest", "nonfinite") if name in vars(self)})
         return twin
 
@@ -91,6 +116,13 @@ class Adapter:
                 h.update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
                 h.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return h.hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """A digest of the deltas and of the calibration; equal to ``digest`` if there is no calibration."""
+        if not isinstance(self.calibration, Calibration):
+            return self.digest
+        return hashlib.blake2b((self.digest + self.calibration.digest).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def nonfinite(self) -> str | None:
@@ -112,5 +144,6 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(f.nbytes for f in self.modules.values())
+        """Bytes of all factors, and of the calibration."""
+        calibration = self.calibration.nbytes if isinstance(self.calibration, Calibration) else 0
+        return sum(f.nbytes for f in self.modules.values()) + calibration

@@ -26,6 +26,10 @@ class AdapterError(MergeError):
     """An adapter's files are missing, damaged or contradictory, or use what no merge supports."""
 
 
+class CalibrationError(MergeError):
+    """A calibration is missing, damaged, or made for another adapter, or cannot be made as asked."""
+
+
 class PlanError(MergeError):
     """The sources are valid, but do not fit together, or do not fit the rank limit or the model."""
 

@@ -23,6 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from .calibration import CALIBRATION_NAME
 from .errors import AdapterError, listed
 from .factors import DTYPES, Factors
 
@@ -159,7 +160,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise AdapterError(
             f"{folder} exists; choose another folder or overwrite it (overwrite=True, --overwrite)"
         )
-    foreign = sorted(entries - {CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "README.md"})
+    foreign = sorted(entries - {CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, CALIBRATION_NAME, "README.md"})
     if foreign:
         raise AdapterError(f"{folder} is not replaced: it also holds {listed(foreign)}")
 

@@ -128,7 +128,7 @@ class MergeWorker(Generic[Model]):
                 self._snapshots.add(owner, key, read, nbytes, replace=True)
                 self._plain[path] = _Plain(key, None)
             else:
-                key, nbytes, refusal = adapter.digest, adapter.nbytes, ""
+                key, nbytes, refusal = adapter.identity, adapter.nbytes, ""
                 if key not in self._snapshots:
                     self._snapshots.check_room(nbytes)
                     adapter = self.maker.adopt(adapter)
