@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .calibration import CALIBRATION_NAME, Calibration, read_calibration
-from .errors import AdapterError, CalibrationError
+from .errors import AdapterError, CalibrationError, listed
 from .factors import DTYPES, Factors
 from .peft_files import MAX_ALPHA, Header, read_folder, write_folder
 
@@ -147,3 +147,26 @@ class Adapter:
         """Bytes of all factors, and of the calibration."""
         calibration = self.calibration.nbytes if isinstance(self.calibration, Calibration) else 0
         return sum(f.nbytes for f in self.modules.values()) + calibration
+
+
+def calibrations_of(adapters: Mapping[str, Adapter], what: str) -> tuple[Calibration, ...]:
+    """The calibrations of adapters; raises CalibrationError, which says how to make those that are missing.
+
+    adapters: by name.
+    what:     what needs them, for the error.
+    """
+    found = {name: adapter.calibration for name, adapter in adapters.items()}
+    for name, calibration in found.items():
+        if isinstance(calibration, str):
+            raise CalibrationError(
+                f"{what} needs a calibration of {name}, and its own cannot be used: {calibration}"
+            )
+    missing = [name for name, calibration in found.items() if calibration is None]
+    if missing:
+        base = adapters[missing[0]].header.base_model or "MODEL"
+        raise CalibrationError(
+            f"{what} needs a calibration of every source, but {listed(missing)} "
+            f"{'has' if len(missing) == 1 else 'have'} none; make one with: merged-lora calibrate "
+            f"--model {base} --adapter {missing[0]}=PATH --prompts FILE.jsonl"
+        )
+    return tuple(calibration for calibration in found.values() if isinstance(calibration, Calibration))
