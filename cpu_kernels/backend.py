@@ -12,7 +12,16 @@ from merged_lora import bases
 from merged_lora.backends import Energy, Progress, Result, no_progress
 from merged_lora.factors import Factors
 from merged_lora.lowrank import Each, in_turn, merge_modules
-from merged_lora.plan import EntryModule, FactorJob, FactorModule, MergePlan, SumModule
+from merged_lora.plan import (
+    DeltaModule,
+    EntryModule,
+    FactorJob,
+    FactorModule,
+    MergePlan,
+    OutputModule,
+    SumModule,
+)
+from merged_lora.regression import Moments, fitted
 from merged_lora.streaming import starting_columns, truncate_tiles
 
 from .combine import combine
@@ -63,6 +72,14 @@ class CpuBackend:
                 if merged_module.energy is not None:
                     energy[name] = merged_module.energy
             progress(len(part))
+        outputs = [(name, m) for name, m in plan.modules.items() if isinstance(m, OutputModule)]
+        for fits in batches(outputs, lambda item: _fit_bytes(item[1]), AT_A_TIME):
+            fitting = [module for _, module in fits]
+            for (name, _), (result, kept) in zip(fits, self._each(fitting)(_fitted, fitting), strict=True):
+                modules[name] = result
+                if kept is not None:
+                    energy[name] = kept
+            progress(len(fits))
         for name, other in plan.modules.items():
             if isinstance(other, EntryModule) and other.basis is None:
                 modules[name], energy[name] = self._merge_tiles(other)
@@ -112,7 +129,7 @@ class CpuBackend:
             names, members = zip(*part, strict=True)
             yield dict(zip(names, self._each(members)(_coordinated, members), strict=True))
 
-    def _each(self, modules: Sequence[SumModule | EntryModule]) -> Each:
+    def _each(self, modules: Sequence[DeltaModule]) -> Each:
         """How modules are gone through: each on one core, or in turn, with torch on all of them."""
         # The large products of an output basis, and those of few large modules, torch spreads better itself.
         output = any(isinstance(module, EntryModule) and module.basis == "output" for module in modules)
@@ -170,6 +187,22 @@ def _placed(pair: tuple[Coordinated, torch.Tensor]) -> tuple[Factors, Energy | N
     return _factors(a[0], b[0], module), kept
 
 
+def _fitted(module: OutputModule) -> tuple[Factors, Energy | None]:
+    """The factors of a module merged by its outputs and, if the rank was cut, their energy."""
+    moments = [Moments(i.values[None], i.vectors[None], i.rest[None]) for i in module.inputs]
+    weights = torch.tensor([module.weights], dtype=torch.float64)
+    a, b, cut = fitted(*_stacked(module), moments, weights, module.shrink, module.rank)
+    kept = None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
+    return _factors(a[0], b[0], module), kept
+
+
+def _fit_bytes(module: OutputModule) -> int:
+    """Bytes of float64 copies of the factors and of the inputs' eigenvectors."""
+    return 16 * sum(x.numel() for f in module.sources for x in (f.a, f.b)) + 8 * sum(
+        inputs.vectors.numel() for inputs in module.inputs
+    )
+
+
 def _vector_bytes(module: SumModule) -> int:
     """Bytes of two float64 copies of the factors."""
     return 16 * sum(x.numel() for f in module.sources for x in (f.a, f.b))
@@ -180,13 +213,15 @@ def _coordinate_bytes(module: EntryModule) -> int:
     return 4 * rows * columns * len(module.sources) + 8 * (rows * out + columns * in_)
 
 
-def _stacked(module: EntryModule) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+def _stacked(
+    module: EntryModule | OutputModule,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """The factors and scalings of a module as a stack of one."""
     a, b = [f.a[None] for f in module.sources], [f.b[None] for f in module.sources]
     return a, b, torch.tensor([module.scalings], dtype=torch.float64)
 
 
-def _factors(a: torch.Tensor, b: torch.Tensor, module: EntryModule) -> Factors:
+def _factors(a: torch.Tensor, b: torch.Tensor, module: EntryModule | OutputModule) -> Factors:
     new_a, new_b = (x.to(module.dtype).contiguous() for x in (a, b))
     return Factors(new_a, new_b, 1.0, module.embedding)
 

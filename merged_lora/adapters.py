@@ -155,13 +155,17 @@ def calibrations_of(adapters: Mapping[str, Adapter], what: str) -> tuple[Calibra
     adapters: by name.
     what:     what needs them, for the error.
     """
-    found = {name: adapter.calibration for name, adapter in adapters.items()}
-    for name, calibration in found.items():
-        if isinstance(calibration, str):
-            raise CalibrationError(
-                f"{what} needs a calibration of {name}, and its own cannot be used: {calibration}"
-            )
-    missing = [name for name, calibration in found.items() if calibration is None]
+    found: list[Calibration] = []
+    for name, adapter in adapters.items():
+        try:
+            if isinstance(adapter.calibration, str):
+                raise CalibrationError(adapter.calibration)
+            if adapter.calibration is not None:
+                adapter.calibration.check(adapter.modules, adapter.digest, adapter.header.base_model)
+                found.append(adapter.calibration)
+        except CalibrationError as error:
+            raise CalibrationError(f"{what} cannot use the calibration of {name}: {error}") from None
+    missing = [name for name, adapter in adapters.items() if adapter.calibration is None]
     if missing:
         base = adapters[missing[0]].header.base_model or "MODEL"
         raise CalibrationError(
@@ -169,4 +173,4 @@ def calibrations_of(adapters: Mapping[str, Adapter], what: str) -> tuple[Calibra
             f"{'has' if len(missing) == 1 else 'have'} none; make one with: merged-lora calibrate "
             f"--model {base} --adapter {missing[0]}=PATH --prompts FILE.jsonl"
         )
-    return tuple(calibration for calibration in found.values() if isinstance(calibration, Calibration))
+    return tuple(found)

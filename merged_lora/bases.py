@@ -76,7 +76,7 @@ def output_basis(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings:
     joined_a, joined_b = joined(a, 1), joined(b, 2)  # [M, R, in], [M, out, R]
     scaled = per_column(scalings, ranks)  # [M, R]
     # With B = Q S and orthonormal Q, a delta is Q (S_i s_i) A_i, and only the small factors S_i s_i matter.
-    to_basis, from_basis = _factored(multiplied(joined_b.mT, joined_b))  # [M, R, R] each
+    to_basis, from_basis = factored(multiplied(joined_b.mT, joined_b))  # [M, R, R] each
     to_basis = to_basis * scaled[:, None, :]
     blocks = torch.split(to_basis, ranks, dim=2)  # [M, R, r_i] each
     rows = torch.split(joined_a, ranks, dim=1)  # [M, r_i, in] each
@@ -84,7 +84,7 @@ def output_basis(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scalings:
     # delta_i delta_i^T in the basis Q; their sum has the left singular vectors of all deltas side by side.
     squares = [multiplied(block, gram, block.mT) for block, gram in zip(blocks, grams, strict=True)]
     asked = torch.stack([s.diagonal(dim1=1, dim2=2).sum(1) for s in squares], dim=1)  # [M, N]
-    values, vectors = _leading(squares, min(sum(ranks), joined_b.shape[1]))  # [M, rows], [M, R, rows]
+    values, vectors = leading(squares, min(sum(ranks), joined_b.shape[1]))  # [M, rows], [M, R, rows]
     dead = (values <= RELATIVE_ZERO * values[:, :1])[:, None, :]
     vectors = torch.where(dead, 0.0, vectors)
     coordinates = [
@@ -117,20 +117,20 @@ def both_bases(
     joined_a, joined_b = joined(a, 1), joined(b, 2)  # [M, R, in], [M, out, R]
     scaled = per_column(scalings, ranks)  # [M, R]
     # With B = Q_b S_b and A^T = Q_a S_a, delta i is Q_b (S_b,i s_i S_a,i^T) Q_a^T: a core [R, R] for each.
-    to_b, from_b = _factored(multiplied(joined_b.mT, joined_b))  # [M, R, R] each
-    to_a, from_a = _factored(multiplied(joined_a, joined_a.mT))
+    to_b, from_b = factored(multiplied(joined_b.mT, joined_b))  # [M, R, R] each
+    to_a, from_a = factored(multiplied(joined_a, joined_a.mT))
     columns_b = torch.split(to_b * scaled[:, None, :], ranks, dim=2)  # [M, R, r_i] each
     columns_a = torch.split(to_a, ranks, dim=2)
     cores = [multiplied(x, y.mT) for x, y in zip(columns_b, columns_a, strict=True)]  # [M, R, R] each
     asked = torch.stack([core.square().sum((1, 2)) for core in cores], dim=1)  # [M, N]
     inverse = inverses(asked.sqrt())
     even = [core * inverse[:, i, None, None] for i, core in enumerate(cores)]  # all of length 1
-    values, left = _leading([multiplied(x, x.mT) for x in even], rank)  # [M, rank], [M, R, rank]
-    right = _leading([multiplied(x.mT, x) for x in even], rank)[1]  # [M, R, rank]
+    values, left = leading([multiplied(x, x.mT) for x in even], rank)  # [M, rank], [M, R, rank]
+    right = leading([multiplied(x.mT, x) for x in even], rank)[1]  # [M, R, rank]
     for _ in range(SWEEPS):
         # The best U for this V, then the best V for that U.
-        values, left = _leading([multiplied(x, x.mT) for x in (multiplied(y, right) for y in even)], rank)
-        right = _leading([multiplied(x, x.mT) for x in (multiplied(y.mT, left) for y in even)], rank)[1]
+        values, left = leading([multiplied(x, x.mT) for x in (multiplied(y, right) for y in even)], rank)
+        right = leading([multiplied(x, x.mT) for x in (multiplied(y.mT, left) for y in even)], rank)[1]
     coordinates = [multiplied(left.mT, core, right) for core in cores]  # [M, rank, rank] each
     return Coordinates(
         values=tuple(c.float() for c in coordinates),
@@ -152,13 +152,13 @@ def shared_rows(
     """
     ranks = [x.shape[1] for x in a]
     joined_a, joined_b = joined(a, 1), joined(b, 2)  # [M, R, in], [M, out, R]
-    to_a, from_a = _factored(multiplied(joined_a, joined_a.mT))  # [M, R, R] each
+    to_a, from_a = factored(multiplied(joined_a, joined_a.mT))  # [M, R, R] each
     scaled = torch.split(to_a * per_column(scalings, ranks)[:, None, :], ranks, dim=2)  # [M, R, r_i] each
     grams = [multiplied(x.mT, x) for x in torch.split(joined_b, ranks, dim=2)]  # [M, r_i, r_i]
     # delta_i^T delta_i in the basis of A's rows; their sum has the right singular vectors.
     squares = [multiplied(x, gram, x.mT) for x, gram in zip(scaled, grams, strict=True)]
-    leading = _leading(squares, min(count, sum(ranks)))[1]  # [M, R, n]
-    return multiplied(multiplied(from_a, leading).mT, joined_a)
+    vectors = leading(squares, min(count, sum(ranks)))[1]  # [M, R, n]
+    return multiplied(multiplied(from_a, vectors).mT, joined_a)
 
 
 def placed(
@@ -242,7 +242,7 @@ def inverses(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, 1.0 / x, 0.0)
 
 
-def _factored(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def factored(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """From ``G = X^T X``: S with ``X = Q S`` and T with ``Q = X T``, where Q has orthonormal columns.
 
     Directions that are lost in rounding are given a minimal length instead of being dropped; S and T remain
@@ -260,7 +260,7 @@ def _factored(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ]
 
 
-def _leading(squares: Sequence[torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def leading(squares: Sequence[torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest eigenvalues of the sum of these matrices, and their eigenvectors, largest first.
 
     squares: for each source float64 ``[modules, R, R]``.

@@ -24,6 +24,7 @@ PLACES: dict[Space, str] = {
     "sums": "the deltas as a whole, exactly",
     "entries": "the entries of the deltas, which are formed a few rows at a time",
     "core": "the coordinates of the deltas in bases that the sources share",
+    "outputs": "the outputs of the deltas on each source's own inputs, known from calibrations",
 }
 """What a strategy computes on, by the word of its recipe."""
 

@@ -16,6 +16,10 @@ from .factors import Factors
 from .plan import SumModule
 from .scalars import RULES
 
+FLAT = 1.3
+"""The best of six factors on two sets of three adapters of rank 8."""
+FLAT_ZERO = 1e-6
+
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -71,10 +75,10 @@ def _merge(weighted: tuple[SumModule, Sequence[float]]) -> MergedModule:
     """The merged factors of a module with the weights of its products."""
     module, weights = weighted
     total = sum(f.rank for f in module.sources)
-    if module.rank == total:
+    if module.rank == total and not module.flat:
         a, b = concatenate(module.sources, weights, module.dtype)
         return MergedModule(Factors(a, b, 1.0, module.embedding), None)
-    a, b, energy = truncate(module.sources, weights, module.rank)
+    a, b, energy = truncate(module.sources, weights, module.rank, module.flat)
     return MergedModule(Factors(a.to(module.dtype), b.to(module.dtype), 1.0, module.embedding), energy)
 
 
@@ -91,9 +95,11 @@ def concatenate(
 
 
 def truncate(
-    sources: Sequence[Factors], weights: Sequence[float], rank: int
+    sources: Sequence[Factors], weights: Sequence[float], rank: int, flat: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float]]:
     """The best approximation of a rank to ``sum_i weights[i] B_i A_i``.
+
+    flat: make its singular values equal, see :func:`flattened`; the norms remain those from before.
 
     C. Eckart and G. Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
 
@@ -113,16 +119,29 @@ def truncate(
     # singular values of b a.
     left, values, right = torch.linalg.svd(root_b @ root_a.T)
     energy = float((values**2).sum())
-    k = min(rank, values.numel())
+    k, full = min(rank, values.numel()), min(*sources[0].shape, a.shape[0])
+    chosen = flattened(values[None], full)[0, :k] if flat else values[:k]
     if energy == 0.0:
         return a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank), (0.0, 0.0)
-    half = values[:k].sqrt()
+    half = chosen.sqrt()
     new_b = b @ (basis_b @ (left[:, :k] * half))
     new_a = (basis_a @ (right[:k].T * half)).T @ a
     if k < rank:
         new_a = torch.cat([new_a, new_a.new_zeros(rank - k, new_a.shape[1])], dim=0)
         new_b = torch.cat([new_b, new_b.new_zeros(new_b.shape[0], rank - k)], dim=1)
     return new_a, new_b, (float((values[:k] ** 2).sum()), energy)
+
+
+def flattened(values: torch.Tensor, full: int) -> torch.Tensor:
+    """FLAT times the mean singular value, for each that is not zero.
+
+    Isotropic merging, arXiv 2502.04959.  A singular value up to FLAT_ZERO of the largest counts as zero.
+
+    values: singular values ``[modules, n]``.
+    full:   number of singular values that the mean is taken over; those that are not given are zero.
+    """
+    mean = FLAT / full * values.sum(1, keepdim=True)
+    return torch.where(values > FLAT_ZERO * values.amax(1, keepdim=True), mean, 0.0)
 
 
 def _basis(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

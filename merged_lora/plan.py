@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .adapters import Adapter
+from .calibration import Inputs
 from .errors import PlanError
 from .factors import Factors
 from .peft_files import Header
@@ -251,6 +252,7 @@ class SumModule:
     mean:      the rule that finds the ``c_i``; None if they are 1.
     dtype:     of the result.
     embedding: whether it is an embedding.
+    flat:      whether all singular values of the result are equal, see ``lowrank.flattened``.
     """
 
     sources: tuple[Factors, ...]
@@ -260,6 +262,7 @@ class SumModule:
     mean: Mean | None
     dtype: torch.dtype
     embedding: bool
+    flat: bool = False
 
     @property
     def results(self) -> Results:
@@ -303,6 +306,37 @@ class EntryModule:
         return _results(self)
 
 
+@dataclass(frozen=True, eq=False)
+class OutputModule:
+    """Deltas ``scalings[i] * B_i A_i`` merged by their outputs on each source's own inputs.
+
+    sources:   factors of the sources that have the module.
+    present:   their indices in the plan's sources.
+    inputs:    what the inputs of each source look like.
+    scalings:  one float32 value per source.
+    weights:   what the outputs of each source are multiplied by, float32 values.
+    shrink:    share of the inputs' correlations that is kept.
+    rank:      of the result.
+    dtype:     of the result.
+    embedding: whether it is an embedding.
+    """
+
+    sources: tuple[Factors, ...]
+    present: tuple[int, ...]
+    inputs: tuple[Inputs, ...]
+    scalings: tuple[float, ...]
+    weights: tuple[float, ...]
+    shrink: float
+    rank: int
+    dtype: torch.dtype
+    embedding: bool
+
+    @property
+    def results(self) -> Results:
+        """Shape and dtype of the merged A and B."""
+        return _results(self)
+
+
 def entries_of(shape: tuple[int, int], total: int, rank: int, basis: Basis | None) -> tuple[int, int]:
     """Number of rows and columns that an :class:`EntryModule` combines.
 
@@ -317,12 +351,13 @@ def entries_of(shape: tuple[int, int], total: int, rank: int, basis: Basis | Non
     return (min(total, rows), columns) if basis == "output" else (rank, rank)
 
 
-def _results(module: SumModule | EntryModule) -> Results:
+def _results(module: DeltaModule) -> Results:
     rows, columns = module.sources[0].shape
     return ((module.rank, columns), module.dtype), ((rows, module.rank), module.dtype)
 
 
-Module = FactorModule | SumModule | EntryModule
+DeltaModule = SumModule | EntryModule | OutputModule
+Module = FactorModule | DeltaModule
 
 
 @dataclass(frozen=True, eq=False)

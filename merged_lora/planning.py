@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from .adapters import Adapter
+from .adapters import Adapter, calibrations_of
 from .errors import PlanError, UnknownAdapterError, listed
 from .factors import Factors, promoted
 from .peft_files import Header
@@ -30,6 +30,7 @@ from .plan import (
     MergePlan,
     Middle,
     Module,
+    OutputModule,
     Random,
     Rule,
     Sum,
@@ -113,6 +114,7 @@ class _Settings:
     seed: Value | None
     rank: int | None
     t: float | None
+    shrink: float
     lorax: bool
     whole_model: bool
     blend: Blend
@@ -120,7 +122,7 @@ class _Settings:
     @classmethod
     def of(cls, spec: MergeSpec, sources: Sequence[Adapter]) -> _Settings:
         strategy = find(spec.strategy)
-        rank, t, select = (spec.option(name) for name in ("rank", "t", "select_topk"))
+        rank, t, select, shrink = (spec.option(name) for name in ("rank", "t", "select_topk", "shrink"))
 
         def shares(name: str, otherwise: float) -> tuple[float, ...]:
             return spec.per_source(name) if strategy.option(name) else (otherwise,) * len(spec.sources)
@@ -139,6 +141,7 @@ class _Settings:
             seed=spec.option("seed"),
             rank=rank if isinstance(rank, int) else None,
             t=t if isinstance(t, float) else None,
+            shrink=shrink if isinstance(shrink, float) else 1.0,
             lorax=spec.option("compat") == "lorax",
             whole_model=spec.option("scope") == "model",
             blend=_blend(spec, strategy.recipe),
@@ -168,6 +171,11 @@ class _Planner:
         self._settings = settings
         self._sources = sources
         self._limit = limit
+        self._calibrations = (
+            calibrations_of(dict(zip(settings.names, sources, strict=True)), settings.strategy)
+            if self.recipe.space == "outputs"
+            else ()
+        )
 
     def module(self, name: str) -> Module:
         """How one module is merged."""
@@ -178,6 +186,8 @@ class _Planner:
             return self._factor_module(name, present, factors)
         if self.recipe.space == "sums":
             return self._sum_module(name, present, factors)
+        if self.recipe.space == "outputs":
+            return self._output_module(name, present, factors)
         return self._entry_module(name, present, factors)
 
     def model_counts(self, modules: Mapping[str, Module]) -> tuple[int, ...] | None:
@@ -230,7 +240,7 @@ class _Planner:
         settings, blend = self._settings, self.recipe.blend
         rank = self._sum_rank(name, factors)
         given = self._weights(name, present)
-        relative = blend in MEANS
+        relative = blend in MEANS or blend == "balanced"
         weights = tuple(
             as_float32(settings.scale * (1.0 if relative else w) * f.scaling)
             for w, f in zip(given, factors, strict=True)
@@ -250,7 +260,8 @@ class _Planner:
             # The other source's delta is zero here, and the path to it is a straight line.
             weights, mean = (as_float32(weights[0] * mean.shares[0]),), None
         dtype = promoted([t.dtype for f in factors for t in (f.a, f.b)])
-        return SumModule(factors, present, weights, rank, mean, dtype, factors[0].embedding)
+        embedding = factors[0].embedding
+        return SumModule(factors, present, weights, rank, mean, dtype, embedding, self.recipe.flat)
 
     def _sum_rank(self, name: str, factors: Sequence[Factors]) -> int:
         total, limit = sum(f.rank for f in factors), self._limit
@@ -290,6 +301,23 @@ class _Planner:
             rule=self._rule(tuple(map(as_float32, weights)), name, "delta", present, shape),
             basis=recipe.basis,
             rank=rank,
+            dtype=promoted([t.dtype for f in factors for t in (f.a, f.b)]),
+            embedding=factors[0].embedding,
+        )
+
+    def _output_module(
+        self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]
+    ) -> OutputModule:
+        settings = self._settings
+        weights = [settings.scale * w for w in self._weights(name, present)]
+        return OutputModule(
+            sources=factors,
+            present=present,
+            inputs=tuple([self._calibrations[i].inputs[name] for i in present]),
+            scalings=tuple([as_float32(f.scaling) for f in factors]),
+            weights=tuple(map(as_float32, weights)),
+            shrink=settings.shrink,
+            rank=min(sum(f.rank for f in factors), self._rank_asked(factors)),
             dtype=promoted([t.dtype for f in factors for t in (f.a, f.b)]),
             embedding=factors[0].embedding,
         )
@@ -382,7 +410,7 @@ def _factor_weights(
 
 def _is_zero(module: Module) -> bool:
     """Whether nothing is kept, or all of it is multiplied by 0."""
-    if isinstance(module, SumModule):
+    if isinstance(module, SumModule | OutputModule):
         return not any(module.weights)
     rules = (module.a.rule, module.b.rule) if isinstance(module, FactorModule) else (module.rule,)
     return any(

@@ -15,10 +15,18 @@ from .checks import flag, number, one_of, whole_number
 Number = int | float
 Value = Number | str | bool | tuple[float, ...]
 
-Space = Literal["factors", "sums", "entries", "core"]
+Space = Literal["factors", "sums", "entries", "core", "outputs"]
 KeepRule = Literal["all", "largest", "middle", "random", "graded", "varied", "important"]
 Blend = Literal[
-    "sum", "agreeing_mean", "energy_mean", "slerp", "nuslerp", "karcher", "multislerp", "model_stock"
+    "sum",
+    "agreeing_mean",
+    "energy_mean",
+    "slerp",
+    "nuslerp",
+    "karcher",
+    "multislerp",
+    "model_stock",
+    "balanced",
 ]
 RankRule = Literal["equal", "fit", "exact", "truncate"]
 Basis = Literal["output", "both"]
@@ -50,17 +58,19 @@ class Recipe:
 
     space:  what is combined: the entries of A and of B apart (``factors``), the deltas ``dW = s B A`` with
             one number each (``sums``), the entries of the deltas, which are never held whole (``entries``),
-            or their coordinates in a basis that the sources share (``core``).
+            their coordinates in a basis that the sources share (``core``), or the outputs that they give on
+            each source's own inputs, of which calibrations know (``outputs``).
     keep:   which entries of a source take part: ``all``, the ``largest`` (trim), the ``middle``: the largest
             after a few outliers (breadcrumbs), a ``random`` share (DARE), a share ``graded`` by rank within a
             row (DELLA), those that ``varied`` most between the sources (SCE), or the ``important``: those
             whose magnitude, times how far their row is from uniform, stands out (Arcee Fusion).
     blend:  entry by entry the weighted ``sum``, the mean of those that agree with the elected sign, or that
             mean weighted by each source's energy (SCE). In ``sums`` also one scalar for each source and
-            module, from the inner products of the deltas.
+            module, from the inner products of the deltas; ``balanced`` makes them equally long.
     rank:   ``equal`` ranks in and out; ``fit``: sum of ranks, truncated to the limit; ``exact``: sum of
             ranks, refused over the limit; ``truncate``: the option ``rank``.
     basis:  in ``core`` space, which sides share a basis: the ``output`` side, or ``both``.
+    flat:   in ``sums``, whether all singular values of the result become equal.
     """
 
     space: Space
@@ -68,6 +78,12 @@ class Recipe:
     blend: Blend = "sum"
     rank: RankRule = "equal"
     basis: Basis | None = None
+    flat: bool = False
+
+    @property
+    def balances(self) -> bool:
+        """Whether it finds by itself how much each source counts, so that automatic weights add nothing."""
+        return self.blend in MEANS or self.blend == "balanced" or self.space == "outputs"
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,12 @@ SELECT = Option(
 )
 SCOPE = Option(
     "scope", "module", one_of("module", "model"), "whether density counts entries per module or in all"
+)
+SHRINK = Option(
+    "shrink",
+    0.97,
+    _unit,
+    "share of the measured correlations between inputs that is trusted; 0 takes inputs as uncorrelated",
 )
 T = Option("t", 0.5, _unit, "position between the first source (0) and the second (1)")
 COMPAT = Option(

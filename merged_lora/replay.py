@@ -1,7 +1,7 @@
 """Which of its sources' own answers a merge still gives.
 
-Every calibration holds prompts with the adapter's own answers.  One teacher-forced pass of the merge over them
-shows which answers stay as they were.  Knows nothing of models or servers, which make that pass.
+Every calibration holds prompts with the adapter's own answers.  One teacher-forced pass of the merge over
+them shows which answers stay as they were.  Knows nothing of models or servers, which make that pass.
 """
 
 from __future__ import annotations

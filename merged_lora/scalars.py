@@ -1,4 +1,4 @@
-"""One scalar per source from the inner products of the deltas: slerp, means on the sphere, Model Stock.
+"""One scalar per source from the inner products of the deltas: slerp, means on the sphere, and others.
 
 Every rule takes the Frobenius inner products of n deltas, ``gram [..., n, n]``, their ``shares [..., n]``,
 both float64 on any device, and the number of sources.  It returns the factors ``[..., n]`` that the deltas
@@ -87,11 +87,20 @@ def model_stock(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.T
     return shares * torch.where(singular, 0.0, count * cosine / torch.where(singular, 1.0, denominator))
 
 
+def balanced(gram: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
+    """The shares of deltas brought to the mean of their lengths; deltas of zero do not count for it."""
+    lengths = _units(gram)[0]
+    present = (lengths > 0).sum(-1, keepdim=True)
+    mean = lengths.sum(-1, keepdim=True) * _inverse(present.to(gram.dtype))
+    return shares * mean * _inverse(lengths)
+
+
 RULES: Mapping[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
     "slerp": slerp,
     "karcher": karcher,
     "multislerp": multislerp,
     "model_stock": model_stock,
+    "balanced": balanced,
 }
 
 

@@ -123,7 +123,7 @@ class MergeSpec:
     @property
     def automatic(self) -> bool:
         """Whether weights are computed for each module; means compute lengths and angles themselves."""
-        return self.option("weights") == "auto" and find(self.strategy).recipe.blend not in MEANS
+        return self.option("weights") == "auto" and not find(self.strategy).recipe.balances
 
     def weights(self) -> tuple[float, ...]:
         """The weight of each source, in order; divided by their sum if that is asked for or implied.

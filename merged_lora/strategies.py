@@ -23,6 +23,7 @@ from .recipe import (
     SCOPE,
     SEED,
     SELECT,
+    SHRINK,
     KeepRule,
     Option,
     Recipe,
@@ -171,6 +172,22 @@ def _rows() -> Iterator[Strategy]:
         "weighted mean of the deltas, shortened the more they point apart",
         "Model Stock, arXiv 2403.19522",
         sources=(2, None),
+    )
+
+    yield row(
+        "iso",
+        Recipe("sums", blend="balanced", rank="truncate", flat=True),
+        "sum of the deltas at equal lengths, with all singular values made equal: 1.3 times their mean",
+        "isotropic merging, arXiv 2502.04959; the balance and the factor are ours",
+    )
+
+    # On the outputs for each source's own inputs: needs a calibration of every source.
+    yield row(
+        "regmean",
+        Recipe("outputs", rank="truncate"),
+        "the delta whose outputs are closest to those of each source on its own inputs, by least squares",
+        "RegMean, arXiv 2212.09849, on deltas, with the inputs in compact form",
+        SHRINK,
     )
 
     # Entry by entry on the factors: fast, and an approximation, because the product has cross terms.

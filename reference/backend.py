@@ -13,6 +13,7 @@ from merged_lora.factors import Factors, bits
 from merged_lora.plan import (
     AgreeingMean,
     All,
+    DeltaModule,
     EnergyMean,
     EntryModule,
     FactorJob,
@@ -24,6 +25,7 @@ from merged_lora.plan import (
     LargestInModel,
     MergePlan,
     Middle,
+    OutputModule,
     Random,
     Rule,
     Sum,
@@ -54,12 +56,12 @@ class NumpyBackend:
             if isinstance(module, FactorModule):
                 modules[name] = Factors(_merge_job(module.a), _merge_job(module.b), 1.0, module.embedding)
             else:
-                merged = (
-                    _merge_delta(module)
-                    if isinstance(module, SumModule)
-                    else _merge_entries(module, kept_in_model.get(name))
-                )
-                modules[name], cut = merged
+                if isinstance(module, SumModule):
+                    modules[name], cut = _merge_delta(module)
+                elif isinstance(module, OutputModule):
+                    modules[name], cut = _merge_outputs(module)
+                else:
+                    modules[name], cut = _merge_entries(module, kept_in_model.get(name))
                 if cut is not None:
                     energy[name] = cut
             progress(1)
@@ -129,7 +131,8 @@ def _keep(values: Array, keep: Keep) -> Array:
 
 def _merge_delta(module: SumModule) -> tuple[Factors, tuple[float, float] | None]:
     pairs = _factor_pairs(module)
-    exact = module.rank == sum(f.rank for f in module.sources)
+    total = sum(f.rank for f in module.sources)
+    exact = module.rank == total and not module.flat
     if module.mean is None and exact:
         dtype = _NAMES[module.dtype]
         a = np.concatenate(
@@ -142,8 +145,21 @@ def _merge_delta(module: SumModule) -> tuple[Factors, tuple[float, float] | None
         target = np.asarray(np.sum(deltas, axis=0))
     else:
         target = delta.MEANS[module.mean.rule](deltas, module.mean.shares, module.mean.count)
-    new_a, new_b, energy = delta.truncate(target, module.rank)
+    flat = min(total, *target.shape) if module.flat else None
+    new_a, new_b, energy = delta.truncate(target, module.rank, flat)
     return _factors(new_a, new_b, module), None if exact else energy
+
+
+def _merge_outputs(module: OutputModule) -> tuple[Factors, tuple[float, float] | None]:
+    inputs = [
+        (i.values.double().numpy(), i.vectors.double().numpy(), i.rest.double().numpy())
+        for i in module.inputs
+    ]
+    a, b, energy = delta.fitted(
+        _factor_pairs(module), inputs, module.scalings, module.weights, module.shrink, module.rank
+    )
+    exact = module.rank == sum(f.rank for f in module.sources)
+    return _factors(a, b, module), None if exact else energy
 
 
 def _merge_entries(
@@ -198,10 +214,10 @@ def _whole_model(plan: MergePlan) -> dict[str, list[Array]]:
     return masks
 
 
-def _factor_pairs(module: SumModule | EntryModule) -> list[delta.FactorPair]:
+def _factor_pairs(module: DeltaModule) -> list[delta.FactorPair]:
     return [(widen(*to_bits(f.a)), widen(*to_bits(f.b))) for f in module.sources]
 
 
-def _factors(a: Array, b: Array, module: SumModule | EntryModule) -> Factors:
+def _factors(a: Array, b: Array, module: DeltaModule) -> Factors:
     new_a, new_b = (torch.from_numpy(np.ascontiguousarray(x)).to(module.dtype) for x in (a, b))
     return Factors(new_a, new_b, 1.0, module.embedding)

@@ -91,7 +91,23 @@ def model_stock(deltas: Sequence[Matrix], shares: Sequence[float], count: int) -
     return np.asarray(factor * np.sum([w * x for x, w in zip(deltas, shares, strict=True)], axis=0))
 
 
-MEANS = {"slerp": slerp, "karcher": karcher, "multislerp": multislerp, "model_stock": model_stock}
+def balanced(deltas: Sequence[Matrix], shares: Sequence[float], count: int) -> Matrix:
+    """The sum of the deltas, each brought to the mean of the lengths of those that are not zero."""
+    lengths = [float(np.linalg.norm(x)) for x in deltas]
+    mean = sum(lengths) / max(1, sum(size > 0 for size in lengths))
+    parts = [
+        share * mean / size * x if size else x for x, share, size in zip(deltas, shares, lengths, strict=True)
+    ]
+    return np.asarray(np.sum(parts, axis=0))
+
+
+MEANS = {
+    "slerp": slerp,
+    "karcher": karcher,
+    "multislerp": multislerp,
+    "model_stock": model_stock,
+    "balanced": balanced,
+}
 
 
 def output_basis(deltas: Sequence[Matrix], rows: int) -> Matrix:
@@ -117,11 +133,66 @@ def both_bases(deltas: Sequence[Matrix], rank: int) -> tuple[Matrix, Matrix]:
     return left, right
 
 
-def truncate(delta: Matrix, rank: int) -> tuple[Matrix, Matrix, tuple[float, float]]:
-    """The best ``A [rank, in]`` and ``B [out, rank]``, and the squared norms kept and asked for."""
+def fitted(
+    pairs: Sequence[FactorPair],
+    inputs: Sequence[tuple[Matrix, Matrix, Matrix]],
+    scalings: Sequence[float],
+    weights: Sequence[float],
+    shrink: float,
+    rank: int,
+) -> tuple[Matrix, Matrix, tuple[float, float]]:
+    """RegMean on deltas with dense Gram matrices: the least squares fit to ``weights[i] dW_i X_i``, then cut.
+
+    RegMean, arXiv 2212.09849.  A source whose outputs are all zero is left out.  If no source was ever
+    reached by an input, all inputs count alike.
+
+    pairs:    ``(A, B)`` of every source.
+    inputs:   ``(values [k], vectors [k, in], rest [in])`` of every source.
+    scalings: of the deltas.
+    weights:  of the targets.
+    shrink:   share of the eigenvalues that is not moved to the diagonal.
+    """
+    deltas = dense(pairs, scalings)
+    width = deltas[0].shape[1]
+    grams = [
+        shrink * vectors.T @ np.diag(values) @ vectors + np.diag(rest + (1.0 - shrink) * values @ vectors**2)
+        for values, vectors, rest in inputs
+    ]
+    if not any(np.trace(gram) for gram in grams):
+        grams = [np.eye(width)] * len(grams)
+    squares = [float(np.trace(x @ gram @ x.T)) for x, gram in zip(deltas, grams, strict=True)]
+    counts = np.array([square**-0.5 if square > 0 else 0.0 for square in squares])
+    if not counts.any():
+        return np.zeros((rank, width)), np.zeros((deltas[0].shape[0], rank)), (0.0, 0.0)
+    counts /= counts.mean()
+    total = np.sum([c * gram for c, gram in zip(counts, grams, strict=True)], axis=0)
+    total += np.eye(width) * 1e-3 * np.trace(total) / width
+    parts = list(zip(pairs, counts, weights, scalings, grams, strict=True))
+    target = np.sum([c * w * x @ gram for x, (_, c, w, _, gram) in zip(deltas, parts, strict=True)], axis=0)
+    if rank == sum(a.shape[0] for a, _ in pairs):
+        rows = [c * w * s * a.astype(np.float64) @ gram for (a, _), c, w, s, gram in parts]
+        a = np.linalg.solve(total, np.concatenate(rows).T).T
+        return a, np.concatenate([b for _, b in pairs], axis=1).astype(np.float64), (0.0, 0.0)
+    root = np.linalg.cholesky(total)
+    left, values, _ = np.linalg.svd(np.linalg.solve(root, target.T).T, full_matrices=False)
+    left = left[:, :rank]
+    a = left.T @ np.linalg.solve(total, target.T).T
+    missing = rank - left.shape[1]
+    a, b = np.pad(a, ((0, missing), (0, 0))), np.pad(left, ((0, 0), (0, missing)))
+    return a, b, (float((values[:rank] ** 2).sum()), float((values**2).sum()))
+
+
+def truncate(delta: Matrix, rank: int, flat: int | None = None) -> tuple[Matrix, Matrix, tuple[float, float]]:
+    """The best ``A [rank, in]`` and ``B [out, rank]``, and the squared norms kept and asked for.
+
+    flat: makes all singular values but zeros 1.3 times the mean of the largest ``flat`` ones.
+    """
     left, values, right = np.linalg.svd(delta, full_matrices=False)
     k = min(rank, values.size)
     a, b = np.zeros((rank, delta.shape[1])), np.zeros((delta.shape[0], rank))
-    root = np.sqrt(values[:k])
+    lengths = values
+    if flat is not None:
+        lengths = np.where(values > 1e-6 * values[0], 1.3 * values[:flat].sum() / flat, 0.0)
+    root = np.sqrt(lengths[:k])
     a[:k], b[:, :k] = root[:, None] * right[:k], left[:, :k] * root
     return a, b, (float((values[:k] ** 2).sum()), float((values**2).sum()))

@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from merged_lora import bases
-from merged_lora.plan import EntryModule, FactorModule, Graded, MergePlan, Random, Rule, SumModule
+from merged_lora.plan import (
+    EntryModule,
+    FactorModule,
+    Graded,
+    MergePlan,
+    Module,
+    OutputModule,
+    Random,
+    Rule,
+    SumModule,
+)
+from merged_lora.regression import Moments, fitted
 from merged_lora.streaming import OVERSAMPLING, starting_columns, truncate_tiles
 from merged_lora.triton_kernels.factors.layout import is_launched
 from merged_lora.triton_kernels.kernels.words import INFINITY
@@ -26,7 +37,6 @@ from .tiles import ROW_STEP, TILE_BYTES, TorchTiles, count_bins, last_bin, lower
 RESULTS = 64 << 20  # bytes of merged factors that wait for their slots at the same time
 TEMPORARIES = 12  # peak temporaries of ``entries.combine``, as a multiple of its input size
 
-Module = SumModule | EntryModule | FactorModule
 Stacks = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 """A and B of each source, ``[modules, rank_i, in]`` and ``[modules, out, rank_i]``."""
 ModelThresholds = Mapping[str, list[tuple[Threshold, ...]]]
@@ -64,7 +74,11 @@ def kind(module: Module) -> Hashable:
         ruled: tuple[Hashable, ...] = (_outline(module.a.rule), _outline(module.b.rule))
         factors = tuple((x.shape, x.dtype) for x in inputs)
     else:
-        ruled = (_outline(module.rule), module.basis, module.rank, module.dtype)
+        if isinstance(module, OutputModule):
+            counts = tuple(inputs.values.numel() for inputs in module.inputs)
+            ruled = (counts, module.shrink, module.rank, module.dtype)
+        else:
+            ruled = (_outline(module.rule), module.basis, module.rank, module.dtype)
         factors = tuple((x.shape, x.dtype) for f in module.sources for x in (f.a, f.b))
     return factors, module.present, ruled, module.embedding
 
@@ -78,10 +92,10 @@ def merge_group(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> Me
     first = group.modules[0]
     a, b = stacks
     if isinstance(first, SumModule):
-        table = [m.weights for m in group.modules if isinstance(m, SumModule)]
-        weights = torch.tensor(table, dtype=torch.float64)
-        on_device = weights.to(a[0].device, non_blocking=True)
-        return lowrank.merge_stack(lowrank.Stack(a, b, on_device, first.rank, first.mean, first.dtype))
+        on_device = _weights(group, a[0].device)
+        return lowrank.merge_stack(
+            lowrank.Stack(a, b, on_device, first.rank, first.mean, first.dtype, first.flat)
+        )
     parts = [_merge_part(part, _sliced(stacks, where), thresholds) for where, part in _chunks(group)]
     energies = [part.energy for part in parts if part.energy is not None]
     repeated = [part.repeated for part in parts if part.repeated is not None]
@@ -175,6 +189,11 @@ def _merge_part(group: Group, stacks: Stacks, thresholds: ModelThresholds) -> Me
         new_a = entries.combine([x.float() for x in a], [m.a.rule for m in modules])
         new_b = entries.combine([x.float() for x in b], [m.b.rule for m in modules])
         return MergedStack(new_a.to(first.a.dtype), new_b.to(first.b.dtype), None)
+    if isinstance(first, OutputModule):
+        device = a[0].device
+        given = _scalings(group, device), _moments(group, device), _weights(group, device)
+        new_a, new_b, cut = fitted(a, b, *given, first.shrink, first.rank)
+        return MergedStack(new_a.to(first.dtype), new_b.to(first.dtype), cut)
     assert isinstance(first, EntryModule)
     ruled = _rules(group)
     repeated: torch.Tensor | None = None
@@ -209,8 +228,27 @@ def _rules(group: Group) -> list[Rule]:
 
 def _scalings(group: Group, device: torch.device) -> torch.Tensor:
     """Scalings of the sources, float64 ``[modules, sources]``."""
-    table = [m.scalings for m in group.modules if isinstance(m, EntryModule)]
+    table = [m.scalings for m in group.modules if isinstance(m, EntryModule | OutputModule)]
     return torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def _weights(group: Group, device: torch.device) -> torch.Tensor:
+    """Weights of the sources, float64 ``[modules, sources]``."""
+    table = [m.weights for m in group.modules if isinstance(m, SumModule | OutputModule)]
+    return torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def _moments(group: Group, device: torch.device) -> list[Moments]:
+    """The inputs of each source, copied to the device."""
+    members = [m.inputs for m in group.modules if isinstance(m, OutputModule)]
+    return [
+        Moments(
+            torch.stack([inputs.values for inputs in own]).to(device),
+            torch.stack([inputs.vectors for inputs in own]).to(device),
+            torch.stack([inputs.rest for inputs in own]).to(device),
+        )
+        for own in zip(*members, strict=True)
+    ]
 
 
 def _stacked(rows: Sequence[list[tuple[Threshold, ...]]]) -> list[tuple[Threshold, ...]]:
@@ -246,6 +284,9 @@ def _chunks(group: Group) -> Iterator[tuple[slice, Group]]:
     if isinstance(first, FactorModule):
         size = 4 * max(x.numel() for x in (*first.a.inputs, *first.b.inputs)) * len(first.present)
         each = TEMPORARIES * size
+    elif isinstance(first, OutputModule):
+        total, pairs = sum(f.rank for f in first.sources), sum(i.values.numel() for i in first.inputs)
+        each = 8 * (columns * (4 * total + 2 * pairs) + rows * 2 * total + 8 * (total + pairs) ** 2)
     else:
         assert isinstance(first, EntryModule)
         total = sum(f.rank for f in first.sources)

@@ -17,7 +17,7 @@ import torch
 
 from merged_lora.bases import EPS, inverses, joined, normalized, per_column
 from merged_lora.batched import SMALL, eigenvectors, loops, multiplied
-from merged_lora.lowrank import inner_products
+from merged_lora.lowrank import flattened, inner_products
 from merged_lora.plan import Mean, SumModule
 from merged_lora.scalars import RULES
 
@@ -32,7 +32,7 @@ class Stack:
     a: for each source ``[modules, rank_i, in]``; float32, float16 or bfloat16, of any strides.
     b: for each source ``[modules, out, rank_i]``; likewise.
     weights: float64 ``[modules, sources]``.
-    rank, mean, dtype: see :class:`merged_lora.plan.SumModule`.
+    rank, mean, dtype, flat: see :class:`merged_lora.plan.SumModule`.
     """
 
     a: tuple[torch.Tensor, ...]
@@ -41,6 +41,7 @@ class Stack:
     rank: int
     mean: Mean | None
     dtype: torch.dtype
+    flat: bool = False
 
     @property
     def total(self) -> int:
@@ -50,7 +51,7 @@ class Stack:
     def part(self, modules: slice) -> Stack:
         """The stack of these modules alone, as views."""
         a, b = (tuple(x[modules] for x in side) for side in (self.a, self.b))
-        return Stack(a, b, self.weights[modules], self.rank, self.mean, self.dtype)
+        return Stack(a, b, self.weights[modules], self.rank, self.mean, self.dtype, self.flat)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,8 @@ class MergedStack:
 def kind(module: SumModule) -> Hashable:
     """A key that modules of one stack share; their weights and tensors may differ."""
     factors = tuple((f.a.shape, f.a.dtype, f.b.shape, f.b.dtype) for f in module.sources)
-    return factors, module.present, module.rank, module.mean, module.dtype, module.embedding
+    ruled = module.rank, module.mean, module.dtype, module.flat
+    return factors, module.present, ruled, module.embedding
 
 
 def merge_stack(stack: Stack) -> MergedStack:
@@ -92,7 +94,7 @@ def merge_stack(stack: Stack) -> MergedStack:
     modules, sides = stack.weights.shape[0], (stack.a[0].shape[2], stack.b[0].shape[1])
     a = stack.a[0].new_empty(modules, stack.rank, sides[0], dtype=stack.dtype)
     b = stack.b[0].new_empty(modules, sides[1], stack.rank, dtype=stack.dtype)
-    cut = stack.rank < stack.total
+    cut = stack.rank < stack.total or stack.flat
     energy = stack.weights.new_empty(modules, 2) if cut else None
     looping = loops(torch.__version__, stack.weights.device)
     square = -(-stack.total // SMALL) * SMALL if looping else stack.total
@@ -163,12 +165,18 @@ def _truncate(stack: Stack, new_a: torch.Tensor, new_b: torch.Tensor, energy: to
 
     w = w[:, :, -stack.rank :].flip(2)  # [M, R, rank]
     # The singular values are split evenly: A is scaled by their roots, and B, which contains the values
-    # already, is divided by the roots.
+    # already, is divided by the roots, or by the values and multiplied by the roots of what they become.
     half = squares[:, -stack.rank :].flip(1).pow(0.25) * size.sqrt()
+    undone = inverses(half)
+    if stack.flat:
+        values = squares.sqrt().flip(1) * size  # [M, R]
+        full = min(stack.total, a.shape[2], b.shape[1])
+        half = flattened(values, full)[:, : stack.rank].sqrt()
+        undone = half * inverses(values[:, : stack.rank])
     right = multiplied((w / root[:, :, None]).mT, vectors.mT)  # [M, rank, R]
     left = multiplied(scaled.mT, w) * size[:, :, None]  # [M, R, rank]
     new_a[:] = multiplied(half[:, :, None] * right * inverse_a[:, None, :], a)
-    new_b[:] = multiplied(b, inverse_b[:, :, None] * left * inverses(half)[:, None, :])
+    new_b[:] = multiplied(b, inverse_b[:, :, None] * left * undone[:, None, :])
 
 
 def _mean_weights(stack: Stack, gram_a: torch.Tensor, gram_b: torch.Tensor, mean: Mean) -> torch.Tensor:
