@@ -94,6 +94,8 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
         "merged_lora.spec": str(plan.spec),
         "merged_lora.sources": json.dumps(plan.digests),
     }
+    if plan.calibrations:
+        metadata["merged_lora.calibrations"] = json.dumps(plan.calibrations)
     if result.energy:
         metadata["merged_lora.kept_energy"] = repr(result.kept_energy())
         metadata["merged_lora.kept_energy_by_module"] = json.dumps(result.kept_by_module())

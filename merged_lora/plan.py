@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .adapters import Adapter
-from .calibration import Inputs
+from .calibration import Calibration, Inputs
 from .errors import PlanError
 from .factors import Factors
 from .peft_files import Header
@@ -391,6 +391,14 @@ class MergePlan:
     def digests(self) -> dict[str, str]:
         """Content digest of every source, by name."""
         return {name: adapter.digest for name, adapter in zip(self.spec.names, self.sources, strict=True)}
+
+    @property
+    def calibrations(self) -> dict[str, str]:
+        """Content digest of the calibration of every source, by name; empty if the merge uses none."""
+        if self.recipe.space != "outputs":
+            return {}
+        pairs = zip(self.spec.names, self.sources, strict=True)
+        return {name: a.calibration.digest for name, a in pairs if isinstance(a.calibration, Calibration)}
 
 
 def overflow(spec: MergeSpec, module: str) -> PlanError:
