@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
 from merged_lora.adapters import Adapter
+from merged_lora.calibration import Calibration, Exchange, Inputs
 from merged_lora.factors import Factors
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -43,6 +45,32 @@ def random_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) ->
         return (torch.randn(rows, columns, generator=generator) / 64).to(dtype)
 
     return _adapters(shapes, count, rank, factor)
+
+
+def calibrated(
+    adapter: Adapter, seed: int = 0, components: int = 6, exchanges: tuple[Exchange, ...] = ()
+) -> Adapter:
+    """The adapter with a calibration of random inputs, whose strongest directions are far above the rest.
+
+    Modules of a layer that take as many inputs share them, as q, k and v do.
+
+    exchanges: of the calibration.
+    """
+    generator = torch.Generator().manual_seed(seed + 1000)
+    shared: dict[tuple[str, int], Inputs] = {}
+    inputs: dict[str, Inputs] = {}
+    for name, f in adapter.modules.items():
+        width = f.shape[1]
+        place = name.rpartition(".")[0], width
+        if place not in shared:
+            vectors = torch.randn(min(components, width), width, generator=generator)
+            vectors = vectors / vectors.norm(dim=1, keepdim=True)
+            rest = 0.01 + 0.1 * torch.rand(width, generator=generator)
+            shared[place] = Inputs(torch.logspace(1, -1, vectors.shape[0]), vectors.half(), rest)
+        inputs[name] = shared[place]
+    base = adapter.header.base_model
+    calibration = Calibration(inputs, adapter.digest, base, 8, (100, 50), exchanges)
+    return replace(adapter, calibration=calibration)
 
 
 def distinct_sources(shapes: Shapes, count: int, rank: int, dtype: torch.dtype) -> dict[str, Adapter]:

@@ -23,6 +23,8 @@ from .recording import write_report
 from .timing import Aim, extremes, interleaved, once, ratio
 
 RANK, DENSITY, ROUNDS = 16, 0.5, 9
+COMPONENTS = 32
+"""Eigenvectors of a calibration, the default of the command."""
 MEMORY = 200e6
 """Bytes that a merge of a layer may take on top of its inputs."""
 HEADER = (
@@ -67,8 +69,14 @@ class Case:
         return f"{self.strategy}({', '.join(cases.names(self.count))}{self.options})"
 
     def sources(self) -> dict[str, Adapter]:
-        """The adapters that are merged."""
-        return _sources(self.layers, self.module, self.count, self.dtype)
+        """The adapters that are merged; for ``regmean`` they are calibrated."""
+        drawn = _sources(self.layers, self.module, self.count, self.dtype)
+        if self.strategy != "regmean":
+            return drawn
+        return {
+            name: cases.calibrated(adapter, seed, COMPONENTS)
+            for seed, (name, adapter) in enumerate(drawn.items())
+        }
 
 
 @cache
@@ -82,7 +90,13 @@ CUT = f", rank={RANK}"
 SHAPES = ("self_attn.k_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
 """A module of every distinct shape, the smallest first."""
 FASTER = {"linear": None, "ties": 40, "dare_ties": 20}
-CORE_SECONDS = {"core_linear": None, "core_ties": 0.06, "core_dare_ties": None, "knots": 0.15}
+CORE_SECONDS = {
+    "core_linear": None,
+    "core_ties": 0.06,
+    "core_dare_ties": None,
+    "knots": 0.15,
+    "regmean": 0.25,
+}
 ENTRY_SECONDS = {"ties_svd": 15.0, "dare_ties_svd": None, "magnitude_prune_svd": None}
 F32 = torch.float32  # torch has no SVD of bfloat16
 CASES = {

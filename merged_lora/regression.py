@@ -88,7 +88,7 @@ def fitted(
         rows.copy_(product)
         diagonals.append(diagonal)
     say = inverses(torch.stack(squares, dim=1).pow(BALANCE))  # c, [M, N]
-    say = say * inverses(say.mean(1, keepdim=True))
+    say = say * (len(ranks) * inverses(say.sum(1, keepdim=True)))
 
     # All inputs together have the second moment D + F^T F, to which the ridge is added.  Divided by the root
     # of D on both sides it becomes I + F^T F, whose inverse follows from one of [K, K] (Woodbury).

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from merged_lora.adapters import Adapter
-from merged_lora.calibration import Calibration, Exchange, Inputs
+from merged_lora.bench.cases import calibrated
 from merged_lora.factors import Factors
 from merged_lora.peft_files import Header
 
@@ -40,7 +39,7 @@ def random_adapter(
     dtype:      float32, float16 or bfloat16; entries are drawn in float32 and rounded once.
     embeddings: those of the modules that are embeddings.
 
-    It has a calibration with random inputs, as :func:`calibrated` makes it.
+    It has a calibration of random inputs.
     """
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Factors] = {}
@@ -51,32 +50,6 @@ def random_adapter(
         s = scaling[name] if isinstance(scaling, Mapping) else scaling
         made[name] = Factors(a.to(dtype), b.to(dtype), s, name in embeddings)
     return calibrated(Adapter(made, header or Header()), seed)
-
-
-def calibrated(
-    adapter: Adapter, seed: int = 0, components: int = 6, exchanges: tuple[Exchange, ...] = ()
-) -> Adapter:
-    """The adapter with a calibration of random inputs, whose strongest directions are far above the rest.
-
-    Modules of a layer that take as many inputs share them, as q, k and v do.
-
-    exchanges: of the calibration.
-    """
-    generator = torch.Generator().manual_seed(seed + 1000)
-    shared: dict[tuple[str, int], Inputs] = {}
-    inputs: dict[str, Inputs] = {}
-    for name, f in adapter.modules.items():
-        width = f.shape[1]
-        place = name.rpartition(".")[0], width
-        if place not in shared:
-            vectors = torch.randn(min(components, width), width, generator=generator)
-            vectors = vectors / vectors.norm(dim=1, keepdim=True)
-            rest = 0.01 + 0.1 * torch.rand(width, generator=generator)
-            shared[place] = Inputs(torch.logspace(1, -1, vectors.shape[0]), vectors.half(), rest)
-        inputs[name] = shared[place]
-    base = adapter.header.base_model
-    calibration = Calibration(inputs, adapter.digest, base, 8, (100, 50), exchanges)
-    return replace(adapter, calibration=calibration)
 
 
 def write_by_hand(folder: Path, tensors: Mapping[str, torch.Tensor], **config: object) -> Path:

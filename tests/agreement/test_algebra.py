@@ -22,8 +22,13 @@ U = 2.0**-24
 """Unit roundoff of float32."""
 IN_FACTORS = [strategy.name for strategy in TABLE.values() if strategy.recipe.space == "factors"]
 MASKLESS = [name for name in IN_FACTORS if not TABLE[name].option("seed")]
-ONE_SOURCE = [s.name for s in TABLE.values() if s.sources_min == 1 and s.recipe.keep != "important"]
-"""Strategies that take one source and can keep all of its entries."""
+ONE_SOURCE = [
+    s.name
+    for s in TABLE.values()
+    if s.sources_min == 1
+    and not (s.recipe.keep == "important" or s.recipe.flat or s.recipe.space == "outputs")
+]
+"""Strategies that take one source and can keep it as it is."""
 
 
 def sources(names: str = "abc") -> dict[str, Adapter]:

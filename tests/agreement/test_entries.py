@@ -31,8 +31,7 @@ WEIGHTS = {2: "a, -0.5*b", 4: "a, -0.5*b, 0.7*c, 2*d"}
 EXACT = [
     s.name
     for s in TABLE.values()
-    if s.recipe.space == "core"
-    or s.recipe.blend in ("slerp", "nuslerp", "karcher", "multislerp", "model_stock")
+    if s.recipe.space in ("core", "outputs") or (s.recipe.space == "sums" and s.recipe.blend != "sum")
 ]
 ENTRYWISE = [s.name for s in TABLE.values() if s.recipe.space in ("entries", "core")]
 STREAMED = [s.name for s in TABLE.values() if s.recipe.space == "entries"]

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from making import SMALL, calibrated, random_adapter
+from making import SMALL, random_adapter
 from merged_lora.adapters import Adapter
+from merged_lora.bench.cases import calibrated
 from merged_lora.calibration import Calibration, Inputs
 from merged_lora.engine import merge
 from merged_lora.errors import CalibrationError
