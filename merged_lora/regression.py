@@ -49,8 +49,8 @@ def fitted(
     """Factors of the delta dW of a rank that minimizes ``sum_i c_i |(dW - weights[i] dW_i) X_i|^2``.
 
     X_i are the inputs of source i, ``dW_i = scalings[i] B_i A_i``, and ``c_i`` is ``|dW_i X_i|^(-2 BALANCE)``
-    relative to the mean.  A source that changes nothing on its own inputs has no say.  Where no source has
-    one, because no token ever reached the module, all inputs count alike.
+    relative to the mean.  A source that changes nothing on its own inputs has no say.  If no token of any
+    source ever reached the module, all inputs count alike.
 
     a:        for each source ``[modules, rank_i, in]``, any float dtype.
     b:        for each source ``[modules, out, rank_i]``, any float dtype.

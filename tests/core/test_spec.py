@@ -142,6 +142,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**63 - 1),
     "rank": st.integers(1, 65536),
     "t": st.floats(0, 1),
+    "shrink": st.floats(0, 1),
     "compat": st.sampled_from(["none", "lorax"]),
     "gamma": st.floats(0, 1),
     "epsilon": st.floats(0.0, 0.5),
