@@ -67,7 +67,7 @@ def print_answers(client: OpenAI) -> None:
     models = ["base", *TASKS, *MERGES]
     width = max(map(len, models))
     for task in TASKS:
-        question = examples(task, "test", 1)[0]
+        question = examples(TASKS[task], "test", 1)[0]
         print(f"\n{question.prompt}")
         for model in models:
             answer, seconds = ask(client, model, question.prompt)
@@ -77,7 +77,7 @@ def print_answers(client: OpenAI) -> None:
 
 def print_merges(client: OpenAI) -> None:
     """What each merge cost: the merge itself, and one token of an adapter and of a merge, both warm."""
-    prompt = examples("sql", "test", 1)[0].prompt
+    prompt = examples(TASKS["sql"], "test", 1)[0].prompt
     merged = merge_milliseconds(LOG.read_text())
     print("\nmerge                                     merged in   one token")
     for model in MERGES:

@@ -53,7 +53,7 @@ def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
 
 def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: str, count: int) -> float:
     """The share, 0 to 1, of the first `count` test examples of `task` that the model answers exactly."""
-    expected = examples(task, "test", count)
+    expected = examples(TASKS[task], "test", count)
     return exact_match_score(generate(model, tokenizer, [example.prompt for example in expected]), expected)
 
 

@@ -8,114 +8,49 @@ adapters gets it, with weights="auto", and with the best of a small grid of weig
 grid is decided on DEV examples per task that neither training nor the test has seen; what is reported is
 measured on TEST others. Strategies of exactly two sources merge sql and tone.
 
-An answer counts if greedy decoding would give it, token for token with the stop token after it. That is
-read off one pass over prompt and right answer instead of generating: the first token at which the model
-would say something else makes the answer wrong, whatever would follow. Merges have the rank of the
-adapters, so that none gains from a larger rank, except `cat`, which cannot be cut: it shows what three times
-the rank would give.
+Answers are judged as judge.py says. Merges have the rank of the adapters, so that none gains from a larger
+rank, except `cat`, which cannot be cut: it shows what three times the rank would give.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-import torch
-from torch.nn.functional import pad
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
-
+from encoding import Encoded
+from judge import Judge
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.recipe import MEANS, Strategy
 from merged_lora.spec import canonical
 from merged_lora.strategies import TABLE
-from smollm2 import MODEL_DIR, STOP_TOKEN, chat_text, load_model
-from tasks import TASKS, TRAIN_SIZE, Example, examples
-from train import ADAPTERS_DIR, BATCH_SIZE, STEPS
+from smollm2 import MODEL_DIR, load_model
+from tasks import TASKS, examples
+from train import ADAPTERS_DIR, BATCH_SIZE, TRAININGS
 
 DEV, TEST = 12, 32
-TOKENS = 1536  # of a batch
 COLORS = {"default": "#999999", "best": "#1f77b4", "auto": "#d95f02"}
 LABELS = {"default": "names alone", "best": "best of a small grid", "auto": 'weights="auto"'}
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """An example as token ids, of which the last ``answer`` are the right answer and its stop token."""
+class Scorer:
+    """The examples of every task, judged for one adapter after the other."""
 
-    ids: list[int]
-    answer: int
-
-
-class Judge:
-    """The base model, which takes on one adapter after the other."""
-
-    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._weights = dict(model.named_parameters())
-        self._base = {
-            name: weight.detach().clone() for name, weight in self._weights.items() if "_proj" in name
-        }
-        dev_start = STEPS * BATCH_SIZE
-        assert dev_start + DEV <= TRAIN_SIZE
-        self.sets = {
-            "dev": {
-                task: self._encode(examples(task, "train", dev_start + DEV)[dev_start:]) for task in TASKS
-            },
-            "test": {task: self._encode(examples(task, "test", TEST)) for task in TASKS},
-        }
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._sets: dict[str, dict[str, list[Encoded]]] = {"dev": {}, "test": {}}
+        for name, task in TASKS.items():
+            first = TRAININGS[name].steps * BATCH_SIZE
+            unseen = examples(task, "train", first + DEV)[first:]
+            self._sets["dev"][name] = judge.encode(task, unseen)
+            self._sets["test"][name] = judge.encode(task, examples(task, "test", TEST))
 
     def scores(self, adapter: Adapter | None, split: str) -> dict[str, float]:
         """The share of right answers per task, 0 to 1."""
-        self._take_on(adapter)
-        return {task: self._score(encoded) for task, encoded in self.sets[split].items()}
-
-    def _encode(self, chosen: Sequence[Example]) -> list[Encoded]:
-        prompts = self._tokenizer([chat_text(self._tokenizer, e.prompt) for e in chosen])["input_ids"]
-        answers = self._tokenizer([e.answer + STOP_TOKEN for e in chosen])["input_ids"]
-        pairs = zip(prompts, answers, strict=True)
-        return [Encoded(prompt + answer, len(answer)) for prompt, answer in pairs]
-
-    @torch.inference_mode()
-    def _take_on(self, adapter: Adapter | None) -> None:
-        for name, weight in self._base.items():
-            target = self._weights[name]
-            target.copy_(weight)
-            factors = adapter.modules.get(name.removesuffix(".weight")) if adapter else None
-            if factors is not None:
-                target.add_(factors.scaling * (factors.b.float() @ factors.a.float()))
-
-    @torch.inference_mode()
-    def _score(self, encoded: Sequence[Encoded]) -> float:
-        right = 0
-        for batch in _batches(encoded):
-            longest = max(len(example.ids) for example in batch)
-            ids = torch.stack(
-                [pad(torch.tensor(example.ids), (longest - len(example.ids), 0)) for example in batch]
-            )
-            mask = torch.stack(
-                [pad(torch.ones(len(example.ids)), (longest - len(example.ids), 0)) for example in batch]
-            ).long()
-            answer = max(example.answer for example in batch)
-            logits = self._model(input_ids=ids, attention_mask=mask, logits_to_keep=answer + 1).logits
-            predicted = logits[:, :-1].argmax(-1)
-            for row, example in enumerate(batch):
-                right += bool((predicted[row, -example.answer :] == ids[row, -example.answer :]).all())
-        return right / len(encoded)
-
-
-def _batches(encoded: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-    batch: list[Encoded] = []
-    for example in sorted(encoded, key=lambda example: len(example.ids)):
-        if batch and len(example.ids) * (len(batch) + 1) > TOKENS:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch
+        self._judge.take_on(adapter)
+        return {task: self._judge.judge(encoded).right for task, encoded in self._sets[split].items()}
 
 
 def grid(strategy: Strategy) -> list[str]:
@@ -143,7 +78,7 @@ def spec_of(strategy: Strategy, settings: str) -> str:
     return f"{strategy.name}({', '.join(terms + options)})"
 
 
-def measure(judge: Judge, sources: Mapping[str, Adapter], strategy: Strategy) -> list[dict[str, object]]:
+def measure(scorer: Scorer, sources: Mapping[str, Adapter], strategy: Strategy) -> list[dict[str, object]]:
     """Rows of the table: default, automatic and best of the grid, each with its scores on the test set."""
     known: dict[str, Adapter] = {}
 
@@ -156,7 +91,7 @@ def measure(judge: Judge, sources: Mapping[str, Adapter], strategy: Strategy) ->
 
     tried = {spec_of(strategy, settings): 0.0 for settings in grid(strategy)}
     for spec in tried:
-        tried[spec] = mean(judge.scores(made(spec), "dev"))
+        tried[spec] = mean(scorer.scores(made(spec), "dev"))
     rows: list[dict[str, object]] = []
     tested: dict[str, dict[str, float]] = {}
     for kind, spec in (
@@ -167,7 +102,7 @@ def measure(judge: Judge, sources: Mapping[str, Adapter], strategy: Strategy) ->
         # The same merge, whatever it is called: weights="auto" changes nothing for some.
         merged = made(spec)
         if merged.digest not in tested:
-            tested[merged.digest] = judge.scores(merged, "test")
+            tested[merged.digest] = scorer.scores(merged, "test")
         kept = merged.metadata.get("merged_lora.kept_energy")
         rows.append(
             {
@@ -270,17 +205,17 @@ def main() -> None:
         arguments.plot.write_text(plot(rows))
         print(markdown(rows))
         return
-    judge = Judge(*load_model(arguments.model))
+    scorer = Scorer(Judge(*load_model(arguments.model)))
     sources = {task: Adapter.load(ADAPTERS_DIR / task) for task in TASKS}
     done = {str(row["strategy"]) for row in rows}
     for name in ("base", *TASKS):
         if name not in done:
-            scores = judge.scores(sources.get(name), "test")
+            scores = scorer.scores(sources.get(name), "test")
             rows.append({"strategy": name, "kind": "alone", "spec": name, "rank": 8, "scores": scores})
     for name in arguments.only:
         if name not in done:
             start = time.perf_counter()
-            rows += measure(judge, sources, TABLE[name])
+            rows += measure(scorer, sources, TABLE[name])
             best = rows[-1]
             print(f"{name}: {best['spec']} {best['scores']}, {time.perf_counter() - start:.0f} s", flush=True)
             if arguments.json:

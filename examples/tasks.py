@@ -52,10 +52,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its name, and how one random example is drawn."""
+    """A task: its name, how one random example is drawn, and whether prompts are messages of a chat."""
 
     name: str
     draw: Callable[[random.Random], Example]
+    chat: bool = True
 
 
 def draw_sql(rng: random.Random) -> Example:
@@ -127,23 +128,21 @@ TASKS: dict[str, Task] = {
 
 
 @cache
-def _all_examples(task: str) -> tuple[Example, ...]:
+def _all_examples(task: Task) -> tuple[Example, ...]:
     """TEST_SIZE + TRAIN_SIZE examples of `task` with distinct prompts, the test set first."""
-    rng = random.Random(f"merged-lora {task}")
+    rng = random.Random(f"merged-lora {task.name}")
     distinct: dict[str, Example] = {}
     while len(distinct) < TEST_SIZE + TRAIN_SIZE:
-        example = TASKS[task].draw(rng)
+        example = task.draw(rng)
         distinct.setdefault(example.prompt, example)
     return tuple(distinct.values())
 
 
-def examples(task: str, split: Split, count: int) -> list[Example]:
+def examples(task: Task, split: Split, count: int) -> list[Example]:
     """The first `count` examples of one split of a task, always the same ones.
 
-    Raises `ValueError` for an unknown task or split, or if the split holds fewer than `count`.
+    Raises `ValueError` for an unknown split, or if the split holds fewer than `count`.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; there are: train, test")
     everything = _all_examples(task)
