@@ -1,9 +1,10 @@
-"""Asks a real model, its adapters and merges of them the same questions, and prints the answers side by side.
+"""Asks a real model, three adapters and merges of them one question of each adapter's task, side by side.
 
     python examples/demo.py
 
-Makes the model folder if it is not there (smollm2.py), starts ``vllm serve`` with the plugin on loopback,
-talks to it through the ``openai`` client as any user would, and stops it. ``make demo`` installs it all.
+Makes the model folder if it is not there (smollm2.py), calibrates the adapters unless they are, starts
+``vllm serve`` with the plugin on loopback, talks to it through the ``openai`` client as any user would, and
+stops it. ``make demo`` installs it all.
 """
 
 from __future__ import annotations
@@ -14,24 +15,40 @@ import time
 import torch
 from openai import OpenAI
 
+from merged_lora.adapters import Adapter
 from merged_lora.bench.launcher import VllmServer, print_dot
+from merged_lora.calibrating import calibrate
+from merged_lora.calibration import Calibration
 from merged_lora.spec import canonical
 from merged_lora.vllm_plugin.merge_log import merge_milliseconds
 from smollm2 import MODEL_DIR, make_model
-from tasks import TASKS, examples
+from tasks import TASKS, Example, examples
 from train import ADAPTERS_DIR
 
-ALIAS = "team"
-ALIAS_SPEC = "0.5*sql + 0.5*json + 0.5*tone"
-MERGES = (
-    "slerp(sql, tone)",
-    "0.5*json + 0.5*tone",
-    ALIAS,
-)
-"""An inline spec, a sum, and an alias; their weights and densities were chosen by measuring."""
+NAMES = ", ".join(TASKS)
+ALIAS, ALIAS_SPEC = "team", f"regmean({NAMES})"
+POPULAR = {
+    "linear, a third each": "linear(0.333*sql, 0.333*json, 0.333*tone)",
+    "task arithmetic, 0.5 each": "0.5*sql + 0.5*json + 0.5*tone",
+    "ties": f"ties({NAMES})",
+    "dare_ties": f"dare_ties({NAMES})",
+    "knots, automatic weights": f"knots({NAMES}, weights=auto)",
+}
+"""Merges as people ask for them, by what they are called in the table."""
+PROMPTS_DIR = ADAPTERS_DIR.parent / "prompts"
 
 LOG = MODEL_DIR.parent / "demo-server.log"
 MAX_TOKENS = 40
+
+
+def calibrate_adapters() -> None:
+    """Calibrate those of the three adapters that are not yet."""
+    for task in TASKS:
+        if not isinstance(Adapter.load(ADAPTERS_DIR / task).calibration, Calibration):
+            start = time.perf_counter()
+            print(f"calibrating {task} ", end="", flush=True)
+            calibrate(MODEL_DIR, ADAPTERS_DIR / task, PROMPTS_DIR / f"{task}.jsonl")
+            print(f"{time.perf_counter() - start:.0f} s")
 
 
 def server_flags() -> list[str]:
@@ -42,14 +59,9 @@ def server_flags() -> list[str]:
         machine = ["--dtype", "float32", "--max-num-seqs", "8"]
     adapters = [f"{task}={ADAPTERS_DIR / task}" for task in TASKS]
     return [
-        *(*machine, "--enforce-eager", "--max-model-len", "512", "--max-lora-rank", "32", "--max-loras", "2"),
-        *(
-            "--enable-merged-lora",
-            "--lora-modules",
-            *adapters,
-            "--merged-lora-modules",
-            f"{ALIAS}={ALIAS_SPEC}",
-        ),
+        *(*machine, "--enforce-eager", "--max-model-len", "512", "--max-lora-rank", "8", "--max-loras", "2"),
+        *("--enable-merged-lora", "--lora-modules", *adapters),
+        *("--merged-lora-modules", f"{ALIAS}={ALIAS_SPEC}"),
     ]
 
 
@@ -63,36 +75,50 @@ def ask(client: OpenAI, model: str, prompt: str, tokens: int = MAX_TOKENS) -> tu
 
 
 def print_answers(client: OpenAI) -> None:
-    """One question of every task to every model; a tick marks the one right answer."""
-    models = ["base", *TASKS, *MERGES]
+    """Which models answer which question right, then the answers of the alias."""
+    questions = {task: examples(TASKS[task], "test", 1)[0] for task in TASKS}
+    for task, question in questions.items():
+        print(f"{task:5} {question.prompt}")
+    merges = POPULAR | {f"{ALIAS} = {ALIAS_SPEC}": ALIAS}
+    models = {"the model alone": "base"} | {f"the adapter {task}": task for task in TASKS} | merges
     width = max(map(len, models))
+    print(f"\n{'':{width}}  " + "  ".join(f"{task:>5}" for task in TASKS))
+    answers: dict[str, str] = {}
+    for label, model in models.items():
+        marks = []
+        for task, question in questions.items():
+            answers[task], _ = ask(client, model, question.prompt)
+            marks.append(mark(answers[task], question))
+        print(f"{label:{width}}  " + "  ".join(f"{each:>5}" for each in marks), flush=True)
+    print(f"\nwhat {ALIAS} says:")
     for task in TASKS:
-        question = examples(TASKS[task], "test", 1)[0]
-        print(f"\n{question.prompt}")
-        for model in models:
-            answer, seconds = ask(client, model, question.prompt)
-            mark = "✓" if answer == question.answer else " "
-            print(f"  {model:{width}}  {seconds:5.2f} s  {mark} {answer}", flush=True)
+        print(f"{task:5} {answers[task]}")
+
+
+def mark(answer: str, question: Example) -> str:
+    """A tick for the one right answer."""
+    return "✓" if answer == question.answer else "·"
 
 
 def print_merges(client: OpenAI) -> None:
     """What each merge cost: the merge itself, and one token of an adapter and of a merge, both warm."""
     prompt = examples(TASKS["sql"], "test", 1)[0].prompt
     merged = merge_milliseconds(LOG.read_text())
-    print("\nmerge                                     merged in   one token")
-    for model in MERGES:
+    print(f"\n{'':46}  merged in   one token")
+    for model in (*POPULAR.values(), ALIAS):
         spec = canonical(ALIAS_SPEC if model == ALIAS else model)
-        print(f"  {spec:40}  {merged[spec]:>6.1f} ms   {ask(client, model, prompt, 1)[1]:.3f} s")
-    print(f"  {'(the plain adapter sql)':40}  {'':>9}   {ask(client, 'sql', prompt, 1)[1]:.3f} s")
+        print(f"{spec:46}  {merged[spec]:>6.1f} ms   {ask(client, model, prompt, 1)[1]:.3f} s")
+    print(f"{'(the plain adapter sql)':46}  {'':>9}   {ask(client, 'sql', prompt, 1)[1]:.3f} s")
 
 
 def main() -> int:
     """Run the demonstration; returns the exit code."""
     make_model(MODEL_DIR)
+    calibrate_adapters()
     flags = server_flags()
     print(f"starting vllm serve (a minute or so; its log: {LOG}) ", end="", flush=True)
     with VllmServer(MODEL_DIR, *flags, log=LOG, waiting=print_dot) as server:
-        print(f" ready at {server.url}")
+        print(f" ready at {server.url}\n")
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         print_answers(client)
         print_merges(client)
