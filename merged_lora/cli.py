@@ -1,32 +1,31 @@
-"""The command ``merged-lora``: merge adapters into a folder, show the strategies.
+"""The command ``merged-lora``: merges and calibrates adapters, checks merges, and shows the strategies.
 
-Exit codes: 0; 2 for a user's mistake, with one line on stderr; 1 for ours, with a traceback; 130 and 143 if
-the run was interrupted or terminated.  torch is imported only by the commands that need it.
+Exit codes: 0; 2 for a user's mistake, with one line on stderr; 3 for a check that found a source of which
+most is lost; 1 for a mistake of ours, with a traceback; 130 and 143 if the run was interrupted or terminated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from . import __version__, catalog
-from .errors import MergeError, SpecError, UnknownAdapterError
-from .spec import MergeSpec, from_json, parse
-
-if TYPE_CHECKING:
-    from .backends import Result
+from . import __version__, commands
+from .commands import LOGGER, UsageError, printable
+from .errors import MergeError
 
 PROG = "merged-lora"
-LOGGER = logging.getLogger("merged_lora")
+COMMANDS = {
+    "merge": commands.merge,
+    "calibrate": commands.calibrate,
+    "check": commands.check,
+    "strategies": commands.strategies,
+}
 
 EXAMPLES = """\
 examples:
@@ -37,10 +36,6 @@ examples:
   merged-lora merge '{"ids": ["sql", "chat"], "weights": [0.7, 0.3], "merge_strategy": "linear"}' \\
       --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
 """
-
-
-class UsageError(MergeError):
-    """The command line itself is wrong."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,11 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_on_stderr():
             arguments = _parser().parse_args(argv)
-            command = {"merge": _merge, "strategies": _strategies}[arguments.command]
-            command(arguments)
+            code = COMMANDS[arguments.command](arguments)
             print(end="", flush=True)
     except MergeError as error:
-        print(_printable(f"{PROG}: error: {error}"), file=sys.stderr)
+        print(printable(f"{PROG}: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -67,15 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of stdout is gone. The interpreter flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return code
 
 
 def _parser() -> Parser:
     parser = Parser(PROG, description="Merge LoRA adapters into one.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    merge = commands.add_parser(
+    merge = added.add_parser(
         "merge",
         help="merge adapters into a new one",
         description="Merge adapters and write the result as a PEFT folder.",
@@ -83,12 +77,74 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    merge.add_argument(
+    _add_merge(merge)
+    merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
+    _add_drop(merge)
+
+    calibrate = added.add_parser(
+        "calibrate",
+        help="measure an adapter's inputs, for merges by regmean and for checks",
+        description="Run a model with an adapter on a few prompts and on the adapter's own answers. What "
+        "its modules take as inputs is written beside the adapter, with the prompts and answers for replays. "
+        "A calibration that is there already is replaced.",
+        allow_abbrev=False,
+    )
+    _add_model(calibrate)
+    calibrate.add_argument(
+        "--adapter", metavar="NAME=PATH", type=_named_path, required=True, help="PEFT folder of the adapter"
+    )
+    calibrate.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help='a JSON value on each line: {"messages": [...]}, {"prompt": "..."} or "..."',
+    )
+    calibrate.add_argument(
+        "--count", metavar="N", type=int, default=16, help="how many prompts to use, the first ones (16)"
+    )
+    calibrate.add_argument(
+        "--answers", metavar="N", type=int, default=64, help="largest number of tokens of an answer (64)"
+    )
+    calibrate.add_argument(
+        "--components", metavar="N", type=int, default=32, help="directions to keep of each input (32)"
+    )
+    calibrate.add_argument(
+        "--no-replay",
+        dest="replay",
+        action="store_false",
+        help="store no prompts and answers, and measure on all prompts instead of every second one",
+    )
+    _add_drop(calibrate)
+
+    check = added.add_parser(
+        "check",
+        help="see which of their own answers the sources of a merge keep",
+        description="Make a merge in memory and run it over the prompts and answers in its sources' "
+        "calibrations. The exit code is 3 if a source keeps less than half of its answers.",
+        allow_abbrev=False,
+    )
+    _add_merge(check)
+    _add_model(check)
+    check.add_argument("--json", action="store_true", help="print a JSON list")
+    _add_drop(check)
+
+    strategies = added.add_parser("strategies", help="show the table of strategies", allow_abbrev=False)
+    form = strategies.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as a JSON list")
+    form.add_argument("--markdown", action="store_true", help="as the tables in docs/strategies.md")
+    return parser
+
+
+def _add_merge(parser: Parser) -> None:
+    """Add what says which merge to make, and how."""
+    parser.add_argument(
         "spec",
         metavar="SPEC",
         help='what to merge: "ties(a, 0.5*b)", "a + b", or JSON. After "--" it may begin with a minus sign',
     )
-    merge.add_argument(
+    parser.add_argument(
         "--adapter",
         metavar="NAME=PATH",
         type=_named_path,
@@ -97,21 +153,26 @@ def _parser() -> Parser:
         dest="adapters",
         help="the PEFT folder of a source, once per source",
     )
-    merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
-    merge.add_argument(
+    parser.add_argument(
         "--backend",
         default="auto",
         help="triton, cpu, numpy, or auto for the fastest that loads here (default)",
     )
-    merge.add_argument(
+    parser.add_argument(
         "--rank",
         metavar="K",
         type=int,
         help="largest rank of the result; cat and strategies on factors refuse to exceed it, "
         "all others approximate",
     )
-    merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
-    merge.add_argument(
+
+
+def _add_model(parser: Parser) -> None:
+    parser.add_argument("--model", required=True, help="folder or name of the base model, for transformers")
+
+
+def _add_drop(parser: Parser) -> None:
+    parser.add_argument(
         "--drop",
         metavar="KEY",
         nargs="+",
@@ -121,112 +182,12 @@ def _parser() -> Parser:
         "modules_to_save, lora_bias, target_parameters",
     )
 
-    strategies = commands.add_parser("strategies", help="show the table of strategies", allow_abbrev=False)
-    form = strategies.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="as a JSON list")
-    form.add_argument("--markdown", action="store_true", help="as the tables in docs/strategies.md")
-    return parser
-
 
 def _named_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=PATH")
     return name, Path(path)
-
-
-def _strategies(arguments: argparse.Namespace) -> None:
-    if arguments.json:
-        print(json.dumps(catalog.as_json(), indent=2))
-    else:
-        print(catalog.as_markdown() if arguments.markdown else catalog.as_text(), end="")
-
-
-def _merge(arguments: argparse.Namespace) -> None:
-    spec = _read_spec(arguments.spec)
-    paths = _paths(spec, arguments.adapters)
-
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from .adapters import Adapter
-    from .engine import plan, run
-    from .peft_files import check_target
-
-    started = time.perf_counter()
-    with _terminated_cleanly():
-        check_target(arguments.output, arguments.overwrite)
-        sources = {name: Adapter.load(path, arguments.drop) for name, path in paths.items()}
-        planned = plan(spec, sources, arguments.rank)
-        # disable=None: a bar is shown only if stderr is a terminal
-        bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
-        with bar, logging_redirect_tqdm([LOGGER]):
-            made = run(planned, arguments.backend, bar.update)
-        made.adapter.save(arguments.output, arguments.overwrite)
-
-    parts = [
-        str(spec),
-        f"rank {made.adapter.rank}",
-        f"{len(made.adapter.modules)} modules",
-        *_kept(made.result),
-        f"{time.perf_counter() - started:.1f} s",
-    ]
-    print(_printable(f"{arguments.output}: {', '.join(parts)}"))
-
-
-def _kept(result: Result) -> list[str]:
-    """How much of the squared norm is left, with the range over modules, if the rank of any was cut."""
-    shares = result.kept_by_module().values()
-    by_module = f" ({min(shares):.2%} to {max(shares):.2%} by module)" if len(shares) > 1 else ""
-    return [f"{result.kept_energy():.2%} of the squared norm kept{by_module}"] if shares else []
-
-
-def _read_spec(text: str) -> MergeSpec:
-    if not text.lstrip().startswith("{"):
-        return parse(text)
-    try:
-        body = json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError):
-        raise SpecError("the spec starts with '{' but is not valid JSON") from None
-    return from_json(body)
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; raises SpecError if a key occurs twice."""
-    found: dict[str, object] = {}
-    for name, value in pairs:
-        if name in found:
-            raise SpecError(f'"{name[:64]}" is given twice')
-        found[name] = value
-    return found
-
-
-def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
-    """The folder of each source; raises MergeError unless every source, and nothing else, is given once."""
-    paths = dict(named)
-    for name in spec.names:
-        if name not in paths:
-            raise UnknownAdapterError(f"unknown adapter {name!r}; say where it is with --adapter {name}=PATH")
-    for name, _ in named:
-        if [other for other, _ in named].count(name) > 1:
-            raise UsageError(f"--adapter {name}=... is given more than once")
-        if name not in spec.names:
-            raise UsageError(f"--adapter {name}=... is not used by {spec}")
-    return paths
-
-
-@contextmanager
-def _terminated_cleanly() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that a half-written scratch folder is removed."""
-
-    def leave(number: int, _: object) -> NoReturn:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -244,9 +205,4 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 class _WarningLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _printable(f"{PROG}: warning: {record.getMessage()}")
-
-
-def _printable(text: str) -> str:
-    """The text on one line: names and paths may contain line ends, terminal codes or undecodable bytes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(f"{PROG}: warning: {record.getMessage()}")

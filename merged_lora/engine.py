@@ -64,18 +64,28 @@ def plan(
     adapters: for every source name a PEFT folder, which is loaded, or an :class:`Adapter`.
     rank:     largest rank of the result, None for any.
     """
-    if not isinstance(spec, MergeSpec):
-        raise SpecError(f"a spec is text or a MergeSpec, not {type(spec).__name__}")
-    if not isinstance(adapters, Mapping):
-        raise AdapterError(f"adapters are a mapping from names to folders, not {type(adapters).__name__}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise PlanError(f"the rank limit must be a whole number, got {rank!r}")
     if rank is not None and rank < 1:
         raise PlanError(f"the rank limit must be at least 1, got {rank}")
+    return make_plan(spec, sources_of(spec, adapters), rank)
+
+
+def sources_of(
+    spec: MergeSpec, adapters: Mapping[str, str | os.PathLike[str] | Adapter]
+) -> dict[str, Adapter]:
+    """The sources of a merge by name, loaded; raises MergeError.
+
+    spec:     the merge.
+    adapters: for every source name a PEFT folder, which is loaded, or an :class:`Adapter`.
+    """
+    if not isinstance(spec, MergeSpec):
+        raise SpecError(f"a spec is text or a MergeSpec, not {type(spec).__name__}")
+    if not isinstance(adapters, Mapping):
+        raise AdapterError(f"adapters are a mapping from names to folders, not {type(adapters).__name__}")
     check_names(spec, adapters)
     given = {name: adapters[name] for name in spec.names}
-    loaded = {n: value if isinstance(value, Adapter) else Adapter.load(value) for n, value in given.items()}
-    return make_plan(spec, loaded, rank)
+    return {n: value if isinstance(value, Adapter) else Adapter.load(value) for n, value in given.items()}
 
 
 def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None) -> Merged:

@@ -1,0 +1,224 @@
+"""Measures the inputs of an adapter's modules, and records how the adapter answers.
+
+The model runs with the adapter on a few prompts and on the adapter's own greedy answers to them.  No right
+answers are needed.  For Llama-3-8B and adapters of all linear modules the sketches of the inputs take 0.9
+GB beside the model, and the file 60 MB (computed from the shapes, for 32 components).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .adapters import Adapter
+from .calibration import CALIBRATION_NAME, Calibration, Exchange, Inputs, write_calibration
+from .checks import whole_number
+from .errors import CalibrationError
+from .factors import Factors
+from .language_model import LanguageModel, Progress
+from .prompts import read_prompts
+from .sketch import Sketch, TokenCounts
+
+logger = logging.getLogger(__name__)
+
+ANSWERING = 0.7
+"""The share of the work that goes into answering the prompts, on a CPU."""
+
+
+def calibrate(
+    model: str | os.PathLike[str] | LanguageModel,
+    adapter: str | os.PathLike[str],
+    prompts: str | os.PathLike[str],
+    *,
+    count: int = 16,
+    answers: int = 64,
+    components: int = 32,
+    replay: bool = True,
+    drop: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> Calibration:
+    """Calibrate an adapter: the calibration is written into its folder, in place of an older one, and
+    returned.
+
+    model:      folder or name of the base model, or one that is loaded.
+    adapter:    PEFT folder of the adapter; what is in it stays as it is.
+    prompts:    file of JSON lines: ``{"messages": [...]}``, ``{"prompt": "..."}`` or ``"..."``.
+    count:      how many prompts to use: the first that are distinct and fit the model's context.
+    answers:    largest number of tokens of an answer.
+    components: how many eigenpairs to keep of the inputs of each module.
+    replay:     store the prompts and answers, and keep every second of them back for replays of merges that
+                are fitted to the inputs.  Without it, the inputs are measured on all of them and none is
+                stored.
+    drop:       parts to leave out of the adapter: ``modules_to_save``, ``lora_bias``, ``target_parameters``.
+    progress:   called with the share of the work that was done since the last call.
+
+    Needs transformers, of the extra ``calibrate``.  Logs a warning if there are fewer prompts than asked
+    for, or prompts that are too long.  Raises MergeError.
+    """
+    for name, value, low in (
+        ("count", count, 1 + replay),
+        ("answers", answers, 1),
+        ("components", components, 1),
+    ):
+        try:
+            whole_number(low, 65536)(value)
+        except ValueError as error:
+            raise CalibrationError(f"{name} {error}, got {value!r}") from None
+    folder = Path(adapter)
+    source = Adapter.load(folder, drop)
+    if not os.access(folder, os.W_OK):
+        raise CalibrationError(f"cannot write {folder / CALIBRATION_NAME}: the folder is read-only")
+    loaded = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
+    report = progress or (lambda _: None)
+    with loaded.wearing(source.modules):
+        chosen = _choose(loaded, Path(prompts), count, answers, 1 + replay)
+        replies = loaded.answers(chosen, answers, lambda share: report(ANSWERING * share))
+        exchanges = [
+            Exchange(prompt, reply, fitted=not (replay and i % 2))
+            for i, (prompt, reply) in enumerate(zip(chosen, replies, strict=True))
+        ]
+        fitted = [exchange for exchange in exchanges if exchange.fitted]
+        inputs = measure(loaded, source.modules, fitted, components, lambda s: report((1 - ANSWERING) * s))
+    calibration = Calibration(
+        inputs=inputs,
+        adapter=source.digest,
+        base_model=source.header.base_model,
+        prompts=len(fitted),
+        tokens=(sum(len(each.prompt) for each in fitted), sum(len(each.answer) for each in fitted)),
+        exchanges=tuple(exchanges) if replay else (),
+    )
+    write_calibration(folder / CALIBRATION_NAME, calibration)
+    return calibration
+
+
+def measure(
+    model: LanguageModel,
+    modules: Mapping[str, Factors],
+    exchanges: Sequence[Exchange],
+    components: int,
+    progress: Progress,
+) -> dict[str, Inputs]:
+    """The inputs that modules have while a model runs over exchanges, by module name.
+
+    Half of the weight is the mean over the tokens of all prompts, half the mean over the positions that
+    predict the tokens of all answers.  Modules that are given the same tensor share one object.  One that
+    no token reaches has zeros.
+
+    model:      wears the adapter.
+    modules:    of the adapter.
+    exchanges:  to run over, one at a time.
+    components: how many eigenpairs to keep.
+    progress:   called with the share of the exchanges that were run since the last call.
+    """
+    asked = sum(len(each.prompt) for each in exchanges)
+    answered = sum(len(each.answer) for each in exchanges)
+    recorder = _Recorder(modules, components)
+    head = model.model.get_output_embeddings()
+    whole = any(model.model.get_submodule(name) is head for name in modules)
+    with model.watching(modules, recorder.see):
+        for each in exchanges:
+            weights = torch.zeros(len(each.prompt) + len(each.answer) - 1, dtype=torch.float64)
+            weights[: len(each.prompt)] += 0.5 / asked
+            weights[len(each.prompt) - 1 :] += 0.5 / answered
+            recorder.begin(weights)
+            model.run(each.prompt, each.answer, logits=whole)
+            progress(1 / len(exchanges))
+    return recorder.inputs()
+
+
+class _Recorder:
+    """A sketch for each distinct input of a model's modules.
+
+    modules:    of the adapter.
+    components: how many eigenpairs to keep.
+    """
+
+    def __init__(self, modules: Mapping[str, Factors], components: int) -> None:
+        self.modules = modules
+        self.components = components
+        self.sketches: dict[str, Sketch | TokenCounts] = {}
+        self.leaders: dict[str, str] = {}
+        self.last: tuple[torch.Tensor | None, str] = (None, "")
+
+    def begin(self, weights: torch.Tensor) -> None:
+        """Expect inputs for tokens of these weights, float64 ``[tokens]``."""
+        self.weights = weights
+        self.last = (None, "")
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        """Take in the input of a module."""
+        tensor, leader = self.last
+        if tensor is not x:  # q, k and v are given one tensor, one after the other
+            leader = name
+            self.last = (x, name)
+        if self.leaders.setdefault(name, leader) != leader:
+            raise CalibrationError(f"{name} has the inputs of {self.leaders[name]} at some times only")
+        if leader != name:
+            return
+        factors = self.modules[name]
+        if name not in self.sketches:
+            size = factors.shape[1]
+            self.sketches[name] = (
+                TokenCounts(size, x.device) if factors.embedding else Sketch(size, self.components, x.device)
+            )
+        rows = x.reshape(-1) if factors.embedding else x.reshape(-1, x.shape[-1])
+        weights = self.weights.to(x.device)
+        if len(rows) != len(weights):  # an expert has some of the tokens, and it is not known which
+            weights = weights.mean().expand(len(rows))
+        self.sketches[name].add(rows, weights)
+
+    def inputs(self) -> dict[str, Inputs]:
+        """What was seen of the inputs of each module; raises CalibrationError."""
+        found: dict[str, Inputs] = {}
+        for name, factors in self.modules.items():
+            leader = self.leaders.get(name, name)
+            if leader not in found:
+                try:
+                    found[leader] = self._result(leader, factors)
+                except CalibrationError as error:
+                    raise CalibrationError(f"the inputs of {name} hold {error}") from None
+            found[name] = found[leader]
+        return {name: found[name] for name in self.modules}
+
+    def _result(self, leader: str, factors: Factors) -> Inputs:
+        if leader in self.sketches:
+            return self.sketches[leader].result()
+        width = factors.shape[1]
+        return Inputs(torch.zeros(0), torch.zeros(0, width, dtype=torch.float16), torch.zeros(width))
+
+
+def _choose(model: LanguageModel, file: Path, count: int, answers: int, least: int) -> list[tuple[int, ...]]:
+    """The token ids of the first distinct prompts of a file that fit the model's context."""
+    chosen: dict[tuple[int, ...], None] = {}
+    long = 0
+    for line, prompt in read_prompts(file):
+        try:
+            ids = model.encode(prompt)
+        except CalibrationError as error:
+            raise CalibrationError(f"{file}, line {line}: {error}") from None
+        if len(ids) + answers > model.context:
+            long += 1
+        elif ids:
+            chosen.setdefault(ids)
+        if len(chosen) == count:
+            break
+    skipped = (
+        f"{long} too long: with {answers} tokens of an answer they exceed the {model.context} of the model"
+        if long
+        else ""
+    )
+    if len(chosen) < least:
+        raise CalibrationError(
+            f"{file}: {len(chosen)} usable prompts, at least {least} are needed"
+            + (f" ({skipped})" if long else "")
+            + ("; a replay keeps one back, leave it out with --no-replay" if least > len(chosen) > 0 else "")
+        )
+    if skipped:
+        logger.warning("%s: %s", file, skipped)
+    if len(chosen) < count:
+        logger.warning("%s: %d distinct prompts are used, %d were asked for", file, len(chosen), count)
+    return list(chosen)

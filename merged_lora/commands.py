@@ -1,0 +1,214 @@
+"""What each command of ``merged-lora`` does with its arguments, which ``cli.py`` parses.
+
+Each returns the exit code, or raises MergeError.  torch is imported only by those that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import catalog
+from .errors import MergeError, SpecError, UnknownAdapterError
+from .spec import MergeSpec, from_json, parse
+
+if TYPE_CHECKING:
+    from .backends import Result
+
+LOGGER = logging.getLogger("merged_lora")
+LOST = 3
+"""Exit code of a check that found a source of which most is lost."""
+
+
+class UsageError(MergeError):
+    """The command line itself is wrong."""
+
+
+def strategies(arguments: argparse.Namespace) -> int:
+    """Print the table of strategies."""
+    if arguments.json:
+        print(json.dumps(catalog.as_json(), indent=2))
+    else:
+        print(catalog.as_markdown() if arguments.markdown else catalog.as_text(), end="")
+    return 0
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    """Merge adapters and write the result."""
+    spec = _read_spec(arguments.spec)
+    paths = _paths(spec, arguments.adapters)
+
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from .adapters import Adapter
+    from .engine import plan, run
+    from .peft_files import check_target
+
+    started = time.perf_counter()
+    with _terminated_cleanly():
+        check_target(arguments.output, arguments.overwrite)
+        sources = {name: Adapter.load(path, arguments.drop) for name, path in paths.items()}
+        planned = plan(spec, sources, arguments.rank)
+        # disable=None: a bar is shown only if stderr is a terminal
+        bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
+        with bar, logging_redirect_tqdm([LOGGER]):
+            made = run(planned, arguments.backend, bar.update)
+        made.adapter.save(arguments.output, arguments.overwrite)
+
+    parts = [
+        str(spec),
+        f"rank {made.adapter.rank}",
+        f"{len(made.adapter.modules)} modules",
+        *_kept(made.result),
+        f"{time.perf_counter() - started:.1f} s",
+    ]
+    print(printable(f"{arguments.output}: {', '.join(parts)}"))
+    return 0
+
+
+def calibrate(arguments: argparse.Namespace) -> int:
+    """Calibrate an adapter and write the file beside it."""
+    from .calibrating import calibrate
+    from .calibration import CALIBRATION_NAME
+
+    started = time.perf_counter()
+    _, folder = arguments.adapter
+    with _terminated_cleanly(), _shares() as progress:
+        made = calibrate(
+            arguments.model,
+            folder,
+            arguments.prompts,
+            count=arguments.count,
+            answers=arguments.answers,
+            components=arguments.components,
+            replay=arguments.replay,
+            drop=arguments.drop,
+            progress=progress,
+        )
+    file = folder / CALIBRATION_NAME
+    asked, answered = made.tokens
+    kept_back = (
+        [f"{sum(not e.fitted for e in made.exchanges)} more kept back for replays"] if made.exchanges else []
+    )
+    parts = [
+        f"{made.prompts} prompts with {asked} tokens and {answered} tokens of answers",
+        *kept_back,
+        f"{arguments.components} components",
+        f"{file.stat().st_size / 1e6:.1f} MB",
+        f"{time.perf_counter() - started:.1f} s",
+    ]
+    print(printable(f"{file}: {', '.join(parts)}"))
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Print which of their answers the sources of a merge keep."""
+    spec = _read_spec(arguments.spec)
+    paths = _paths(spec, arguments.adapters)
+
+    from .adapters import Adapter
+    from .checking import check
+
+    with _terminated_cleanly(), _shares() as progress:
+        found = check(
+            spec,
+            {name: Adapter.load(path, arguments.drop) for name, path in paths.items()},
+            arguments.model,
+            backend=arguments.backend,
+            rank=arguments.rank,
+            progress=progress,
+        )
+    if arguments.json:
+        print(json.dumps([asdict(each) | {"lost": each.lost} for each in found], indent=2))
+    else:
+        for each in found:
+            print(f"{each}, {each.nll:.3f} nats per token")
+    return LOST if any(each.lost for each in found) else 0
+
+
+@contextmanager
+def _shares() -> Iterator[Callable[[float], object]]:
+    """Show a bar for work of which shares are reported, on a terminal, and none of transformers' own."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with suppress(ImportError):
+        import transformers
+
+        quieted: Any = transformers.utils.logging
+        quieted.disable_progress_bar()
+        quieted.set_verbosity_error()
+    layout = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    bar = tqdm(total=1.0, bar_format=layout, leave=False, disable=None)  # None: only if stderr is a terminal
+    with bar, logging_redirect_tqdm([LOGGER]):
+        yield bar.update
+
+
+def _kept(result: Result) -> list[str]:
+    """How much of the squared norm is left, with the range over modules, if the rank of any was cut."""
+    shares = result.kept_by_module().values()
+    by_module = f" ({min(shares):.2%} to {max(shares):.2%} by module)" if len(shares) > 1 else ""
+    return [f"{result.kept_energy():.2%} of the squared norm kept{by_module}"] if shares else []
+
+
+def _read_spec(text: str) -> MergeSpec:
+    if not text.lstrip().startswith("{"):
+        return parse(text)
+    try:
+        body = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError):
+        raise SpecError("the spec starts with '{' but is not valid JSON") from None
+    return from_json(body)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; raises SpecError if a key occurs twice."""
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise SpecError(f'"{name[:64]}" is given twice')
+        found[name] = value
+    return found
+
+
+def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    """The folder of each source; raises MergeError unless every source, and nothing else, is given once."""
+    paths = dict(named)
+    for name in spec.names:
+        if name not in paths:
+            raise UnknownAdapterError(f"unknown adapter {name!r}; say where it is with --adapter {name}=PATH")
+    for name, _ in named:
+        if [other for other, _ in named].count(name) > 1:
+            raise UsageError(f"--adapter {name}=... is given more than once")
+        if name not in spec.names:
+            raise UsageError(f"--adapter {name}=... is not used by {spec}")
+    return paths
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that a half-written scratch folder is removed."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def printable(text: str) -> str:
+    """The text on one line: names and paths may contain line ends, terminal codes or undecodable bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,258 @@
+"""A causal language model of transformers that runs with factors added to its modules.
+
+The factors are added by hooks, as PEFT adds them, so that the weights of the model are never changed and a
+merge can be run before it is written.  Knows nothing of calibrations.  transformers is imported when a
+model is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .errors import CalibrationError, listed
+from .factors import Factors
+from .replay import Replayed
+
+BATCH_TOKENS = 16384
+"""Tokens of all rows of a batch that is answered: it bounds the memory for keys and values."""
+
+Progress = Callable[[float], object]
+"""Called with the share of the work that was done since the last call."""
+
+Text = str | Sequence[Mapping[str, str]]
+"""A prompt as it is, or messages for the chat template."""
+
+
+class LanguageModel:
+    """A causal language model and its tokenizer.
+
+    model:     of transformers, in evaluation mode, on one device or several.
+    tokenizer: of transformers.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._logits_to_keep = "logits_to_keep" in signature(model.forward).parameters
+
+    @classmethod
+    def load(cls, name: str | os.PathLike[str]) -> LanguageModel:
+        """The model in a folder or of a name: on a GPU in its own dtype, or on the CPU in float32.
+
+        Raises CalibrationError.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            raise CalibrationError(
+                "running a model needs transformers; install it with: "
+                f'pip install "vllm-merged-lora[calibrate]" ({error})'
+            ) from None
+        make_tokenizer: Any = transformers.AutoTokenizer
+        make_model: Any = transformers.AutoModelForCausalLM
+        on_gpu = torch.cuda.is_available()
+        try:
+            tokenizer = make_tokenizer.from_pretrained(name)
+            model = make_model.from_pretrained(name, dtype="auto" if on_gpu else torch.float32)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CalibrationError(f"cannot load the model {os.fspath(name)}: {line[:200]}") from None
+        return cls(model.to("cuda" if on_gpu else "cpu").eval(), tokenizer)
+
+    @property
+    def context(self) -> int:
+        """The largest number of tokens that the model takes."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit or self.tokenizer.model_max_length)
+
+    def encode(self, text: Text) -> tuple[int, ...]:
+        """The token ids of a prompt.  Raises CalibrationError if the chat template does not take it.
+
+        Messages go through the chat template, up to where the answer begins.  A text gets what the
+        tokenizer adds by itself, and no template.
+        """
+        if isinstance(text, str):
+            return tuple(self.tokenizer(text, verbose=False)["input_ids"])
+        try:
+            text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything
+            raise CalibrationError(f"the model's chat template: {str(error)[:200]}") from None
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def check_fits(self, modules: Mapping[str, Factors]) -> None:
+        """Raise CalibrationError unless the model has all of these modules, with the same shapes."""
+        missing = [name for name in modules if self._find(name) is None]
+        if missing:
+            raise CalibrationError(f"the model does not fit: it has no {listed(missing, limit=3)}")
+        for name, factors in modules.items():
+            there, embedding = _shape(self._find(name))
+            if (there, embedding) != (factors.shape, factors.embedding):
+                raise CalibrationError(
+                    f"the model does not fit: {name} is {_kind(there, embedding)} there, "
+                    f"and {_kind(factors.shape, factors.embedding)} in the adapter"
+                )
+
+    @contextmanager
+    def wearing(self, modules: Mapping[str, Factors]) -> Iterator[None]:
+        """Add these deltas to the outputs of the model's modules, in float32; raises CalibrationError."""
+        self.check_fits(modules)
+        with ExitStack() as hooks:
+            for name, factors in modules.items():
+                module = self._find(name)
+                added = _addition(factors, module)
+                handle = module.register_forward_hook(
+                    lambda _, args, output, added=added: output + added(args[0]).to(output.dtype)
+                )
+                hooks.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def watching(self, names: Iterable[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+        """Call ``see`` with the name and the input of each of these modules whenever it runs."""
+        with ExitStack() as hooks:
+            for name in names:
+                handle = self._find(name).register_forward_pre_hook(
+                    lambda _, args, name=name: see(name, args[0])
+                )
+                hooks.callback(handle.remove)
+            yield
+
+    @torch.inference_mode()
+    def answers(
+        self, prompts: Sequence[tuple[int, ...]], limit: int, progress: Progress
+    ) -> list[tuple[int, ...]]:
+        """The greedy answer to each prompt as token ids, with the token that ends it unless it is cut.
+
+        prompts:  token ids.
+        limit:    largest number of tokens of an answer.
+        progress: called with the share of the work that was done since the last call.
+        """
+        import transformers
+
+        ends = self._ends()
+        make_config: Any = transformers.GenerationConfig
+        config = make_config(
+            max_new_tokens=limit,
+            do_sample=False,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
+        )
+        batches = _batches(prompts, limit)
+        found: dict[int, tuple[int, ...]] = {}
+        # Generation takes what it is not given from the model's configuration: penalties for repetition, say.
+        before, self.model.generation_config = self.model.generation_config, config
+        try:
+            for batch in batches:
+                rows = [prompts[i] for i in batch]
+                width = max(map(len, rows))
+                ids = torch.tensor([(config.pad_token_id,) * (width - len(row)) + row for row in rows])
+                mask = torch.tensor([(0,) * (width - len(row)) + (1,) * len(row) for row in rows])
+                steps = _Steps(limit, lambda share: progress(share / len(batches)))
+                made = self.model.generate(
+                    input_ids=ids.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    stopping_criteria=[steps],
+                )
+                steps.finish()
+                for i, answer in zip(batch, made[:, width:].tolist(), strict=True):
+                    end = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
+                    found[i] = tuple(answer[:end])
+        finally:
+            self.model.generation_config = before
+        return [found[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def run(self, prompt: tuple[int, ...], answer: tuple[int, ...], logits: bool = True) -> torch.Tensor:
+        """The logits, float32 ``[answer, vocabulary]``, that the model gives for each token of an answer.
+
+        prompt: token ids.
+        answer: token ids, of which the last is not run.
+        logits: whether they are needed; without it, an output layer that is no module of the adapter need
+                not run for all of the tokens, and what comes back has one row or more.
+        """
+        ids = prompt + answer[:-1]
+        if max(ids + answer) >= self.model.get_input_embeddings().num_embeddings:
+            raise CalibrationError("the model does not know these tokens: it is not the one they are from")
+        keep = {"logits_to_keep": len(answer) if logits else 1} if self._logits_to_keep else {}
+        out = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, **keep)
+        given: torch.Tensor = out.logits[0, -len(answer) :].float()
+        return given
+
+    def replay(self, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Replayed:
+        """How the model, with the factors that it wears, takes an answer."""
+        logits = self.run(prompt, answer)
+        expected = torch.tensor(answer, device=logits.device)
+        likelihood = logits.log_softmax(1).gather(1, expected[:, None]).sum()
+        return Replayed(bool((logits.argmax(1) == expected).all()), float(likelihood), len(answer))
+
+    def _find(self, name: str) -> Any:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            return None
+
+    def _ends(self) -> set[int]:
+        """The tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        named = {*ends} if isinstance(ends, list | tuple) else {ends}
+        return {int(token) for token in named | {self.tokenizer.eos_token_id} if token is not None}
+
+
+class _Steps:
+    """A criterion that never stops the generation, and reports each token of it."""
+
+    def __init__(self, limit: int, progress: Progress) -> None:
+        self.limit, self.progress, self.done = limit, progress, 0
+
+    def __call__(self, ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        self.done += 1
+        self.progress(1 / self.limit)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def finish(self) -> None:
+        self.progress(1 - self.done / self.limit)
+
+
+def _batches(prompts: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:
+    """Indices of prompts of similar length, as many together as BATCH_TOKENS allows."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        longest = len(prompts[batches[-1][0]]) + limit if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest <= BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _shape(module: Any) -> tuple[tuple[int, int] | None, bool]:
+    """Shape ``(out, in)`` of a module's weights, and whether it is an embedding."""
+    if isinstance(module, torch.nn.Embedding):
+        return (module.embedding_dim, module.num_embeddings), True
+    for rows, columns in (("out_features", "in_features"), ("nf", "nx")):  # the second is GPT-2's Conv1D
+        if hasattr(module, rows) and hasattr(module, columns):
+            return (getattr(module, rows), getattr(module, columns)), False
+    return None, False
+
+
+def _kind(shape: tuple[int, int] | None, embedding: bool) -> str:
+    return f"{'an embedding' if embedding else 'a matrix'} of shape {shape}" if shape else "no matrix"
+
+
+def _addition(factors: Factors, module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From the input of a module to what the factors add to its output, in float32."""
+    device = next(module.parameters()).device
+    a = factors.a.to(device, torch.float32)
+    b = factors.scaling * factors.b.to(device, torch.float32)
+    if not factors.embedding:
+        return lambda x: functional.linear(functional.linear(x.float(), a), b)
+    # Some models scale their embeddings, and with them what PEFT adds.
+    table, scale = a.T.contiguous(), getattr(module, "embed_scale", 1.0)
+    return lambda ids: functional.linear(functional.embedding(ids, table), b) * scale
