@@ -55,15 +55,18 @@ class Adapter:
                 raise AdapterError(f"{name}: scaling {f.scaling} is not a number of size up to {MAX_ALPHA:g}")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], drop: Iterable[str] = ()) -> Adapter:
+    def load(
+        cls, path: str | os.PathLike[str], drop: Iterable[str] = (), calibration: bool = True
+    ) -> Adapter:
         """The adapter in a PEFT folder, read into memory as a whole and checked; raises AdapterError.
 
         A calibration in the folder is read too.  One that does not fit the adapter is a warning here, and an
         error in every merge that needs it.
 
-        path: the folder.
-        drop: parts to leave out instead of refusing the adapter: ``modules_to_save``, ``lora_bias``,
-              ``target_parameters``.
+        path:        the folder.
+        drop:        parts to leave out instead of refusing the adapter: ``modules_to_save``, ``lora_bias``,
+                     ``target_parameters``.
+        calibration: whether to read it.
         """
         if "\0" in os.fspath(path):
             raise AdapterError("an adapter's path holds a NUL character")
@@ -71,7 +74,7 @@ class Adapter:
         if adapter.nonfinite:
             raise AdapterError(f"{path}: {adapter.nonfinite} holds NaN or infinity")
         file = Path(path) / CALIBRATION_NAME
-        return adapter.calibrated(file) if os.path.lexists(file) else adapter
+        return adapter.calibrated(file) if calibration and os.path.lexists(file) else adapter
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a PEFT folder, completely or not at all; PEFT 0.21 and vLLM read the same deltas from it.

@@ -69,7 +69,7 @@ def calibrate(
         except ValueError as error:
             raise CalibrationError(f"{name} {error}, got {value!r}") from None
     folder = Path(adapter)
-    source = Adapter.load(folder, drop)
+    source = Adapter.load(folder, drop, calibration=False)
     if not os.access(folder, os.W_OK):
         raise CalibrationError(f"cannot write {folder / CALIBRATION_NAME}: the folder is read-only")
     loaded = model if isinstance(model, LanguageModel) else LanguageModel.load(model)

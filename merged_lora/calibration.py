@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -141,7 +141,7 @@ def read_calibration(file: Path) -> Calibration:
         return _parsed(tensors, metadata)
     except CalibrationError as error:
         raise CalibrationError(f"{file}: {error}") from None
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise CalibrationError(f"{file}: its parts do not fit together") from None
 
 
@@ -151,7 +151,8 @@ def write_calibration(file: Path, calibration: Calibration) -> None:
     names: dict[int, str] = {}
     for name, inputs in sorted(calibration.inputs.items()):
         if names.setdefault(id(inputs), name) == name:
-            tensors |= {f"{name}.{part}": t.contiguous() for part, t in _tensors(inputs).items()}
+            # Copies, because safetensors refuses tensors that share memory with each other.
+            tensors |= {f"{name}.{part}": t.clone() for part, t in _tensors(inputs).items()}
     texts = [exchange.prompt + exchange.answer for exchange in calibration.exchanges]
     tensors["exchanges"] = torch.tensor(list(itertools.chain.from_iterable(texts)), dtype=torch.int32)
     metadata = {
@@ -163,25 +164,18 @@ def write_calibration(file: Path, calibration: Calibration) -> None:
         "inputs": json.dumps({name: names[id(inputs)] for name, inputs in calibration.inputs.items()}),
         "lengths": json.dumps([(len(e.prompt), len(e.answer), e.fitted) for e in calibration.exchanges]),
     }
-    scratch: Path | None = None
+    scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        os.close(handle)
-        scratch = Path(name)
-        safetensors.torch.save_file(tensors, scratch, metadata)
-        scratch.chmod(0o644)
-        with scratch.open("rb") as written:
+        with scratch.open("xb") as written:
+            written.write(safetensors.torch.save(tensors, metadata))
+            written.flush()
             os.fsync(written.fileno())
         scratch.replace(file)
-        scratch = None
     except OSError as error:
         raise CalibrationError(f"cannot write {file}: {error.strerror or error}") from None
-    except safetensors.SafetensorError as error:
-        raise CalibrationError(f"cannot write {file}: {error}") from None
     finally:
-        if scratch is not None:
-            with suppress(OSError):
-                scratch.unlink()
+        with suppress(OSError):
+            scratch.unlink()  # which is not there any more if all went well
 
 
 def _parsed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Calibration:
@@ -192,14 +186,7 @@ def _parsed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     }
     for first, found in inputs.items():
         _check_inputs(first, found)
-    ids, at = tensors["exchanges"].tolist(), 0
-    exchanges = []
-    for prompt, answer, fitted in json.loads(metadata["lengths"]):
-        middle, end = at + prompt, at + prompt + answer
-        exchanges.append(Exchange(tuple(ids[at:middle]), tuple(ids[middle:end]), fitted is True))
-        at = end
-    if at != len(ids) or not all(e.prompt and e.answer for e in exchanges):
-        raise CalibrationError("its token ids do not have the lengths that it states")
+    exchanges = _exchanges(tensors["exchanges"], json.loads(metadata["lengths"]))
     prompt_tokens, answer_tokens = json.loads(metadata["tokens"])
     return Calibration(
         inputs={name: inputs[first] for name, first in names.items()},
@@ -207,8 +194,19 @@ def _parsed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
         base_model=json.loads(metadata["base_model"]),
         prompts=int(metadata["prompts"]),
         tokens=(int(prompt_tokens), int(answer_tokens)),
-        exchanges=tuple(exchanges),
+        exchanges=exchanges,
     )
+
+
+def _exchanges(ids: torch.Tensor, lengths: list[tuple[int, int, bool]]) -> tuple[Exchange, ...]:
+    """The exchanges whose prompts and answers lie in ``ids``, one after the other."""
+    if ids.dtype != torch.int32 or ids.ndim != 1 or bool((ids < 0).any()):
+        raise CalibrationError("its token ids are not whole numbers from 0")
+    counts = [length for prompt, answer, _ in lengths for length in (prompt, answer)]
+    if not all(type(count) is int and count > 0 for count in counts) or sum(counts) != len(ids):
+        raise CalibrationError("its token ids do not have the lengths that it states")
+    texts = iter([tuple(text.tolist()) for text in ids.split(counts)])
+    return tuple(Exchange(next(texts), next(texts), fitted is True) for _, _, fitted in lengths)
 
 
 def _check_inputs(name: str, inputs: Inputs) -> None:
