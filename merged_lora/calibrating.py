@@ -118,14 +118,15 @@ def measure(
     answered = sum(len(each.answer) for each in exchanges)
     recorder = _Recorder(modules, components)
     head = model.model.get_output_embeddings()
-    whole = any(model.model.get_submodule(name) is head for name in modules)
+    # The output layer is the largest of all. It runs for all tokens only if its inputs are asked for.
+    keep = 0 if any(model.model.get_submodule(name) is head for name in modules) else 1
     with model.watching(modules, recorder.see):
         for each in exchanges:
             weights = torch.zeros(len(each.prompt) + len(each.answer) - 1, dtype=torch.float64)
             weights[: len(each.prompt)] += 0.5 / asked
             weights[len(each.prompt) - 1 :] += 0.5 / answered
             recorder.begin(weights)
-            model.run(each.prompt, each.answer, logits=whole)
+            model.run(each.prompt + each.answer[:-1], keep)
             progress(1 / len(exchanges))
     return recorder.inputs()
 
@@ -207,18 +208,22 @@ def _choose(model: LanguageModel, file: Path, count: int, answers: int, least: i
         if len(chosen) == count:
             break
     skipped = (
-        f"{long} too long: with {answers} tokens of an answer they exceed the {model.context} of the model"
-        if long
-        else ""
+        f"{_number(long, 'prompt is', 'prompts are')} too long and {'was' if long == 1 else 'were'} skipped: "
+        f"the model takes {model.context} tokens, {answers} of them the answer"
     )
     if len(chosen) < least:
         raise CalibrationError(
-            f"{file}: {len(chosen)} usable prompts, at least {least} are needed"
-            + (f" ({skipped})" if long else "")
-            + ("; a replay keeps one back, leave it out with --no-replay" if least > len(chosen) > 0 else "")
+            f"{file}: {_number(len(chosen), 'usable prompt', 'usable prompts')}, "
+            f"and at least {least} are needed"
+            + (": one is kept back for replays, unless you say --no-replay" if len(chosen) == 1 else "")
+            + (f"; {skipped}" if long else "")
         )
-    if skipped:
+    if long:
         logger.warning("%s: %s", file, skipped)
     if len(chosen) < count:
         logger.warning("%s: %d distinct prompts are used, %d were asked for", file, len(chosen), count)
     return list(chosen)
+
+
+def _number(count: int, one: str, many: str) -> str:
+    return f"{count or 'no'} {one if count == 1 else many}"

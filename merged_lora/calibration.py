@@ -205,7 +205,8 @@ def _exchanges(ids: torch.Tensor, lengths: list[tuple[int, int, bool]]) -> tuple
     counts = [length for prompt, answer, _ in lengths for length in (prompt, answer)]
     if not all(type(count) is int and count > 0 for count in counts) or sum(counts) != len(ids):
         raise CalibrationError("its token ids do not have the lengths that it states")
-    texts = iter([tuple(text.tolist()) for text in ids.split(counts)])
+    rest = iter(ids.tolist())
+    texts = iter([tuple(itertools.islice(rest, count)) for count in counts])
     return tuple(Exchange(next(texts), next(texts), fitted is True) for _, _, fitted in lengths)
 
 

@@ -14,6 +14,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
 
 from .errors import CalibrationError, listed
@@ -61,9 +62,8 @@ class LanguageModel:
         try:
             tokenizer = make_tokenizer.from_pretrained(name)
             model = make_model.from_pretrained(name, dtype="auto" if on_gpu else torch.float32)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise CalibrationError(f"cannot load the model {os.fspath(name)}: {line[:200]}") from None
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            raise CalibrationError(f"cannot load the model {os.fspath(name)}: {_line(error)}") from None
         return cls(model.to("cuda" if on_gpu else "cpu").eval(), tokenizer)
 
     @property
@@ -83,7 +83,7 @@ class LanguageModel:
         try:
             text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template may raise anything
-            raise CalibrationError(f"the model's chat template: {str(error)[:200]}") from None
+            raise CalibrationError(f"the model's chat template: {_line(error)}") from None
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def check_fits(self, modules: Mapping[str, Factors]) -> None:
@@ -169,26 +169,28 @@ class LanguageModel:
         return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
-    def run(self, prompt: tuple[int, ...], answer: tuple[int, ...], logits: bool = True) -> torch.Tensor:
-        """The logits, float32 ``[answer, vocabulary]``, that the model gives for each token of an answer.
+    def run(self, ids: tuple[int, ...], keep: int) -> torch.Tensor:
+        """The logits ``[keep, vocabulary]`` after the last of these tokens; raises CalibrationError.
 
-        prompt: token ids.
-        answer: token ids, of which the last is not run.
-        logits: whether they are needed; without it, an output layer that is no module of the adapter need
-                not run for all of the tokens, and what comes back has one row or more.
+        ids:  token ids.
+        keep: for how many of the last tokens the output layer runs, 0 for all of them.
         """
-        ids = prompt + answer[:-1]
-        if max(ids + answer) >= self.model.get_input_embeddings().num_embeddings:
-            raise CalibrationError("the model does not know these tokens: it is not the one they are from")
-        keep = {"logits_to_keep": len(answer) if logits else 1} if self._logits_to_keep else {}
-        out = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, **keep)
-        given: torch.Tensor = out.logits[0, -len(answer) :].float()
-        return given
+        known = self.model.get_input_embeddings().num_embeddings
+        if max(ids) >= known:
+            raise CalibrationError(
+                f"the model has {known} tokens, and there is no token {max(ids)} among them"
+            )
+        keeping = {"logits_to_keep": keep} if self._logits_to_keep else {}
+        out = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, **keeping)
+        logits: torch.Tensor = out.logits[0, -keep:]
+        return logits
 
     def replay(self, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Replayed:
-        """How the model, with the factors that it wears, takes an answer."""
-        logits = self.run(prompt, answer)
+        """How the model, with the factors that it wears, takes an answer; raises CalibrationError."""
+        logits = self.run(prompt + answer[:-1], len(answer)).float()
         expected = torch.tensor(answer, device=logits.device)
+        if max(answer) >= logits.shape[1]:
+            raise CalibrationError(f"the model has no token {max(answer)} to answer with")
         likelihood = logits.log_softmax(1).gather(1, expected[:, None]).sum()
         return Replayed(bool((logits.argmax(1) == expected).all()), float(likelihood), len(answer))
 
@@ -230,6 +232,11 @@ def _batches(prompts: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def _line(error: Exception) -> str:
+    """What another library says, on one line and not at length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _shape(module: Any) -> tuple[tuple[int, int] | None, bool]:

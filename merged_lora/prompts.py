@@ -37,32 +37,32 @@ def read_prompts(file: Path) -> Iterator[tuple[int, str | list[Mapping[str, str]
                 text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if text.strip():
                     try:
-                        yield number, _prompt(json.loads(text))
-                    except (ValueError, RecursionError) as error:
-                        kind = str(error) if type(error) is ValueError else "not a line of JSON"
-                        raise CalibrationError(f"{file}, line {number}: {kind}") from None
+                        yield number, _prompt(text)
+                    except CalibrationError as error:
+                        raise CalibrationError(f"{file}, line {number}: {error}") from None
     except OSError as error:
         raise CalibrationError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _prompt(value: object) -> str | list[Mapping[str, str]]:
-    """The prompt that a line's value holds; raises ValueError."""
+def _prompt(line: bytes) -> str | list[Mapping[str, str]]:
+    """The prompt that a line holds; raises CalibrationError."""
+    try:
+        value = json.loads(line)
+        # JSON can hold one half of a pair of surrogates, which no tokenizer takes: that raises here.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise CalibrationError("not a line of JSON") from None
     match value:
         case {"messages": list(messages)} if all(map(_is_message, messages)):
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
             if not messages:
-                raise ValueError("no message is left that an assistant would answer")
+                raise CalibrationError("no message is left that an assistant would answer")
             return messages
         case {"prompt": str(text)} | str(text) if text:
-            text.encode()  # raises for half of a surrogate pair, which no tokenizer takes
             return text
-    raise ValueError(f"a prompt is a line of the form {FORMS}")
+    raise CalibrationError(f"a prompt is a line of the form {FORMS}")
 
 
 def _is_message(value: object) -> bool:
-    match value:
-        case {"role": str(role), "content": str(content)}:
-            (role + content).encode()
-            return True
-    return False
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))

@@ -52,12 +52,13 @@ class Sketch:
         values = values.float()
         # From the rounded vectors, so that the diagonal of what is stored is that of the inputs.
         rest = self.diagonal - (values.double()[:, None] * vectors.double().square()).sum(0)
-        return Inputs(values.cpu(), vectors.cpu(), rest.clamp(min=0).float().cpu())
+        rest = rest.clamp(min=0).float()
+        _check_finite(values, rest)
+        return Inputs(values.cpu(), vectors.cpu(), rest.cpu())
 
     def _leading(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The largest eigenvalues, descending, and their eigenvectors times the roots of these, float64."""
-        if not bool(self.diagonal.isfinite().all()):
-            raise CalibrationError("NaN or infinity")
+        _check_finite(self.diagonal)
         rows = self.rows[: self.used].double()
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         found = min(count, int((values > SMALLEST * values[-1:]).sum())) if self.used else 0
@@ -86,3 +87,8 @@ class TokenCounts:
         shares = self.shares / self.shares.sum()
         rest = (shares * self.seen + 1) / (self.seen + len(shares))
         return Inputs(torch.zeros(0), torch.zeros(0, len(shares), dtype=torch.float16), rest.float().cpu())
+
+
+def _check_finite(*tensors: torch.Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise CalibrationError("NaN or infinity")

@@ -23,8 +23,8 @@ from merged_lora.engine import Merged, merge
 from merged_lora.engine import run as engine_run
 from merged_lora.peft_files import Header
 from merged_lora.plan import MergePlan
+from running import command, environment, started
 
-ROOT = Path(__file__).resolve().parents[2]
 LAST = list(SMALL)[-1]
 
 Run = Callable[..., tuple[int, str, str]]
@@ -54,25 +54,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 AB = ("--adapter", "a=a", "--adapter", "b=b")
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "merged_lora", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-def started(code: str, *arguments: str) -> "subprocess.Popen[str]":
-    """The command in a process of its own, after ``code`` has changed something about it."""
-    # A test run in a shell's background has SIGINT ignored, and would hand that on.
-    first = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-    script = f"{first}\n{code}\nfrom merged_lora.cli import main\nsys.exit(main())"
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment()
-    )
 
 
 def test_merge_writes_what_the_engine_merges_and_says_so_in_one_line(run: Run, folder: Path) -> None:

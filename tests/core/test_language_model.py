@@ -1,0 +1,228 @@
+"""A model that wears factors computes what PEFT computes, and answers with the likeliest token each time."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import tiny
+from making import random_adapter
+from merged_lora import language_model
+from merged_lora.adapters import Adapter
+from merged_lora.errors import CalibrationError
+from merged_lora.language_model import LanguageModel
+from merged_lora.peft_files import Header
+
+ENDS = {"model.embed_tokens": (tiny.HIDDEN, tiny.VOCABULARY), "lm_head": (tiny.VOCABULARY, tiny.HIDDEN)}
+"""The first and the last module of the tiny model, as ``name: (out, in)``."""
+PROMPTS = [(5, 6, 7, 8, 9, 10), (40, 41), (1, 2, 3), (9,) * 20]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(place: Path) -> LanguageModel:
+    return LanguageModel.load(place)
+
+
+@pytest.fixture
+def model(loaded: LanguageModel) -> Iterator[LanguageModel]:
+    """The tiny model; a test may change its configuration of generation."""
+    before = copy.deepcopy(loaded.model.generation_config)
+    yield loaded
+    loaded.model.generation_config = before
+
+
+def everywhere(seed: int = 0) -> Adapter:
+    """An adapter of all linear modules, the embedding and the output layer."""
+    return random_adapter(
+        tiny.MODULES | ENDS,
+        rank=4,
+        seed=seed,
+        embeddings=["model.embed_tokens"],
+        header=Header("tiny", "CAUSAL_LM"),
+    )
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    out: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu()
+    return out
+
+
+def test_factors_that_are_worn_do_what_peft_does(place: Path, model: LanguageModel, tmp_path: Path) -> None:
+    adapter = everywhere()
+    adapter.save(tmp_path / "a")
+    peft = PeftModel.from_pretrained(LanguageModel.load(place).model, tmp_path / "a")
+    for ids in PROMPTS:
+        bare = logits(model.model, ids)
+        with model.wearing(adapter.modules):
+            worn = logits(model.model, ids)
+        # The two sum in another order: a few float32 roundings of the largest logit, over two layers.
+        torch.testing.assert_close(
+            worn, logits(peft, ids), rtol=0, atol=64 * 2**-24 * float(worn.abs().max())
+        )
+        assert float((worn - bare).abs().max()) > 0.1 * float(worn.abs().max())
+
+
+def test_an_embedding_that_scales_its_outputs_scales_what_is_added(model: LanguageModel) -> None:
+    adapter = random_adapter({"model.embed_tokens": ENDS["model.embed_tokens"]}, embeddings=list(ENDS))
+    embedding = model.model.get_submodule("model.embed_tokens")
+    ids = torch.arange(9)
+    with model.wearing(adapter.modules), torch.inference_mode():
+        once = embedding(ids) - embedding.weight[ids]
+        embedding.embed_scale = torch.tensor(8.0)
+        try:
+            with model.wearing(adapter.modules):
+                both = embedding(ids) - embedding.weight[ids]
+        finally:
+            del embedding.embed_scale
+    torch.testing.assert_close(both, 9 * once, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_worn_leaves_no_trace(model: LanguageModel) -> None:
+    before = logits(model.model, PROMPTS[0])
+    with pytest.raises(CalibrationError), model.wearing(everywhere().modules):
+        model.replay((1, 2), (tiny.VOCABULARY,))
+    assert torch.equal(logits(model.model, PROMPTS[0]), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.modules())
+
+
+def greedy(model: LanguageModel, prompt: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """The greedy answer, computed without a cache, a batch or transformers' own generation."""
+    ids = prompt
+    while len(ids) < len(prompt) + limit:
+        ids += (int(logits(model.model, ids)[-1].argmax()),)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("tokens", [language_model.BATCH_TOKENS, 40, 1])
+def test_answers_are_the_likeliest_tokens_in_batches_of_any_size(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(language_model, "BATCH_TOKENS", tokens)
+    shares: list[float] = []
+    with model.wearing(everywhere().modules):
+        expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
+        assert model.answers(PROMPTS, 12, shares.append) == expected
+    assert sum(shares) == pytest.approx(1)
+    assert len(set(expected)) == len(expected)
+
+
+def test_a_models_own_ideas_of_generation_change_no_answer(model: LanguageModel) -> None:
+    expected = model.answers(PROMPTS, 12, lambda _: None)
+    config = model.model.generation_config
+    config.update(
+        repetition_penalty=5.0, do_sample=True, temperature=9.0, no_repeat_ngram_size=1, min_length=50
+    )
+    assert model.answers(PROMPTS, 12, lambda _: None) == expected
+    assert model.model.generation_config is config
+
+
+@pytest.mark.parametrize("form", [int, lambda token: [999, token]], ids=["one", "several"])
+def test_an_answer_includes_the_token_that_ends_it(model: LanguageModel, form: Any) -> None:
+    free = [greedy(model, prompt, 12) for prompt in PROMPTS]
+    end = free[0][4]
+    model.model.generation_config.eos_token_id = form(end)
+    shares: list[float] = []
+    answers = model.answers(PROMPTS, 12, shares.append)
+    ends = {end, model.tokenizer.eos_token_id}
+    first = [next((at + 1 for at, token in enumerate(a) if token in ends), 12) for a in free]
+    assert answers == [a[:length] for a, length in zip(free, first, strict=True)]
+    assert len(answers[0]) <= 5
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_prompts_of_messages_go_through_the_template_and_texts_do_not(model: LanguageModel) -> None:
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert model.encode(messages) == ids("<system>be brief<eos><user>hi<eos><assistant>")
+    assert model.encode("hi") == ids("hi")
+
+
+def test_a_template_that_does_not_take_messages_is_a_line(model: LanguageModel) -> None:
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
+    with pytest.raises(CalibrationError, match="chat template: roles must alternate"):
+        LanguageModel(model.model, tokenizer).encode([{"role": "user", "content": "hi"}])
+    tokenizer.chat_template = None
+    with pytest.raises(CalibrationError, match="chat_template is not set"):
+        LanguageModel(model.model, tokenizer).encode([{"role": "user", "content": "hi"}])
+
+
+def test_a_replay_has_the_likelihood_of_an_answer_and_whether_it_is_kept(model: LanguageModel) -> None:
+    answer = greedy(model, PROMPTS[0], 5)
+    replayed = model.replay(PROMPTS[0], answer)
+    table = logits(model.model, PROMPTS[0] + answer).double()
+    rows = table[len(PROMPTS[0]) - 1 : -1]
+    expected = sum(float(row[token] - row.logsumexp(0)) for row, token in zip(rows, answer, strict=True))
+    assert (replayed.kept, replayed.tokens) == (True, 5)
+    assert replayed.log_likelihood == pytest.approx(expected, rel=1e-5)
+    other = model.replay(PROMPTS[0], (*answer[:-1], (answer[-1] + 1) % tiny.VOCABULARY))
+    assert (other.kept, other.tokens) == (False, 5)
+    assert other.log_likelihood < replayed.log_likelihood
+
+
+def test_tokens_that_the_model_does_not_have_are_an_error(model: LanguageModel) -> None:
+    with pytest.raises(CalibrationError, match="the model has 320 tokens, and there is no token 320"):
+        model.replay((1, tiny.VOCABULARY), (2,))
+    with pytest.raises(CalibrationError, match="the model has no token 320 to answer with"):
+        model.replay((1, 2), (tiny.VOCABULARY,))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("model.layers.2.mlp.up_proj", (160, 64), "it has no model.layers.2.mlp.up_proj"),
+        (
+            "model.layers.1.mlp.up_proj",
+            (160, 63),
+            r"up_proj is a matrix of shape \(160, 64\) there, and a matrix",
+        ),
+        ("model.layers.1.mlp.up_proj", (159, 64), r"and a matrix of shape \(159, 64\) in the adapter"),
+        ("model.embed_tokens", (64, 320), r"is an embedding of shape \(64, 320\) there, and a matrix"),
+        ("model.norm", (64, 64), "model.norm is no matrix there"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_named(
+    model: LanguageModel, name: str, shape: tuple[int, int], message: str
+) -> None:
+    adapter = random_adapter({name: shape})
+    with pytest.raises(CalibrationError, match=message), model.wearing(adapter.modules):
+        pass
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_folder_that_holds_no_model_is_a_line(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CalibrationError) as caught:
+        LanguageModel.load(tmp_path)
+    assert str(caught.value).startswith(f"cannot load the model {tmp_path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_cut_short_is_a_line(place: Path, tmp_path: Path) -> None:
+    for file in place.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[:5000] if file.name == "model.safetensors" else data)
+    with pytest.raises(CalibrationError, match="cannot load the model"):
+        LanguageModel.load(tmp_path)
+
+
+def test_without_transformers_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CalibrationError, match=r'pip install "vllm-merged-lora\[calibrate\]"'):
+        LanguageModel.load(place)

@@ -1,0 +1,29 @@
+"""Runs the command ``merged-lora`` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "merged_lora", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def started(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, after ``code`` has changed something about it."""
+    # A test run in a shell's background has SIGINT ignored, and would hand that on.
+    first = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{first}\n{code}\nfrom merged_lora.cli import main\nsys.exit(main())"
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment()
+    )
