@@ -1,7 +1,7 @@
 """LoRA adapters merged on demand inside vLLM.
 
-``from merged_lora import merge, Adapter, parse`` is the public entry; each name is loaded when it is first
-asked for, because vLLM imports the plugin in every one of its processes.
+``from merged_lora import merge, Adapter, parse`` is the public entry, with ``calibrate`` and ``check``.  Each
+name is loaded when it is first asked for, because vLLM imports the plugin in every one of its processes.
 """
 
 from importlib import import_module
@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapters import Adapter
+    from .calibrating import calibrate
+    from .checking import check
     from .engine import merge
     from .errors import MergeError
     from .spec import MergeSpec, parse
 
-__all__ = ["Adapter", "MergeError", "MergeSpec", "merge", "parse"]
+__all__ = ["Adapter", "MergeError", "MergeSpec", "calibrate", "check", "merge", "parse"]
 __version__ = "0.2.0"  # pyproject.toml reads it from here
 
 _HOMES = {
     "Adapter": "adapters",
     "MergeError": "errors",
     "MergeSpec": "spec",
+    "calibrate": "calibrating",
+    "check": "checking",
     "merge": "engine",
     "parse": "spec",
 }

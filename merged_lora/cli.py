@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (``sys.argv`` by default) and return its exit code."""
     try:
         with _warnings_on_stderr():
-            arguments = _parser().parse_args(argv)
+            arguments = parser().parse_args(argv)
             code = COMMANDS[arguments.command](arguments)
             print(end="", flush=True)
     except MergeError as error:
@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """The parser of all commands, which raises UsageError."""
     parser = Parser(PROG, description="Merge LoRA adapters into one.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -77,8 +78,9 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_merge(merge)
+    _add_sources(merge)
     merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    _add_method(merge)
     merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
     _add_drop(merge)
 
@@ -125,8 +127,9 @@ def _parser() -> Parser:
         "calibrations. The exit code is 3 if a source keeps less than half of its answers.",
         allow_abbrev=False,
     )
-    _add_merge(check)
+    _add_sources(check)
     _add_model(check)
+    _add_method(check)
     check.add_argument("--json", action="store_true", help="print a JSON list")
     _add_drop(check)
 
@@ -137,8 +140,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_merge(parser: Parser) -> None:
-    """Add what says which merge to make, and how."""
+def _add_sources(parser: Parser) -> None:
+    """Add what says which merge to make."""
     parser.add_argument(
         "spec",
         metavar="SPEC",
@@ -153,6 +156,10 @@ def _add_merge(parser: Parser) -> None:
         dest="adapters",
         help="the PEFT folder of a source, once per source",
     )
+
+
+def _add_method(parser: Parser) -> None:
+    """Add what says how to make a merge."""
     parser.add_argument(
         "--backend",
         default="auto",

@@ -20,8 +20,8 @@ def read_prompts(file: Path) -> Iterator[tuple[int, str | list[Mapping[str, str]
     """Each prompt of a file with the number of its line: a text, or the messages of a chat.
 
     A line is one JSON value: an object with ``messages`` or with ``prompt``, or a text by itself.  Messages
-    end where an assistant is to answer: an answer that is there is left out.  No more is read than is asked
-    for.
+    by an assistant at the end are left out, because the adapter is to answer.  The file is read only as far
+    as prompts are asked for.
 
     Raises CalibrationError, which names the line.
     """

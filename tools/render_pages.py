@@ -34,6 +34,8 @@ def help_of(command: str) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "strategies": catalog.as_markdown,
     "merged-lora merge": lambda: help_of("merge"),
+    "merged-lora calibrate": lambda: help_of("calibrate"),
+    "merged-lora check": lambda: help_of("check"),
     "merged-lora strategies": lambda: help_of("strategies"),
 }
 """What can be rendered, by the name that a page asks for it with."""

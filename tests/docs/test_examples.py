@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import merged_lora
 from fences import KINDS, PAGES, ROOT, Block, all_blocks, commands_of, session_of
 from merged_lora import cli
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
@@ -90,7 +91,8 @@ def test_a_body_is_json_that_names_a_merge(block: Block) -> None:
 def needs_a_server(program: ast.Module) -> bool:
     """Whether a program imports what only runs beside a server or a model."""
     imports = [node for node in ast.walk(program) if isinstance(node, ast.ImportFrom)]
-    return any(node.module in ("openai", "vllm") for node in imports)
+    names = {alias.name for node in imports for alias in node.names}
+    return any(node.module in ("openai", "vllm") for node in imports) or bool(names & {"calibrate", "check"})
 
 
 @pytest.mark.slow
@@ -118,7 +120,10 @@ def check_program(program: ast.Module) -> None:
         if isinstance(node, ast.keyword) and node.arg == "additional_config":
             assert Settings.of(ast.literal_eval(node.value)).enable
             checked += 1
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("merged_lora"):
+        if isinstance(node, ast.ImportFrom) and node.module == "merged_lora":
+            assert {alias.name for alias in node.names} <= set(merged_lora.__all__)
+            checked += 1
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("merged_lora"):
             file = ROOT / "merged_lora" / (str(node.module).replace(".", "/").partition("/")[2] + ".py")
             defined = {
                 item.name for item in ast.parse(file.read_text()).body if isinstance(item, ast.FunctionDef)
@@ -162,6 +167,8 @@ def test_a_command_names_what_exists(block: Block) -> None:
             check_python(arguments)
         elif program == "curl":
             check_request(arguments)
+        elif program == "merged-lora":
+            cli.parser().parse_args(arguments)
         else:
             assert program in ("vllm", *UNCHECKED)
 

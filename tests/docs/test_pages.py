@@ -113,6 +113,7 @@ def test_an_error_has_the_status_that_the_page_says() -> None:
         errors.UnknownStrategyError(),
         errors.UnknownAdapterError(),
         errors.AdapterError(),
+        errors.CalibrationError(),
         errors.PlanError(),
         gate.BusyError(3, 1),
         rpc.CacheFullError("", 1),
