@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from merged_lora.errors import MergeError, UnknownAdapterError
+from merged_lora.errors import CalibrationError, MergeError, UnknownAdapterError
 
 logger = logging.getLogger("vllm.merged_lora")
 
 CAPTURE, RELEASE, PREPARE = "merged_lora_capture", "merged_lora_release", "merged_lora_prepare"
-"""Names under which vLLM's ``collective_rpc`` finds the three methods on a worker."""
+REPLAY = "merged_lora_replay"
+"""Names under which vLLM's ``collective_rpc`` finds the four methods on a worker."""
 
 
 class Reply(TypedDict, total=False):
@@ -30,8 +31,9 @@ class Reply(TypedDict, total=False):
     held:    bytes of all copies in this worker.
     facts:   the fields of :class:`Facts`.
     made:    whether the merge was made by this call.
+    exchanges: prompts and answers to replay, as token ids.
     error:   message of the error.
-    kind:    ``user``, ``unknown`` (adapter), ``full`` (cache) or ``internal``.
+    kind:    ``user``, ``unknown`` (adapter), ``calibration``, ``full`` (cache) or ``internal``.
     missing: bytes that have to be freed first, if the cache is full.
     """
 
@@ -42,6 +44,7 @@ class Reply(TypedDict, total=False):
     held: int
     facts: dict[str, Any]
     made: bool
+    exchanges: list[tuple[tuple[int, ...], tuple[int, ...]]]
     error: str
     kind: str
     missing: int
@@ -83,6 +86,8 @@ def answer(method: Callable[[], Reply]) -> Reply:
         return {"ok": False, "kind": "unknown", "error": str(error)}
     except CacheFullError as error:
         return {"ok": False, "kind": "full", "error": str(error), "missing": error.missing}
+    except CalibrationError as error:
+        return {"ok": False, "kind": "calibration", "error": str(error)}
     except MergeError as error:
         return {"ok": False, "kind": "user", "error": str(error)}
     except Exception as error:
@@ -110,5 +115,9 @@ def raise_failure(reply: Reply) -> None:
     if not reply["ok"]:
         if reply["kind"] == "full":
             raise CacheFullError(reply["error"], reply["missing"])
-        kinds: dict[str, type[Exception]] = {"unknown": UnknownAdapterError, "user": MergeError}
+        kinds: dict[str, type[Exception]] = {
+            "unknown": UnknownAdapterError,
+            "calibration": CalibrationError,
+            "user": MergeError,
+        }
         raise kinds.get(reply["kind"], RuntimeError)(reply["error"])

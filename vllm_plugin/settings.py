@@ -22,6 +22,8 @@ BACKENDS = ("auto", *MODULES)
 ANY_RELEASE, TESTED_ALONE = "any", "tested"
 MAX_COUNT = 1 << 20
 """Largest value of a setting that counts merges."""
+CHECK = "check"
+"""Last part of the route that replays a merge; no alias has this name."""
 
 
 def option(key: str) -> str:
@@ -52,6 +54,7 @@ class Settings:
     max_strength: float = 1e6
     max_ad_hoc: int = 256
     max_waiting: int = 32
+    check: bool = False
     vllm: str = ANY_RELEASE
     alias_store: str | None = None
 
@@ -141,7 +144,9 @@ def parse_alias(text: str) -> tuple[str, str]:
 
 
 def check_alias_name(name: str) -> None:
-    """Raise MergeError for a name that no adapter could have: an alias follows the same rules."""
+    """Raise MergeError for a name that no adapter could have, or that is a route in ``/v1/merged_lora``."""
+    if name == CHECK:
+        raise MergeError(f"alias {name!r}: POST /v1/merged_lora/{CHECK} is a route; take another name")
     try:
         MergeSpec("sum", (Source(name),))
     except SpecError as error:
@@ -265,6 +270,12 @@ FLAGS = (
         "Number of new merges that may wait while one is made; a request for one more gets status 429. "
         f"{Settings.max_waiting} by default.",
         "N",
+    ),
+    Flag(
+        "check",
+        checks.flag,
+        "Replay the merges of aliases: warn of every source of which less than half of its own answers "
+        "survive. Needs calibrated sources.",
     ),
     Flag(
         "vllm",

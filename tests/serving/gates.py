@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,21 @@ from prometheus_client import CollectorRegistry
 import tiny
 from merged_lora.adapters import Adapter
 from merged_lora.backends import load_backend
+from merged_lora.replay import Replayed
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import MergeGate
 from merged_lora.vllm_plugin.api_server.metrics import Metrics
+from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
 from merged_lora.vllm_plugin.api_server.sources import Sources
+from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import Reply, agreed
 from merged_lora.vllm_plugin.settings import Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
+
+Rate = Callable[[MergeIdentity, Tokens, Tokens], Awaitable[Replayed]]
+LONGEST = 32
+"""Most tokens of a prompt with its answer."""
 
 
 class FolderAdapters:
@@ -58,6 +65,7 @@ def gate_with(
     merges: MergeWorker[Adapter],
     calls: list[str] | None = None,
     registry: CollectorRegistry | None = None,
+    rate: Rate | None = None,
     **settings: Any,
 ) -> MergeGate:
     """A gate in front of one worker, with the alias ``mix``.
@@ -65,6 +73,7 @@ def gate_with(
     merges:   the worker.
     calls:    receives the path of every merge that the worker is asked for.
     registry: registry of the metrics.
+    rate:     the engine's answer to a request of a replay; by default, every answer is kept.
     settings: settings that differ from the defaults.
     """
 
@@ -82,9 +91,18 @@ def gate_with(
         await asyncio.sleep(0)
         return agreed([merges.prepare(path, set())])
 
+    async def exchanges(*arguments: Any) -> Reply:
+        await asyncio.sleep(0)
+        return agreed([merges.replay(*arguments)])
+
+    async def kept(merge: MergeIdentity, prompt: Tokens, answer: Tokens) -> Replayed:
+        return Replayed(True, -0.5 * len(answer), len(answer))
+
     metrics = Metrics(registry or CollectorRegistry())
+    replays = Replays(exchanges, rate or kept, LONGEST, metrics)
     given = Settings(enable=True, **{"aliases": {"mix": parse("ties(a, b)")}, **settings})
-    return MergeGate(given, Sources(capture, release, metrics, given.source_dir), prepare, metrics)
+    sources = Sources(capture, release, metrics, given.source_dir)
+    return MergeGate(given, sources, prepare, replays, metrics)
 
 
 async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: Any) -> None:

@@ -10,12 +10,14 @@ import pytest
 
 import tiny
 from gates import gate_with, register, worker
+from merged_lora.calibration import CALIBRATION_NAME, Exchange
 from merged_lora.errors import MergeError, UnknownAdapterError
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import Lease
 from merged_lora.vllm_plugin.worker.snapshots import Snapshots
 
 ME = Lease()
+ASKED = Exchange((1, 2), (3,), fitted=False)
 
 
 @pytest.fixture
@@ -106,6 +108,46 @@ def test_a_changed_source_is_read_again_and_is_another_merge(folder: Path) -> No
         after = (await gate.ready(parse("sum(a)"), ME)).identity
         assert after.contents == (tiny.make_adapter(5).digest,)
         assert after.name != before.name
+
+    asyncio.run(run())
+
+
+def test_a_calibration_that_comes_changes_or_goes_is_another_merge(folder: Path) -> None:
+    async def run() -> None:
+        merges = worker()
+        gate = gate_with(merges, source_dir=str(folder))
+        plain = (await gate.ready(parse("sum(a)"), ME)).identity
+        made, identities = merges.load_merge(plain.path).digest, [plain]
+        for scale in (1.0, 2.0):
+            tiny.calibrate(folder / "a", ASKED, scale=scale)
+            identities.append((await gate.ready(parse("sum(a)"), ME)).identity)
+        assert len({identity.name for identity in identities}) == 3
+        (folder / "a" / CALIBRATION_NAME).unlink()
+        assert (await gate.ready(parse("sum(a)"), ME)).identity == plain
+        for identity in identities:  # each request in flight keeps what it began with
+            assert merges.load_merge(identity.path).digest == made
+        replies = [merges.replay(identity.contents[0], "a", "sum") for identity in identities]
+        assert [reply["ok"] for reply in replies] == [False, True, True]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of other weights"])
+def test_an_adapter_whose_calibration_cannot_be_used_is_merged_all_the_same(
+    folder: Path, damage: str
+) -> None:
+    async def run() -> None:
+        merges = worker()
+        gate = gate_with(merges, source_dir=str(folder))
+        name = "a" if damage == "truncated" else "team/b"
+        tiny.calibrate(folder / name, ASKED)
+        file = folder / "a" / CALIBRATION_NAME
+        file.write_bytes((folder / name / CALIBRATION_NAME).read_bytes()[: -5 if name == "a" else None])
+        live = await gate.ready(parse("sum(a)"), ME)
+        assert live.identity.contents == (tiny.make_adapter(1).digest,)
+        reply = merges.replay(live.identity.contents[0], "a", "sum")
+        assert reply["kind"] == "calibration"
+        assert str(file) in reply["error"]
 
     asyncio.run(run())
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from making import random_adapter
 from merged_lora.adapters import Adapter
+from merged_lora.calibration import CALIBRATION_NAME, Calibration, Exchange, Inputs, write_calibration
 from merged_lora.peft_files import Header
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 64, 160, 2, 1, 2
@@ -117,3 +118,21 @@ def make_adapter(seed: int, rank: int = 8, only: str = "", scaling: float = 2.0)
     return random_adapter(
         modules, rank, torch.bfloat16, seed, scaling, header=Header(base_model="tiny", task_type="CAUSAL_LM")
     )
+
+
+def calibrate(folder: Path, *exchanges: Exchange, scale: float = 1.0) -> Calibration:
+    """Write a calibration beside the adapter in a folder, as if its modules' inputs were white noise.
+
+    scale: variance of the inputs.
+    """
+    adapter = Adapter.load(folder)
+    inputs = {
+        name: Inputs(
+            torch.full((1,), scale), torch.eye(1, f.shape[1]).half(), torch.full((f.shape[1],), scale)
+        )
+        for name, f in adapter.modules.items()
+    }
+    tokens = sum(len(e.prompt) for e in exchanges), sum(len(e.answer) for e in exchanges)
+    calibration = Calibration(inputs, adapter.digest, adapter.header.base_model, 8, tokens, exchanges)
+    write_calibration(folder / CALIBRATION_NAME, calibration)
+    return calibration

@@ -10,13 +10,15 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
+from merged_lora.errors import MergeError, SpecError, UnknownAdapterError, listed
 from merged_lora.lru import Lru
 from merged_lora.planning import check_names
-from merged_lora.spec import MergeSpec, check_length, from_json, is_spec, parse
+from merged_lora.replay import Survival
+from merged_lora.spec import MergeSpec, Source, check_length, from_json, is_spec, parse
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
 from merged_lora.vllm_plugin.merge_log import log_merge
 from merged_lora.vllm_plugin.rpc import Facts, Reply, raise_failure
@@ -25,16 +27,17 @@ from merged_lora.vllm_plugin.settings import Settings, check_alias_name
 from .aliases import Aliases
 from .limits import check_limits
 from .metrics import Metrics
+from .replaying import NotReplayed, Replay, Replays
 from .sources import Sources
 
 logger = logging.getLogger("vllm.merged_lora")
 
 
 class BusyError(MergeError):
-    """Too many new merges are waiting; a client may ask again in ``seconds``."""
+    """Too much is waiting; a client may ask again in ``seconds``."""
 
-    def __init__(self, waiting: int, seconds: int) -> None:
-        super().__init__(f"{waiting} new merges are waiting to be made; ask again in {seconds} s")
+    def __init__(self, waiting: int, seconds: int, what: str = "new merges are waiting to be made") -> None:
+        super().__init__(f"{waiting} {what}; ask again in {seconds} s")
         self.seconds = seconds
 
 
@@ -50,12 +53,14 @@ class LiveMerge:
     facts:    what the workers reported of it.
     used:     Unix time of its last request.
     hits:     number of requests after the first.
+    replay:   what its replay showed; None if it was not replayed.
     """
 
     identity: MergeIdentity
     facts: Facts
     used: float = field(default_factory=time.time)
     hits: int = 0
+    replay: Replay | None = None
 
 
 class MergeGate:
@@ -64,6 +69,7 @@ class MergeGate:
     settings: what the operator asked for.
     sources:  the adapters that may be merged.
     prepare:  asks every worker to make the merge with this path.
+    replays:  finds out what a merge keeps of its sources.
     metrics:  counts what happens here.
     """
 
@@ -72,17 +78,22 @@ class MergeGate:
         settings: Settings,
         sources: Sources,
         prepare: Callable[[str], Awaitable[Reply]],
+        replays: Replays,
         metrics: Metrics,
     ) -> None:
         self.sources = sources
         self._settings = settings
         self._aliases = Aliases(settings.aliases, settings.alias_store)
         self._prepare = prepare
+        self._replays = replays
         self._metrics = metrics
         self._live: Lru[str, LiveMerge] = Lru()
         self._making: dict[str, tuple[MergeIdentity, asyncio.Task[LiveMerge]]] = {}
         self._turn = asyncio.Semaphore(1)
         self._seconds = 0.1  # moving average of the time to make a merge
+        self._replaying: dict[str, asyncio.Task[Replay]] = {}
+        self._replay_seconds = 1.0  # moving average of the time to replay a merge
+        self._background: set[asyncio.Task[None]] = set()  # so that nobody collects them
 
     @property
     def aliases(self) -> dict[str, MergeSpec]:
@@ -113,13 +124,18 @@ class MergeGate:
         """Make a merge, then define an alias for it; raises MergeError.
 
         reserved: names of the base model.  Returns the merge, and whether the alias is new.
+
+        With ``--merged-lora-check``, the alias serves requests while this waits for the replay of its merge.
         """
         check_alias_name(alias)
         self._check_alias(alias, reserved)
         check_limits(spec, self._settings)
         self._check_no_aliases(spec)
         live = await self.ready(spec, Lease())
-        return live, self._aliases.define(alias, spec)
+        new = self._aliases.define(alias, spec)
+        if self._settings.check:
+            await self._watch(live)
+        return live, new
 
     def remove(self, alias: str) -> None:
         """Remove an alias; its requests go on.  Raises UnknownAdapterError if there is none of that name."""
@@ -173,6 +189,91 @@ class MergeGate:
         # Shielded: a client that leaves must not cancel the merge for the others who wait for it.
         return await asyncio.shield(self._making[identity.digest][1])
 
+    async def check(self, spec: MergeSpec) -> LiveMerge:
+        """A merge with its replay, which is done at most once; raises MergeError.
+
+        spec: the merge; an alias alone stands for its merge.
+
+        Raises CalibrationError if a source has no answers to replay, and BusyError if too many replays wait.
+        """
+        aliases = self._aliases.current()
+        (alias, *_), lease = spec.names, Lease()
+        if spec == MergeSpec("sum", (Source(alias),)) and not self._is_adapter(alias):
+            spec = aliases.get(alias, spec)
+        live = await self.ready(spec if spec in aliases.values() else self._ad_hoc(spec), lease)
+        waiting = len(self._replaying) - 1
+        new = live.replay is None and live.identity.digest not in self._replaying
+        if new and self._replaying and waiting >= self._settings.max_waiting:
+            seconds = max(1, math.ceil(len(self._replaying) * self._replay_seconds))
+            raise BusyError(waiting, seconds, "checks of merges are waiting")
+        for each in await self.replay(live):
+            if isinstance(each, NotReplayed):
+                raise each.error
+        return live
+
+    async def replay(self, live: LiveMerge) -> Replay:
+        """What the replay of a merge shows: done once, however many ask, and logged if a source is lost."""
+        if live.replay is not None:
+            return live.replay
+        digest = live.identity.digest
+        if digest not in self._replaying:
+            lease = Lease()
+            self.sources.lease(lease, live.identity.contents)
+            self._replaying[digest] = asyncio.create_task(self._replay(live, lease))
+        # Shielded: a client that leaves must not cancel the replay for the others who wait for it.
+        return await asyncio.shield(self._replaying[digest])
+
+    def check_aliases_later(self) -> None:
+        """With ``--merged-lora-check``, make and replay the merges of all aliases, in the background."""
+        if self._settings.check:
+            self._begin(self._watch_aliases())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _watch_aliases(self) -> None:
+        for alias, spec in self.aliases.items():
+            try:
+                live = await self.ready(spec, Lease())
+            except MergeError as error:
+                logger.warning("alias %s: not checked, because it cannot be made: %s", alias, error)
+            except Exception:
+                logger.exception("alias %s: not checked, because it could not be made", alias)
+            else:
+                await self._watch(live)
+
+    async def _watch(self, live: LiveMerge) -> None:
+        """Replay a merge; what prevents that is logged, and fails no request."""
+        try:
+            await self.replay(live)
+        except MergeError as error:
+            logger.warning("%s: not checked: %s", self._called(live), error)
+        except Exception:
+            logger.exception("%s: checking failed", self._called(live))
+
+    async def _replay(self, live: LiveMerge, lease: Lease) -> Replay:
+        """Replay a merge while ``lease`` keeps the copies of its sources."""
+        try:
+            start = time.perf_counter()
+            found = live.replay = await self._replays.of(live.identity)
+            self._replay_seconds += (time.perf_counter() - start - self._replay_seconds) / 4
+        finally:
+            del self._replaying[live.identity.digest]
+        for each in found:
+            if isinstance(each, Survival) and each.lost:
+                logger.warning("%s: %s", self._called(live), each)
+            elif isinstance(each, NotReplayed):
+                logger.warning("%s: %s is not checked: %s", self._called(live), each.source, each.error)
+        return found
+
+    def _called(self, live: LiveMerge) -> str:
+        """A merge by its aliases, or by its spec if it has none."""
+        spec = live.identity.spec
+        aliases = [alias for alias, merge in self._aliases.current().items() if merge == spec]
+        return f"alias {listed(aliases)}" if aliases else str(spec)
+
     def _is_adapter(self, name: str) -> bool:
         component = self.sources.components.get(name)
         return component is not None and component.served
@@ -207,7 +308,8 @@ class MergeGate:
         waiting = len(self._making) - 1
         if waiting >= self._settings.max_waiting and self._making:
             self._metrics.merges.labels(identity.spec.strategy, "busy").inc()
-            raise BusyError(waiting, max(1, math.ceil(len(self._making) * self._seconds)))
+            seconds = max(1, math.ceil(len(self._making) * self._seconds))
+            raise BusyError(waiting, seconds)
 
     async def _make(self, identity: MergeIdentity) -> LiveMerge:
         strategy, spec = identity.spec.strategy, str(identity.spec)
@@ -227,7 +329,10 @@ class MergeGate:
                 self._seconds += (seconds - self._seconds) / 4
                 self._metrics.seconds.observe(seconds)
                 log_merge(identity, facts)
-            return self._remember(LiveMerge(identity, facts))
+            live = self._remember(LiveMerge(identity, facts))
+            if self._settings.check and identity.spec in self._aliases.current().values():
+                self._begin(self._watch(live))
+            return live
         finally:
             del self._making[identity.digest]
             self._metrics.merges.labels(strategy, result).inc()

@@ -38,6 +38,13 @@ class Metrics:
             ["what"],
             registry=registry,
         )
+        self.checks = Counter(
+            "merged_lora_checks",
+            "Sources of merges that were replayed, by result: kept, lost (less than half of the answers "
+            "survive), failed (no answers to replay, or a fault).",
+            ["result"],
+            registry=registry,
+        )
         self.held = Gauge(
             "merged_lora_bytes_held",
             "Bytes of the copies of adapters in the workers' memory, all ranks together.",

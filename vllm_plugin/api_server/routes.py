@@ -6,6 +6,7 @@ Knows FastAPI and the gate, and nothing of vLLM.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection
 from http import HTTPStatus
 from typing import Any
@@ -16,8 +17,10 @@ from fastapi.responses import JSONResponse
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import MergeSpec, from_json, parse
 from merged_lora.vllm_plugin.rpc import CacheFullError
+from merged_lora.vllm_plugin.settings import CHECK
 
 from .gate import BusyError, LiveMerge, MergeGate
+from .replaying import NotReplayed
 
 MAX_BODY = 1 << 16
 
@@ -45,6 +48,23 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
     async def show(request: Request) -> JSONResponse:
         gate, _ = gate_of(request)
         return JSONResponse(report(gate))
+
+    @router.post(f"/v1/merged_lora/{CHECK}")  # before the route of aliases, which would take it
+    async def check(request: Request) -> JSONResponse:
+        gate, _ = gate_of(request)
+        try:
+            live = await gate.check(await _spec(request))
+        except MergeError as error:
+            return _refused(error)
+        sources = replay_of(live) or []
+        return JSONResponse(
+            {
+                "spec": str(live.identity.spec),
+                "digest": live.identity.digest,
+                "sources": sources,
+                "lost": [source["name"] for source in sources if source["lost"]],
+            }
+        )
 
     if not changes:
         return router
@@ -107,7 +127,29 @@ def description(live: LiveMerge) -> dict[str, Any]:
         "digest": live.identity.digest,
         "last_used": live.used,
         "hits": live.hits,
+        "replay": replay_of(live),
     }
+
+
+def replay_of(live: LiveMerge) -> list[dict[str, Any]] | None:
+    """What the replay of a merge showed of each source, as JSON; None if it was not replayed.
+
+    A likelihood that is not a number, because the merge overflows, is None.
+    """
+    if live.replay is None:
+        return None
+    return [
+        {"name": each.source, "refusal": str(each.error)}
+        if isinstance(each, NotReplayed)
+        else {
+            "name": each.source,
+            "kept": each.kept,
+            "total": each.total,
+            "nll": each.nll if math.isfinite(each.nll) else None,
+            "lost": each.lost,
+        }
+        for each in live.replay
+    ]
 
 
 async def _spec(request: Request) -> MergeSpec:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import operator
+import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Collection
 from contextvars import ContextVar
@@ -20,15 +22,20 @@ from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from merged_lora.errors import MergeError
+from merged_lora.errors import CalibrationError, MergeError
+from merged_lora.replay import Replayed
 from merged_lora.vllm_plugin.api_server.gate import BusyError, MergeGate
 from merged_lora.vllm_plugin.api_server.metrics import metrics
+from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
 from merged_lora.vllm_plugin.api_server.routes import make_router, status_of
 from merged_lora.vllm_plugin.api_server.sources import Sources
 from merged_lora.vllm_plugin.identity import SCHEME, MergeIdentity
-from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE, Reply, agreed
+from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE, REPLAY, Reply, agreed
 from merged_lora.vllm_plugin.settings import Settings
 
 from .current import current
@@ -98,7 +105,14 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
             metrics(),
             settings.source_dir,
         )
-        setattr(self, ATTRIBUTE, MergeGate(settings, sources, functools.partial(ask, PREPARE), metrics()))
+        replays = Replays(
+            functools.partial(ask, REPLAY),
+            functools.partial(rate, engine_client),
+            engine_client.vllm_config.model_config.max_model_len - 1,  # vLLM samples a token after the prompt
+            metrics(),
+        )
+        prepare = functools.partial(ask, PREPARE)
+        setattr(self, ATTRIBUTE, MergeGate(settings, sources, prepare, replays, metrics()))
 
     return init
 
@@ -114,6 +128,40 @@ async def _on_every_worker(engine_client: Any, method: str, arguments: tuple[Any
         for engine in core.core_engines
     )
     return [reply for replies in await asyncio.gather(*calls) for reply in replies]
+
+
+async def rate(engine_client: Any, identity: MergeIdentity, prompt: Tokens, answer: Tokens) -> Replayed:
+    """How a merge takes an answer: one request like any other, whose prompt is the prompt with its answer.
+
+    A token of the answer is kept if no token is more likely, so that a tie in 16 bits is no loss.  Raises
+    CalibrationError if vLLM refuses the token ids, and MergeError if it does not rate prompts here.
+    """
+    config = engine_client.vllm_config.model_config
+    if config.runner_type != "generate":
+        raise MergeError("this server's model generates no text, so that no answer can be replayed")
+    if not config.logprobs_mode.endswith("logprobs"):
+        raise MergeError(
+            f"--logprobs-mode {config.logprobs_mode} gives no likelihoods, so nothing is replayed"
+        )
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=1,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    name = f"merged-lora-check-{uuid.uuid4().hex}"
+    text = tokens_input([*prompt, *answer])
+    try:
+        (output,) = [
+            o async for o in engine_client.generate(text, params, name, lora_request=lora_request(identity))
+        ]
+    except (VLLMClientError, ValueError) as error:
+        raise CalibrationError(f"vLLM refuses the prompts of a calibration: {error}") from None
+    rated = output.prompt_logprobs[len(prompt) :]
+    own = [tokens[token].logprob for token, tokens in zip(answer, rated, strict=True)]
+    best = [max(entry.logprob for entry in tokens.values()) for tokens in rated]
+    return Replayed(all(map(operator.ge, own, best)), sum(own), len(answer))
 
 
 def _gate(models: Any) -> MergeGate | None:
@@ -136,6 +184,7 @@ def wrap_init_static_loras(original: Callable[..., Awaitable[None]]) -> Callable
                 await gate.check_aliases(_base_names(self))
             except MergeError as error:
                 raise ValueError(str(error)) from None
+            gate.check_aliases_later()
 
     return init_static_loras
 

@@ -21,11 +21,12 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.v1.metrics.stats import LoRARequestStates
 from vllm.v1.worker.worker_base import WorkerBase
 
-from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE
+from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE, REPLAY
 
 from . import api_server, command_line, supervision, worker
 from .versions import since
@@ -109,6 +110,12 @@ HOOKS = (
         worker.wrap_create_lora_manager,
     ),
     Hook(LoRAModelManager, "activate_adapter", "self lora_id", worker.wrap_activate_adapter),
+    Hook(
+        PunicaWrapperCPU,
+        "add_lora_logits",
+        "self y x lora_a_stacked lora_b_stacked scale buffer kwargs",
+        worker.wrap_add_lora_logits,
+    ),
 )
 
 
@@ -144,3 +151,4 @@ def install() -> None:
     setattr(WorkerBase, CAPTURE, worker.rpc_capture)
     setattr(WorkerBase, RELEASE, worker.rpc_release)
     setattr(WorkerBase, PREPARE, worker.rpc_prepare)
+    setattr(WorkerBase, REPLAY, worker.rpc_replay)

@@ -89,6 +89,8 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
         worker: MergeWorker[LoRAModel] | None = getattr(self, ATTRIBUTE, None)
         if worker is not None:
             _make_ready(self, worker.maker.backend, Settings.of(vllm_config.additional_config))
+            for punica in self._adapter_manager.punica_wrapper_mapping.values():
+                setattr(punica, ATTRIBUTE, True)
         return created
 
     return create_lora_manager
@@ -189,6 +191,29 @@ def wrap_activate_adapter(original: Callable[..., bool]) -> Callable[..., bool]:
     return activate_adapter
 
 
+def wrap_add_lora_logits(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``PunicaWrapperCPU.add_lora_logits``: the rows of a prompt get the adapters of their tokens.
+
+    vLLM knows the adapters of sampled tokens alone here, and ends with an error of shapes when it rates a
+    prompt in a batch of several requests.
+    """
+
+    @functools.wraps(original)
+    def add_lora_logits(self: Any, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        rows, sampled = x.shape[0], self.indices_len[1]
+        if rows == sampled or not getattr(self, ATTRIBUTE, False):
+            return original(self, y, x, *args, **kwargs)
+        first = x.storage_offset() // x.shape[1]  # x is a slice of the hidden states of all tokens
+        slots, self._sampler_indices = self._sampler_indices, self.token_lora_indices[first:]
+        self.indices_len[1] = rows
+        try:
+            return original(self, y, x, *args, **kwargs)
+        finally:
+            self._sampler_indices, self.indices_len[1] = slots, sampled
+
+    return add_lora_logits
+
+
 def rpc_capture(
     self: Any, owner: str, needed: Collection[str] | None, path: str, options: Mapping[str, Any] | None
 ) -> Reply:
@@ -207,6 +232,12 @@ def rpc_prepare(self: Any, path: str) -> Reply:
     """The worker's method named ``PREPARE``; see :meth:`MergeWorker.prepare`."""
     merges, loaded = _merge_worker(self)
     return _DISABLED if merges is None else merges.prepare(path, loaded)
+
+
+def rpc_replay(self: Any, key: str, name: str, strategy: str) -> Reply:
+    """The worker's method named ``REPLAY``; see :meth:`MergeWorker.replay`."""
+    merges, _ = _merge_worker(self)
+    return _DISABLED if merges is None else merges.replay(key, name, strategy)
 
 
 _DISABLED: Reply = {"ok": False, "kind": "internal", "error": "merged LoRA is not enabled in this worker"}

@@ -15,9 +15,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from merged_lora.adapters import Adapter
 from merged_lora.engine import plan
-from merged_lora.errors import AdapterError, PlanError, UnknownAdapterError
+from merged_lora.errors import AdapterError, CalibrationError, PlanError, UnknownAdapterError
 from merged_lora.lru import Lru
 from merged_lora.plan import MergePlan
+from merged_lora.replay import exchanges_of
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
 from merged_lora.vllm_plugin.rpc import Facts, Reply, answer
 
@@ -30,6 +31,8 @@ PREPARED_AHEAD = 4
 """Number of merges kept until vLLM loads them into a slot; an older one is made again."""
 LIGHT_MERGES = 64
 """Number of merges without values that are kept, loaded or not: about 1 MB for 500 modules."""
+OUTPUT_HEAD = "lm_head"
+"""Last part of the name of the module that makes logits."""
 
 
 class PlainAdapters(Protocol[Model]):
@@ -181,6 +184,27 @@ class MergeWorker(Generic[Model]):
 
         return answer(work)
 
+    def replay(self, key: str, name: str, strategy: str) -> Reply:
+        """Reply with the prompts and answers on which a merge shows what it keeps of a source.
+
+        key:      key of the source's copy.
+        name:     name of the source, for errors.
+        strategy: of the merge.
+        """
+
+        def work() -> Reply:
+            adapter = self._source(key, name)
+            # vLLM adds an adapter's output head to the logits of sampled tokens, and not to those of prompts.
+            if any(module.rpartition(".")[2] == OUTPUT_HEAD for module in adapter.modules):
+                raise CalibrationError(
+                    f"{name} has an output head, which vLLM leaves out when it rates a prompt; check it with "
+                    "the command merged-lora check"
+                )
+            exchanges = [(e.prompt, e.answer) for e in exchanges_of(name, adapter, strategy)]
+            return {"ok": True, "key": key, "exchanges": exchanges, "held": self._snapshots.nbytes}
+
+        return answer(work)
+
     # In a step of the engine
 
     def load_merge(self, path: str) -> Model:
@@ -224,10 +248,12 @@ class MergeWorker(Generic[Model]):
         self._prepared.add(identity.digest, _Prepared(model, identity.contents), limit)
 
     def _plan(self, identity: MergeIdentity) -> MergePlan:
-        sources: dict[str, Adapter] = {}
-        for name, content in zip(identity.spec.names, identity.contents, strict=True):
-            copy = self._snapshots.get(content)
-            if not isinstance(copy, Adapter):
-                raise UnknownAdapterError(f"no snapshot of {name!r} in this worker; register it again")
-            sources[name] = copy
+        contents = zip(identity.spec.names, identity.contents, strict=True)
+        sources = {name: self._source(key, name) for name, key in contents}
         return plan(identity.spec, sources, self._max_rank)
+
+    def _source(self, key: str, name: str) -> Adapter:
+        copy = self._snapshots.get(key)
+        if not isinstance(copy, Adapter):
+            raise UnknownAdapterError(f"no snapshot of {name!r} in this worker; register it again")
+        return copy
