@@ -122,10 +122,14 @@ class Adapter:
 
     @property
     def identity(self) -> str:
-        """A digest of the deltas and of the calibration; equal to ``digest`` if there is no calibration."""
-        if not isinstance(self.calibration, Calibration):
+        """A digest of the deltas and of the calibration, or of the reason why that is not used.
+
+        Equal to ``digest`` if there is no calibration.
+        """
+        if self.calibration is None:
             return self.digest
-        return hashlib.blake2b((self.digest + self.calibration.digest).encode(), digest_size=16).hexdigest()
+        known = self.calibration.digest if isinstance(self.calibration, Calibration) else self.calibration
+        return hashlib.blake2b((self.digest + known).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def nonfinite(self) -> str | None:

@@ -11,8 +11,10 @@ import torch
 import tiny
 from making import random_adapter
 from merged_lora.adapters import Adapter
+from merged_lora.bench import cases
+from merged_lora.calibration import Exchange
 from merged_lora.engine import merge
-from tiny import FLAGS, MAX_AD_HOC, MAX_RANK, SPECS, Place, importing_tests
+from tiny import CALIBRATED, FLAGS, MAX_AD_HOC, MAX_RANK, SPECS, Place, importing_tests
 from vllm_server import Server
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The tiny model, four adapters of it (one of higher rank, one of attention alone)."""
+    """The tiny model and five adapters of it: one of higher rank, one of attention alone, two calibrated."""
     root = tmp_path_factory.mktemp("serving")
     adapters = {
         "sql": tiny.make_adapter(1),
@@ -32,6 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     }
     for name, adapter in adapters.items():
         adapter.save(root / name)
+    for name in CALIBRATED:
+        tiny.calibrate(root / name, Exchange((10, 20, 30), (40, 50), fitted=False))
     (root / "sources").mkdir()
     model = tiny.make_model(root / "model")
     return Place(model, {name: root / name for name in adapters}, root / "sources")
@@ -53,6 +57,7 @@ def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         *("--max-cpu-loras", "3", "--lora-modules", *(f"{name}={path}" for name, path in modules.items())),
         *("--merged-lora-modules", "mix=ties(sql, chat, density=0.2)", "both = 0.5*sql + 0.5*chat"),
         *("--merged-lora-runtime-aliases", "--merged-lora-source-dir", str(place.sources)),
+        "--merged-lora-check",
         *("--merged-lora-max-ad-hoc", str(MAX_AD_HOC), "--enable-prompt-tokens-details"),
         *("--worker-extension-cls", "faults.Faults"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"),
@@ -94,9 +99,9 @@ def sources() -> dict[str, Adapter]:
     from slots import OTHERS
 
     return {
-        "sql": tiny.make_adapter(1),
+        "sql": cases.calibrated(tiny.make_adapter(1)),
         "chat": tiny.make_adapter(2, scaling=1.0),
-        "tone": tiny.make_adapter(3),
+        "tone": cases.calibrated(tiny.make_adapter(3)),
         "attention": tiny.make_adapter(4, only="self_attn"),
         "keys": tiny.make_adapter(5, only="0.self_attn.k_proj"),
         "ends": random_adapter(OTHERS, 8, torch.bfloat16, 6, embeddings=["model.embed_tokens"]),

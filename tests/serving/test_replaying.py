@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 import tiny
 from gates import LONGEST, gate_with, register, worker
 from making import random_adapter
+from merged_lora.adapters import Adapter
 from merged_lora.calibration import CALIBRATION_NAME, Exchange
 from merged_lora.errors import CalibrationError, MergeError, SpecError, UnknownAdapterError
 from merged_lora.peft_files import WEIGHTS_NAME
@@ -395,7 +396,7 @@ def test_an_alias_whose_source_has_changed_is_replayed_again(tmp_path: Path) -> 
             await gate.ready(parse("sum(a)"), Lease())  # no alias
             await settled(gate)
             assert counts(registry) == {"kept": kept}
-            tiny.calibrate(tmp_path / "a", *A, scale=2.0)
+            tiny.calibrate(tmp_path / "a", *A, seed=kept)
             async with gate.sources.changes:
                 await gate.sources.serve("a", await gate.sources.copy(str(tmp_path / "a"), {}))
 
@@ -457,11 +458,11 @@ def test_a_likelihood_that_is_no_number_is_null(tmp_path: Path) -> None:
 def test_a_calibration_counts_within_the_memory_for_copies(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         tiny.make_adapter(seed).save(tmp_path / name)
-    plain = sum(file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors"))
-    sizes = [
-        tiny.make_adapter(seed).nbytes + tiny.calibrate(tmp_path / name, *A).nbytes
-        for seed, name in enumerate("ab")
-    ]
+        plain = (tmp_path / name / WEIGHTS_NAME).stat().st_size
+        tiny.calibrate(tmp_path / name, *A)
+    adapters = [Adapter.load(tmp_path / name) for name in "ab"]
+    assert all(adapter.nbytes > tiny.make_adapter(0).nbytes + 1000 for adapter in adapters)
+    sizes = [adapter.nbytes for adapter in adapters]
     merges = worker(limit=sum(sizes) - 1)
     first = merges.capture("one", [], str(tmp_path / "a"))
     assert first["nbytes"] == first["held"] == sizes[0]

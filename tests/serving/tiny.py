@@ -6,7 +6,7 @@ vLLM serves this architecture on all its routes for text, including the one for 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from making import random_adapter
 from merged_lora.adapters import Adapter
-from merged_lora.calibration import CALIBRATION_NAME, Calibration, Exchange, Inputs, write_calibration
+from merged_lora.bench import cases
+from merged_lora.calibration import CALIBRATION_NAME, Calibration, Exchange, write_calibration
 from merged_lora.peft_files import Header
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 64, 160, 2, 1, 2
@@ -44,6 +45,8 @@ _TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% e
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8")
 MAX_RANK = 16
 MAX_AD_HOC = 40
+CALIBRATED = ("sql", "tone")
+"""The adapters of a :class:`Place` that have a calibration."""
 
 SPECS = {
     "merged_sum": "0.7*sql + 0.3*chat - 0.2*tone",
@@ -62,6 +65,7 @@ SPECS = {
     "merged_core": "core_ties(sql, chat, tone, weights=auto)",
     "merged_ties_svd": "ties_svd(sql, chat, density=0.3)",
     "merged_sce_svd": "sce_svd(sql, chat, select_topk=0.4)",
+    "merged_regmean": "regmean(sql, 0.5*tone)",
 }
 """A merge for every path that a strategy may take, by the name under which its offline twin is served."""
 
@@ -113,26 +117,15 @@ def make_model(folder: Path) -> Path:
 
 
 def make_adapter(seed: int, rank: int = 8, only: str = "", scaling: float = 2.0) -> Adapter:
-    """A bfloat16 adapter of all modules, or of those whose name contains ``only``."""
+    """A bfloat16 adapter of all modules, or of those whose name contains ``only``, without a calibration."""
     modules = {name: shape for name, shape in MODULES.items() if only in name}
-    return random_adapter(
-        modules, rank, torch.bfloat16, seed, scaling, header=Header(base_model="tiny", task_type="CAUSAL_LM")
-    )
+    header = Header(base_model="tiny", task_type="CAUSAL_LM")
+    adapter = random_adapter(modules, rank, torch.bfloat16, seed, scaling, header=header)
+    return replace(adapter, calibration=None)
 
 
-def calibrate(folder: Path, *exchanges: Exchange, scale: float = 1.0) -> Calibration:
-    """Write a calibration beside the adapter in a folder, as if its modules' inputs were white noise.
-
-    scale: variance of the inputs.
-    """
-    adapter = Adapter.load(folder)
-    inputs = {
-        name: Inputs(
-            torch.full((1,), scale), torch.eye(1, f.shape[1]).half(), torch.full((f.shape[1],), scale)
-        )
-        for name, f in adapter.modules.items()
-    }
-    tokens = sum(len(e.prompt) for e in exchanges), sum(len(e.answer) for e in exchanges)
-    calibration = Calibration(inputs, adapter.digest, adapter.header.base_model, 8, tokens, exchanges)
+def calibrate(folder: Path, *exchanges: Exchange, seed: int = 0) -> None:
+    """Write a calibration of random inputs, with these exchanges, beside the adapter in a folder."""
+    calibration = cases.calibrated(Adapter.load(folder), seed, exchanges=exchanges).calibration
+    assert isinstance(calibration, Calibration)
     write_calibration(folder / CALIBRATION_NAME, calibration)
-    return calibration

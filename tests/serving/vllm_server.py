@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from merged_lora.bench.launcher import VllmServer
+from merged_lora.calibration import Exchange
 
 PROMPT = "The quick brown fox"
 
@@ -64,3 +65,13 @@ class Server(VllmServer):
         assert status == 200, reply
         values: list[float] = reply["choices"][0]["logprobs"]["token_logprobs"]
         return values
+
+    def exchange(self, model: str, prompt: list[int], tokens: int = 6) -> tuple[Exchange, list[float]]:
+        """A prompt of token ids with a greedy answer, and the log-probabilities of its tokens."""
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "return_token_ids": True}
+        body |= {"temperature": 0, "logprobs": 1, "ignore_eos": True}
+        status, reply = self.post("/v1/completions", body)
+        assert status == 200, reply
+        (choice,) = reply["choices"]
+        exchange = Exchange(tuple(prompt), tuple(choice["token_ids"]), fitted=False)
+        return exchange, choice["logprobs"]["token_logprobs"]
