@@ -79,9 +79,22 @@ def test_two_ranks_and_two_api_servers_serve_as_one(place: Place, server: Server
         assert several.logprobs("merged_sum") == several.logprobs(SPECS["merged_sum"]) == before
 
         # The key that guards every route guards ours.
-        for route, more in (("/v1/merged_lora", None), ("/v1/merged_lora/m", {"spec": "sum(sql)"})):
+        asked = {"spec": "sum(sql)"}
+        for route, more in (
+            ("/v1/merged_lora", None),
+            ("/v1/merged_lora/m", asked),
+            ("/v1/merged_lora/check", asked),
+        ):
             assert ask(several, route, more) == ask(several, route, more, "wrong") == 401
         assert several.delete("/v1/merged_lora/m")[0] == 404
+
+        # A replay finds what it finds with one process, and a refusal comes from every rank at once.
+        for spec in ("sum(sql)", "ties(sql, tone)"):
+            replies = [s.post("/v1/merged_lora/check", {"spec": spec})[1] for s in (several, server)]
+            for here, there in zip(*(reply["sources"] for reply in replies), strict=True):
+                assert here == {**there, "nll": pytest.approx(there["nll"], abs=1e-4)}
+        assert several.post("/v1/merged_lora/check", {"spec": "sum(chat)"})[0] == 400
+        assert several.logprobs("merged_sum") == before
 
         # An alias defined through one API server is known to the other, and both merge the same.
         assert several.post("/v1/merged_lora/shared", {"spec": "0.25*sql + tone"})[0] == 201

@@ -20,6 +20,7 @@ import vllm
 from vllm.lora import layers as lora_layers
 
 import install
+import tiny
 from merged_lora import vllm_plugin
 from merged_lora.bench.launcher import ENVIRONMENT, ServerDiedError
 from merged_lora.engine import merge
@@ -397,10 +398,11 @@ def serving(place: Place, root: Path, folder: Path, *flags: str) -> Server:
     """A server of the vLLM in a folder, with two adapters and the offline twin of SPEC."""
     adapters = {name: place.adapters[name] for name in ("sql", "chat")}
     merge(SPEC, adapters, rank=MAX_RANK).save(root / "twin")
+    (root / "sources").mkdir()
     return Server(
         place.model,
         *(*FLAGS, *LORA, "--enable-merged-lora", *modules({**adapters, "twin": root / "twin"}), *flags),
-        "--enable-log-requests",
+        *("--merged-lora-source-dir", str(root / "sources"), "--enable-log-requests"),
         log=root / "server.log",
         environment=python_path(folder),
     )
@@ -420,6 +422,21 @@ def other(
 def test_another_release_serves_a_merge_like_its_offline_twin(other: Server) -> None:
     assert other.logprobs(SPEC) == other.logprobs("twin")
     assert other.logprobs(SPEC) not in (other.logprobs("sql"), other.logprobs("chat"))
+
+
+@pytest.mark.engine
+def test_another_release_replays_a_merge(other: Server) -> None:
+    source = other.log.parent / "sources" / "own"
+    tiny.make_adapter(51).save(source)
+    answers = [other.exchange("sum(own)", [5 + 7 * i, 11, 40 + i]) for i in range(8)]
+    tiny.calibrate(source, *(exchange for exchange, _ in answers))
+    likelihood = [value for _, logprobs in answers for value in logprobs]
+    status, reply = other.post("/v1/merged_lora/check", {"spec": "sum(own)"})
+    assert status == 200, reply
+    (own,) = reply["sources"]
+    assert (own["kept"], own["total"], own["lost"]) == (8, 8, False)
+    assert own["nll"] == pytest.approx(-sum(likelihood) / len(likelihood), abs=1e-4)
+    assert other.post("/v1/merged_lora/check", {"spec": "-1*own"})[1]["lost"] == ["own"]
 
 
 @pytest.mark.engine

@@ -85,6 +85,11 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "LoRAModelManager.remove_adapter",
     ),
     "lora/peft_helper.py": ("PEFTHelper",),
+    "lora/punica_wrapper/punica_base.py": (
+        "PunicaWrapperBase.sampler_indices",
+        "PunicaWrapperBase.token_lora_indices",
+    ),
+    "lora/punica_wrapper/punica_cpu.py": ("PunicaWrapperCPU.add_lora_logits",),
     "lora/request.py": ("LoRARequest",),
     "lora/utils.py": (
         "get_adapter_absolute_path",
@@ -96,13 +101,16 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
     "plugins/__init__.py": ("load_general_plugins",),
     "utils/gpu_sync_debug.py": ("gpu_sync_allowed",),
     "v1/core/kv_cache_utils.py": ("_gen_lora_extra_hash_keys",),
-    "v1/engine/async_llm.py": ("AsyncLLM.collective_rpc",),
+    "v1/engine/async_llm.py": ("AsyncLLM.collective_rpc", "AsyncLLM.generate"),
     "v1/engine/core_client.py": ("AsyncMPClient._call_utility_async", "AsyncMPClient.collective_rpc_async"),
+    "v1/engine/logprobs.py": ("LogprobsProcessor._update_prompt_logprobs",),
     "v1/executor/multiproc_executor.py": ("MultiprocExecutor.collective_rpc",),
     "v1/executor/uniproc_executor.py": ("UniProcExecutor.collective_rpc",),
     "v1/metrics/stats.py": ("LoRARequestStates",),
     "v1/utils.py": ("APIServerProcessManager", "wait_for_completion_or_failure"),
     "v1/worker/gpu/lora_utils.py": ("LoraState",),
+    "v1/worker/gpu/sample/prompt_logprob.py": ("PromptLogprobsWorker.compute_prompt_logprobs",),
+    "v1/worker/gpu_model_runner.py": ("GPUModelRunner._get_prompt_logprobs_dict",),
     "v1/worker/lora_model_runner_mixin.py": (
         "LoRAModelRunnerMixin._set_active_loras",
         "LoRAModelRunnerMixin.add_lora",
@@ -114,6 +122,7 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
 CALLED = frozenset(
     {
         *("_check_model", "_load_adapter", "_maybe_get_adapters", "_request_update", "activate_adapter"),
+        "add_lora_logits",
         *("init_static_loras", "load_lora_adapter", "show_available_models", "unload_lora_adapter"),
         *("wait_for_completion_or_failure",),
     }
