@@ -93,6 +93,12 @@ def test_what_was_said_once_is_not_said_again_in_another_process() -> None:
     assert (list(settings.aliases), settings.max_sources) == (["mix"], 3)
 
 
+def test_replays_are_an_affair_of_api_servers() -> None:
+    config = configured("--enable-merged-lora", "--merged-lora-check")
+    assert Settings.of(config).check
+    assert Settings.of(config).to_config(api_server=False) == {"enable": True}
+
+
 def test_api_servers_share_a_file_where_aliases_may_change() -> None:
     config = configured("--enable-merged-lora", "--merged-lora-runtime-aliases")["merged_lora"]
     store = Path(config["alias_store"])
@@ -151,6 +157,8 @@ def test_settings_travel_and_leave_behind_what_is_not_for_an_engine(tmp_path: Pa
         ({"source_dir": "/no/such/folder"}, "must be a folder that exists, got '/no/such/folder'"),
         ({"source_dir": "a\0b"}, "a folder that exists"),
         ({"runtime_aliases": 1}, "true or false"),
+        ({"check": 1}, "true or false"),
+        ({"aliases": {"check": "sum(a)"}}, "POST /v1/merged_lora/check is a route; take another name"),
     ],
 )
 def test_malformed_settings_are_refused(given: object, words: str) -> None:

@@ -192,7 +192,7 @@ class MergeGate:
     async def check(self, spec: MergeSpec) -> LiveMerge:
         """A merge with its replay, which is done at most once; raises MergeError.
 
-        spec: the merge; an alias alone stands for its merge.
+        spec: the merge; an alias alone means its merge.
 
         Raises CalibrationError if a source has no answers to replay, and BusyError if too many replays wait.
         """

@@ -65,18 +65,19 @@ class Replays:
 
         Raises UnknownAdapterError if a copy is gone already, and whatever the engine raises.
         """
-        async with self._turn:
-            # All of them before the first request: the engine may need every copy to serve the merge.
-            found = [
-                await self._asked(key, name, identity.spec.strategy)
-                for name, key in zip(identity.spec.names, identity.contents, strict=True)
-            ]
-            return tuple(
-                [
-                    await self._replayed(identity, name, exchanges)
-                    for name, exchanges in zip(identity.spec.names, found, strict=True)
+        names = identity.spec.names
+        try:
+            async with self._turn:
+                # All of them before the first request: the engine may need every copy to serve the merge.
+                found = [
+                    await self._asked(key, name, identity.spec.strategy)
+                    for name, key in zip(names, identity.contents, strict=True)
                 ]
-            )
+                pairs = zip(names, found, strict=True)
+                return tuple([await self._replayed(identity, name, exchanges) for name, exchanges in pairs])
+        except Exception:
+            self._metrics.checks.labels("failed").inc()
+            raise
 
     async def _asked(
         self, key: str, name: str, strategy: str
@@ -98,18 +99,15 @@ class Replays:
     async def _replayed(
         self, identity: MergeIdentity, name: str, exchanges: list[tuple[Tokens, Tokens]] | CalibrationError
     ) -> Survival | NotReplayed:
-        result = "failed"
-        try:
-            if isinstance(exchanges, CalibrationError):
-                return NotReplayed(name, exchanges)
-            places = asyncio.Semaphore(AT_ONCE)
+        if isinstance(exchanges, CalibrationError):
+            self._metrics.checks.labels("failed").inc()
+            return NotReplayed(name, exchanges)
+        places = asyncio.Semaphore(AT_ONCE)
 
-            async def run(prompt: Tokens, answer: Tokens) -> Replayed:
-                async with places:
-                    return await self._run(identity, prompt, answer)
+        async def run(prompt: Tokens, answer: Tokens) -> Replayed:
+            async with places:
+                return await self._run(identity, prompt, answer)
 
-            found = survival(name, await asyncio.gather(*(run(*exchange) for exchange in exchanges)))
-            result = "lost" if found.lost else "kept"
-            return found
-        finally:
-            self._metrics.checks.labels(result).inc()
+        found = survival(name, await asyncio.gather(*(run(*exchange) for exchange in exchanges)))
+        self._metrics.checks.labels("lost" if found.lost else "kept").inc()
+        return found

@@ -133,8 +133,8 @@ async def _on_every_worker(engine_client: Any, method: str, arguments: tuple[Any
 async def rate(engine_client: Any, identity: MergeIdentity, prompt: Tokens, answer: Tokens) -> Replayed:
     """How a merge takes an answer: one request like any other, whose prompt is the prompt with its answer.
 
-    A token of the answer is kept if no token is more likely, so that a tie in 16 bits is no loss.  Raises
-    CalibrationError if vLLM refuses the token ids, and MergeError if it does not rate prompts here.
+    A token of the answer is kept if no other is more likely, so that a tie in 16 bits does not count as a
+    loss.  Raises CalibrationError if vLLM refuses the token ids, and MergeError if it rates no prompts here.
     """
     config = engine_client.vllm_config.model_config
     if config.runner_type != "generate":
@@ -150,14 +150,13 @@ async def rate(engine_client: Any, identity: MergeIdentity, prompt: Tokens, answ
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    name = f"merged-lora-check-{uuid.uuid4().hex}"
-    text = tokens_input([*prompt, *answer])
+    text, name = tokens_input([*prompt, *answer]), f"merged-lora-check-{uuid.uuid4().hex}"
+    rating = engine_client.generate(text, params, name, lora_request=lora_request(identity))
     try:
-        (output,) = [
-            o async for o in engine_client.generate(text, params, name, lora_request=lora_request(identity))
-        ]
+        outputs = [output async for output in rating]
     except (VLLMClientError, ValueError) as error:
         raise CalibrationError(f"vLLM refuses the prompts of a calibration: {error}") from None
+    (output,) = outputs
     rated = output.prompt_logprobs[len(prompt) :]
     own = [tokens[token].logprob for token, tokens in zip(answer, rated, strict=True)]
     best = [max(entry.logprob for entry in tokens.values()) for tokens in rated]
