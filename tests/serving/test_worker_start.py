@@ -77,7 +77,7 @@ def test_unless_it_is_said_there_is_room_for_the_sources_of_any_merge(
     with pytest.raises(PlanError, match="gpu-gib") as refused:
         room.load(largest[: count + 1])
     assert backend.reason in str(refused.value)
-    each = f"{largest[0].nbytes / 2**30:.3g}"
+    each = f"{sum(f.nbytes for f in largest[0].modules.values()) / 2**30:.3g}"
     assert " + ".join([each] * (count + 1)) in str(refused.value)
 
 
