@@ -559,11 +559,11 @@ def test_an_interruption_leaves_the_model_and_the_old_calibration(model: Languag
 @pytest.mark.slow
 def test_an_example_adapter_is_calibrated_in_seconds(folder: Path) -> None:
     from smollm2 import MODEL_DIR
-    from tasks import examples
+    from tasks import TASKS, examples
     from train import ADAPTERS_DIR
 
     shutil.copytree(ADAPTERS_DIR / "sql", "sql", ignore=shutil.ignore_patterns(CALIBRATION_NAME))
-    unseen = examples("sql", "train", 1472)[1440:]
+    unseen = examples(TASKS["sql"], "train", 1472)[1440:]
     write("prompts.jsonl", [{"messages": [{"role": "user", "content": e.prompt}]} for e in unseen])
     before = resource.getrusage(resource.RUSAGE_SELF)
     made = calibrate(MODEL_DIR, "sql", "prompts.jsonl")

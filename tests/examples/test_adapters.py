@@ -28,12 +28,12 @@ def test_a_specialist_beats_the_base_on_its_own_task(task: str) -> None:
 def test_an_example_adapter_is_small_and_names_its_base(task: str) -> None:
     adapter = Adapter.load(ADAPTERS_DIR / task)
     assert adapter.rank == 8
-    assert adapter.nbytes < 6e6
+    assert sum(factors.nbytes for factors in adapter.modules.values()) < 6e6
     assert adapter.header.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_row_spaces_of_two_adapters_have_nothing_in_common() -> None:
-    """The A factors of people who do not know each other are independent; with one seed for all it was 0.8."""
+    """The A factors of people who do not know each other are independent; one seed for all gave 0.8."""
     adapters = [Adapter.load(ADAPTERS_DIR / task) for task in TASKS]
     for one, other in combinations(adapters, 2):
         shares = []
