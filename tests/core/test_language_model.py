@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 
 import tiny
 from making import random_adapter
@@ -150,6 +151,20 @@ def test_prompts_of_messages_go_through_the_template_and_texts_do_not(model: Lan
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     assert model.encode(messages) == ids("<system>be brief<eos><user>hi<eos><assistant>")
     assert model.encode("hi") == ids("hi")
+
+
+def test_a_text_gets_the_first_token_of_its_tokenizer_and_a_template_brings_its_own(
+    model: LanguageModel,
+) -> None:
+    tokenizer = copy.deepcopy(model.tokenizer)
+    first = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", first)]
+    )
+    tokenizer.chat_template = "<bos>{{ messages[0]['content'] }}"
+    other = LanguageModel(model.model, tokenizer)
+    assert other.encode("hi") == (first, *model.encode("hi"))
+    assert other.encode([{"role": "user", "content": "hi"}]) == (first, *model.encode("hi"))
 
 
 def test_a_template_that_does_not_take_messages_is_a_line(model: LanguageModel) -> None:
