@@ -181,7 +181,7 @@ def test_an_alias_given_at_the_start_was_checked_as_far_as_it_could_be(server: S
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({"spec": "sum(chat)"}, 400, "make one with: merged-lora calibrate"),
+        ({"spec": "2.5*chat"}, 400, "make one with: merged-lora calibrate"),
         ({"spec": "sum(nobody)"}, 404, "unknown adapter 'nobody'"),
         ({"spec": "sum(mix, sql)"}, 400, "itself a merge"),
         ({"spec": "linear(sql, wide)"}, 400, "equal ranks"),
