@@ -18,6 +18,8 @@ class Sketch:
 
     The diagonal is exact.  The rest is exact while there are at most ``4 * kept`` inputs.  Whenever there
     are more, all are replaced by their ``kept`` leading directions, which is what bounds the memory.
+    With 557 and with 2246 inputs of each module of SmolLM2-135M with an adapter, 32 pairs of a sketch that
+    keeps 64 hold at least 99.93 % of what the 32 exact pairs hold.
 
     width:      of an input.
     components: number of eigenpairs that will be asked for.
