@@ -7,6 +7,7 @@ model is loaded.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,9 +63,10 @@ class LanguageModel:
         try:
             tokenizer = make_tokenizer.from_pretrained(name)
             model = make_model.from_pretrained(name, dtype="auto" if on_gpu else torch.float32)
+            model = model.to("cuda" if on_gpu else "cpu").eval()  # which may not fit into the GPU's memory
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise CalibrationError(f"cannot load the model {os.fspath(name)}: {_line(error)}") from None
-        return cls(model.to("cuda" if on_gpu else "cpu").eval(), tokenizer)
+        return cls(model, tokenizer)
 
     @property
     def context(self) -> int:
@@ -255,7 +257,7 @@ def _kind(shape: tuple[int, int] | None, embedding: bool) -> str:
 
 def _addition(factors: Factors, module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """From the input of a module to what the factors add to its output, in float32."""
-    device = next(module.parameters()).device
+    device = next(itertools.chain(module.parameters(), module.buffers())).device  # quantized, only buffers
     a = factors.a.to(device, torch.float32)
     b = factors.scaling * factors.b.to(device, torch.float32)
     if not factors.embedding:

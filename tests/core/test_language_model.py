@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny
 from making import random_adapter
@@ -74,6 +75,44 @@ def test_factors_that_are_worn_do_what_peft_does(place: Path, model: LanguageMod
             worn, logits(peft, ids), rtol=0, atol=64 * 2**-24 * float(worn.abs().max())
         )
         assert float((worn - bare).abs().max()) > 0.1 * float(worn.abs().max())
+
+
+def test_factors_of_a_model_with_transposed_weights_do_what_peft_does(tmp_path: Path) -> None:
+    make: Any = GPT2LMHeadModel
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, initializer_range=0.2)
+    gpt2 = make(config).eval()
+    modules = {"transformer.h.0.attn.c_attn": (96, 32), "transformer.h.0.mlp.c_proj": (32, 128)}
+    adapter = random_adapter(modules, header=Header("gpt2", "CAUSAL_LM", fan_in_fan_out=True))
+    adapter.save(tmp_path / "a")
+    with LanguageModel(gpt2, None).wearing(adapter.modules):
+        worn = logits(gpt2, (5, 6, 7))
+    bare = logits(gpt2, (5, 6, 7))
+    peft = logits(PeftModel.from_pretrained(gpt2, tmp_path / "a"), (5, 6, 7))
+    torch.testing.assert_close(worn, peft, rtol=0, atol=64 * 2**-24 * float(worn.abs().max()))
+    assert float((worn - bare).abs().max()) > 0.1 * float(worn.abs().max())
+
+
+class Packed(torch.nn.Module):
+    """A linear module that holds its weights in a buffer, as quantized ones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 6, 5
+        self.register_buffer("packed", torch.zeros(15, dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(len(x), 5)
+
+
+def test_a_module_that_has_no_parameters_wears_factors() -> None:
+    adapter = random_adapter({"0": (5, 6)})
+    packed = torch.nn.Sequential(Packed())
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    with LanguageModel(packed, None).wearing(adapter.modules):
+        torch.testing.assert_close(
+            packed(x).double(), x.double() @ adapter.modules["0"].delta().T, rtol=0, atol=1e-5
+        )
 
 
 def test_an_embedding_that_scales_its_outputs_scales_what_is_added(model: LanguageModel) -> None:
