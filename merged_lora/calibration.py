@@ -112,7 +112,9 @@ class Calibration:
         base_model: the base model that its configuration names.
         """
         if self.adapter != adapter:
-            raise CalibrationError("it was made for other weights than the adapter has now")
+            raise CalibrationError(
+                "it was made for other weights than the adapter has now, calibrate it again"
+            )
         if self.base_model != base_model:
             raise CalibrationError(f"it was made on {self.base_model}, the adapter is for {base_model}")
         differing = sorted(self.inputs.keys() ^ modules.keys())

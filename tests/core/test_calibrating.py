@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 from collections.abc import Sequence
@@ -100,7 +101,11 @@ def second_moments(model: LanguageModel, calibration: Calibration) -> dict[str, 
     return found
 
 
-def test_inputs_are_the_second_moments_that_numpy_finds(model: LanguageModel, folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_are_the_second_moments_that_numpy_finds(
+    model: LanguageModel, folder: Path, dtype: torch.dtype
+) -> None:
+    model = LanguageModel(copy.deepcopy(model.model).to(dtype), model.tokenizer)
     made = calibrated(model, components=64)
     for name, expected in second_moments(model, made).items():
         inputs = made.inputs[name]
@@ -391,6 +396,21 @@ def test_prompts_of_all_forms_are_read_in_order_and_repeated_ones_once(
     assert [r.getMessage() for r in caplog.records] == [
         "prompts.jsonl: 3 distinct prompts are used, 8 were asked for"
     ]
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: json.dumps(text).encode()))
+def test_any_bytes_are_prompts_or_one_line_of_an_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.jsonl"
+    file.write_bytes(data)
+    try:
+        prompts = [prompt for _, prompt in prompts_module.read_prompts(file)]
+    except CalibrationError as caught:
+        error = str(caught)
+        assert re.fullmatch(r".*any\.jsonl, line \d+: [^\n]+", error)
+    else:
+        assert all(isinstance(prompt, str) and prompt.encode() for prompt in prompts)
 
 
 def test_no_more_of_a_file_is_read_than_is_needed(model: LanguageModel, folder: Path) -> None:
