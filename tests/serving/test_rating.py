@@ -8,12 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from merged_lora.errors import CalibrationError, MergeError
 from merged_lora.replay import Replayed
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.hooks.api_server import rate
+from merged_lora.vllm_plugin.hooks.worker import wrap_add_lora_logits
+from merged_lora.vllm_plugin.hooks.wrapping import ATTRIBUTE
 from merged_lora.vllm_plugin.identity import MergeIdentity
 
 MERGE = MergeIdentity(parse("ties(a, b)"), ("0" * 32, "1" * 32))
@@ -94,3 +99,43 @@ def test_what_vllm_refuses_is_a_fault_of_the_calibration() -> None:
 
     with pytest.raises(CalibrationError, match=r"vLLM refuses the prompts of a calibration: .*vocabulary"):
         rated(Refusing([]))
+
+
+# The output heads of a batch, on the CPU
+
+
+@pytest.fixture
+def batch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's operators for a batch of three tokens with the first adapter and four with the second."""
+    original = vars(PunicaWrapperCPU)["add_lora_logits"]
+    monkeypatch.setattr(PunicaWrapperCPU, "add_lora_logits", wrap_add_lora_logits(original))
+    punica = PunicaWrapperCPU(16, 4, "cpu")
+    setattr(punica, ATTRIBUTE, True)
+    mapping = LoRAMapping((11, 11, 11, 12, 12, 12, 12), (11, 12), is_prefill=True)
+    punica.update_metadata(mapping, [11, 12], 2, 8)
+    return punica
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(0, 1), slice(0, 2), slice(3, 5), slice(3, 6), slice(1, 4), slice(0, 7)]
+)
+def test_each_row_of_a_prompt_gets_the_output_head_of_its_own_adapter(batch: Any, rows: slice) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 6, generator=generator)
+    a = torch.randn(2, 1, 4, 6, generator=generator)
+    b = torch.randn(2, 1, 8, 4, generator=generator)
+    logits = torch.zeros(7, 8)[rows]
+    batch.add_lora_logits(logits, hidden[rows], a, b, 1.0)
+    for row, token in zip(logits, range(7)[rows], strict=True):
+        slot = 0 if token < 3 else 1
+        torch.testing.assert_close(row, b[slot, 0] @ (a[slot, 0] @ hidden[token]))
+    sampled = torch.zeros(2, 8)
+    batch.add_lora_logits(sampled, hidden[[2, 6]], a, b, 1.0)
+    for row, token, slot in zip(sampled, (2, 6), (0, 1), strict=True):
+        torch.testing.assert_close(row, b[slot, 0] @ (a[slot, 0] @ hidden[token]))
+
+
+def test_without_an_output_head_logits_stay_as_they_are(batch: Any) -> None:
+    logits = torch.full((3, 8), 0.5)
+    batch.add_lora_logits(logits, torch.ones(7, 6)[3:6], torch.zeros(2, 1, 4, 6), torch.ones(2, 1, 8, 4), 1.0)
+    assert logits.eq(0.5).all()

@@ -199,15 +199,22 @@ def wrap_add_lora_logits(original: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(original)
-    def add_lora_logits(self: Any, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def add_lora_logits(
+        self: Any, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
         rows, sampled = x.shape[0], self.indices_len[1]
-        if rows == sampled or not getattr(self, ATTRIBUTE, False):
-            return original(self, y, x, *args, **kwargs)
+        are_sampled = rows == sampled and x.nbytes == x.untyped_storage().nbytes()  # gathered, not a slice
+        if are_sampled or not getattr(self, ATTRIBUTE, False):
+            return original(self, y, x, lora_a_stacked, *args, **kwargs)
+        if (
+            not lora_a_stacked.any()
+        ):  # no output head at all: B alone is gigabytes when repeated for every row
+            return None
         first = x.storage_offset() // x.shape[1]  # x is a slice of the hidden states of all tokens
         slots, self._sampler_indices = self._sampler_indices, self.token_lora_indices[first:]
         self.indices_len[1] = rows
         try:
-            return original(self, y, x, *args, **kwargs)
+            return original(self, y, x, lora_a_stacked, *args, **kwargs)
         finally:
             self._sampler_indices, self.indices_len[1] = slots, sampled
 
