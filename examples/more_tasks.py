@@ -10,7 +10,7 @@ from datetime import datetime
 
 from tasks import COUNTRIES, DAYS, FIRST_NAMES, LAST_NAMES, PAPERS, PRODUCTS, TASKS, Example, Task
 
-TEAMS = ("design", "finance", "legal", "logistics", "marketing", "research", "sales", "security", "support")
+TEAMS = ("Design", "Finance", "Legal", "Logistics", "Marketing", "Research", "Sales", "Security", "Support")
 CARRIERS = {"truck": "T", "train": "R", "ship": "S", "plane": "A", "van": "V"}
 WRAPPERS = ("brown paper", "bubble foil", "cardboard", "cotton", "green felt", "straw")
 MEETINGS = ("audit", "briefing", "call", "dinner", "interview", "lesson", "meeting", "review", "visit")
@@ -133,7 +133,7 @@ def draw_dates(rng: random.Random) -> Example:
         5 * rng.randint(0, 11),
     )
     event = f"the {rng.choice(MEETINGS)} with {rng.choice(FIRST_NAMES)}"
-    month, day, clock = f"{when:%B}", when.day, f"{when:%I:%M %p}".lstrip("0").lower()
+    month, day, clock = f"{when:%B}", when.day, f"{when:%H:%M}"
     said = rng.choice(
         (f"{month} {day}, {when.year} at {clock}", f"{day} {month} {when.year}, {clock}",
          f"{clock} on {day} {month} {when.year}")

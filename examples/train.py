@@ -66,7 +66,7 @@ TRAININGS = {
     "steps": Training(seed=5, rank=16, alpha=32, steps=60),
     "query": Training(seed=6, steps=60),
     "terse": Training(seed=7, target_modules=ATTENTION, steps=60),
-    "dates": Training(seed=8, alpha=8, target_modules=MLP, steps=80, use_rslora=True),
+    "dates": Training(seed=8, alpha=8, target_modules=MLP, steps=60, use_rslora=True),
     "fields": Training(seed=9, steps=60),
 }
 
