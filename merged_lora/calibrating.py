@@ -101,7 +101,10 @@ def measure(
     components: int,
     progress: Progress,
 ) -> dict[str, Inputs]:
-    """The inputs that modules have while a model runs over exchanges, by module name.
+    """The inputs that a model's linear modules have while it runs over exchanges, by module name.
+
+    All of them are measured, because a merge may change those that the adapter leaves alone.  The output
+    layer, embeddings and experts are measured only if the adapter has them.
 
     Half of the weight is the mean over the tokens of all prompts, half the mean over the positions that
     predict the tokens of all answers.  Modules that are given the same tensor share one object.  One that
@@ -115,11 +118,13 @@ def measure(
     """
     asked = sum(len(each.prompt) for each in exchanges)
     answered = sum(len(each.answer) for each in exchanges)
-    recorder = _Recorder(modules, components)
+    widths = {name: (factors.shape[1], factors.embedding) for name, factors in modules.items()}
+    widths |= {name: (width, False) for name, width in model.linear_modules() if name not in modules}
+    recorder = _Recorder(widths, components)
     head = model.model.get_output_embeddings()
     # The output layer is the largest of all. It runs for all tokens only if its inputs are asked for.
     keep = 0 if any(model.model.get_submodule(name) is head for name in modules) else 1
-    with model.watching(modules, recorder.see):
+    with model.watching(widths, recorder.see):
         for each in exchanges:
             weights = torch.zeros(len(each.prompt) + len(each.answer) - 1, dtype=torch.float64)
             weights[: len(each.prompt)] += 0.5 / asked
@@ -133,12 +138,12 @@ def measure(
 class _Recorder:
     """A sketch for each distinct input of a model's modules.
 
-    modules:    of the adapter.
+    widths:     number of inputs of each module, and whether it is an embedding.
     components: how many eigenpairs to keep.
     """
 
-    def __init__(self, modules: Mapping[str, Factors], components: int) -> None:
-        self.modules = modules
+    def __init__(self, widths: Mapping[str, tuple[int, bool]], components: int) -> None:
+        self.widths = widths
         self.components = components
         self.sketches: dict[str, Sketch | TokenCounts] = {}
         self.leaders: dict[str, str] = {}
@@ -159,13 +164,12 @@ class _Recorder:
             raise CalibrationError(f"{name} has the inputs of {self.leaders[name]} at some times only")
         if leader != name:
             return
-        factors = self.modules[name]
+        size, embedding = self.widths[name]
         if name not in self.sketches:
-            size = factors.shape[1]
             self.sketches[name] = (
-                TokenCounts(size, x.device) if factors.embedding else Sketch(size, self.components, x.device)
+                TokenCounts(size, x.device) if embedding else Sketch(size, self.components, x.device)
             )
-        rows = x.reshape(-1) if factors.embedding else x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1) if embedding else x.reshape(-1, x.shape[-1])
         weights = self.weights.to(x.device)
         if len(rows) != len(weights):  # an expert has some of the tokens, and it is not known which
             weights = weights.mean().expand(len(rows))
@@ -174,20 +178,20 @@ class _Recorder:
     def inputs(self) -> dict[str, Inputs]:
         """What was seen of the inputs of each module; raises CalibrationError."""
         found: dict[str, Inputs] = {}
-        for name, factors in self.modules.items():
+        for name in self.widths:
             leader = self.leaders.get(name, name)
             if leader not in found:
                 try:
-                    found[leader] = self._result(leader, factors)
+                    found[leader] = self._result(leader)
                 except CalibrationError as error:
                     raise CalibrationError(f"the inputs of {name} hold {error}") from None
             found[name] = found[leader]
-        return {name: found[name] for name in self.modules}
+        return {name: found[name] for name in self.widths}
 
-    def _result(self, leader: str, factors: Factors) -> Inputs:
+    def _result(self, leader: str) -> Inputs:
         if leader in self.sketches:
             return self.sketches[leader].result()
-        width = factors.shape[1]
+        width, _ = self.widths[leader]
         return Inputs(torch.zeros(0), torch.zeros(0, width, dtype=torch.float16), torch.zeros(width))
 
 

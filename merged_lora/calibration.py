@@ -69,7 +69,8 @@ class Exchange:
 class Calibration:
     """What was measured of one adapter.
 
-    inputs:     by module name; modules that have the same inputs share one object.
+    inputs:     by module name; modules that have the same inputs share one object.  Modules that the adapter
+                lacks are among them, because other adapters may disturb it there.
     adapter:    digest of the adapter's weights.
     base_model: name of the model that it was measured on, as the adapter names it.
     prompts:    number of prompts that the inputs were measured on.
@@ -117,9 +118,9 @@ class Calibration:
             )
         if self.base_model != base_model:
             raise CalibrationError(f"it was made on {self.base_model}, the adapter is for {base_model}")
-        differing = sorted(self.inputs.keys() ^ modules.keys())
-        if differing:
-            raise CalibrationError(f"it has other modules than the adapter: {listed(differing)}")
+        missing = sorted(modules.keys() - self.inputs.keys())
+        if missing:
+            raise CalibrationError(f"it lacks modules of the adapter: {listed(missing)}")
         for name, factors in modules.items():
             width, there = factors.shape[1], self.inputs[name].rest.shape[0]
             if there != width:

@@ -101,6 +101,14 @@ class LanguageModel:
                     f"and {_kind(factors.shape, factors.embedding)} in the adapter"
                 )
 
+    def linear_modules(self) -> Iterator[tuple[str, int]]:
+        """Name and number of inputs of each linear module but the output layer and those in experts."""
+        head = self.model.get_output_embeddings()
+        for name, module in self.model.named_modules():
+            shape, embedding = _shape(module)
+            if shape is not None and not embedding and module is not head and ".experts." not in name:
+                yield name, shape[1]
+
     @contextmanager
     def wearing(self, modules: Mapping[str, Factors]) -> Iterator[None]:
         """Add these deltas to the outputs of the model's modules, in float32; raises CalibrationError."""

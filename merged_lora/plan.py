@@ -312,7 +312,7 @@ class OutputModule:
 
     sources:   factors of the sources that have the module.
     present:   their indices in the plan's sources.
-    inputs:    what the inputs of each source look like.
+    inputs:    what the inputs of each source look like, and then of those that lack the module.
     scalings:  one float32 value per source.
     weights:   what the outputs of each source are multiplied by, float32 values.
     shrink:    share of the inputs' correlations that is kept.

@@ -310,10 +310,23 @@ class _Planner:
     ) -> OutputModule:
         settings = self._settings
         weights = [settings.scale * w for w in self._weights(name, present)]
+        absent = [i for i in range(len(self._sources)) if i not in present]
+        bystanders = {settings.names[i]: self._calibrations[i].inputs.get(name) for i in absent}
+        for source, inputs in bystanders.items():
+            width = factors[0].shape[1] if inputs is None else inputs.rest.shape[0]
+            if width != factors[0].shape[1]:
+                there, first = factors[0].shape[1], settings.names[present[0]]
+                raise PlanError(
+                    f"{name} takes {width} inputs in the calibration of {source} and {there} in {first}: "
+                    "these adapters belong to different base models"
+                )
         return OutputModule(
             sources=factors,
             present=present,
-            inputs=tuple([self._calibrations[i].inputs[name] for i in present]),
+            inputs=(
+                *(self._calibrations[i].inputs[name] for i in present),
+                *(inputs for inputs in bystanders.values() if inputs is not None),
+            ),
             scalings=tuple([as_float32(f.scaling) for f in factors]),
             weights=tuple(map(as_float32, weights)),
             shrink=settings.shrink,

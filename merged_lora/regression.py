@@ -48,14 +48,15 @@ def fitted(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Factors of the delta dW of a rank that minimizes ``sum_i c_i |(dW - weights[i] dW_i) X_i|^2``.
 
-    X_i are the inputs of source i, ``dW_i = scalings[i] B_i A_i``, and ``c_i`` is ``|dW_i X_i|^(-2 BALANCE)``
-    relative to the mean.  A source that changes nothing on its own inputs has no say.  If no token of any
-    source ever reached the module, all inputs count alike.
+    X_i are the inputs of source i, ``dW_i = scalings[i] B_i A_i`` and ``c_i = |dW_i X_i|^(-2 BALANCE)``,
+    relative to the mean.  A source that leaves its own inputs alone, above all one that lacks the module,
+    wants them left alone: its ``c_i`` follows from the mean of what the others would do to them.  A source
+    whose tokens never reach the module has no say.  If that is true of all sources, all inputs count alike.
 
     a:        for each source ``[modules, rank_i, in]``, any float dtype.
     b:        for each source ``[modules, out, rank_i]``, any float dtype.
     scalings: float64 ``[modules, sources]``.
-    moments:  of each source.
+    moments:  of each source, and then of those that lack the module.
     weights:  what each source's target is multiplied by, float64 ``[modules, sources]``.
     shrink:   the eigenvalues are multiplied by it, and the diagonal gets what they lose.
     rank:     of the factors, at most the sum of ranks; a smaller one is cut in the norm that is minimized.
@@ -63,37 +64,24 @@ def fitted(
     Returns ``A [modules, rank, in]`` and ``B [modules, out, rank]`` in float64 and, if the rank was cut, the
     squares kept and asked for, float64 ``[modules, 2]``.
     """
+    for _ in range(len(moments) - len(a)):  # lacking the module is having it with rank 0
+        a, b = [*a, a[0][:, :0]], [*b, b[0][:, :, :0]]
+    missing = len(moments) - scalings.shape[1]
+    scalings, weights = (torch.nn.functional.pad(x, (0, missing)) for x in (scalings, weights))
     ranks, counts = [x.shape[1] for x in a], [x.vectors.shape[1] for x in moments]
     joined_b = joined(b, 2)  # [M, out, R]
     gram_b = multiplied(joined_b.mT, joined_b)  # [M, R, R]
-    target = joined(a, 1).mul_(per_column(scalings, ranks)[:, :, None])  # [M, R, in]; becomes T
+    rows = joined(a, 1).mul_(per_column(scalings, ranks)[:, :, None])  # [M, R, in]
     roots = joined([x.vectors for x in moments], 1)  # [M, K, in]; becomes F
-    diagonals, squares = [], []
-    parts = zip(
-        moments,
-        torch.split(target, ranks, dim=1),
-        torch.split(roots, counts, dim=1),
-        _blocks(gram_b, ranks),
-        strict=True,
-    )
-    unseen = torch.stack([x.rest.sum(1) + x.values.sum(1) for x in moments]).sum(0) == 0.0  # [M]
-    for each, rows, root, gram in parts:
-        root.mul_(each.values.double().sqrt()[:, :, None])
-        moved = (1.0 - shrink) * root.square().sum(1)  # [M, in]
-        root.mul_(shrink**0.5)
-        diagonal = torch.where(unseen[:, None], 1.0, each.rest.double() + moved)
-        # A_i G_i for the second moment G_i of the inputs, and the squared outputs |B_i A_i X_i|^2.
-        product = (rows * diagonal[:, None, :]).baddbmm_(multiplied(rows, root.mT), root)
-        squares.append((gram * multiplied(product, rows.mT)).sum((1, 2)).clamp(min=0.0))
-        rows.copy_(product)
-        diagonals.append(diagonal)
-    say = inverses(torch.stack(squares, dim=1).pow(BALANCE))  # c, [M, N]
-    say = say * (len(ranks) * inverses(say.sum(1, keepdim=True)))
+    diagonals = _prepared(moments, torch.split(roots, counts, dim=1), shrink)  # [M, N, in]
+    seen = multiplied(rows, roots.mT)  # [M, R, K]
+    say = _say(rows, seen, diagonals, gram_b, ranks, counts)  # c, [M, N]
+    target = _outputs(rows, seen, diagonals, roots, ranks, counts)  # A_i G_i, [M, R, in]; becomes T
 
     # All inputs together have the second moment D + F^T F, to which the ridge is added.  Divided by the root
     # of D on both sides it becomes I + F^T F, whose inverse follows from one of [K, K] (Woodbury).
     roots.mul_(per_column(say, counts).sqrt()[:, :, None])
-    d = torch.stack([x * say[:, i, None] for i, x in enumerate(diagonals)]).sum(0)  # [M, in]
+    d = (diagonals * say[:, :, None]).sum(1)  # [M, in]
     total = d.sum(1) + torch.linalg.vector_norm(roots, dim=(1, 2)).square()
     inverse = inverses((d + (RIDGE / d.shape[1] * total)[:, None]).sqrt())[:, None, :]
     target.mul_(per_column(say * weights, ranks)[:, :, None]).mul_(inverse)
@@ -120,7 +108,68 @@ def fitted(
     return new_a.mul_(inverse), new_b, torch.stack([kept, asked], dim=1)
 
 
-def _blocks(gram: torch.Tensor, ranks: Sequence[int]) -> list[torch.Tensor]:
-    """The blocks on the diagonal of ``[modules, R, R]``, ``[modules, rank_i, rank_i]`` each."""
-    rows = torch.split(gram, list(ranks), dim=1)
-    return [torch.split(row, list(ranks), dim=2)[i] for i, row in enumerate(rows)]
+def _prepared(moments: Sequence[Moments], roots: Sequence[torch.Tensor], shrink: float) -> torch.Tensor:
+    """The diagonals of the second moments, shrunk, float64 ``[modules, sources, in]``.
+
+    roots: the eigenvectors ``[modules, k_i, in]``; multiplied in place by the roots of their eigenvalues.
+    """
+    diagonals = []
+    unseen = torch.stack([x.rest.sum(1) + x.values.sum(1) for x in moments]).sum(0) == 0.0  # [M]
+    for each, root in zip(moments, roots, strict=True):
+        root.mul_(each.values.double().sqrt()[:, :, None])
+        diagonal = each.rest.double() + (1.0 - shrink) * root.square().sum(1)
+        diagonals.append(torch.where(unseen[:, None], 1.0, diagonal))
+        root.mul_(shrink**0.5)
+    return torch.stack(diagonals, dim=1)
+
+
+def _say(
+    rows: torch.Tensor,
+    seen: torch.Tensor,
+    diagonals: torch.Tensor,
+    gram_b: torch.Tensor,
+    ranks: list[int],
+    counts: list[int],
+) -> torch.Tensor:
+    """How much each source counts, float64 ``[modules, sources]``; the mean is 1 unless all are 0.
+
+    rows:      A of all sources with their scalings, ``[modules, R, in]``.
+    seen:      what they make of all eigenvectors, ``[modules, R, K]``.
+    diagonals: ``[modules, sources, in]``.
+    gram_b:    of the columns of all B, ``[modules, R, R]``.
+    """
+    sources, end, effects = len(ranks), 0, []
+    for own, x, rank in zip(
+        torch.split(rows, ranks, dim=1), torch.split(seen, ranks, dim=1), ranks, strict=True
+    ):
+        gram = gram_b[:, end : end + rank, end : end + rank]  # of this source's B
+        end += rank
+        apart = multiplied((own[:, None] * diagonals[:, :, None, :]).flatten(1, 2), own.mT)
+        blocks = apart.view(len(apart), sources, rank, rank)
+        by_diagonal = (blocks * gram[:, None]).sum((2, 3))  # [M, N]
+        by_pair = (multiplied(gram, x) * x).sum(1)  # [M, K]
+        by_pairs = torch.stack([part.sum(1) for part in torch.split(by_pair, counts, dim=1)], dim=1)
+        effects.append((by_diagonal + by_pairs).clamp(min=0.0))
+    effect = torch.stack(effects, dim=2)  # |dW_j X_i|^2, [M, N (inputs i), N (deltas j)]
+    on_own = effect.diagonal(dim1=1, dim2=2)  # [M, N]
+    active = (on_own > 0).sum(1, keepdim=True)
+    size = torch.where(on_own > 0, on_own, effect.sum(2) * inverses(active.double()))
+    say = inverses(size.pow(BALANCE))
+    return say * (sources * inverses(say.sum(1, keepdim=True)))
+
+
+def _outputs(
+    rows: torch.Tensor,
+    seen: torch.Tensor,
+    diagonals: torch.Tensor,
+    roots: torch.Tensor,
+    ranks: list[int],
+    counts: list[int],
+) -> torch.Tensor:
+    """``A_i G_i`` of every source, float64 ``[modules, R, in]``; ``rows`` is used for it."""
+    own = torch.split(rows, ranks, dim=1)
+    coordinates = torch.split(seen, ranks, dim=1)
+    for i, root in enumerate(torch.split(roots, counts, dim=1)):
+        own[i].mul_(diagonals[:, i, None, :])
+        own[i].baddbmm_(torch.split(coordinates[i], counts, dim=2)[i], root)
+    return rows

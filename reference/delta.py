@@ -143,27 +143,33 @@ def fitted(
 ) -> tuple[Matrix, Matrix, tuple[float, float]]:
     """RegMean on deltas with dense Gram matrices: the least squares fit to ``weights[i] dW_i X_i``, then cut.
 
-    RegMean, arXiv 2212.09849.  A source whose outputs are all zero is left out.  If no source was ever
-    reached by an input, all inputs count alike.
+    RegMean, arXiv 2212.09849.  A source whose own outputs are all zero counts by what the others do to its
+    inputs.  If no source was ever reached by an input, all inputs count alike.
 
     pairs:    ``(A, B)`` of every source.
-    inputs:   ``(values [k], vectors [k, in], rest [in])`` of every source.
+    inputs:   ``(values [k], vectors [k, in], rest [in])`` of every source, then of those without the module.
     scalings: of the deltas.
     weights:  of the targets.
     shrink:   share of the eigenvalues that is not moved to the diagonal.
     """
+    lacking = len(inputs) - len(pairs)
     deltas = dense(pairs, scalings)
-    width = deltas[0].shape[1]
+    shape = rows, width = deltas[0].shape
+    deltas += [np.zeros(shape)] * lacking
+    pairs = [*pairs, *[(np.zeros((0, width)), np.zeros((rows, 0)))] * lacking]
+    scalings, weights = [*scalings, *[1.0] * lacking], [*weights, *[1.0] * lacking]
     grams = [
         shrink * vectors.T @ np.diag(values) @ vectors + np.diag(rest + (1.0 - shrink) * values @ vectors**2)
         for values, vectors, rest in inputs
     ]
     if not any(np.trace(gram) for gram in grams):
         grams = [np.eye(width)] * len(grams)
-    squares = [float(np.trace(x @ gram @ x.T)) for x, gram in zip(deltas, grams, strict=True)]
-    counts = np.array([square**-0.5 if square > 0 else 0.0 for square in squares])
-    if not counts.any():
-        return np.zeros((rank, width)), np.zeros((deltas[0].shape[0], rank)), (0.0, 0.0)
+    squares = np.array([[float(np.trace(x @ gram @ x.T)) for x in deltas] for gram in grams])
+    active = np.diag(squares) > 0
+    if not active.any():
+        return np.zeros((rank, width)), np.zeros((rows, rank)), (0.0, 0.0)
+    sizes = np.where(active, np.diag(squares), squares.sum(1) / active.sum())
+    counts = np.array([size**-0.5 if size > 0 else 0.0 for size in sizes])
     counts /= counts.mean()
     total = np.sum([c * gram for c, gram in zip(counts, grams, strict=True)], axis=0)
     total += np.eye(width) * 1e-3 * np.trace(total) / width

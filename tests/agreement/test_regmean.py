@@ -60,14 +60,21 @@ def objective(delta: torch.Tensor, sources: list[Adapter], weights: list[float])
 @settings(max_examples=60, deadline=None)
 @given(
     ranks=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    pairs=st.lists(st.integers(0, 12), min_size=4, max_size=4),
+    lacking=st.integers(0, 2),
+    pairs=st.lists(st.integers(0, 12), min_size=6, max_size=6),
     shape=st.tuples(st.integers(3, 30), st.integers(3, 40)),
     cut=st.integers(0, 6),
     shrink=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
     seed=st.integers(0, 1000),
 )
 def test_thin_products_equal_the_dense_solution(
-    ranks: list[int], pairs: list[int], shape: tuple[int, int], cut: int, shrink: float, seed: int
+    ranks: list[int],
+    lacking: int,
+    pairs: list[int],
+    shape: tuple[int, int],
+    cut: int,
+    shrink: float,
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
@@ -75,7 +82,7 @@ def test_thin_products_equal_the_dense_solution(
     b = [torch.randn(2, rows, r, generator=generator) for r in ranks]
     inputs = [
         [random_inputs(columns, min(k, columns), seed + 10 * i + j) for j in range(2)]
-        for i, k in enumerate(pairs[: len(ranks)])
+        for i, k in enumerate(pairs[: len(ranks) + lacking])
     ]
     moments = [
         Moments(*(torch.stack([getattr(x, part) for x in each]) for part in ("values", "vectors", "rest")))
@@ -179,15 +186,43 @@ def test_a_weight_scales_what_a_source_asks_for(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_source_without_effect_on_its_own_inputs_has_no_say(backend: str) -> None:
-    inputs = random_inputs(32, 8, 0)
-    silent = random_adapter({MODULE: (24, 32)}, seed=1)
-    f = silent.modules[MODULE]
-    silent = with_inputs(Adapter({MODULE: Factors(f.a, torch.zeros_like(f.b))}), {MODULE: inputs})
+def test_a_source_without_the_module_wants_its_inputs_left_alone(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64))[0].half()
+    own, others = (
+        Inputs(torch.ones(10), basis[i : i + 10].contiguous(), torch.full((32,), 1e-6)) for i in (0, 20)
+    )
+    speaking = one_module(0, own)
+    lacking = random_adapter({"elsewhere": (4, 32)}, seed=1)
+    lacking = with_inputs(lacking, {"elsewhere": own, MODULE: others})
+    merged = merge("regmean(a, b)", {"a": speaking, "b": lacking}, backend).modules[MODULE].delta()
+    delta = speaking.modules[MODULE].delta()
+    kept, left = basis[:10].double().mT, basis[20:30].double().mT
+    assert float((merged @ kept - delta @ kept).norm()) < 0.02 * float((delta @ kept).norm())
+    assert float((merged @ left).norm()) < 0.02 * float((delta @ left).norm())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_source_without_the_module_is_one_whose_delta_is_zero(backend: str) -> None:
+    inputs = [random_inputs(32, 8, i) for i in range(3)]
+    sources = {name: one_module(i, inputs[i]) for i, name in enumerate("ab")}
+    f = random_adapter({MODULE: (24, 32)}, seed=2).modules[MODULE]
+    zero = with_inputs(Adapter({MODULE: Factors(f.a, torch.zeros_like(f.b))}), {MODULE: inputs[2]})
+    lacking = with_inputs(random_adapter({"x": (4, 32)}, seed=2), {"x": inputs[0], MODULE: inputs[2]})
+    one, other = (
+        merge("regmean(a, b, c)", sources | {"c": third}, backend).modules[MODULE].delta()
+        for third in (zero, lacking)
+    )
+    assert torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_source_whose_tokens_never_reach_the_module_has_no_say(backend: str) -> None:
     unseen = Inputs(torch.zeros(0), torch.zeros(0, 32, dtype=torch.float16), torch.zeros(32))
-    speaking = one_module(0, inputs)
+    speaking = one_module(0, random_inputs(32, 8, 0))
     alone = merge("regmean(a)", {"a": speaking}, backend).modules[MODULE].delta()
-    for other in (silent, one_module(2, unseen)):
+    lacking = with_inputs(random_adapter({"x": (4, 32)}), {"x": unseen, MODULE: unseen})
+    for other in (one_module(2, unseen), lacking):
         merged = merge("regmean(a, b)", {"a": speaking, "b": other}, backend).modules[MODULE].delta()
         assert torch.allclose(merged, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
 

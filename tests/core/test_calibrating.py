@@ -270,8 +270,7 @@ def test_a_module_that_no_token_reaches_has_zeros(model: LanguageModel, folder: 
 
 
 def test_a_module_that_some_tokens_reach_weighs_each_alike() -> None:
-    modules = {"expert": random_adapter({"expert": (8, 6)}).modules["expert"]}
-    recorder = _Recorder(modules, 6)
+    recorder = _Recorder({"expert": (6, False)}, 6)
     rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     recorder.begin(torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64))
     recorder.see("expert", rows[:2])
