@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from making import SMALL, peft_tensors, random_adapter, write_by_hand
 from merged_lora.adapters import Adapter
+from merged_lora.calibration import Calibration
 from merged_lora.errors import AdapterError
 from merged_lora.factors import Factors
 from merged_lora.peft_files import Header, config_of
@@ -175,8 +176,11 @@ def test_the_digest_is_that_of_the_deltas_and_of_nothing_else() -> None:
 
 def test_an_adapter_knows_its_size() -> None:
     adapter = random_adapter({Q: (8, 16), K: (2, 16)}, {Q: 3, K: 5}, torch.bfloat16)
+    assert isinstance(adapter.calibration, Calibration)
+    factors = 2 * (3 * (8 + 16) + 5 * (2 + 16))
     assert adapter.rank == 5
-    assert adapter.nbytes == 2 * (3 * (8 + 16) + 5 * (2 + 16))
+    assert adapter.nbytes == factors + adapter.calibration.nbytes
+    assert replace(adapter, calibration=None).nbytes == factors
 
 
 @pytest.mark.parametrize(
