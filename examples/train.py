@@ -60,9 +60,7 @@ TRAININGS = {
     "sql": Training(seed=1),
     "json": Training(seed=2),
     "tone": Training(seed=3),
-    "topic": Training(
-        seed=4, rank=4, alpha=8, target_modules=("q_proj", "v_proj"), steps=100, learning_rate=3e-3
-    ),
+    "topic": Training(seed=4, rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
     "steps": Training(seed=5, rank=16, alpha=32, steps=60),
     "query": Training(seed=6, steps=60),
     "terse": Training(seed=7, target_modules=ATTENTION, steps=60),
