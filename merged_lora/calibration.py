@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
 from .errors import CalibrationError, listed
 from .factors import Factors
+from .tensor_files import read_tensors
 
 CALIBRATION_NAME = "merged_lora_calibration.safetensors"
 VERSION = "1"
@@ -130,13 +130,11 @@ class Calibration:
 def read_calibration(file: Path) -> Calibration:
     """The calibration in a file, read into memory and checked by itself; raises CalibrationError."""
     try:
-        data = file.read_bytes()  # not memory-mapped: a file replaced later must not change what was read
-        tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        tensors, metadata = read_tensors(file)
     except OSError as error:
         raise CalibrationError(f"{file}: cannot be read ({error.strerror})") from None
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CalibrationError(f"{file}: not a sound safetensors file ({str(error)[:120]})") from None
+    except ValueError as error:
+        raise CalibrationError(f"{file}: {error}") from None
     version = metadata.get("version")
     if version != VERSION:
         raise CalibrationError(f"{file}: has format {str(version)[:16]!r}, this release reads {VERSION!r}")

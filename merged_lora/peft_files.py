@@ -26,6 +26,7 @@ import torch
 from .calibration import CALIBRATION_NAME
 from .errors import AdapterError, listed
 from .factors import DTYPES, Factors
+from .tensor_files import read_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -253,18 +254,14 @@ def _read_shards(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
-        data = (
-            file.read_bytes()
-        )  # not memory-mapped: a file that is replaced later must not change what was read
-        tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+        tensors, metadata = read_tensors(file)
     except FileNotFoundError:
         raise AdapterError(f"{file}: missing") from None
     except OSError as error:
         raise AdapterError(f"{file}: cannot be read ({error.strerror})") from None
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise AdapterError(f"{file}: not a sound safetensors file ({str(error)[:120]})") from None
-    return tensors, {key: value for key, value in (metadata or {}).items() if key != "format"}
+    except ValueError as error:
+        raise AdapterError(f"{file}: {error}") from None
+    return tensors, {key: value for key, value in metadata.items() if key != "format"}
 
 
 def _modules(
