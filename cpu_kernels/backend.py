@@ -182,28 +182,29 @@ def _placed(pair: tuple[Coordinated, torch.Tensor]) -> tuple[Factors, Energy | N
     member, values = pair
     module = member.module
     weights = torch.tensor([module.rule.weights])
-    a, b, cut = bases.placed(member.coordinates, values[None], weights, module.rank)
-    kept = None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
-    return _factors(a[0], b[0], module), kept
+    return _first(module, *bases.placed(member.coordinates, values[None], weights, module.rank))
 
 
 def _fitted(module: OutputModule) -> tuple[Factors, Energy | None]:
     """The factors of a module merged by its outputs and, if the rank was cut, their energy."""
     moments = [Moments(i.values[None], i.vectors[None], i.rest[None]) for i in module.inputs]
     weights = torch.tensor([module.weights], dtype=torch.float64)
-    a, b, cut = fitted(*_stacked(module), moments, weights, module.shrink, module.rank)
-    kept = None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
-    return _factors(a[0], b[0], module), kept
+    return _first(module, *fitted(*_stacked(module), moments, weights, module.shrink, module.rank))
+
+
+def _first(
+    module: EntryModule | OutputModule, a: torch.Tensor, b: torch.Tensor, cut: torch.Tensor | None
+) -> tuple[Factors, Energy | None]:
+    """The factors and the energy of a module that was merged as a stack of one."""
+    return _factors(a[0], b[0], module), None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
 
 
 def _fit_bytes(module: OutputModule) -> int:
     """Bytes of float64 copies of the factors and of the inputs' eigenvectors."""
-    return 16 * sum(x.numel() for f in module.sources for x in (f.a, f.b)) + 8 * sum(
-        inputs.vectors.numel() for inputs in module.inputs
-    )
+    return _vector_bytes(module) + 8 * sum(inputs.vectors.numel() for inputs in module.inputs)
 
 
-def _vector_bytes(module: SumModule) -> int:
+def _vector_bytes(module: SumModule | OutputModule) -> int:
     """Bytes of two float64 copies of the factors."""
     return 16 * sum(x.numel() for f in module.sources for x in (f.a, f.b))
 

@@ -39,7 +39,7 @@ from .plan import (
     as_float32,
     entries_of,
 )
-from .recipe import DIVIDED_BY_SUM, MEANS, Recipe, Value
+from .recipe import DIVIDED_BY_SUM, SCALED, Recipe, Value
 from .spec import MergeSpec, cancels
 from .strategies import TABLE, find
 from .weighing import auto_weights
@@ -240,7 +240,7 @@ class _Planner:
         settings, blend = self._settings, self.recipe.blend
         rank = self._sum_rank(name, factors)
         given = self._weights(name, present)
-        relative = blend in MEANS or blend == "balanced"
+        relative = blend in SCALED
         weights = tuple(
             as_float32(settings.scale * (1.0 if relative else w) * f.scaling)
             for w, f in zip(given, factors, strict=True)

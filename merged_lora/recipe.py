@@ -33,6 +33,8 @@ Basis = Literal["output", "both"]
 
 MEANS: tuple[Blend, ...] = ("nuslerp", "karcher", "multislerp", "model_stock")
 """Blends that take the weights relative to their sum."""
+SCALED: tuple[Blend, ...] = (*MEANS, "balanced")
+"""Blends that find one scalar for each delta from the lengths of all."""
 DIVIDED_BY_SUM: tuple[Blend, ...] = ("karcher",)
 """Blends in MEANS that divide by the sum of the weights of the sources that have a module."""
 
@@ -83,7 +85,7 @@ class Recipe:
     @property
     def balances(self) -> bool:
         """Whether it finds by itself how much each source counts, so that automatic weights add nothing."""
-        return self.blend in MEANS or self.blend == "balanced" or self.space == "outputs"
+        return self.blend in SCALED or self.space == "outputs"
 
 
 @dataclass(frozen=True)

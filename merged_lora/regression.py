@@ -64,9 +64,8 @@ def fitted(
     Returns ``A [modules, rank, in]`` and ``B [modules, out, rank]`` in float64 and, if the rank was cut, the
     squares kept and asked for, float64 ``[modules, 2]``.
     """
-    for _ in range(len(moments) - len(a)):  # lacking the module is having it with rank 0
-        a, b = [*a, a[0][:, :0]], [*b, b[0][:, :, :0]]
-    missing = len(moments) - scalings.shape[1]
+    missing = len(moments) - len(a)  # lacking the module is having it with rank 0
+    a, b = [*a, *[a[0][:, :0]] * missing], [*b, *[b[0][:, :, :0]] * missing]
     scalings, weights = (torch.nn.functional.pad(x, (0, missing)) for x in (scalings, weights))
     ranks, counts = [x.shape[1] for x in a], [x.vectors.shape[1] for x in moments]
     joined_b = joined(b, 2)  # [M, out, R]
