@@ -19,6 +19,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.bench.launcher import VllmServer, print_dot
 from merged_lora.calibrating import calibrate
 from merged_lora.calibration import Calibration
+from merged_lora.language_model import LanguageModel
 from merged_lora.spec import canonical
 from merged_lora.vllm_plugin.merge_log import merge_milliseconds
 from smollm2 import MODEL_DIR, make_model
@@ -43,12 +44,16 @@ MAX_TOKENS = 40
 
 def calibrate_adapters() -> None:
     """Calibrate those of the three adapters that are not yet."""
-    for task in TASKS:
-        if not isinstance(Adapter.load(ADAPTERS_DIR / task).calibration, Calibration):
-            start = time.perf_counter()
-            print(f"calibrating {task} ", end="", flush=True)
-            calibrate(MODEL_DIR, ADAPTERS_DIR / task, PROMPTS_DIR / f"{task}.jsonl")
-            print(f"{time.perf_counter() - start:.0f} s")
+    adapters = {task: Adapter.load(ADAPTERS_DIR / task) for task in TASKS}
+    missing = [task for task, a in adapters.items() if not isinstance(a.calibration, Calibration)]
+    if not missing:
+        return
+    model = LanguageModel.load(MODEL_DIR)
+    for task in missing:
+        start = time.perf_counter()
+        print(f"calibrating {task} ", end="", flush=True)
+        calibrate(model, ADAPTERS_DIR / task, PROMPTS_DIR / f"{task}.jsonl")
+        print(f"{time.perf_counter() - start:.0f} s")
 
 
 def server_flags() -> list[str]:

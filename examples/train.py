@@ -35,6 +35,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 WARMUP_STEPS = 10
 BATCH_SIZE = 12
+LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 1.0
 REPORT_EVERY = 10
 
@@ -48,11 +49,10 @@ class Training:
     alpha: int = 16
     target_modules: tuple[str, ...] = (*ATTENTION, *MLP)
     steps: int = 120
-    learning_rate: float = 1e-3
     use_rslora: bool = False
 
     def learning_rate_factor(self, step: int) -> float:
-        """The share of `learning_rate` at `step`: up from 0 over the warm-up, then linearly down to 0."""
+        """The share of `LEARNING_RATE` at `step`: up from 0 over the warm-up, then linearly down to 0."""
         return min((step + 1) / WARMUP_STEPS, (self.steps - step) / (self.steps - WARMUP_STEPS))
 
 
@@ -111,7 +111,7 @@ def train(task: str, model_dir: Path, adapter_dir: Path) -> float:
     )
     model = cast(PeftModel, get_peft_model(base, config)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.learning_rate_factor)
 
     total = mean = 0.0
