@@ -1,12 +1,15 @@
-"""Runs the command ``merged-lora`` in a process of its own."""
+"""Runs the command ``merged-lora``, above all in a process of its own."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+Run = Callable[..., tuple[int, str, str]]
+"""The command in this process: the fixture ``run``."""
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -7,7 +7,6 @@ import logging
 import re
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from merged_lora.adapters import Adapter
 from merged_lora.calibrating import calibrate
 from merged_lora.calibration import CALIBRATION_NAME, Calibration
 from merged_lora.checking import check
-from merged_lora.cli import main
 from merged_lora.engine import merge
 from merged_lora.errors import CalibrationError, MergeError, SpecError, UnknownAdapterError
 from merged_lora.language_model import LanguageModel
-from running import command, environment, started
+from running import Run, command, environment, started
 
-Run = Callable[..., tuple[int, str, str]]
 AB = ("--adapter", "a=a", "--adapter", "b=b")
 WORDS = ["hello", "who is there", "a", "what is a merge", "1 + 1 is", "yes or no", "bye", "yes yes yes"]
 
@@ -52,17 +49,6 @@ def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def model(made: Path) -> LanguageModel:
     return LanguageModel.load(made / "model")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_an_adapter_by_itself_keeps_all_of_its_answers(model: LanguageModel, folder: Path) -> None:

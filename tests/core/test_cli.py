@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,22 +22,9 @@ from merged_lora.engine import Merged, merge
 from merged_lora.engine import run as engine_run
 from merged_lora.peft_files import Header
 from merged_lora.plan import MergePlan
-from running import command, environment, started
+from running import Run, command, environment, started
 
 LAST = list(SMALL)[-1]
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
