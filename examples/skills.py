@@ -1,29 +1,37 @@
 """Which skills survive a merge: every set of adapters of `sets.py` under every strategy that is named.
 
     python examples/skills.py [TEMPLATE ...] [--sets LIST ...] [--sizes N ...] [--rank N] [--json FILE]
+    python examples/skills.py --json FILE --alarms
 
 A template is a strategy, a weight if not 1, and options: "knots weights=auto", "ties density=0.2",
 "linear 1/N" for weights of one over the number of sources. Every set is merged with it, and each source's
 task is judged as judge.py says. A score is the share of right answers, and retention is the score of the
 merge divided by that of the source alone. The report also has the likelihood of the right answers, and of
 a plain text that has nothing to do with any task. Sources alone and the base model are measured first.
-Rows that FILE has are not measured again.
+Where all sources are calibrated, their own answers are replayed. Rows that FILE has are not measured again.
+--alarms measures nothing. It counts how often replays of the rows in FILE tell which skills are lost.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
 from judge import Judge
 from merged_lora.adapters import Adapter
+from merged_lora.calibration import Calibration
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError
-from merged_lora.spec import canonical
+from merged_lora.language_model import LanguageModel
+from merged_lora.replay import LOST, exchanges_of
+from merged_lora.spec import canonical, parse
+from merged_lora.strategies import TABLE
 from more_tasks import ALL_TASKS
 from sets import CHOOSE, REPORT
 from smollm2 import MODEL_DIR, load_model
@@ -48,8 +56,10 @@ def spec_of(template: str, names: Sequence[str]) -> str:
 class Skills:
     """The base model and the adapters, with the test examples of every task."""
 
-    def __init__(self, judge: Judge, count: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+        judge = Judge(model, tokenizer)
         self._judge, self._count = judge, count
+        self._language = LanguageModel(model, tokenizer)
         self._text = PLAIN_TEXT.read_text(encoding="utf-8")
         self._tests = {
             name: judge.encode(task, examples(task, "test", count)) for name, task in ALL_TASKS.items()
@@ -82,7 +92,19 @@ class Skills:
         except MergeError as error:
             return {"spec": spec, "error": str(error)}
         seconds = round(time.perf_counter() - start, 2)
-        return {"spec": spec, "rank": made.rank, "merge_seconds": seconds, **self.judged(made, names)}
+        row = {"spec": spec, "rank": made.rank, "merge_seconds": seconds, **self.judged(made, names)}
+        if all(isinstance(source.calibration, Calibration) for source in sources.values()):
+            row["replay"] = self.replayed(sources, parse(spec).strategy)
+        return row
+
+    def replayed(self, sources: Mapping[str, Adapter], strategy: str) -> dict[str, tuple[int, int]]:
+        """How many of its answers each source keeps in the merge that was judged last, and of how many."""
+        found = {}
+        for name, source in sources.items():
+            own = exchanges_of(name, source, strategy)
+            kept = sum(self._language.replay(each.prompt, each.answer).kept for each in own)
+            found[name] = kept, len(own)
+        return found
 
 
 def with_retention(row: Row, alone: Mapping[str, float]) -> Row:
@@ -129,6 +151,21 @@ def line(row: Row, base_text_nll: float) -> str:
     return f"{first} {100 * row['mean']:.0f} | {100 * row['worst']:.0f} | {kept} | {text:+.2f} |"
 
 
+def alarms(rows: Sequence[Row]) -> Iterator[str]:
+    """A table: how sources of all merges fared in the test, by what the replay of their answers kept."""
+    found: dict[str, list[float]] = {"none": [], "under half": [], "half to 3/4": [], "3/4 or more": []}
+    for row in rows:
+        for name, (kept, total) in row.get("replay", {}).items():
+            share = kept / total
+            bounds = (share == 0, share < LOST, share < 0.75, True)
+            found[[*found][bounds.index(True)]].append(row["retention"][name])
+    yield "| replay keeps | sources | retention under 50 % | 50 to 90 % | over 90 % |"
+    yield "|---|--:|--:|--:|--:|"
+    for kept, shares in found.items():
+        low, high = sum(x < 0.5 for x in shares), sum(x > 0.9 for x in shares)
+        yield f"| {kept} | {len(shares)} | {low} | {len(shares) - low - high} | {high} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure which skills survive merges of sets of adapters.")
     parser.add_argument("template", nargs="*", metavar="TEMPLATE", help='such as "knots weights=auto"')
@@ -138,11 +175,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="largest rank of a merge; default: that of its sources")
     parser.add_argument("--count", type=int, default=60, help="test examples per task; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows here, and go on from them")
+    parser.add_argument("--alarms", action="store_true", help="count what the replays in FILE show")
     arguments = parser.parse_args()
     if not 0 < arguments.count <= TEST_SIZE:
         parser.error(f"--count must be 1 to {TEST_SIZE}, got {arguments.count}")
     report = Report(arguments.json, arguments.count)
-    skills = Skills(Judge(*load_model(arguments.model)), arguments.count)
+    if arguments.alarms:
+        print("\n".join(alarms(report.rows)))
+        return
+    skills = Skills(*load_model(arguments.model), arguments.count)
     base = report.find(kind="base") or report.add({"kind": "base", **skills.judged(None, list(ALL_TASKS))})
     alone: dict[str, float] = {}
     for name in ALL_TASKS:
@@ -159,7 +200,9 @@ def main() -> None:
     for template, (kind, names) in product(arguments.template, wanted):
         if arguments.sizes and len(names) not in arguments.sizes:
             continue
-        digests = [skills.source(name).digest for name in names]
+        fitted = TABLE[template.split()[0]].recipe.space == "outputs"
+        sources = [skills.source(name) for name in names]
+        digests = [source.identity if fitted else source.digest for source in sources]
         key = {"kind": kind, "template": template, "limit": arguments.rank}
         key |= {"set": list(names), "digests": digests}
         row = report.find(**key)

@@ -8,6 +8,7 @@ answers are needed.  For Llama-3-8B and an adapter of all linear modules, the sk
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 ANSWERING = 0.7
 """The share of the work that goes into answering the prompts, on a CPU."""
+STRENGTHS = (0.0, 0.5, 1.0)
+"""Of the adapter while its inputs are measured, because the other adapters of a merge change them."""
 
 
 def calibrate(
@@ -73,15 +76,16 @@ def calibrate(
         raise CalibrationError(f"cannot write {folder / CALIBRATION_NAME}: the folder is read-only")
     loaded = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     report = progress or (lambda _: None)
+    loaded.check_fits(source.modules)
+    chosen = _choose(loaded, Path(prompts), count, answers, 1 + replay)
     with loaded.wearing(source.modules):
-        chosen = _choose(loaded, Path(prompts), count, answers, 1 + replay)
         replies = loaded.answers(chosen, answers, lambda share: report(ANSWERING * share))
-        exchanges = [
-            Exchange(prompt, reply, fitted=not (replay and i % 2))
-            for i, (prompt, reply) in enumerate(zip(chosen, replies, strict=True))
-        ]
-        fitted = [exchange for exchange in exchanges if exchange.fitted]
-        inputs = measure(loaded, source.modules, fitted, components, lambda s: report((1 - ANSWERING) * s))
+    exchanges = [
+        Exchange(prompt, reply, fitted=not (replay and i % 2))
+        for i, (prompt, reply) in enumerate(zip(chosen, replies, strict=True))
+    ]
+    fitted = [exchange for exchange in exchanges if exchange.fitted]
+    inputs = measure(loaded, source.modules, fitted, components, lambda s: report((1 - ANSWERING) * s))
     calibration = Calibration(
         inputs=inputs,
         adapter=source.digest,
@@ -104,13 +108,16 @@ def measure(
     """The inputs that a model's linear modules have while it runs over exchanges, by module name.
 
     All of them are measured, because a merge may change those that the adapter leaves alone.  The output
-    layer, embeddings and experts are measured only if the adapter has them.
+    layer, embeddings and experts are measured only if the adapter has them.  The model wears the adapter at
+    each of STRENGTHS in turn.
 
     Half of the weight is the mean over the tokens of all prompts, half the mean over the positions that
-    predict the tokens of all answers.  Modules that are given the same tensor share one object.  One that
-    no token reaches has zeros.
+    predict the tokens of all answers.  The result is multiplied by the root of how much the answers, per
+    token, depend on the outputs of the module (``LanguageModel.sensitivities``).
 
-    model:      wears the adapter.
+    Modules that are given the same tensor share one object.  One that no token reaches has zeros.
+
+    model:      without the adapter.
     modules:    of the adapter.
     exchanges:  to run over, one at a time.
     components: how many eigenpairs to keep.
@@ -124,15 +131,32 @@ def measure(
     head = model.model.get_output_embeddings()
     # The output layer is the largest of all. It runs for all tokens only if its inputs are asked for.
     keep = 0 if any(model.model.get_submodule(name) is head for name in modules) else 1
-    with model.watching(widths, recorder.see):
+    done = 1 / (len(exchanges) * (len(STRENGTHS) + 1))
+    for strength in STRENGTHS:
+        # An embedding is given the same tokens at every strength. They count once.
+        watched = [name for name, (_, embedding) in widths.items() if strength == 1.0 or not embedding]
+        with model.wearing(modules, strength), model.watching(watched, recorder.see):
+            for each in exchanges:
+                weights = torch.zeros(len(each.prompt) + len(each.answer) - 1, dtype=torch.float64)
+                weights[: len(each.prompt)] += 0.5 / asked
+                weights[len(each.prompt) - 1 :] += 0.5 / answered
+                recorder.begin(weights / len(STRENGTHS))
+                model.run(each.prompt + each.answer[:-1], keep)
+                progress(done)
+    inputs = recorder.inputs()
+    total = dict.fromkeys(inputs.values(), 0.0)
+    with model.wearing(modules):
         for each in exchanges:
-            weights = torch.zeros(len(each.prompt) + len(each.answer) - 1, dtype=torch.float64)
-            weights[: len(each.prompt)] += 0.5 / asked
-            weights[len(each.prompt) - 1 :] += 0.5 / answered
-            recorder.begin(weights)
-            model.run(each.prompt + each.answer[:-1], keep)
-            progress(1 / len(exchanges))
-    return recorder.inputs()
+            for name, sensitivity in model.sensitivities(each.prompt, each.answer, widths).items():
+                total[inputs[name]] += sensitivity / answered
+            progress(done)
+    if not math.isfinite(sum(total.values())):
+        raise CalibrationError("the gradients of the answers hold NaN or infinity")
+    scaled = {
+        x: Inputs(sensitivity**0.5 * x.values, x.vectors, sensitivity**0.5 * x.rest)
+        for x, sensitivity in total.items()
+    }
+    return {name: scaled[x] for name, x in inputs.items()}
 
 
 class _Recorder:

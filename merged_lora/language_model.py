@@ -25,6 +25,9 @@ from .replay import Replayed
 BATCH_TOKENS = 16384
 """Tokens of all rows of a batch that is answered: it bounds the memory for keys and values."""
 
+DRAWS = 1
+"""Passes backward for an estimate of the sensitivities to modules."""
+
 Progress = Callable[[float], object]
 """Called with the share of the work that was done since the last call."""
 
@@ -110,13 +113,16 @@ class LanguageModel:
                 yield name, shape[1]
 
     @contextmanager
-    def wearing(self, modules: Mapping[str, Factors]) -> Iterator[None]:
-        """Add these deltas to the outputs of the model's modules, in float32; raises CalibrationError."""
+    def wearing(self, modules: Mapping[str, Factors], strength: float = 1.0) -> Iterator[None]:
+        """Add these deltas, times ``strength``, to the outputs of the model's modules, in float32.
+
+        Raises CalibrationError.
+        """
         self.check_fits(modules)
         with ExitStack() as hooks:
             for name, factors in modules.items():
                 module = self._find(name)
-                added = _addition(factors, module)
+                added = _addition(factors, module, strength)
                 handle = module.register_forward_hook(
                     lambda _, args, output, added=added: output + added(args[0]).to(output.dtype)
                 )
@@ -185,6 +191,9 @@ class LanguageModel:
         ids:  token ids.
         keep: for how many of the last tokens the output layer runs, 0 for all of them.
         """
+        return self._logits(ids, keep)
+
+    def _logits(self, ids: tuple[int, ...], keep: int) -> torch.Tensor:
         known = self.model.get_input_embeddings().num_embeddings
         if max(ids) >= known:
             raise CalibrationError(
@@ -203,6 +212,46 @@ class LanguageModel:
             raise CalibrationError(f"the model has no token {max(answer)} to answer with")
         likelihood = logits.log_softmax(1).gather(1, expected[:, None]).sum()
         return Replayed(bool((logits.argmax(1) == expected).all()), float(likelihood), len(answer))
+
+    @torch.enable_grad()
+    def sensitivities(
+        self, prompt: tuple[int, ...], answer: tuple[int, ...], names: Iterable[str]
+    ) -> dict[str, float]:
+        """How much an answer depends on the outputs of each of these modules, by name.
+
+        That is ``sum_t |d m_t / d y|^2``, where y are the outputs of the module for all tokens, and m_t the
+        log-odds of token t of the answer.  It is estimated by the gradients of DRAWS sums of all m_t with
+        random signs, which are always the same.  Modules that no token reaches are left out.
+
+        The activations of all tokens are in memory at the same time, as in training.
+        """
+        outputs: list[tuple[str, torch.Tensor]] = []
+        first = self.model.get_input_embeddings()
+        with ExitStack() as hooks:
+            # The weights may want no gradient, and then nothing does before something is told to.
+            begin = first.register_forward_hook(lambda _, args, output: output.detach().requires_grad_())
+            hooks.callback(begin.remove)
+            for name in names:
+                handle = self._find(name).register_forward_hook(
+                    lambda _, args, output, name=name: outputs.append((name, output))
+                )
+                hooks.callback(handle.remove)
+            logits = self._logits(prompt + answer[:-1], len(answer)).float()
+        own = torch.tensor(answer, device=logits.device)[:, None]
+        margins = logits.gather(1, own) - logits.scatter(1, own, -torch.inf).logsumexp(1, keepdim=True)
+        generator = torch.Generator().manual_seed(0)
+        found = {name: 0.0 for name, _ in outputs}
+        for draw in range(DRAWS):
+            signs = torch.randint(0, 2, margins.shape, generator=generator).to(margins) * 2 - 1
+            gradients = torch.autograd.grad(
+                (margins * signs).sum(),
+                [output for _, output in outputs],
+                retain_graph=draw + 1 < DRAWS,
+                materialize_grads=True,
+            )
+            for (name, _), gradient in zip(outputs, gradients, strict=True):
+                found[name] += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 / DRAWS
+        return found
 
     def _find(self, name: str) -> Any:
         try:
@@ -263,11 +312,11 @@ def _kind(shape: tuple[int, int] | None, embedding: bool) -> str:
     return f"{'an embedding' if embedding else 'a matrix'} of shape {shape}" if shape else "no matrix"
 
 
-def _addition(factors: Factors, module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _addition(factors: Factors, module: Any, strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """From the input of a module to what the factors add to its output, in float32."""
     device = next(itertools.chain(module.parameters(), module.buffers())).device  # quantized, only buffers
     a = factors.a.to(device, torch.float32)
-    b = factors.scaling * factors.b.to(device, torch.float32)
+    b = strength * factors.scaling * factors.b.to(device, torch.float32)
     if not factors.embedding:
         return lambda x: functional.linear(functional.linear(x.float(), a), b)
     # Some models scale their embeddings, and with them what PEFT adds.

@@ -17,8 +17,6 @@ import torch
 from .bases import eigh, factored, inverses, joined, leading, per_column
 from .batched import multiplied
 
-BALANCE = 0.5
-"""A source counts by its squared outputs to the power of minus this; 1 makes all count alike."""
 RIDGE = 1e-3
 """Share of the mean squared input that is added to every input."""
 
@@ -46,12 +44,11 @@ def fitted(
     shrink: float,
     rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Factors of the delta dW of a rank that minimizes ``sum_i c_i |(dW - weights[i] dW_i) X_i|^2``.
+    """Factors of the delta dW of a rank that minimizes ``sum_i |(dW - weights[i] dW_i) X_i|^2``.
 
-    X_i are the inputs of source i, ``dW_i = scalings[i] B_i A_i`` and ``c_i = |dW_i X_i|^(-2 BALANCE)``,
-    relative to the mean.  A source that leaves its own inputs alone, above all one that lacks the module,
-    wants them left alone: its ``c_i`` follows from the mean of what the others would do to them.  A source
-    whose tokens never reach the module has no say.  If that is true of all sources, all inputs count alike.
+    X_i are the inputs of source i and ``dW_i = scalings[i] B_i A_i``.  A source that lacks the module wants
+    its inputs left alone, and one whose tokens never reach the module has no say.  If that is true of all
+    sources, all inputs count alike.
 
     a:        for each source ``[modules, rank_i, in]``, any float dtype.
     b:        for each source ``[modules, out, rank_i]``, any float dtype.
@@ -69,21 +66,18 @@ def fitted(
     scalings, weights = (torch.nn.functional.pad(x, (0, missing)) for x in (scalings, weights))
     ranks, counts = [x.shape[1] for x in a], [x.vectors.shape[1] for x in moments]
     joined_b = joined(b, 2)  # [M, out, R]
-    gram_b = multiplied(joined_b.mT, joined_b)  # [M, R, R]
     rows = joined(a, 1).mul_(per_column(scalings, ranks)[:, :, None])  # [M, R, in]
     roots = joined([x.vectors for x in moments], 1)  # [M, K, in]; becomes F
     diagonals = _prepared(moments, torch.split(roots, counts, dim=1), shrink)  # [M, N, in]
     seen = multiplied(rows, roots.mT)  # [M, R, K]
-    say = _say(rows, seen, diagonals, gram_b, ranks, counts)  # c, [M, N]
     target = _outputs(rows, seen, diagonals, roots, ranks, counts)  # A_i G_i, [M, R, in]; becomes T
 
     # All inputs together have the second moment D + F^T F, to which the ridge is added.  Divided by the root
     # of D on both sides it becomes I + F^T F, whose inverse follows from one of [K, K] (Woodbury).
-    roots.mul_(per_column(say, counts).sqrt()[:, :, None])
-    d = (diagonals * say[:, :, None]).sum(1)  # [M, in]
+    d = diagonals.sum(1)  # [M, in]
     total = d.sum(1) + torch.linalg.vector_norm(roots, dim=(1, 2)).square()
     inverse = inverses((d + (RIDGE / d.shape[1] * total)[:, None]).sqrt())[:, None, :]
-    target.mul_(per_column(say * weights, ranks)[:, :, None]).mul_(inverse)
+    target.mul_(per_column(weights, ranks)[:, :, None]).mul_(inverse)
     roots.mul_(inverse)
     square = multiplied(roots, roots.mT)
     square.diagonal(dim1=1, dim2=2).add_(1.0)
@@ -95,7 +89,7 @@ def fitted(
         return whole.mul_(inverse), joined_b, None
 
     # With B = Q S_b and orthonormal Q, the best cut is by the leading eigenvectors of the outputs in Q.
-    to_basis, from_basis = factored(gram_b)  # [M, R, R] each
+    to_basis, from_basis = factored(multiplied(joined_b.mT, joined_b))  # [M, R, R] each
     outputs = multiplied(target, target.mT).baddbmm_(core, turned.mT, alpha=-1)
     outputs = multiplied(to_basis, 0.5 * (outputs + outputs.mT), to_basis.mT)
     kept, chosen = leading([outputs], rank)  # [M, rank], [M, R, rank]
@@ -120,41 +114,6 @@ def _prepared(moments: Sequence[Moments], roots: Sequence[torch.Tensor], shrink:
         diagonals.append(torch.where(unseen[:, None], 1.0, diagonal))
         root.mul_(shrink**0.5)
     return torch.stack(diagonals, dim=1)
-
-
-def _say(
-    rows: torch.Tensor,
-    seen: torch.Tensor,
-    diagonals: torch.Tensor,
-    gram_b: torch.Tensor,
-    ranks: list[int],
-    counts: list[int],
-) -> torch.Tensor:
-    """How much each source counts, float64 ``[modules, sources]``; the mean is 1 unless all are 0.
-
-    rows:      A of all sources with their scalings, ``[modules, R, in]``.
-    seen:      what they make of all eigenvectors, ``[modules, R, K]``.
-    diagonals: ``[modules, sources, in]``.
-    gram_b:    of the columns of all B, ``[modules, R, R]``.
-    """
-    sources, end, effects = len(ranks), 0, []
-    for own, x, rank in zip(
-        torch.split(rows, ranks, dim=1), torch.split(seen, ranks, dim=1), ranks, strict=True
-    ):
-        gram = gram_b[:, end : end + rank, end : end + rank]  # of this source's B
-        end += rank
-        apart = multiplied((own[:, None] * diagonals[:, :, None, :]).flatten(1, 2), own.mT)
-        blocks = apart.view(len(apart), sources, rank, rank)
-        by_diagonal = (blocks * gram[:, None]).sum((2, 3))  # [M, N]
-        by_pair = (multiplied(gram, x) * x).sum(1)  # [M, K]
-        by_pairs = torch.stack([part.sum(1) for part in torch.split(by_pair, counts, dim=1)], dim=1)
-        effects.append((by_diagonal + by_pairs).clamp(min=0.0))
-    effect = torch.stack(effects, dim=2)  # |dW_j X_i|^2, [M, N (inputs i), N (deltas j)]
-    on_own = effect.diagonal(dim1=1, dim2=2)  # [M, N]
-    active = (on_own > 0).sum(1, keepdim=True)
-    size = torch.where(on_own > 0, on_own, effect.sum(2) * inverses(active.double()))
-    say = inverses(size.pow(BALANCE))
-    return say * (sources * inverses(say.sum(1, keepdim=True)))
 
 
 def _outputs(

@@ -143,8 +143,7 @@ def fitted(
 ) -> tuple[Matrix, Matrix, tuple[float, float]]:
     """RegMean on deltas with dense Gram matrices: the least squares fit to ``weights[i] dW_i X_i``, then cut.
 
-    RegMean, arXiv 2212.09849.  A source whose own outputs are all zero counts by what the others do to its
-    inputs.  If no source was ever reached by an input, all inputs count alike.
+    RegMean, arXiv 2212.09849.  If no source was ever reached by an input, all inputs count alike.
 
     pairs:    ``(A, B)`` of every source.
     inputs:   ``(values [k], vectors [k, in], rest [in])`` of every source, then of those without the module.
@@ -154,9 +153,9 @@ def fitted(
     """
     lacking = len(inputs) - len(pairs)
     deltas = dense(pairs, scalings)
-    shape = rows, width = deltas[0].shape
-    deltas += [np.zeros(shape)] * lacking
-    pairs = [*pairs, *[(np.zeros((0, width)), np.zeros((rows, 0)))] * lacking]
+    height, width = deltas[0].shape
+    deltas += [np.zeros((height, width))] * lacking
+    pairs = [*pairs, *[(np.zeros((0, width)), np.zeros((height, 0)))] * lacking]
     scalings, weights = [*scalings, *[1.0] * lacking], [*weights, *[1.0] * lacking]
     grams = [
         shrink * vectors.T @ np.diag(values) @ vectors + np.diag(rest + (1.0 - shrink) * values @ vectors**2)
@@ -164,19 +163,13 @@ def fitted(
     ]
     if not any(np.trace(gram) for gram in grams):
         grams = [np.eye(width)] * len(grams)
-    squares = np.array([[float(np.trace(x @ gram @ x.T)) for x in deltas] for gram in grams])
-    active = np.diag(squares) > 0
-    if not active.any():
-        return np.zeros((rank, width)), np.zeros((rows, rank)), (0.0, 0.0)
-    sizes = np.where(active, np.diag(squares), squares.sum(1) / active.sum())
-    counts = np.array([size**-0.5 if size > 0 else 0.0 for size in sizes])
-    counts /= counts.mean()
-    total = np.sum([c * gram for c, gram in zip(counts, grams, strict=True)], axis=0)
+    total = np.sum(grams, axis=0)
     total += np.eye(width) * 1e-3 * np.trace(total) / width
-    parts = list(zip(pairs, counts, weights, scalings, grams, strict=True))
-    target = np.sum([c * w * x @ gram for x, (_, c, w, _, gram) in zip(deltas, parts, strict=True)], axis=0)
+    parts = list(zip(deltas, weights, grams, strict=True))
+    target = np.sum([weight * delta @ gram for delta, weight, gram in parts], axis=0)
     if rank == sum(a.shape[0] for a, _ in pairs):
-        rows = [c * w * s * a.astype(np.float64) @ gram for (a, _), c, w, s, gram in parts]
+        each = zip(pairs, weights, scalings, grams, strict=True)
+        rows = [weight * scaling * a.astype(np.float64) @ gram for (a, _), weight, scaling, gram in each]
         a = np.linalg.solve(total, np.concatenate(rows).T).T
         return a, np.concatenate([b for _, b in pairs], axis=1).astype(np.float64), (0.0, 0.0)
     root = np.linalg.cholesky(total)

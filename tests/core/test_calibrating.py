@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +81,43 @@ def second_moments(model: LanguageModel, calibration: Calibration) -> dict[str, 
     """The second moment of each module's inputs, from inputs that hooks of its own recorded, in NumPy."""
     adapter = Adapter.load("a")
     fitted = [exchange for exchange in calibration.exchanges if exchange.fitted]
-    seen: dict[str, list[NDArray[np.float64]]] = {name: [] for name in adapter.modules}
-    handles = [
-        model.model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: seen[name].append(args[0][0].double().numpy())
-        )
-        for name in adapter.modules
-    ]
-    with torch.inference_mode(), model.wearing(adapter.modules):
-        for exchange in fitted:
-            model.model(torch.tensor([exchange.prompt + exchange.answer[:-1]]))
-    for handle in handles:
-        handle.remove()
-    found = {}
-    for name, parts in seen.items():
-        asked = np.concatenate([x[: len(e.prompt)] for x, e in zip(parts, fitted, strict=True)])
-        predicting = np.concatenate([x[len(e.prompt) - 1 :] for x, e in zip(parts, fitted, strict=True)])
-        assert len(predicting) == sum(len(e.answer) for e in fitted)
-        found[name] = (asked.T @ asked / len(asked) + predicting.T @ predicting / len(predicting)) / 2
-    return found
+    found: dict[str, NDArray[np.float64]] = {}
+    for strength in (0.0, 0.5, 1.0):
+        seen: dict[str, list[NDArray[np.float64]]] = {name: [] for name in adapter.modules}
+        handles = [
+            model.model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name, seen=seen: seen[name].append(args[0][0].double().numpy())
+            )
+            for name in adapter.modules
+        ]
+        worn = {name: replace(f, scaling=strength * f.scaling) for name, f in adapter.modules.items()}
+        with torch.inference_mode(), model.wearing(worn):
+            for exchange in fitted:
+                model.model(torch.tensor([exchange.prompt + exchange.answer[:-1]]))
+        for handle in handles:
+            handle.remove()
+        for name, parts in seen.items():
+            asked = np.concatenate([x[: len(e.prompt)] for x, e in zip(parts, fitted, strict=True)])
+            predicting = np.concatenate([x[len(e.prompt) - 1 :] for x, e in zip(parts, fitted, strict=True)])
+            assert len(predicting) == sum(len(e.answer) for e in fitted)
+            each = (asked.T @ asked / len(asked) + predicting.T @ predicting / len(predicting)) / 2
+            found[name] = found.get(name, 0.0) + each / 3
+    factors = counts(model, calibration)
+    return {name: factors[name] * moment for name, moment in found.items()}
+
+
+def counts(model: LanguageModel, calibration: Calibration) -> dict[str, float]:
+    """What the second moments of each module are multiplied by."""
+    adapter = Adapter.load("a")
+    fitted = [exchange for exchange in calibration.exchanges if exchange.fitted]
+    names = list(calibration.inputs)
+    with model.wearing(adapter.modules):
+        each = [model.sensitivities(exchange.prompt, exchange.answer, names) for exchange in fitted]
+    total = {name: sum(found[name] for found in each) / calibration.tokens[1] for name in each[0]}
+    return {
+        name: sum(total.get(n, 0.0) for n, x in calibration.inputs.items() if x is inputs) ** 0.5
+        for name, inputs in calibration.inputs.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,7 +125,7 @@ def test_inputs_are_the_second_moments_that_numpy_finds(
     model: LanguageModel, folder: Path, dtype: torch.dtype
 ) -> None:
     model = LanguageModel(copy.deepcopy(model.model).to(dtype), model.tokenizer)
-    made = calibrated(model, components=64)
+    made = calibrated(model, components=160)
     for name, expected in second_moments(model, made).items():
         inputs = made.inputs[name]
         got = dense(inputs) + np.diag(inputs.rest.double().numpy())
@@ -161,6 +180,31 @@ def test_the_adapter_is_on_while_its_inputs_are_measured(model: LanguageModel, f
     without = calibrated(model)
     assert [e.prompt for e in with_a.exchanges] == [e.prompt for e in without.exchanges]
     assert [e.answer for e in with_a.exchanges] != [e.answer for e in without.exchanges]
+
+
+def test_a_source_whose_answers_depend_more_on_a_module_counts_more(
+    model: LanguageModel, folder: Path
+) -> None:
+    made = calibrated(model)
+    scaled = LanguageModel(copy.deepcopy(model.model), model.tokenizer)
+    with torch.no_grad():
+        scaled.model.get_output_embeddings().weight.mul_(3.0)  # the same answers, by thrice the margin
+    sharper = calibrated(scaled)
+    assert [e.answer for e in sharper.exchanges] == [e.answer for e in made.exchanges]
+    before, after = counts(model, made), counts(scaled, sharper)
+    for name, inputs in made.inputs.items():
+        ratio = after[name] / before[name]
+        assert ratio > 1.5
+        np.testing.assert_allclose(sharper.inputs[name].values, ratio * inputs.values, rtol=1e-4)
+
+
+def test_gradients_that_are_not_finite_are_an_error(
+    model: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "sensitivities", lambda *_: {LAYER + "mlp.up_proj": float("nan")})
+    with pytest.raises(CalibrationError, match="the gradients of the answers hold NaN or infinity"):
+        calibrated(model)
+    assert not (folder / "a" / CALIBRATION_NAME).exists()
 
 
 def test_a_calibration_says_what_it_was_made_of(model: LanguageModel, folder: Path) -> None:
@@ -241,8 +285,10 @@ def test_an_embedding_has_the_frequencies_of_its_tokens(model: LanguageModel, fo
         for token in (exchange.prompt[-1], *exchange.answer[:-1]):
             shares[token] += 0.5 / made.tokens[1]
         positions += len(exchange.prompt) + len(exchange.answer) - 1
-    np.testing.assert_allclose(inputs.rest, (shares * positions + 1) / (positions + 320), rtol=2.0**-22)
-    assert float(inputs.rest.sum()) == pytest.approx(1, rel=1e-6)
+    factor = counts(model, made)["model.embed_tokens"]
+    expected = (shares * positions + 1) / (positions + 320)
+    np.testing.assert_allclose(inputs.rest, factor * expected, rtol=1e-6)
+    assert float(inputs.rest.sum()) == pytest.approx(factor, rel=1e-6)
 
 
 def test_an_output_layer_sees_all_tokens(model: LanguageModel, folder: Path) -> None:

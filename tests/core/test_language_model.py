@@ -229,6 +229,60 @@ def test_a_replay_has_the_likelihood_of_an_answer_and_whether_it_is_kept(model: 
     assert other.log_likelihood < replayed.log_likelihood
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.self_attn.v_proj", "lm_head"])
+def test_the_sensitivity_to_a_module_is_what_differences_show(loaded: LanguageModel, name: str) -> None:
+    model = LanguageModel(copy.deepcopy(loaded.model).double(), None)
+    prompt, (answer,) = PROMPTS[0], (7,)
+    found = model.sensitivities(prompt, (answer,), [name])
+    tokens = 1 if name == "lm_head" else len(prompt)  # it runs for the answer alone
+    width = {"lm_head": tiny.VOCABULARY, "model.embed_tokens": tiny.HIDDEN}.get(name) or tiny.MODULES[name][0]
+    steps = 2e-3 * torch.eye(tokens * width, dtype=torch.float64).view(-1, tokens, width)
+
+    @torch.inference_mode()
+    def odds(pushed: torch.Tensor) -> torch.Tensor:
+        push = model.model.get_submodule(name).register_forward_hook(lambda _, args, output: output + pushed)
+        ids = torch.tensor([prompt]).expand(len(pushed), -1)
+        shares = model.model(ids, logits_to_keep=1).logits[:, -1].softmax(1)[:, answer]
+        push.remove()
+        logs: torch.Tensor = shares.log() - (1 - shares).log()
+        return logs
+
+    gradient = (odds(steps) - odds(-steps)) / 4e-3  # by no smaller steps, because norms compute in float32
+    assert found == {name: pytest.approx(float(gradient.square().sum()), rel=1e-4)}
+
+
+def test_the_sensitivity_of_an_answer_is_the_sum_of_those_of_its_tokens(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list(tiny.MODULES)
+    prompt, answer = PROMPTS[0], (7, 30, 9)
+    with model.wearing(everywhere().modules):
+        each = [model.sensitivities(prompt + answer[:i], answer[i : i + 1], names) for i in range(3)]
+        monkeypatch.setattr(language_model, "DRAWS", 64)
+        found = model.sensitivities(prompt, answer, names)
+    for name in names:
+        # The signs of three tokens have four combinations, which 64 draws have nearly equally often.
+        assert found[name] == pytest.approx(sum(part[name] for part in each), rel=0.25)
+
+
+def test_sensitivities_need_no_weights_that_want_gradients_and_leave_nothing(model: LanguageModel) -> None:
+    names = list(tiny.MODULES)
+    wanting = model.sensitivities(PROMPTS[0], (7, 8), names)
+    frozen = LanguageModel(copy.deepcopy(model.model).requires_grad_(False), model.tokenizer)
+    assert frozen.sensitivities(PROMPTS[0], (7, 8), names) == wanting
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+    assert not any(module._forward_hooks for module in model.model.modules())
+
+
+def test_a_module_that_no_token_reaches_has_no_sensitivity(model: LanguageModel) -> None:
+    layer = model.model.get_submodule("model.layers.0.mlp")
+    layer.spare = torch.nn.Linear(4, 4)
+    try:
+        assert list(model.sensitivities((1, 2), (3,), ["lm_head", "model.layers.0.mlp.spare"])) == ["lm_head"]
+    finally:
+        del layer.spare
+
+
 def test_tokens_that_the_model_does_not_have_are_an_error(model: LanguageModel) -> None:
     with pytest.raises(CalibrationError, match="the model has 320 tokens, and there is no token 320"):
         model.replay((1, tiny.VOCABULARY), (2,))
