@@ -1,7 +1,7 @@
 """Which skills survive a merge: every set of adapters of `sets.py` under every strategy that is named.
 
     python examples/skills.py [TEMPLATE ...] [--sets LIST ...] [--sizes N ...] [--rank N] [--json FILE]
-    python examples/skills.py --json FILE --alarms
+    python examples/skills.py --json FILE --summary
 
 A template is a strategy, a weight if not 1, and options: "knots weights=auto", "ties density=0.2",
 "linear 1/N" for weights of one over the number of sources. Every set is merged with it, and each source's
@@ -9,7 +9,8 @@ task is judged as judge.py says. A score is the share of right answers, and rete
 merge divided by that of the source alone. The report also has the likelihood of the right answers, and of
 a plain text that has nothing to do with any task. Sources alone and the base model are measured first.
 Where all sources are calibrated, their own answers are replayed. Rows that FILE has are not measured again.
---alarms measures nothing. It counts how often replays of the rows in FILE tell which skills are lost.
+--summary measures nothing. It says how each strategy did on all sets of one size, and how often the replays
+told which skills are lost.
 """
 
 import argparse
@@ -151,6 +152,25 @@ def line(row: Row, base_text_nll: float) -> str:
     return f"{first} {100 * row['mean']:.0f} | {100 * row['worst']:.0f} | {kept} | {text:+.2f} |"
 
 
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """A table for each list of sets and each size: mean, worst, and how many sources keep less than half."""
+    merges = [row for row in rows if "retention" in row]
+    yield "| sets | strategy | mean | worst | sources under 50 % |"
+    yield "|---|---|--:|--:|--:|"
+    groups = {(row["kind"], len(row["set"]), row["template"], row["limit"]): None for row in merges}
+    for kind, size, template, limit in sorted(groups, key=str):
+        key = {"kind": kind, "template": template, "limit": limit}
+        found = [row for row in merges if key.items() <= row.items() and len(row["set"]) == size]
+        shares = [share for row in found for share in row["retention"].values()]
+        mean = sum(row["mean"] for row in found) / len(found)
+        lost = sum(share < LOST for share in shares)
+        rank = f", rank {limit}" if limit else ""
+        yield (
+            f"| {kind}: {len(found)} of {size} | {template}{rank} "
+            f"| {100 * mean:.0f} | {100 * min(shares):.0f} | {lost} of {len(shares)} |"
+        )
+
+
 def alarms(rows: Sequence[Row]) -> Iterator[str]:
     """A table: how sources of all merges fared in the test, by what the replay of their answers kept."""
     found: dict[str, list[float]] = {"none": [], "under half": [], "half to 3/4": [], "3/4 or more": []}
@@ -159,10 +179,10 @@ def alarms(rows: Sequence[Row]) -> Iterator[str]:
             share = kept / total
             bounds = (share == 0, share < LOST, share < 0.75, True)
             found[[*found][bounds.index(True)]].append(row["retention"][name])
-    yield "| replay keeps | sources | retention under 50 % | 50 to 90 % | over 90 % |"
+    yield "| replay keeps | sources | under 50 % in the test | 50 to 90 % | over 90 % |"
     yield "|---|--:|--:|--:|--:|"
     for kept, shares in found.items():
-        low, high = sum(x < 0.5 for x in shares), sum(x > 0.9 for x in shares)
+        low, high = sum(x < LOST for x in shares), sum(x > 0.9 for x in shares)
         yield f"| {kept} | {len(shares)} | {low} | {len(shares) - low - high} | {high} |"
 
 
@@ -175,13 +195,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="largest rank of a merge; default: that of its sources")
     parser.add_argument("--count", type=int, default=60, help="test examples per task; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows here, and go on from them")
-    parser.add_argument("--alarms", action="store_true", help="count what the replays in FILE show")
+    parser.add_argument("--summary", action="store_true", help="print tables of all rows in FILE")
     arguments = parser.parse_args()
     if not 0 < arguments.count <= TEST_SIZE:
         parser.error(f"--count must be 1 to {TEST_SIZE}, got {arguments.count}")
     report = Report(arguments.json, arguments.count)
-    if arguments.alarms:
-        print("\n".join(alarms(report.rows)))
+    if arguments.summary:
+        print("\n".join([*summary(report.rows), "", *alarms(report.rows)]))
         return
     skills = Skills(*load_model(arguments.model), arguments.count)
     base = report.find(kind="base") or report.add({"kind": "base", **skills.judged(None, list(ALL_TASKS))})

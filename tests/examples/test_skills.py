@@ -11,7 +11,7 @@ from encoding import Encoded, packed
 from evaluate import load_adapted, score
 from judge import Judge
 from merged_lora.adapters import Adapter
-from skills import Report, spec_of, with_retention
+from skills import Report, Row, alarms, spec_of, summary, with_retention
 from smollm2 import MODEL_DIR, load_model
 from tasks import TASKS, examples
 from train import ADAPTERS_DIR
@@ -45,6 +45,42 @@ def test_a_report_goes_on_from_its_file_and_refuses_that_of_another_count(tmp_pa
     assert again.find(kind="alone", adapter="b") is None
     with pytest.raises(SystemExit, match="--count 60, not 30"):
         Report(file, 30)
+
+
+def row_of(names: str, kept: list[float], **others: object) -> Row:
+    row: Row = {"kind": "report", "template": "iso", "limit": None, "set": list(names)}
+    scores = dict(zip(names, kept, strict=True))
+    return with_retention(row | {"scores": scores} | others, dict.fromkeys(names, 1.0))
+
+
+def test_a_summary_has_a_line_for_each_strategy_and_size_with_what_is_lost() -> None:
+    rows: list[Row] = [
+        {"kind": "base", "scores": {}},
+        row_of("ab", [1.0, 0.25]),
+        row_of("cd", [0.5, 0.75]),
+        row_of("ab", [0.0, 1.0], limit=16),
+        row_of("abc", [1.0, 1.0, 1.0]),
+        {"kind": "report", "template": "slerp", "limit": None, "set": ["a", "b", "c"], "error": "two only"},
+    ]
+    assert list(summary(rows))[2:] == [
+        "| report: 1 of 2 | iso, rank 16 | 50 | 0 | 1 of 2 |",
+        "| report: 2 of 2 | iso | 62 | 25 | 1 of 4 |",
+        "| report: 1 of 3 | iso | 100 | 100 | 0 of 3 |",
+    ]
+
+
+def test_replays_are_set_against_what_the_tests_find() -> None:
+    rows = [
+        row_of("abc", [0.0, 0.3, 0.95], replay={"a": [0, 8], "b": [3, 8], "c": [7, 8]}),
+        row_of("ab", [0.6, 0.4], replay={"a": [4, 8], "b": [6, 8]}),
+        row_of("ab", [1.0, 1.0]),
+    ]
+    assert list(alarms(rows))[2:] == [
+        "| none | 1 | 1 | 0 | 0 |",
+        "| under half | 1 | 1 | 0 | 0 |",
+        "| half to 3/4 | 1 | 0 | 1 | 0 |",
+        "| 3/4 or more | 2 | 1 | 0 | 1 |",
+    ]
 
 
 def test_examples_in_one_row_share_their_beginning_and_do_not_see_each_other() -> None:
