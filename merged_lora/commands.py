@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .backends import Result
 
 LOGGER = logging.getLogger("merged_lora")
-LOST = 3
+SKILL_LOST = 3
 """Exit code of a check that found a source of which most is lost."""
 
 
@@ -133,7 +133,7 @@ def check(arguments: argparse.Namespace) -> int:
     else:
         for each in found:
             print(f"{each}, {each.nll:.3f} nats per token")
-    return LOST if any(each.lost for each in found) else 0
+    return SKILL_LOST if any(each.lost for each in found) else 0
 
 
 @contextmanager
