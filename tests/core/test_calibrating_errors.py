@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -206,6 +207,18 @@ def test_a_folder_that_may_not_be_written_is_found_before_the_model_runs(
     monkeypatch.setattr(os, "access", lambda path, mode: not (path == Path("a") and mode == os.W_OK))
     with pytest.raises(CalibrationError, match="the folder is read-only"):
         calibrate(model, "a", "nowhere")
+
+
+def test_a_device_that_is_too_small_for_a_pass_backward_is_a_line(
+    model: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "sensitivities", full)
+    with pytest.raises(CalibrationError, match=r"cpu has no memory for \d+ tokens .* give shorter prompts"):
+        calibrated(model)
+    assert not (folder / "a" / CALIBRATION_NAME).exists()
 
 
 def test_an_interruption_leaves_the_model_and_the_old_calibration(model: LanguageModel, folder: Path) -> None:
