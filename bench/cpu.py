@@ -70,7 +70,13 @@ class Case:
 
     def sources(self) -> dict[str, Adapter]:
         """The adapters that are merged; for ``regmean`` they are calibrated."""
-        drawn = _sources(self.layers, self.module, self.count, self.dtype)
+        return self._ready(_sources(self.layers, self.module, self.count, self.dtype))
+
+    def small_sources(self) -> dict[str, Adapter]:
+        """As many adapters of a few small modules, to compile everything with."""
+        return self._ready(cases.random_sources(cases.SMALL, self.count, RANK, self.dtype))
+
+    def _ready(self, drawn: dict[str, Adapter]) -> dict[str, Adapter]:
         if self.strategy != "regmean":
             return drawn
         return {
@@ -206,8 +212,7 @@ def _peak_memory(case: Case) -> int:
     """The most bytes that a merge takes on top of its inputs, with everything compiled and loaded."""
     backend = load_backend("cpu")
     sources = case.sources()
-    small = cases.random_sources(cases.SMALL, case.count, RANK, case.dtype)
-    backend.merge(make_plan(parse(case.spec), small))
+    backend.merge(make_plan(parse(case.spec), case.small_sources()))
     return machine.peak_memory(partial(backend.merge, make_plan(parse(case.spec), sources)))
 
 

@@ -9,8 +9,8 @@ task is judged as judge.py says. A score is the share of right answers, and rete
 merge divided by that of the source alone. The report also has the likelihood of the right answers, and of
 a plain text that has nothing to do with any task. Sources alone and the base model are measured first.
 Where all sources are calibrated, their own answers are replayed. Rows that FILE has are not measured again.
---summary measures nothing. It says how each strategy did on all sets of one size, and how often the replays
-told which skills are lost.
+--summary measures nothing. It shows how each strategy did on all sets of one size, and how often the replays
+found which skills are lost.
 """
 
 import argparse

@@ -27,10 +27,10 @@ from .sketch import Sketch, TokenCounts
 
 logger = logging.getLogger(__name__)
 
-ANSWERING = 0.7
+ANSWERING = 0.35
 """The share of the work that goes into answering the prompts, on a CPU."""
 STRENGTHS = (0.0, 0.5, 1.0)
-"""Of the adapter while its inputs are measured, because the other adapters of a merge change them."""
+"""The inputs are measured with the adapter at each of these, because in a merge they lie in between."""
 
 
 def calibrate(

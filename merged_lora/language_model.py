@@ -120,7 +120,7 @@ class LanguageModel:
         """
         self.check_fits(modules)
         with ExitStack() as hooks:
-            for name, factors in modules.items():
+            for name, factors in modules.items() if strength else ():
                 module = self._find(name)
                 added = _addition(factors, module, strength)
                 handle = module.register_forward_hook(
@@ -228,7 +228,7 @@ class LanguageModel:
         outputs: list[tuple[str, torch.Tensor]] = []
         first = self.model.get_input_embeddings()
         with ExitStack() as hooks:
-            # The weights may want no gradient, and then nothing does before something is told to.
+            # If the weights want no gradient, nothing does unless the outputs of the first module do.
             begin = first.register_forward_hook(lambda _, args, output: output.detach().requires_grad_())
             hooks.callback(begin.remove)
             for name in names:

@@ -100,6 +100,14 @@ def test_a_case_is_timed_beside_peft_and_held_to_its_aims(
     assert row.bytes_moved == 3 * entries * (4 if case.dtype == torch.float32 else 2)
 
 
+@pytest.mark.parametrize("strategy", cpu.CORE_SECONDS)
+def test_the_memory_of_every_strategy_in_shared_bases_can_be_measured(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cases.LLAMA3_8B_LAYER, "m", (48, 80))
+    assert cpu._peak_memory(Case(strategy, 2, module="m")) >= 0
+
+
 def test_a_file_in_no_folder_is_refused_before_anything_is_measured(
     untimed: list[Case], tmp_path: Path
 ) -> None:
