@@ -32,7 +32,7 @@ from merged_lora.errors import MergeError
 from merged_lora.language_model import LanguageModel
 from merged_lora.replay import LOST, exchanges_of
 from merged_lora.spec import canonical, parse
-from merged_lora.strategies import TABLE
+from merged_lora.strategies import find
 from more_tasks import ALL_TASKS
 from sets import CHOOSE, REPORT
 from smollm2 import MODEL_DIR, load_model
@@ -175,7 +175,8 @@ def alarms(rows: Sequence[Row]) -> Iterator[str]:
     """A table: how sources of all merges fared in the test, by what the replay of their answers kept."""
     found: dict[str, list[float]] = {"none": [], "under half": [], "half to 3/4": [], "3/4 or more": []}
     for row in rows:
-        for name, (kept, total) in row.get("replay", {}).items():
+        replay = row.get("replay", {}) if row.get("limit") is None else {}  # other ranks are not other merges
+        for name, (kept, total) in replay.items():
             share = kept / total
             bounds = (share == 0, share < LOST, share < 0.75, True)
             found[[*found][bounds.index(True)]].append(row["retention"][name])
@@ -199,8 +200,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 < arguments.count <= TEST_SIZE:
         parser.error(f"--count must be 1 to {TEST_SIZE}, got {arguments.count}")
+    try:
+        fitting = {
+            template: find(template.split()[0]).recipe.space == "outputs" for template in arguments.template
+        }
+    except MergeError as error:
+        parser.error(str(error))
     report = Report(arguments.json, arguments.count)
     if arguments.summary:
+        if not report.rows:
+            parser.error("--summary needs --json FILE, and a row in it")
         print("\n".join([*summary(report.rows), "", *alarms(report.rows)]))
         return
     skills = Skills(*load_model(arguments.model), arguments.count)
@@ -220,9 +229,8 @@ def main() -> None:
     for template, (kind, names) in product(arguments.template, wanted):
         if arguments.sizes and len(names) not in arguments.sizes:
             continue
-        fitted = TABLE[template.split()[0]].recipe.space == "outputs"
         sources = [skills.source(name) for name in names]
-        digests = [source.identity if fitted else source.digest for source in sources]
+        digests = [source.identity if fitting[template] else source.digest for source in sources]
         key = {"kind": kind, "template": template, "limit": arguments.rank}
         key |= {"set": list(names), "digests": digests}
         row = report.find(**key)

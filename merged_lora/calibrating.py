@@ -21,7 +21,7 @@ from .calibration import CALIBRATION_NAME, Calibration, Exchange, Inputs, write_
 from .checks import whole_number
 from .errors import CalibrationError
 from .factors import Factors
-from .language_model import LanguageModel, Progress
+from .language_model import LanguageModel, Progress, first_line
 from .prompts import read_prompts
 from .sketch import Sketch, TokenCounts
 
@@ -86,14 +86,7 @@ def calibrate(
         for i, (prompt, reply) in enumerate(zip(chosen, replies, strict=True))
     ]
     fitted = [exchange for exchange in exchanges if exchange.fitted]
-    try:
-        inputs = measure(loaded, source.modules, fitted, components, lambda s: report((1 - ANSWERING) * s))
-    except torch.OutOfMemoryError:
-        longest = max(len(each.prompt) + len(each.answer) for each in fitted)
-        raise CalibrationError(
-            f"{loaded.model.device} has no memory for {longest} tokens of a prompt and its answer "
-            "at a time, with what a pass backward needs of them; give shorter prompts"
-        ) from None
+    inputs = measure(loaded, source.modules, fitted, components, lambda s: report((1 - ANSWERING) * s))
     calibration = Calibration(
         inputs=inputs,
         adapter=source.digest,
@@ -155,11 +148,21 @@ def measure(
     total = dict.fromkeys(inputs.values(), 0.0)
     with model.wearing(modules):
         for each in exchanges:
-            for name, sensitivity in model.sensitivities(each.prompt, each.answer, widths).items():
+            try:
+                found = model.sensitivities(each.prompt, each.answer, widths)
+            except RuntimeError as error:  # no memory, or no way back through the model's kernels
+                raise CalibrationError(
+                    f"the model cannot be run backward over {len(each.prompt) + len(each.answer)} tokens "
+                    f"of a prompt and its answer: {first_line(error)}"
+                ) from None
+            for name, sensitivity in found.items():
                 total[inputs[name]] += sensitivity / answered
             progress(done)
     if not math.isfinite(sum(total.values())):
-        raise CalibrationError("the gradients of the answers hold NaN or infinity")
+        raise CalibrationError(
+            "the gradients of the answers hold NaN or infinity, which float16 often brings about; "
+            "load the model in bfloat16 or float32"
+        )
     scaled = {
         x: Inputs(sensitivity**0.5 * x.values, x.vectors, sensitivity**0.5 * x.rest)
         for x, sensitivity in total.items()

@@ -32,13 +32,15 @@ PARTS = ("values", "vectors", "rest")
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The second moment ``E[x x^T]`` of a module's inputs, which is ``V^T diag(values) V + diag(rest)``.
+    """The second moment ``s E[x x^T]`` of a module's inputs, which is ``V^T diag(values) V + diag(rest)``.
+
+    The factor s says how much the adapter's answers depend on what the module makes of these inputs.
 
     values:  the largest eigenvalues, float32 ``[k]``.
     vectors: their eigenvectors V, float16 ``[k, in]``.
     rest:    what the diagonal has besides, float32 ``[in]``.
 
-    All of it is zero if no token ever reached the module.
+    All of it is zero if no token ever reached the module, or if no answer depends on it.
     """
 
     values: torch.Tensor

@@ -209,14 +209,16 @@ def test_a_folder_that_may_not_be_written_is_found_before_the_model_runs(
         calibrate(model, "a", "nowhere")
 
 
-def test_a_device_that_is_too_small_for_a_pass_backward_is_a_line(
-    model: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_model_that_cannot_be_run_backward_is_a_line(
+    model: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise kind("out of memory\nTried to allocate 9 GiB")
 
     monkeypatch.setattr(model, "sensitivities", full)
-    with pytest.raises(CalibrationError, match=r"cpu has no memory for \d+ tokens .* give shorter prompts"):
+    expected = r"cannot be run backward over \d+ tokens .*: out of memory Tried to allocate 9 GiB$"
+    with pytest.raises(CalibrationError, match=expected):
         calibrated(model)
     assert not (folder / "a" / CALIBRATION_NAME).exists()
 
