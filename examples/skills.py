@@ -157,7 +157,7 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
     merges = [row for row in rows if "retention" in row]
     yield "| sets | strategy | mean | worst | sources under 50 % |"
     yield "|---|---|--:|--:|--:|"
-    groups = {(row["kind"], len(row["set"]), row["template"], row["limit"]): None for row in merges}
+    groups = {(row["kind"], len(row["set"]), row["template"], row["limit"]) for row in merges}
     for kind, size, template, limit in sorted(groups, key=str):
         key = {"kind": kind, "template": template, "limit": limit}
         found = [row for row in merges if key.items() <= row.items() and len(row["set"]) == size]

@@ -21,7 +21,7 @@ from .calibration import CALIBRATION_NAME, Calibration, Exchange, Inputs, write_
 from .checks import whole_number
 from .errors import CalibrationError
 from .factors import Factors
-from .language_model import LanguageModel, Progress, first_line
+from .language_model import LanguageModel, Progress, one_line
 from .prompts import read_prompts
 from .sketch import Sketch, TokenCounts
 
@@ -153,7 +153,7 @@ def measure(
             except RuntimeError as error:  # no memory, or no way back through the model's kernels
                 raise CalibrationError(
                     f"the model cannot be run backward over {len(each.prompt) + len(each.answer)} tokens "
-                    f"of a prompt and its answer: {first_line(error)}"
+                    f"of a prompt and its answer: {one_line(error)}"
                 ) from None
             for name, sensitivity in found.items():
                 total[inputs[name]] += sensitivity / answered

@@ -68,7 +68,7 @@ class LanguageModel:
             model = make_model.from_pretrained(name, dtype="auto" if on_gpu else torch.float32)
             model = model.to("cuda" if on_gpu else "cpu").eval()  # which may not fit into the GPU's memory
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise CalibrationError(f"cannot load the model {os.fspath(name)}: {first_line(error)}") from None
+            raise CalibrationError(f"cannot load the model {os.fspath(name)}: {one_line(error)}") from None
         return cls(model, tokenizer)
 
     @property
@@ -88,7 +88,7 @@ class LanguageModel:
         try:
             text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template may raise anything
-            raise CalibrationError(f"the model's chat template: {first_line(error)}") from None
+            raise CalibrationError(f"the model's chat template: {one_line(error)}") from None
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def check_fits(self, modules: Mapping[str, Factors]) -> None:
@@ -293,7 +293,7 @@ def _batches(prompts: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:
     return batches
 
 
-def first_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What another library says, on one line and not at length."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
