@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import time
+import uuid
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from vllm.lora.request import LoRARequest
 
+from merged_lora.lru import Lru
 from merged_lora.planning import check_names
 from merged_lora.spec import MergeSpec, parse
+from merged_lora.vllm_plugin.api_server.workers import pause
 from merged_lora.vllm_plugin.hooks.api_server import lora_request
 
 from .identity import MergeIdentity
 from .merge_log import log_merge
-from .rpc import CAPTURE, PREPARE, Facts, agreed, raise_failure
+from .rpc import CAPTURE, POLL, PREPARE, Facts, Pending, Reply, agreed, raise_failure
+from .settings import GIB, Settings
+
+OWNER = "offline"
+"""What the workers know this process as."""
+
+_kept: weakref.WeakKeyDictionary[Any, Lru[str, int]] = weakref.WeakKeyDictionary()
+"""For each LLM the merges that its workers keep, with their bytes."""
 
 
 def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, str]) -> LoRARequest:
@@ -23,19 +35,36 @@ def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, 
     spec:     such as ``ties(0.7*sql, 0.3*chat, density=0.5)``.
     adapters: a folder, or a name on the hub, for every source of the spec.
 
-    Every worker makes the merge before this returns, from copies of the adapters that stay in memory.
-    Raises MergeError if it cannot be made.
+    Every worker makes the merge before this returns, from copies of the adapters that stay in memory.  The
+    merges asked for last stay ready, within ``"ready_gib"``; the use of an older one makes it again, and the
+    other requests of its batch wait for that.  Raises MergeError if the merge cannot be made.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     check_names(spec, adapters)
-    contents = []
+    contents, largest = [], 0
     for name in spec.names:
-        reply = agreed(llm.collective_rpc(CAPTURE, args=("offline", None, str(adapters[name]), None)))
-        raise_failure(reply)
+        reply = _finished(llm, CAPTURE, OWNER, None, str(adapters[name]), None)
         contents.append(reply["key"])
+        largest = reply["largest"]
     identity = MergeIdentity(spec, tuple(contents))
-    reply = agreed(llm.collective_rpc(PREPARE, args=(identity.path,)))
-    raise_failure(reply)
+    kept = _kept.setdefault(llm, Lru())
+    limit = Settings.of(llm.llm_engine.vllm_config.additional_config).ready_gib * GIB - largest
+    while kept and sum(kept.values()) > limit:
+        kept.popitem(last=False)
+    reply = _finished(llm, PREPARE, OWNER, list(kept), identity.path)
+    facts = Facts(**reply["facts"])
+    kept.add(identity.digest, facts.nbytes, len(kept) + 1)
     if reply["made"]:
-        log_merge(identity, Facts(**reply["facts"]))
+        log_merge(identity, facts)
     return lora_request(identity)
+
+
+def _finished(llm: Any, method: str, *arguments: Any) -> Reply:
+    """The workers' reply when their work is done; raises MergeError."""
+    ticket, start = uuid.uuid4().hex, time.monotonic()
+    reply = agreed(llm.collective_rpc(method, args=(ticket, *arguments)))
+    while "pending" in reply:
+        time.sleep(pause(time.monotonic() - start, Pending(**reply["pending"])))
+        reply = agreed(llm.collective_rpc(POLL, args=(ticket,)))
+    raise_failure(reply)
+    return reply

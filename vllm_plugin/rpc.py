@@ -1,8 +1,9 @@
 """The protocol between API servers and workers: the methods of a worker, and what they reply.
 
 A method of a worker never raises, on any rank, because vLLM does not survive a failed RPC at tensor parallel
-sizes above 1: it replies with the error and its kind, and the API server raises it again.  Knows nothing of
-vLLM, and nothing of how a merge is made.
+sizes above 1: it replies with the error and its kind, and the API server raises it again.  Nor does it wait,
+because the engine's steps would wait with it: work that takes long is begun under a ticket, goes on beside
+the steps, and is asked for until it is done.  Knows nothing of vLLM, and nothing of how a merge is made.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ from merged_lora.errors import CalibrationError, MergeError, UnknownAdapterError
 logger = logging.getLogger("vllm.merged_lora")
 
 CAPTURE, RELEASE, PREPARE = "merged_lora_capture", "merged_lora_release", "merged_lora_prepare"
-REPLAY = "merged_lora_replay"
-"""Names under which vLLM's ``collective_rpc`` finds the four methods on a worker."""
+REPLAY, POLL, CANCEL = "merged_lora_replay", "merged_lora_poll", "merged_lora_cancel"
+"""Names under which vLLM's ``collective_rpc`` finds the methods on a worker."""
 
 
 class Reply(TypedDict, total=False):
     """The reply of a worker: ``ok`` and results, or not ``ok`` and an error.
 
-    ok:      whether the method succeeded.
+    ok:      whether the method succeeded; true as long as nothing has failed.
+    pending: the fields of :class:`Pending`, as long as the work goes on; then no other field is set.
     key:     key of the adapter's copy, or digest of the merge.
     refusal: why an adapter that is served cannot be merged; empty if it can.
     nbytes:  bytes of that copy.
     held:    bytes of all copies in this worker.
     facts:   the fields of :class:`Facts`.
-    made:    whether the merge was made by this call.
+    made:    whether the merge was made for this ticket.
+    largest: bytes of the largest merge that the model allows, as :class:`Facts` counts them.
     exchanges: prompts and answers to replay, as token ids.
     error:   message of the error.
     kind:    ``user``, ``unknown`` (adapter), ``calibration``, ``full`` (cache) or ``internal``.
@@ -38,16 +41,41 @@ class Reply(TypedDict, total=False):
     """
 
     ok: bool
+    pending: dict[str, Any]
     key: str
     refusal: str
     nbytes: int
     held: int
     facts: dict[str, Any]
     made: bool
+    largest: int
     exchanges: list[tuple[tuple[int, ...], tuple[int, ...]]]
     error: str
     kind: str
     missing: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a worker reports of work that goes on.
+
+    running:   whether it has begun.
+    done:      number of finished steps, which are modules.
+    total:     number of steps; 0 until they are known.
+    spent:     seconds that it took so far, without those in which it was interrupted.
+    announced: seconds that it is expected to take; None until that is known.
+    """
+
+    running: bool
+    done: int
+    total: int
+    spent: float
+    announced: float | None
+
+    @property
+    def left(self) -> float:
+        """Seconds that it is expected to take from now on."""
+        return max(0.0, (self.announced or 0.0) - self.spent)
 
 
 @dataclass(frozen=True)
@@ -60,6 +88,8 @@ class Facts:
     kept_energy:    share of the squared norm kept in modules whose rank was cut; 1 if none was.
     kept_by_module: the same for each module whose rank was cut.
     seconds:        time to make the merge in this worker; on a device, time to try it.
+    announced:      seconds that it was expected to take.
+    nbytes:         bytes that it takes in this worker as long as it is ready; 0 if it is next to nothing.
     """
 
     backend: str
@@ -68,6 +98,8 @@ class Facts:
     kept_energy: float
     kept_by_module: dict[str, float]
     seconds: float
+    announced: float
+    nbytes: int
 
 
 class CacheFullError(MergeError):
@@ -96,10 +128,16 @@ def answer(method: Callable[[], Reply]) -> Reply:
 
 
 def agreed(replies: Sequence[Reply]) -> Reply:
-    """One reply for all ranks: the first failure, or the results they agree on with their bytes added up."""
+    """One reply for all ranks: the first failure, or the results they agree on with their bytes added up.
+
+    As long as work goes on in any of them, the reply is that of the one that has the longest way to go.
+    """
     for reply in replies:
         if not reply["ok"]:
             return reply
+    pending = [reply for reply in replies if "pending" in reply]
+    if pending:
+        return max(pending, key=lambda reply: Pending(**reply["pending"]).left)
     if len({reply["key"] for reply in replies}) != 1:
         return {
             "ok": False,

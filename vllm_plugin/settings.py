@@ -22,6 +22,7 @@ BACKENDS = ("auto", *MODULES)
 ANY_RELEASE, TESTED_ALONE = "any", "tested"
 MAX_COUNT = 1 << 20
 """Largest value of a setting that counts merges."""
+GIB = 1 << 30
 CHECK = "check"
 """Last part of the route that replays a merge; no alias has this name."""
 
@@ -47,6 +48,9 @@ class Settings:
     backend: str = "auto"
     gpu_gib: float | None = None
     cache_gib: float = 4.0
+    ready_gib: float = 4.0
+    threads: int | None = None
+    max_seconds: float = 600.0
     source_dir: str | None = None
     runtime_aliases: bool = False
     max_spec_length: int = MAX_TEXT
@@ -216,6 +220,30 @@ FLAGS = (
         f"Host memory for copies of the adapters in each worker; {Settings.cache_gib:g} by default. The "
         "server does not start, and loads no adapter, if they do not fit.",
         "GIB",
+        workers=True,
+    ),
+    Flag(
+        "ready_gib",
+        _gib,
+        f"Host memory for merges that are ready in each worker; {Settings.ready_gib:g} by default. The least "
+        "recently used merges make room for new ones; those of requests under way stay.",
+        "GIB",
+        workers=True,
+    ),
+    Flag(
+        "threads",
+        _whole_number(1, MAX_COUNT),
+        "Number of threads in which each worker merges on its CPU, at low priority. By default, as many as "
+        "the cores that vLLM's own threads leave free, and at least one.",
+        "N",
+        workers=True,
+    ),
+    Flag(
+        "max_seconds",
+        _number(lambda seconds: seconds > 0, "must be a number of seconds above 0"),
+        "Longest time that a new merge may take, by what such merges take on this machine; "
+        f"{Settings.max_seconds:g} by default. A request for a longer one gets status 400.",
+        "SECONDS",
         workers=True,
     ),
     Flag(

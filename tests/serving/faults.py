@@ -12,19 +12,19 @@ from merged_lora.vllm_plugin.worker.makers import HostMaker
 SLOW, LAST_RANK_FAILS, ALL_FAIL = 700_001, 700_002, 700_003
 SECONDS = 2.0
 
-_prepare = HostMaker.prepare
+_make = HostMaker.make
 
 
-def _faulty(self: Any, number: int, plan: Any) -> Any:
+def _faulty(self: Any, number: int, plan: Any, *progress: Any) -> Any:
     seed = plan.spec.option("seed")
     if seed == SLOW:
         time.sleep(SECONDS)
     if seed == ALL_FAIL or (seed == LAST_RANK_FAILS and get_tensor_model_parallel_rank() == 1):
         raise ZeroDivisionError("a fault on demand")
-    return _prepare(self, number, plan)
+    return _make(self, number, plan, *progress)
 
 
-HostMaker.prepare = _faulty  # type: ignore[method-assign]
+HostMaker.make = _faulty  # type: ignore[method-assign,assignment]
 
 
 class Faults:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,16 @@ from merged_lora.vllm_plugin.api_server.gate import MergeGate
 from merged_lora.vllm_plugin.api_server.metrics import Metrics
 from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
 from merged_lora.vllm_plugin.api_server.sources import Sources
+from merged_lora.vllm_plugin.api_server.workers import Workers
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.rpc import Reply, agreed
+from merged_lora.vllm_plugin.rpc import PREPARE, Reply
 from merged_lora.vllm_plugin.settings import Settings
-from merged_lora.vllm_plugin.worker.makers import HostMaker
+from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 
 Rate = Callable[[MergeIdentity, Tokens, Tokens], Awaitable[Replayed]]
+PATIENCE = 60.0
+"""Seconds after which work counts as stuck."""
 LONGEST = 32
 """Most tokens of a prompt with its answer."""
 
@@ -50,19 +55,73 @@ class FolderAdapters:
     def copy(self, model: Adapter, number: int) -> Adapter:
         return model
 
+    def share(self, model: Adapter) -> Adapter:
+        return model
 
-def worker(limit: int = 1 << 30, adapters: FolderAdapters | None = None) -> MergeWorker[Adapter]:
+
+def worker(
+    limit: int = 1 << 30,
+    adapters: FolderAdapters | None = None,
+    maker: Maker[Adapter] | None = None,
+    **more: Any,
+) -> MergeWorker[Adapter]:
     """A worker with our adapters in the place of vLLM's models.
 
     limit:    bytes for copies of adapters.
     adapters: reads plain adapters.
+    maker:    makes merges.
+    more:     further arguments of a worker.
     """
-    maker = HostMaker(load_backend("auto"), lambda _, adapter: adapter)
-    return MergeWorker(16, limit, adapters or FolderAdapters(), maker)
+    host = HostMaker(load_backend("auto"), lambda _, adapter: adapter, lambda adapter: adapter.nbytes)
+    return MergeWorker(16, limit, adapters or FolderAdapters(), maker or host, **more)
+
+
+def finished(merges: MergeWorker[Adapter], reply: Reply, ticket: str) -> Reply:
+    """The reply of work that was begun under a ticket, when it is done."""
+    end = time.monotonic() + PATIENCE
+    while "pending" in reply:
+        assert time.monotonic() < end, "the work does not end"
+        time.sleep(0.001)
+        reply = merges.poll(ticket)
+    return reply
+
+
+def captured(
+    merges: MergeWorker[Adapter], owner: str, needed: list[str] | None, path: str, *more: Any
+) -> Reply:
+    """The reply about a copy of an adapter."""
+    ticket = uuid.uuid4().hex
+    return finished(merges, merges.capture(ticket, owner, needed, path, *more), ticket)
+
+
+def prepared(
+    merges: MergeWorker[Adapter], path: str, kept: Collection[str] = (), loaded: Collection[int] = ()
+) -> Reply:
+    """The reply about a merge."""
+    ticket = uuid.uuid4().hex
+    return finished(merges, merges.prepare(ticket, "one", kept, path, loaded), ticket)
+
+
+def workers_with(merges: Sequence[MergeWorker[Adapter]], calls: list[str] | None = None) -> Workers:
+    """What an API server knows as the workers.
+
+    merges: one for each rank.
+    calls:  receives the path of every merge that the workers are asked for.
+    """
+
+    async def call(method: str, arguments: tuple[Any, ...]) -> list[Reply]:
+        if method == PREPARE and calls is not None:
+            calls.append(arguments[-1])
+        await asyncio.sleep(0)
+        more = (set[int](),) if method == PREPARE else ()
+        name = method.removeprefix("merged_lora_")
+        return [getattr(each, name)(*arguments, *more) for each in merges]
+
+    return Workers(call)
 
 
 def gate_with(
-    merges: MergeWorker[Adapter],
+    merges: MergeWorker[Adapter] | Sequence[MergeWorker[Adapter]],
     calls: list[str] | None = None,
     registry: CollectorRegistry | None = None,
     rate: Rate | None = None,
@@ -70,39 +129,21 @@ def gate_with(
 ) -> MergeGate:
     """A gate in front of one worker, with the alias ``mix``.
 
-    merges:   the worker.
+    merges:   the worker, or those of all ranks.
     calls:    receives the path of every merge that the worker is asked for.
     registry: registry of the metrics.
     rate:     the engine's answer to a request of a replay; by default, every answer is kept.
     settings: settings that differ from the defaults.
     """
 
-    async def capture(*arguments: Any) -> Reply:
-        await asyncio.sleep(0)
-        return agreed([merges.capture(*arguments)])
-
-    async def release(*arguments: Any) -> Reply:
-        await asyncio.sleep(0)
-        return agreed([merges.release(*arguments)])
-
-    async def prepare(path: str) -> Reply:
-        if calls is not None:
-            calls.append(path)
-        await asyncio.sleep(0)
-        return agreed([merges.prepare(path, set())])
-
-    async def exchanges(*arguments: Any) -> Reply:
-        await asyncio.sleep(0)
-        return agreed([merges.replay(*arguments)])
-
     async def kept(merge: MergeIdentity, prompt: Tokens, answer: Tokens) -> Replayed:
         return Replayed(True, -0.5 * len(answer), len(answer))
 
     metrics = Metrics(registry or CollectorRegistry())
-    replays = Replays(exchanges, rate or kept, LONGEST, metrics)
+    workers = workers_with([merges] if isinstance(merges, MergeWorker) else merges, calls)
+    replays = Replays(workers, rate or kept, LONGEST, metrics)
     given = Settings(enable=True, **{"aliases": {"mix": parse("ties(a, b)")}, **settings})
-    sources = Sources(capture, release, metrics, given.source_dir)
-    return MergeGate(given, sources, prepare, replays, metrics)
+    return MergeGate(given, Sources(workers, metrics, given.source_dir), workers, replays, metrics)
 
 
 async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: Any) -> None:

@@ -77,6 +77,9 @@ class CopyingBackend:
     def warm_up(self, dtype: torch.dtype) -> None:
         self.warmed.append(dtype)
 
+    def confine(self, threads: int, nice: int) -> None:
+        load_backend("cpu").confine(threads, nice)
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         return load_backend("cpu").merge(plan, progress)
 
@@ -223,7 +226,7 @@ def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
 
 def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
     """A merge to be written into slots."""
-    return maker(manager, backend).prepare(7, plan(parse(spec), sources, MAX_RANK))[0]
+    return maker(manager, backend).make(7, plan(parse(spec), sources, MAX_RANK)).model
 
 
 def copied(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:

@@ -113,7 +113,7 @@ def test_the_time_of_a_merge_is_read_from_the_line_that_the_server_logs(
     monkeypatch.setattr(merge_log.logger, "info", lambda text, *given: lines.append(text % given))
     for spec, kept in (("ties(0.3*sql, tone)", {}), ('knots(json, sql, weights="auto")', {"m": 0.8})):
         identity = MergeIdentity(parse(spec), ("one", "other"))
-        merge_log.log_merge(identity, Facts("cpu", 8, 210, 0.9, kept, 0.0196))
+        merge_log.log_merge(identity, Facts("cpu", 8, 210, 0.9, kept, 0.0196, 0.01, 1000))
     assert merge_log.merge_milliseconds("\n".join(lines)) == {
         "ties(0.3*sql, tone)": 19.6,
         'knots(json, sql, weights="auto")': 19.6,

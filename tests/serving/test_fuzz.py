@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from merged_lora.strategies import TABLE
 from merged_lora.vllm_plugin.api_server.gate import Lease, MergeGate
 from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.rpc import Reply
+from merged_lora.vllm_plugin.rpc import Facts, Reply
 from vllm_server import Server
 
 GENERATED, MUTATED, ASKED = 5_000, 5_000, 500
@@ -103,17 +104,15 @@ def gate() -> MergeGate:
     """A gate whose merges cost nothing; three adapters are registered."""
     found = gate_with(worker(), max_ad_hoc=20)
 
-    async def prepare(path: str) -> Reply:
-        facts = {"backend": "cpu", "rank": 8, "modules": 1, "kept_energy": 1.0, "seconds": 0.0} | {
-            "kept_by_module": {}
-        }
+    async def prepare(path: str, merges: object, watch: object) -> Reply:
+        facts = asdict(Facts("cpu", 8, 1, 1.0, {}, 0.0, 0.0, 1))
         return Reply(ok=True, key=MergeIdentity.from_path(path).digest, held=0, facts=facts, made=True)
 
     async def copied(path: str, options: object) -> Reply:
         digest = tiny.make_adapter(int(path)).digest
-        return Reply(ok=True, key=digest, refusal="", nbytes=1, held=1)
+        return Reply(ok=True, key=digest, refusal="", nbytes=1, held=1, largest=1)
 
-    found._prepare = prepare
+    found._workers.prepare = prepare  # type: ignore[method-assign]
     found.sources._copied = copied  # type: ignore[method-assign]
     for seed, name in enumerate(("sql", "chat", "tone"), 1):
         asyncio.run(found.sources.serve(name, asyncio.run(found.sources.copy(str(seed), {}))))

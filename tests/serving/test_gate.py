@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import tiny
-from gates import FolderAdapters, gate_with, register, worker
+from gates import FolderAdapters, captured, gate_with, prepared, register, worker
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease, MergeGate
@@ -62,11 +62,11 @@ async def two_sources(gate: MergeGate, folder: Path) -> None:
 
 def test_the_worker_answers_instead_of_raising(tmp_path: Path) -> None:
     merges = worker()
-    lost = merges.capture("one", [], str(tmp_path / "nowhere"))
+    lost = captured(merges, "one", [], str(tmp_path / "nowhere"))
     assert (lost["ok"], lost["kind"]) == (False, "user")
-    unknown = merges.prepare(MergeIdentity(parse("ties(a, b)"), CONTENTS).path, set())
+    unknown = prepared(merges, MergeIdentity(parse("ties(a, b)"), CONTENTS).path)
     assert (unknown["ok"], unknown["kind"]) == (False, "unknown")
-    assert merges.prepare("nonsense", set())["ok"] is False
+    assert prepared(merges, "nonsense")["ok"] is False
     assert merges.release("one", None)["ok"] is False  # type: ignore[arg-type]
 
 
@@ -75,7 +75,7 @@ def test_a_fault_of_ours_is_answered_too() -> None:
         def find(self, path: str) -> Path:
             raise ZeroDivisionError("ours")
 
-    reply = worker(adapters=Broken()).capture("one", [], "x")
+    reply = captured(worker(adapters=Broken()), "one", [], "x")
     assert (reply["ok"], reply["kind"]) == (False, "internal")
     assert "ZeroDivisionError" in reply["error"]
 
@@ -170,7 +170,7 @@ def test_a_merge_that_another_api_server_asked_for_is_not_made_again(tmp_path: P
         for server in (gate_with(merges), gate_with(merges)):
             await register(server, "a", tmp_path, 1)
             live = await server.ready(parse("sum(a)"), ME)
-        assert merges.prepare(live.identity.path, {live.identity.number})["made"] is False
+        assert prepared(merges, live.identity.path, [live.identity.digest])["made"] is False
 
     asyncio.run(run())
 
@@ -288,13 +288,15 @@ def test_the_gate_remembers_a_bounded_number_of_merges(tmp_path: Path) -> None:
         gate = gate_with(worker(), calls, registry, max_ad_hoc=7)
         await register(gate, "a", tmp_path, 1, only="layers.0.self_attn.k_proj")
         for i in range(9):  # one more than merges without an alias and aliases together
-            await gate.ready(parse(f"sum({1 + i}*a)"), ME)
-        await gate.ready(parse("sum(9*a)"), ME)
+            await gate.ready(parse(f"sum({1 + i}*a)"), Lease())
+        await gate.ready(parse("sum(9*a)"), Lease())
+        await asyncio.sleep(0)
         assert len(calls) == 9
         assert len(gate.merges) == 8
         assert registry.get_sample_value("merged_lora_evictions_total", {"what": "merge"}) == 1
-        await gate.ready(parse("sum(a)"), ME)  # the oldest was forgotten, and is prepared again
+        await gate.ready(parse("sum(a)"), Lease())  # the oldest was forgotten, and is made again
         assert len(calls) == 10
+        assert registry.get_sample_value("merged_lora_made_again_total") == 1
 
     asyncio.run(run())
 

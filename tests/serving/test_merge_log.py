@@ -29,7 +29,7 @@ def test_a_line_is_read_back(
     logger = logging.getLogger("vllm.merged_lora")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     caplog.set_level(logging.INFO, logger="vllm.merged_lora")
-    log_merge(identity, Facts("cpu", 8, 210, 0.920833351471823, by_module, 0.0163))
+    log_merge(identity, Facts("cpu", 8, 210, 0.920833351471823, by_module, 0.0163, 0.01, 1000))
     line = f"(APIServer pid=7) INFO 11-28 02:00:00 [merge_log.py:50] {caplog.messages[-1]}\n"
     expected = LoggedMerge(str(parse(spec)), identity.digest, "cpu", 8, 210, 0.920833351471823, 16.3)
     assert parse_log_line(line) == expected

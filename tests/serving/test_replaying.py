@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
 import tiny
-from gates import LONGEST, gate_with, register, worker
+from gates import LONGEST, captured, gate_with, register, worker
 from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.calibration import CALIBRATION_NAME, Exchange
@@ -197,7 +197,7 @@ def test_the_worker_answers_instead_of_raising(tmp_path: Path) -> None:
     with pytest.raises(UnknownAdapterError, match="no snapshot of 'a'"):
         raise_failure(merges.replay("0" * 32, "a", "ties"))
     tiny.make_adapter(1).save(tmp_path / "a")
-    key = merges.capture("one", [], str(tmp_path / "a"))["key"]
+    key = captured(merges, "one", [], str(tmp_path / "a"))["key"]
     with pytest.raises(CalibrationError, match="a has none"):
         raise_failure(merges.replay(key, "a", "ties"))
     assert merges.replay(None, "a", "ties")["ok"] is False  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def test_an_output_head_is_not_replayed_on_a_server(tmp_path: Path) -> None:
     random_adapter({"lm_head": (32, 16), "model.layers.0.mlp.up_proj": (16, 16)}).save(tmp_path / "a")
     tiny.calibrate(tmp_path / "a", *A)
     merges = worker()
-    key = merges.capture("one", [], str(tmp_path / "a"))["key"]
+    key = captured(merges, "one", [], str(tmp_path / "a"))["key"]
     with pytest.raises(CalibrationError, match=r"a has an output head, .* merged-lora check"):
         raise_failure(merges.replay(key, "a", "ties"))
 
@@ -464,10 +464,10 @@ def test_a_calibration_counts_within_the_memory_for_copies(tmp_path: Path) -> No
     assert all(adapter.nbytes > tiny.make_adapter(0).nbytes + 1000 for adapter in adapters)
     sizes = [adapter.nbytes for adapter in adapters]
     merges = worker(limit=sum(sizes) - 1)
-    first = merges.capture("one", [], str(tmp_path / "a"))
+    first = captured(merges, "one", [], str(tmp_path / "a"))
     assert first["nbytes"] == first["held"] == sizes[0]
-    assert merges.capture("one", [first["key"]], str(tmp_path / "b"))["kind"] == "full"
+    assert captured(merges, "one", [first["key"]], str(tmp_path / "b"))["kind"] == "full"
     (tmp_path / "b" / CALIBRATION_NAME).unlink()
-    assert merges.capture("one", [first["key"]], str(tmp_path / "b"))["ok"]
-    unread = worker(limit=plain + 100).capture("one", [], str(tmp_path / "a"))
+    assert captured(merges, "one", [first["key"]], str(tmp_path / "b"))["ok"]
+    unread = captured(worker(limit=plain + 100), "one", [], str(tmp_path / "a"))
     assert "the adapter takes" in unread["error"]

@@ -18,6 +18,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils import gpu_sync_debug
 
 import tiny
+from gates import captured, prepared
 from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.engine import plan
@@ -27,7 +28,7 @@ from merged_lora.spec import parse
 from merged_lora.vllm_plugin.hooks import slots as slot_hooks
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.worker.merge_worker import LIGHT_MERGES, MergeWorker
+from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from slots import (
     CopyingBackend,
     Model,
@@ -142,7 +143,7 @@ def test_mixed_ranks_are_read_off_the_tensors(
 @pytest.mark.parametrize("spec", ["ties(sql, chat)", "ties(ends, tails)"])
 def test_each_slot_has_its_own_merge(vllm_config: VllmConfig, sources: dict[str, Adapter], spec: str) -> None:
     manager, backend = worker_manager(vllm_config), CopyingBackend()
-    other, _ = maker(manager, backend).prepare(8, plan(parse("sum(tone, tails)"), sources))
+    other = maker(manager, backend).make(8, plan(parse("sum(tone, tails)"), sources)).model
     first = activate(manager, other)
     before = contents(manager, first)
     second = activate(manager, written(manager, backend, spec, sources))
@@ -190,13 +191,13 @@ def test_a_merge_that_was_evicted_comes_back_the_same_and_is_not_tried_again(
     vllm_config: VllmConfig, sources: dict[str, Adapter]
 ) -> None:
     manager, backend = worker_manager(vllm_config, max_loras=1), CopyingBackend()
-    makes = maker(manager, backend)
+    makes, adapters = maker(manager, backend), worker_hooks.VllmPlainAdapters(manager)
     merges = plan(parse("dare_ties(sql, chat, seed=3)"), sources, MAX_RANK)
-    first = contents(manager, activate(manager, makes.prepare(7, merges)[0]))
-    activate(manager, makes.prepare(8, plan(parse("sum(attention)"), sources, MAX_RANK))[0])
+    first = contents(manager, activate(manager, made := makes.make(7, merges).model))
+    activate(manager, makes.make(8, plan(parse("sum(attention)"), sources, MAX_RANK)).model)
     manager._adapter_manager.remove_adapter(7)
     checked = len(backend.checked)
-    assert_same(contents(manager, activate(manager, makes.remake(7, merges))), first)
+    assert_same(contents(manager, activate(manager, adapters.share(made))), first)
     assert len(backend.checked) == checked
 
 
@@ -216,35 +217,37 @@ def test_a_merge_that_the_backend_refuses_is_answered_and_not_kept(
     manager, backend = worker_manager(vllm_config), CopyingBackend()
     merges = MergeWorker(MAX_RANK, 1 << 30, worker_hooks.VllmPlainAdapters(manager), maker(manager, backend))
     sources["keys"].save(tmp_path / "keys")
-    digest = merges.capture("one", None, str(tmp_path / "keys"))["key"]
+    digest = captured(merges, "one", None, str(tmp_path / "keys"))["key"]
 
     def full(plan: Any) -> float:
         raise PlanError("the sources need 3 GiB, 1 is reserved")
 
     monkeypatch.setattr(backend, "check", full)
     path = MergeIdentity(parse("sum(keys)"), (digest,)).path
-    reply = merges.prepare(path, set())
+    reply = prepared(merges, path)
     assert (reply["ok"], reply["kind"]) == (False, "user")
     assert "1 is reserved" in reply["error"]
 
 
-def test_a_merge_without_values_is_kept_for_the_next_slot(
-    vllm_config: VllmConfig, sources: dict[str, Adapter], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_merge_is_kept_for_the_next_slot_as_long_as_it_is_needed(
+    vllm_config: VllmConfig, sources: dict[str, Adapter], tmp_path: Any
 ) -> None:
-    manager = worker_manager(vllm_config)
-    makes = maker(manager, CopyingBackend())
-    merges = MergeWorker(MAX_RANK, 1 << 30, worker_hooks.VllmPlainAdapters(manager), makes)
+    manager, backend = worker_manager(vllm_config), CopyingBackend()
+    adapters = worker_hooks.VllmPlainAdapters(manager)
+    merges = MergeWorker(MAX_RANK, 1 << 30, adapters, maker(manager, backend))
     sources["keys"].save(tmp_path / "keys")
-    digest = merges.capture("one", None, str(tmp_path / "keys"))["key"]
-    paths = [MergeIdentity(parse(f"sum({1 + i}*keys)"), (digest,)).path for i in range(LIGHT_MERGES + 1)]
-    assert all(merges.prepare(path, set())["ok"] for path in paths)
-    made: list[int] = []
-    monkeypatch.setattr(makes, "remake", lambda number, plan: made.append(number))
-    newest = merges.load_merge(paths[-1])
-    assert merges.load_merge(paths[-1]) is newest
-    assert made == []
-    merges.load_merge(paths[0])  # the oldest of more than are kept
-    assert len(made) == 1
+    digest = captured(merges, "one", None, str(tmp_path / "keys"))["key"]
+    merge = MergeIdentity(parse("sum(0.5*keys)"), (digest,))
+    assert prepared(merges, merge.path)["made"]
+    first = contents(manager, activate(manager, merges.load_merge(merge.path)))  # vLLM packs it in place
+    for _ in range(2):
+        assert_same(contents(manager, activate(manager, merges.load_merge(merge.path))), first)
+    assert len(backend.checked) == 1
+    assert prepared(merges, merge.path, [merge.digest])["made"] is False
+    other = MergeIdentity(parse("sum(keys)"), (digest,))
+    prepared(merges, other.path)  # nobody needs the first one any more
+    merges.load_merge(merge.path)
+    assert len(backend.checked) == 3
 
 
 def test_what_fills_a_slot_is_compiled_when_the_merge_is_prepared(

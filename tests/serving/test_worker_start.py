@@ -19,6 +19,7 @@ from merged_lora.triton_kernels.packed import DeviceSources
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
 from merged_lora.vllm_plugin.settings import Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker
+from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from slots import (
     FUSED,
     OTHERS,
@@ -37,8 +38,13 @@ def start(
     with pytest.MonkeyPatch.context() as patch:
         real = load_backend
         patch.setattr(worker_hooks, "load_backend", lambda name: real("cpu") if name == "cpu" else backend)
-        made = worker_hooks._maker(manager, settings, sleeps)
-        worker_hooks._make_ready(manager, made.backend, settings)
+        adapters = worker_hooks.VllmPlainAdapters(manager)
+        made = worker_hooks._maker(manager, settings, sleeps, adapters)
+        merges = MergeWorker(MAX_RANK, 1 << 30, adapters, made)
+        try:
+            worker_hooks._make_ready(manager, merges, settings)
+        finally:
+            merges.stop()
         return made
 
 
@@ -139,7 +145,9 @@ def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: p
     monkeypatch.setattr("merged_lora.backends.MODULES", {"triton": "merged_lora.no_such_backend"})
     load_backend.cache_clear()
     try:
+        manager = SimpleNamespace()
+        adapters = worker_hooks.VllmPlainAdapters(manager)
         with pytest.raises(BackendError, match="backend triton cannot be loaded"):
-            worker_hooks._maker(SimpleNamespace(), Settings(enable=True, backend="triton"), False)
+            worker_hooks._maker(manager, Settings(enable=True, backend="triton"), False, adapters)
     finally:
         load_backend.cache_clear()

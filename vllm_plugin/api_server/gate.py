@@ -7,10 +7,11 @@ construction, so that this file imports nothing of it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +22,24 @@ from merged_lora.replay import Survival
 from merged_lora.spec import MergeSpec, Source, check_length, from_json, is_spec, parse
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
 from merged_lora.vllm_plugin.merge_log import log_merge
-from merged_lora.vllm_plugin.rpc import Facts, Reply, raise_failure
-from merged_lora.vllm_plugin.settings import Settings, check_alias_name
+from merged_lora.vllm_plugin.rpc import Facts, Pending, raise_failure
+from merged_lora.vllm_plugin.settings import GIB, Settings, check_alias_name
 
 from .aliases import Aliases
 from .limits import check_limits
 from .metrics import Metrics
+from .ready import LiveMerge, ReadyMerges
 from .replaying import NotReplayed, Replay, Replays
 from .sources import Sources
+from .workers import Workers
 
 logger = logging.getLogger("vllm.merged_lora")
+
+
+FORGOTTEN = 4096
+"""Number of merges remembered as having been ready once."""
+LATE, LATE_SECONDS = 2.0, 1.0
+"""A merge that takes this many times as long as expected, and this many seconds more, is worth a warning."""
 
 
 class BusyError(MergeError):
@@ -45,22 +54,24 @@ class Lease:
     """A stand-in for a request: leases taken in its name last as long as the object."""
 
 
-@dataclass
-class LiveMerge:
-    """A merge that was made.
+@dataclass(eq=False)
+class Making:
+    """A merge in the making.
 
     identity: the merge.
-    facts:    what the workers reported of it.
-    used:     Unix time of its last request.
-    hits:     number of requests after the first.
-    replay:   what its replay showed; None if it was not replayed.
+    began:    time at which it was asked for, as ``time.monotonic`` has it.
+    waiting:  number of requests that wait for it.
+    state:    what the workers reported last; None before the first report.
+    result:   how it ended, for the metrics.
+    task:     makes it.
     """
 
     identity: MergeIdentity
-    facts: Facts
-    used: float = field(default_factory=time.time)
-    hits: int = 0
-    replay: Replay | None = None
+    began: float = field(default_factory=time.monotonic)
+    waiting: int = 0
+    state: Pending | None = None
+    result: str = "failed"
+    task: asyncio.Task[LiveMerge] = field(init=False)
 
 
 class MergeGate:
@@ -68,28 +79,31 @@ class MergeGate:
 
     settings: what the operator asked for.
     sources:  the adapters that may be merged.
-    prepare:  asks every worker to make the merge with this path.
+    workers:  make merges, and keep those that are ready.
     replays:  finds out what a merge keeps of its sources.
     metrics:  counts what happens here.
+    servers:  number of API servers, which share the memory for merges that are ready.
     """
 
     def __init__(
         self,
         settings: Settings,
         sources: Sources,
-        prepare: Callable[[str], Awaitable[Reply]],
+        workers: Workers,
         replays: Replays,
         metrics: Metrics,
+        servers: int = 1,
     ) -> None:
         self.sources = sources
         self._settings = settings
         self._aliases = Aliases(settings.aliases, settings.alias_store)
-        self._prepare = prepare
+        self._workers = workers
         self._replays = replays
         self._metrics = metrics
-        self._live: Lru[str, LiveMerge] = Lru()
-        self._making: dict[str, tuple[MergeIdentity, asyncio.Task[LiveMerge]]] = {}
-        self._turn = asyncio.Semaphore(1)
+        limit = int(settings.ready_gib * GIB) // servers
+        self._ready = ReadyMerges(limit, self._most, self._forget)
+        self._making: dict[str, Making] = {}
+        self._forgotten: Lru[str, None] = Lru()  # digests of merges that were ready once
         self._seconds = 0.1  # moving average of the time to make a merge
         self._replaying: dict[str, asyncio.Task[Replay]] = {}
         self._replay_seconds = 1.0  # moving average of the time to replay a merge
@@ -103,7 +117,17 @@ class MergeGate:
     @property
     def merges(self) -> Sequence[LiveMerge]:
         """The merges that are ready, most recently used first."""
-        return list(reversed(self._live.values()))
+        return self._ready.merges
+
+    @property
+    def making(self) -> Sequence[Making]:
+        """The merges that are being made or wait for that, in the order in which they were asked for."""
+        return list(self._making.values())
+
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes of the merges that are ready, in each worker."""
+        return self._ready.nbytes
 
     async def check_aliases(self, reserved: Collection[str]) -> None:
         """Raise MergeError if an alias hides a served name or merges an adapter that is not registered.
@@ -170,24 +194,44 @@ class MergeGate:
     async def ready(self, spec: MergeSpec, request: object) -> LiveMerge:
         """The merge, made and checked on every worker: once, however many requests ask at the same time.
 
-        request: the copies that the merge is made from stay in memory as long as this object lives.
+        request: the merge, and the copies that it is made from, stay in memory as long as this object lives.
 
-        Everybody who waits for a merge gets its outcome, including a failure.  New merges are made one after
-        the other; raises BusyError if too many wait.
+        Everybody who waits for a merge gets its outcome, including a failure.  It is made beside the engine's
+        steps, and given up when the last of them leaves; raises BusyError if too many wait.
         """
         await self.sources.refresh(spec.names, request)
         identity = self.identify(spec)
+        digest = identity.digest
         self.sources.lease(request, identity.contents)
-        live = self._live.use(identity.digest)
+        live = self._ready.use(digest)
         if live is not None:
+            self._ready.lease(digest, request)
             live.used, live.hits = time.time(), live.hits + 1
             self._metrics.hits.inc()
             return live
-        if identity.digest not in self._making:
+        if digest not in self._making:
             self._check_new(identity)
-            self._making[identity.digest] = identity, asyncio.create_task(self._make(identity))
-        # Shielded: a client that leaves must not cancel the merge for the others who wait for it.
-        return await asyncio.shield(self._making[identity.digest][1])
+            self._begin_making(identity)
+        live = await self._wait(self._making[digest])
+        self._ready.lease(digest, request)
+        return live
+
+    async def _wait(self, making: Making) -> LiveMerge:
+        """The merge when it is made; the caller is one of those who wait for it.
+
+        As long as one of them holds ``making``, the merge stays.
+        """
+        start = time.perf_counter()
+        making.waiting += 1
+        try:
+            # Shielded: a client that leaves must not cancel the merge for the others who wait for it.
+            return await asyncio.shield(making.task)
+        finally:
+            self._metrics.waited.observe(time.perf_counter() - start)
+            making.waiting -= 1
+            if not making.waiting and not making.task.done():
+                del self._making[making.identity.digest]  # who asks from now on has it made anew
+                making.task.cancel()
 
     async def check(self, spec: MergeSpec) -> LiveMerge:
         """A merge with its replay, which is done at most once; raises MergeError.
@@ -219,6 +263,7 @@ class MergeGate:
         if digest not in self._replaying:
             lease = Lease()
             self.sources.lease(lease, live.identity.contents)
+            self._ready.lease(digest, lease)
             self._replaying[digest] = asyncio.create_task(self._replay(live, lease))
         # Shielded: a client that leaves must not cancel the replay for the others who wait for it.
         return await asyncio.shield(self._replaying[digest])
@@ -299,47 +344,82 @@ class MergeGate:
                 raise SpecError(f"{name!r} is itself a merge, {aliases[name]}; name its sources instead")
 
     def _check_new(self, identity: MergeIdentity) -> None:
-        others = [
-            *(live.identity for live in self._live.values()),
-            *(other for other, _ in self._making.values()),
-        ]
+        others = [live.identity for live in self.merges] + [making.identity for making in self.making]
         if any(other.number == identity.number for other in others):
             raise MergeError(NUMBER_TAKEN)
         waiting = len(self._making) - 1
         if waiting >= self._settings.max_waiting and self._making:
             self._metrics.merges.labels(identity.spec.strategy, "busy").inc()
-            seconds = max(1, math.ceil(len(self._making) * self._seconds))
-            raise BusyError(waiting, seconds)
+            raise BusyError(waiting, max(1, math.ceil(sum(map(self._left, self.making)))))
 
-    async def _make(self, identity: MergeIdentity) -> LiveMerge:
-        strategy, spec = identity.spec.strategy, str(identity.spec)
-        result = "failed"
+    def _left(self, making: Making) -> float:
+        """Seconds that a merge in the making is expected to take from now on."""
+        known = making.state is not None and making.state.announced
+        return making.state.left if making.state is not None and known else self._seconds
+
+    def _begin_making(self, identity: MergeIdentity) -> None:
+        making = self._making[identity.digest] = Making(identity)
+        making.task = asyncio.create_task(self._make(making))
+        making.task.add_done_callback(functools.partial(self._made, making))
+        self._metrics.queue.set(len(self._making))
+
+    async def _make(self, making: Making) -> LiveMerge:
+        identity, lease, room = making.identity, Lease(), self.sources.largest
+        self.sources.lease(lease, identity.contents)
+        await self._ready.reserve(room)
         try:
-            async with self._turn:
-                start = time.perf_counter()
-                reply = await self._prepare(identity.path)
-                seconds = time.perf_counter() - start
-            if not reply["ok"]:
-                result = "failed" if reply["kind"] == "internal" else "refused"
-                logger.warning("not merged spec=%r digest=%s error=%r", spec, identity.digest, reply["error"])
-            raise_failure(reply)
-            facts = Facts(**reply["facts"])
-            result = "made" if reply["made"] else "shared"
-            if reply["made"]:
-                self._seconds += (seconds - self._seconds) / 4
-                self._metrics.seconds.observe(seconds)
-                log_merge(identity, facts)
-            live = self._remember(LiveMerge(identity, facts))
-            if self._settings.check and identity.spec in self._aliases.current().values():
-                self._begin(self._watch(live))
-            return live
-        finally:
-            del self._making[identity.digest]
-            self._metrics.merges.labels(strategy, result).inc()
-
-    def _remember(self, live: LiveMerge) -> LiveMerge:
-        limit = max(1, self._settings.max_ad_hoc + len(self._aliases.current()))
-        dropped = self._live.add(live.identity.digest, live, limit)
-        if dropped:
-            self._metrics.evictions.labels("merge").inc(dropped)
+            facts = await self._made_by_workers(making)
+        except BaseException:
+            self._ready.cancel(room)
+            raise
+        live = LiveMerge(identity, facts)
+        self._ready.add(live, room, making)
+        if self._settings.check and identity.spec in self._aliases.current().values():
+            self._begin(self._watch(live))
         return live
+
+    async def _made_by_workers(self, making: Making) -> Facts:
+        identity = making.identity
+
+        def watch(state: Pending) -> None:
+            making.state = state
+
+        reply = await self._workers.prepare(identity.path, self._ready.digests, watch)
+        if not reply["ok"]:
+            spec, digest = str(identity.spec), identity.digest
+            logger.warning("not merged spec=%r digest=%s error=%r", spec, digest, reply["error"])
+        raise_failure(reply)
+        facts = Facts(**reply["facts"])
+        if reply["made"]:
+            self._seconds += (facts.seconds - self._seconds) / 4
+            self._metrics.seconds.observe(facts.seconds)
+            log_merge(identity, facts)
+            if facts.announced and facts.seconds > LATE * facts.announced + LATE_SECONDS:
+                logger.warning(
+                    "%s took %.1f s instead of the %.1f s that were expected",
+                    identity.spec,
+                    facts.seconds,
+                    facts.announced,
+                )
+            if identity.digest in self._forgotten:
+                self._metrics.again.inc()
+        making.result = "made" if reply["made"] else "shared"
+        return facts
+
+    def _made(self, making: Making, task: asyncio.Task[LiveMerge]) -> None:
+        """Count how a merge in the making ended."""
+        if self._making.get(making.identity.digest) is making:
+            del self._making[making.identity.digest]
+        self._metrics.queue.set(len(self._making))
+        if task.cancelled():
+            making.result = "cancelled"
+        elif isinstance(task.exception(), MergeError):
+            making.result = "refused"
+        self._metrics.merges.labels(making.identity.spec.strategy, making.result).inc()
+
+    def _most(self) -> int:
+        return max(1, self._settings.max_ad_hoc + len(self._aliases.current()))
+
+    def _forget(self, digest: str) -> None:
+        self._forgotten.add(digest, None, FORGOTTEN)
+        self._metrics.evictions.labels("merge").inc()

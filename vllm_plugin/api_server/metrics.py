@@ -19,7 +19,7 @@ class Metrics:
         self.merges = Counter(
             "merged_lora_merges",
             "New merges, by strategy and result: made, shared (another API server had it made), "
-            "refused (a client's mistake), busy, failed (a fault).",
+            "refused (a client's mistake), busy, cancelled (its clients left), failed (a fault).",
             ["strategy", "result"],
             registry=registry,
         )
@@ -27,6 +27,23 @@ class Metrics:
             "merged_lora_merge_seconds",
             "Time to make a new merge, without the wait for its turn.",
             buckets=SECONDS,
+            registry=registry,
+        )
+        self.waited = Histogram(
+            "merged_lora_wait_seconds",
+            "Time that a request waited for a new merge.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.queue = Gauge(
+            "merged_lora_queue",
+            "New merges that are being made or wait for that.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.again = Counter(
+            "merged_lora_made_again",
+            "Merges that were made once more, because they had made room for others.",
             registry=registry,
         )
         self.hits = Counter(

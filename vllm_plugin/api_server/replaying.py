@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from merged_lora.errors import CalibrationError
 from merged_lora.replay import Replayed, Survival, survival
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.rpc import Reply, raise_failure
+from merged_lora.vllm_plugin.rpc import raise_failure
 
 from .metrics import Metrics
+from .workers import Workers
 
 AT_ONCE = 4
 """Number of requests that the replays of an API server have under way, so that clients' get on meanwhile."""
@@ -41,7 +42,7 @@ Replay = tuple[Survival | NotReplayed, ...]
 class Replays:
     """The replays of one API server, one after the other.
 
-    exchanges: asks every worker for prompts and answers, given a source's key, its name and a strategy.
+    workers:   have the prompts and answers.
     run:       sends one prompt with its answer through the engine, under a merge.
     longest:   largest number of tokens of a prompt and its answer together.
     metrics:   counts results.
@@ -49,12 +50,12 @@ class Replays:
 
     def __init__(
         self,
-        exchanges: Callable[[str, str, str], Awaitable[Reply]],
+        workers: Workers,
         run: Callable[[MergeIdentity, Tokens, Tokens], Awaitable[Replayed]],
         longest: int,
         metrics: Metrics,
     ) -> None:
-        self._exchanges = exchanges
+        self._workers = workers
         self._run = run
         self._longest = longest
         self._metrics = metrics
@@ -82,7 +83,7 @@ class Replays:
     async def _asked(
         self, key: str, name: str, strategy: str
     ) -> list[tuple[Tokens, Tokens]] | CalibrationError:
-        reply = await self._exchanges(key, name, strategy)
+        reply = await self._workers.replay(key, name, strategy)
         try:
             raise_failure(reply)
         except CalibrationError as error:

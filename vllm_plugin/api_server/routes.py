@@ -5,11 +5,13 @@ Knows FastAPI and the gate, and nothing of vLLM.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Coroutine
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -19,10 +21,15 @@ from merged_lora.spec import MergeSpec, from_json, parse
 from merged_lora.vllm_plugin.rpc import CacheFullError
 from merged_lora.vllm_plugin.settings import CHECK
 
-from .gate import BusyError, LiveMerge, MergeGate
+from .gate import BusyError, Making, MergeGate
+from .ready import LiveMerge
 from .replaying import NotReplayed
 
 MAX_BODY = 1 << 16
+GONE = 499
+"""Status of a reply to a client that has left, as proxies log it; nobody receives it."""
+
+Result = TypeVar("Result")
 
 
 def status_of(error: MergeError) -> tuple[HTTPStatus, str]:
@@ -53,9 +60,12 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
     async def check(request: Request) -> JSONResponse:
         gate, _ = gate_of(request)
         try:
-            live = await gate.check(await _spec(request))
+            spec = await _spec(request)
+            live = await _while_connected(request, gate.check(spec))
         except MergeError as error:
             return _refused(error)
+        except ConnectionAbortedError:
+            return JSONResponse({}, GONE)
         sources = replay_of(live) or []
         return JSONResponse(
             {
@@ -73,9 +83,12 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
     async def define(alias: str, request: Request) -> JSONResponse:
         gate, reserved = gate_of(request)
         try:
-            live, new = await gate.define(alias, await _spec(request), reserved)
+            spec = await _spec(request)
+            live, new = await _while_connected(request, gate.define(alias, spec, reserved))
         except MergeError as error:
             return _refused(error)
+        except ConnectionAbortedError:
+            return JSONResponse({}, GONE)
         return JSONResponse({"alias": alias, **description(live)}, 201 if new else 200)
 
     @router.delete("/v1/merged_lora/{alias:path}")
@@ -96,6 +109,7 @@ def report(gate: MergeGate) -> dict[str, Any]:
         "object": "merged_lora",
         "aliases": [{"alias": alias, "spec": str(spec)} for alias, spec in sorted(gate.aliases.items())],
         "merges": [description(live) for live in gate.merges],
+        "making": [_progress(making) for making in gate.making],
         "sources": [
             {
                 "name": name,
@@ -107,6 +121,7 @@ def report(gate: MergeGate) -> dict[str, Any]:
             for name, c in sorted(gate.sources.components.items())
         ],
         "bytes_held": gate.sources.held,
+        "bytes_ready": gate.ready_bytes,
     }
 
 
@@ -129,6 +144,43 @@ def description(live: LiveMerge) -> dict[str, Any]:
         "hits": live.hits,
         "replay": replay_of(live),
     }
+
+
+def _progress(making: Making) -> dict[str, Any]:
+    """One merge in the making in the body of ``GET /v1/merged_lora``; times are in seconds."""
+    state = making.state
+    return {
+        "spec": str(making.identity.spec),
+        "digest": making.identity.digest,
+        "state": "merging" if state is not None and state.running else "waiting",
+        "modules_done": state.done if state is not None else 0,
+        "modules": state.total if state is not None else 0,
+        "merged_for": state.spent if state is not None else 0.0,
+        "announced": state.announced if state is not None else None,
+        "asked_for": time.monotonic() - making.began,
+        "requests": making.waiting,
+    }
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of some work, which is given up when the client leaves; raises ConnectionAbortedError then.
+
+    request: one whose body has been read.
+    """
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ConnectionAbortedError("the client has left")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 def replay_of(live: LiveMerge) -> list[dict[str, Any]] | None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from merged_lora.peft_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from merged_lora.vllm_plugin.rpc import CacheFullError, Reply, raise_failure
 
 from .metrics import Metrics
+from .workers import Workers
 
 logger = logging.getLogger("vllm.merged_lora")
 
-Capture = Callable[[str, list[str], str, Mapping[str, Any] | None], Awaitable[Reply]]
-Release = Callable[[str, list[str]], Awaitable[Reply]]
 Stamp = tuple[tuple[int, int, int], ...]
 """Inode, size and time of change of each file of an adapter."""
 
@@ -50,23 +48,20 @@ class Component:
 class Sources:
     """The adapters that may be merged, by name.
 
-    capture: asks every worker for a copy.
-    release: asks every worker to drop the copies that are not needed.
+    workers: hold the copies.
     metrics: counts evictions and bytes.
     folder:  ``--merged-lora-source-dir``, resolved; None if there is none.
 
-    Adapters change under the lock ``changes``, so that vLLM's list and this one agree.
+    Adapters change under the lock ``changes``, so that vLLM's list and this one agree.  ``held`` is the bytes
+    of all copies over all ranks, ``largest`` those of the largest merge that the model allows in a worker.
     """
 
-    def __init__(
-        self, capture: Capture, release: Release, metrics: Metrics, folder: str | None = None
-    ) -> None:
+    def __init__(self, workers: Workers, metrics: Metrics, folder: str | None = None) -> None:
         self.changes = asyncio.Lock()
         self.held = 0
+        self.largest = 0
         self._metrics = metrics
-        self._owner = uuid.uuid4().hex
-        self._capture = capture
-        self._release = release
+        self._workers = workers
         self._folder = Path(folder) if folder is not None else None
         self._components: Lru[str, Component] = Lru()
         self._leases: dict[int, tuple[str, ...]] = {}  # shrinks whenever a request dies: iterate over a copy
@@ -198,10 +193,11 @@ class Sources:
     async def _copied(self, path: str, options: Mapping[str, Any] | None) -> Reply:
         """The reply about a new copy; if the cache is full, idle copies of the folder make room for it."""
         while True:
-            reply = await self._capture(self._owner, self._needed(), path, options)
+            reply = await self._workers.capture(self._needed(), path, options)
             if reply["ok"] or reply["kind"] != "full" or not self._drop_idle(reply["missing"]):
                 raise_failure(reply)
                 self._hold(reply)
+                self.largest = reply["largest"]
                 return reply
 
     def _drop_idle(self, missing: int) -> bool:
@@ -221,7 +217,7 @@ class Sources:
 
     async def trim(self) -> None:
         """Let the workers drop the copies that are no longer needed, under ``changes``."""
-        reply = await self._release(self._owner, self._needed())
+        reply = await self._workers.release(self._needed())
         raise_failure(reply)
         self._hold(reply)
 

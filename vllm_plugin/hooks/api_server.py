@@ -34,8 +34,9 @@ from merged_lora.vllm_plugin.api_server.metrics import metrics
 from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
 from merged_lora.vllm_plugin.api_server.routes import make_router, status_of
 from merged_lora.vllm_plugin.api_server.sources import Sources
+from merged_lora.vllm_plugin.api_server.workers import Workers
 from merged_lora.vllm_plugin.identity import SCHEME, MergeIdentity
-from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE, REPLAY, Reply, agreed
+from merged_lora.vllm_plugin.rpc import Reply
 from merged_lora.vllm_plugin.settings import Settings
 
 from .current import current
@@ -95,24 +96,17 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         if not Settings.of(engine_client.vllm_config.additional_config).enable:
             return
 
-        async def ask(method: str, *arguments: Any) -> Reply:
-            return agreed(await _on_every_worker(engine_client, method, arguments))
-
-        settings = current.settings
-        sources = Sources(
-            functools.partial(ask, CAPTURE),
-            functools.partial(ask, RELEASE),
-            metrics(),
-            settings.source_dir,
-        )
+        settings, config = current.settings, engine_client.vllm_config
+        workers = Workers(functools.partial(_on_every_worker, engine_client))
+        sources = Sources(workers, metrics(), settings.source_dir)
         replays = Replays(
-            functools.partial(ask, REPLAY),
+            workers,
             functools.partial(rate, engine_client),
-            engine_client.vllm_config.model_config.max_model_len - 1,  # vLLM samples a token after the prompt
+            config.model_config.max_model_len - 1,  # vLLM samples a token after the prompt
             metrics(),
         )
-        prepare = functools.partial(ask, PREPARE)
-        setattr(self, ATTRIBUTE, MergeGate(settings, sources, prepare, replays, metrics()))
+        servers = config.parallel_config._api_process_count
+        setattr(self, ATTRIBUTE, MergeGate(settings, sources, workers, replays, metrics(), servers))
 
     return init
 

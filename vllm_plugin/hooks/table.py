@@ -26,7 +26,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.v1.metrics.stats import LoRARequestStates
 from vllm.v1.worker.worker_base import WorkerBase
 
-from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, RELEASE, REPLAY
+from merged_lora.vllm_plugin.rpc import CANCEL, CAPTURE, POLL, PREPARE, RELEASE, REPLAY
 
 from . import api_server, command_line, supervision, worker
 from .versions import since
@@ -151,4 +151,6 @@ def install() -> None:
     setattr(WorkerBase, CAPTURE, worker.rpc_capture)
     setattr(WorkerBase, RELEASE, worker.rpc_release)
     setattr(WorkerBase, PREPARE, worker.rpc_prepare)
+    setattr(WorkerBase, POLL, worker.rpc_poll)
+    setattr(WorkerBase, CANCEL, worker.rpc_cancel)
     setattr(WorkerBase, REPLAY, worker.rpc_replay)

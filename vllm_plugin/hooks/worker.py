@@ -9,6 +9,8 @@ import copy
 import functools
 import inspect
 import logging
+import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,11 @@ from merged_lora.errors import AdapterError, BackendError, PlanError, UnknownAda
 from merged_lora.factors import Factors
 from merged_lora.vllm_plugin.identity import is_merge_path
 from merged_lora.vllm_plugin.rpc import Reply
-from merged_lora.vllm_plugin.settings import Settings
-from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker, SlotMaker, warm_up
+from merged_lora.vllm_plugin.settings import GIB, Settings
+from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker, SlotMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
-from merged_lora.vllm_plugin.worker.snapshots import GIB
 
+from .current import current
 from .models import (
     check_fit,
     compile_slot_writer,
@@ -43,6 +45,10 @@ from .wrapping import ATTRIBUTE
 
 logger = logging.getLogger("vllm.merged_lora")
 
+NICE = 10
+"""Nice value of the threads that merge: they give way to those of the engine's steps."""
+DRIVERS = 2
+"""Cores that a worker whose model runs on a device is taken to need for itself."""
 ALIGNMENT = 64
 """Bytes of padding that a tensor of a source may need on a device."""
 
@@ -56,15 +62,38 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         worker = None
         settings = Settings.of(vllm_config.additional_config)
         if settings.enable:
-            maker = _maker(self, settings, vllm_config.model_config.enable_sleep_mode)
-            limit = int(settings.cache_gib * GIB)
-            worker = MergeWorker(self.lora_config.max_lora_rank, limit, VllmPlainAdapters(self), maker)
+            adapters = VllmPlainAdapters(self)
+            maker = _maker(self, settings, vllm_config.model_config.enable_sleep_mode, adapters)
+            worker = MergeWorker(
+                self.lora_config.max_lora_rank,
+                int(settings.cache_gib * GIB),
+                adapters,
+                maker,
+                seconds=settings.max_seconds,
+                enter=functools.partial(_enter, maker.backend, _threads(self, settings)),
+            )
         setattr(self, ATTRIBUTE, worker)
 
     return init
 
 
-def _maker(manager: Any, settings: Settings, sleeps: bool) -> Maker[LoRAModel]:
+def _threads(manager: Any, settings: Settings) -> int:
+    """Number of threads that merge: those asked for, or as many as cores are left by vLLM's own threads."""
+    if settings.threads is not None:
+        return settings.threads
+    taken = torch.get_num_threads() if manager.device.type == "cpu" else DRIVERS
+    return max(1, len(current.cores) - taken)
+
+
+def _enter(backend: Backend, threads: int) -> None:
+    """Prepare the thread that merges, and those that it starts: they may use every core, and take none."""
+    os.sched_setaffinity(0, current.cores)  # of this thread, as is its priority
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    torch.set_num_threads(threads)
+    backend.confine(threads, NICE)
+
+
+def _maker(manager: Any, settings: Settings, sleeps: bool, adapters: VllmPlainAdapters) -> Maker[LoRAModel]:
     backend = load_backend(settings.backend)
     maker: Maker[LoRAModel]
     unfit = _unsuitable(backend, manager, sleeps)
@@ -76,7 +105,7 @@ def _maker(manager: Any, settings: Settings, sleeps: bool) -> Maker[LoRAModel]:
     if isinstance(backend, SlotBackend):
         maker = SlotMaker(backend, functools.partial(slot_model, manager, backend), compile_slot_writer)
     else:
-        maker = HostMaker(backend, functools.partial(host_model, manager))
+        maker = HostMaker(backend, functools.partial(host_model, manager), adapters.size)
     return maker
 
 
@@ -88,7 +117,7 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
         created = original(self, model, vllm_config)
         worker: MergeWorker[LoRAModel] | None = getattr(self, ATTRIBUTE, None)
         if worker is not None:
-            _make_ready(self, worker.maker.backend, Settings.of(vllm_config.additional_config))
+            _make_ready(self, worker, Settings.of(vllm_config.additional_config))
             for punica in self._adapter_manager.punica_wrapper_mapping.values():
                 setattr(punica, ATTRIBUTE, True)
         return created
@@ -96,15 +125,23 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
     return create_lora_manager
 
 
-def _make_ready(manager: Any, backend: Backend, settings: Settings) -> None:
-    """Reserve the memory that merges need on a device, and compile the kernels that they launch."""
+def _make_ready(manager: Any, worker: MergeWorker[LoRAModel], settings: Settings) -> None:
+    """Reserve the memory that merges need, compile what they launch, and measure how long they take."""
+    backend = worker.maker.backend
     if isinstance(backend, SlotBackend):
         # Reserved while the model is loaded, and kept: vLLM measures afterwards how much is left for the KV
         # cache, so this memory counts as weights do, and no merge ever needs more.
         nbytes, reason = _source_memory(manager._adapter_manager, settings)
         backend.reserve(nbytes, reason)
         logger.info("%.3g GiB of device memory for the sources of merges: %s", nbytes / GIB, reason)
-    warm_up(backend, manager.lora_config.lora_dtype)
+    else:
+        worker.largest = largest_adapter(manager._adapter_manager)[1]
+        if worker.largest > settings.ready_gib * GIB:
+            raise BackendError(
+                f"a merge of --max-lora-rank {manager.lora_config.max_lora_rank} takes up to "
+                f"{worker.largest / GIB:.3g} GiB, --merged-lora-ready-gib allows {settings.ready_gib:g}"
+            )
+    worker.make_ready(manager.lora_config.lora_dtype)
 
 
 def _source_memory(layers: Any, settings: Settings) -> tuple[int, str]:
@@ -222,23 +259,40 @@ def wrap_add_lora_logits(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def rpc_capture(
-    self: Any, owner: str, needed: Collection[str] | None, path: str, options: Mapping[str, Any] | None
+    self: Any,
+    ticket: str,
+    owner: str,
+    needed: Collection[str] | None,
+    path: str,
+    options: Mapping[str, Any] | None,
 ) -> Reply:
     """The worker's method named ``CAPTURE``; see :meth:`MergeWorker.capture`."""
     merges, _ = _merge_worker(self)
-    return _DISABLED if merges is None else merges.capture(owner, needed, path, options)
+    return _DISABLED if merges is None else merges.capture(ticket, owner, needed, path, options)
 
 
-def rpc_release(self: Any, owner: str, needed: Collection[str]) -> Reply:
+def rpc_release(self: Any, owner: str, needed: Collection[str], kept: Collection[str] | None = None) -> Reply:
     """The worker's method named ``RELEASE``; see :meth:`MergeWorker.release`."""
     merges, _ = _merge_worker(self)
-    return _DISABLED if merges is None else merges.release(owner, needed)
+    return _DISABLED if merges is None else merges.release(owner, needed, kept)
 
 
-def rpc_prepare(self: Any, path: str) -> Reply:
+def rpc_prepare(self: Any, ticket: str, owner: str, kept: Collection[str], path: str) -> Reply:
     """The worker's method named ``PREPARE``; see :meth:`MergeWorker.prepare`."""
     merges, loaded = _merge_worker(self)
-    return _DISABLED if merges is None else merges.prepare(path, loaded)
+    return _DISABLED if merges is None else merges.prepare(ticket, owner, kept, path, loaded)
+
+
+def rpc_poll(self: Any, ticket: str) -> Reply:
+    """The worker's method named ``POLL``; see :meth:`MergeWorker.poll`."""
+    merges, _ = _merge_worker(self)
+    return _DISABLED if merges is None else merges.poll(ticket)
+
+
+def rpc_cancel(self: Any, ticket: str) -> Reply:
+    """The worker's method named ``CANCEL``; see :meth:`MergeWorker.cancel`."""
+    merges, _ = _merge_worker(self)
+    return _DISABLED if merges is None else merges.cancel(ticket)
 
 
 def rpc_replay(self: Any, key: str, name: str, strategy: str) -> Reply:
@@ -305,6 +359,12 @@ class VllmPlainAdapters:
         """A copy under another id that shares no tensor."""
         lora = copy.deepcopy(model)
         lora.id = number
+        return lora
+
+    def share(self, model: LoRAModel) -> LoRAModel:
+        """The same merge, tensors and writer, for vLLM, which packs in place what it is given."""
+        lora: LoRAModel = model.clone(model.id)
+        setattr(lora, ATTRIBUTE, getattr(model, ATTRIBUTE, None))
         return lora
 
 

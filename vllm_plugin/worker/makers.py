@@ -8,30 +8,42 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Backend, Result, SlotBackend
+from merged_lora.backends import Backend, Progress, Result, SlotBackend, no_progress
 from merged_lora.engine import run, warn
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan, Module
-from merged_lora.vllm_plugin.rpc import Facts
 
 logger = logging.getLogger("vllm.merged_lora")
 
 Model = TypeVar("Model")
-Made = TypeVar("Made", covariant=True)
 
 
-class Maker(Protocol[Made]):
-    """Makes what vLLM holds of a merge.
+@dataclass(frozen=True)
+class Made(Generic[Model]):
+    """A merge that was made.
 
-    light: whether that takes next to no memory; then it is kept after it was loaded, for the next slot.
+    model:   what vLLM holds of it.
+    result:  what the backend reported, without the tensors.
+    rank:    largest rank of a module.
+    modules: number of modules.
+    nbytes:  bytes that ``model`` takes in host memory; 0 if it has shapes alone.
     """
 
-    light: bool
+    model: Model
+    result: Result
+    rank: int
+    modules: int
+    nbytes: int
+
+
+class Maker(Protocol[Model]):
+    """Makes what vLLM holds of a merge."""
 
     @property
     def backend(self) -> Backend:
@@ -42,16 +54,13 @@ class Maker(Protocol[Made]):
         """The adapter in the memory that this maker needs, to be kept instead of the given one."""
         ...
 
-    def prepare(self, number: int, plan: MergePlan) -> tuple[Made, Facts]:
-        """The merge, made and checked, and the facts about it.  Raises MergeError if it cannot be made.
+    def make(self, number: int, plan: MergePlan, progress: Progress = no_progress) -> Made[Model]:
+        """The merge, made and checked.  Raises MergeError if it cannot be made.
 
-        number: vLLM's id of it.
-        plan:   its plan.
+        number:   vLLM's id of it.
+        plan:     its plan.
+        progress: called with the number of modules finished since the last call; what it raises passes on.
         """
-        ...
-
-    def remake(self, number: int, plan: MergePlan) -> Made:
-        """A merge that was prepared before."""
         ...
 
 
@@ -60,28 +69,25 @@ class HostMaker(Generic[Model]):
 
     backend: merges in host memory.
     build:   makes what vLLM holds from an id and an adapter; raises PlanError if vLLM would refuse it.
+    size:    bytes of what was built.
     """
 
-    light = False
-
-    def __init__(self, backend: Backend, build: Callable[[int, Adapter], Model]) -> None:
+    def __init__(
+        self, backend: Backend, build: Callable[[int, Adapter], Model], size: Callable[[Model], int]
+    ) -> None:
         self.backend = backend
         self._build = build
+        self._size = size
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """The adapter as it is."""
         return adapter
 
-    def prepare(self, number: int, plan: MergePlan) -> tuple[Model, Facts]:
+    def make(self, number: int, plan: MergePlan, progress: Progress = no_progress) -> Made[Model]:
         """The whole merge."""
-        start = time.perf_counter()
-        merged = run(plan, self.backend.name)
-        facts = _facts(plan, self.backend, merged.result, start)
-        return self._build(number, merged.adapter), facts
-
-    def remake(self, number: int, plan: MergePlan) -> Model:
-        """The whole merge once more."""
-        return self.prepare(number, plan)[0]
+        merged = run(plan, self.backend.name, progress)
+        model = self._build(number, merged.adapter)
+        return _made(model, plan, merged.result, self._size(model))
 
 
 class SlotMaker(Generic[Model]):
@@ -91,8 +97,6 @@ class SlotMaker(Generic[Model]):
     build:   makes what vLLM holds from an id and a plan; raises PlanError if vLLM would refuse the merge.
     compile: compiles the kernels that fill a slot with it.
     """
-
-    light = True
 
     def __init__(
         self,
@@ -108,27 +112,21 @@ class SlotMaker(Generic[Model]):
         """The adapter in page-locked memory."""
         return self.backend.adopt(adapter)
 
-    def prepare(self, number: int, plan: MergePlan) -> tuple[Model, Facts]:
+    def make(self, number: int, plan: MergePlan, progress: Progress = no_progress) -> Made[Model]:
         """The merge, tried on the device, so that writing it into a slot cannot fail."""
         warn(plan.spec, plan.notes, logger)
         model = self._build(number, plan)
-        start = time.perf_counter()
         result = self.backend.check(plan)
         warn(plan.spec, result.notes(), logger)
         self._compile(model)
-        return model, _facts(plan, self.backend, result, start)
-
-    def remake(self, number: int, plan: MergePlan) -> Model:
-        """A merge that was prepared before; it is not tried again, because a step would wait for that."""
-        return self._build(number, plan)
+        progress(len(plan.modules))
+        return _made(model, plan, result, 0)
 
 
-def _facts(plan: MergePlan, backend: Backend, result: Result, start: float) -> Facts:
+def _made(model: Model, plan: MergePlan, result: Result, nbytes: int) -> Made[Model]:
     rank = max(module.results[0][0][0] for module in plan.modules.values())
-    seconds = time.perf_counter() - start
-    return Facts(
-        backend.name, rank, len(plan.modules), result.kept_energy(), result.kept_by_module(), seconds
-    )
+    reported = Result({}, result.energy, result.repeated)  # without the tensors, which the model has
+    return Made(model, reported, rank, len(plan.modules), nbytes)
 
 
 def outline(module: Module) -> Factors:

@@ -1,36 +1,45 @@
 """A worker's side of the protocol: snapshots of adapters, and merges made from them for vLLM's slots.
 
 ``makers.py`` makes a merge, and ``hooks/worker.py`` reads and holds adapters as vLLM does.  The methods for
-RPC never raise; see ``rpc.py``.  What an engine's step needs later is certain to succeed: it reads no disk,
-and a merge that it may have to make again has succeeded before.
+RPC never raise and never wait; see ``rpc.py``.  Disks are read and merges are made in threads of their own,
+which change nothing of this object: they get what they need when they begin, and what they return is
+stored by the thread that calls the methods.  What an engine's step needs later is in memory as long as any
+API server says that it needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+import functools
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from merged_lora.adapters import Adapter
+from merged_lora.backends import Progress
 from merged_lora.engine import plan
 from merged_lora.errors import AdapterError, CalibrationError, PlanError, UnknownAdapterError
 from merged_lora.lru import Lru
-from merged_lora.plan import MergePlan
 from merged_lora.replay import exchanges_of
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
-from merged_lora.vllm_plugin.rpc import Facts, Reply, answer
+from merged_lora.vllm_plugin.rpc import Facts, Pending, Reply, answer
 
-from .makers import Maker
+from .background import Background, Job, Task
+from .makers import Made, Maker, warm_up
+from .pace import Pace, too_long
 from .snapshots import Snapshots
+
+logger = logging.getLogger("vllm.merged_lora")
 
 Model = TypeVar("Model")
 
-PREPARED_AHEAD = 4
-"""Number of merges kept until vLLM loads them into a slot; an older one is made again."""
-LIGHT_MERGES = 64
-"""Number of merges without values that are kept, loaded or not: about 1 MB for 500 modules."""
+FORGOTTEN_TICKETS = 1024
+"""Number of replies that are kept for API servers that do not come for them."""
 OUTPUT_HEAD = "lm_head"
 """Last part of the name of the module that makes logits."""
 
@@ -62,6 +71,10 @@ class PlainAdapters(Protocol[Model]):
         """A copy under another id that shares no tensor."""
         ...
 
+    def share(self, model: Model) -> Model:
+        """The same merge in an object of its own, which vLLM may change, with the same tensors."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Plain:
@@ -76,111 +89,200 @@ class _Plain:
 
 
 @dataclass(frozen=True)
-class _Prepared(Generic[Model]):
+class _Read(Generic[Model]):
+    """What was read of an adapter, beside the steps.
+
+    model:   as vLLM reads it; None for a source only.
+    adapter: as a source; None if it is none.
+    refusal: why it is none; empty if it is one.
+    """
+
+    model: Model | None
+    adapter: Adapter | None
+    refusal: str
+
+
+@dataclass
+class _Work:
+    """Work beside the steps, and who waits for it.
+
+    job:     the work.
+    store:   stores what it gave and replies, or raises what it raised; called once.
+    owners:  the API server of each ticket.
+    """
+
+    job: Job[Any]
+    store: Callable[[], Reply]
+    owners: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Ready(Generic[Model]):
     model: Model
-    contents: tuple[str, ...]
+    facts: Facts
 
 
 class MergeWorker(Generic[Model]):
-    """The adapters that are served or may be merged, and the merges that wait for their slot.
+    """The adapters that are served or may be merged, and the merges that are ready.
 
     max_rank: the engine's ``--max-lora-rank``.
     limit:    bytes for copies of adapters.
     adapters: reads and holds plain adapters as vLLM does.
     maker:    makes what vLLM holds of a merge.
+    largest:  bytes of the largest merge that the model allows; 0 if a merge takes next to none.
+    pace:     how long merges take here.
+    seconds:  longest merge that is made, ``--merged-lora-max-seconds``.
+    enter:    called first in the thread that merges.
     """
 
     def __init__(
-        self, max_rank: int, limit: int, adapters: PlainAdapters[Model], maker: Maker[Model]
+        self,
+        max_rank: int,
+        limit: int,
+        adapters: PlainAdapters[Model],
+        maker: Maker[Model],
+        *,
+        largest: int = 0,
+        pace: Pace | None = None,
+        seconds: float = math.inf,
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
         self._max_rank = max_rank
         self._adapters = adapters
         self.maker = maker
+        self.largest = largest
+        self.pace = pace or Pace()
+        self._seconds = seconds
         self._snapshots: Snapshots[Adapter | Model] = Snapshots(limit)
         self._plain: dict[str, _Plain] = {}
-        self._prepared: Lru[str, _Prepared[Model]] = Lru()
-        self._made: dict[int, tuple[str, Facts | None]] = {}  # digest and facts of the merge with an id
+        self._ready: dict[str, _Ready[Model]] = {}  # by digest
+        self._needs: dict[str, set[str]] = {}  # digests of the merges that an API server needs
+        self._numbers: dict[int, str] = {}  # digest of the merge with an id
+        self._making: dict[str, _Work] = {}  # by digest
+        self._work: dict[str, _Work] = {}  # by ticket
+        self._replies: Lru[str, Reply] = Lru()  # by ticket, of work that is done
+        self._reader = Background("merged-lora-read")
+        self._merger = Background("merged-lora-merge", enter)
 
-    # RPC
+    def make_ready(self, dtype: torch.dtype) -> None:
+        """Compile what the usual merges need and measure how long merges take, before anything is served.
+
+        dtype: dtype of vLLM's slots.
+        """
+
+        def work(_: Progress) -> None:
+            warm_up(self.maker.backend, dtype)
+            self.pace.measure(self.maker.backend)
+
+        self._merger.submit(lambda: Task(0.0, 1, work)).result()
+
+    def stop(self) -> None:
+        """End the threads; what they do is given up."""
+        self._reader.stop()
+        self._merger.stop()
+
+    # RPC: nothing of it waits
 
     def capture(
-        self, owner: str, needed: Collection[str] | None, path: str, options: Mapping[str, Any] | None = None
+        self,
+        ticket: str,
+        owner: str,
+        needed: Collection[str] | None,
+        path: str,
+        options: Mapping[str, Any] | None = None,
     ) -> Reply:
-        """Copy an adapter into memory.
+        """Begin to copy an adapter into memory.
 
+        ticket:  names this call in :meth:`poll` and :meth:`cancel`.
         owner:   the API server that asks.
         needed:  keys of the other copies that the owner needs; None for all that it ever captured.
         path:    folder of the adapter, or its name on the hub.
         options: how vLLM reads it, if vLLM is to serve it too; None for a source only.
         """
 
-        def work() -> Reply:
+        def begin() -> Reply:
             if needed is not None:
                 self._keep_copies(owner, needed)
-            read = self._adapters.read(path, options) if options is not None else None
-            scalings = self._adapters.scalings(read) if read is not None else {}
-            try:
-                adapter = self._load(path)
-                if read is not None:
-                    self._adapters.build(1, adapter, scalings)  # as the step path will
-            except (AdapterError, PlanError) as error:
-                if read is None:
-                    raise
-                key = "own-" + blake2b(path.encode(), digest_size=16).hexdigest()
-                nbytes, refusal = self._adapters.size(read), str(error)
-                self._snapshots.add(owner, key, read, nbytes, replace=True)
-                self._plain[path] = _Plain(key, None)
-            else:
-                key, nbytes, refusal = adapter.identity, adapter.nbytes, ""
-                if key not in self._snapshots:
-                    self._snapshots.check_room(nbytes)
-                    adapter = self.maker.adopt(adapter)
-                self._snapshots.add(owner, key, adapter, nbytes)
-                if read is not None:
-                    self._plain[path] = _Plain(key, scalings)
-            return {
-                "ok": True,
-                "key": key,
-                "refusal": refusal,
-                "nbytes": nbytes,
-                "held": self._snapshots.nbytes,
-            }
+            job = self._reader.submit(lambda: Task(0.0, 1, lambda _: self._read(path, options)))
+            store = functools.partial(self._store_copy, job, owner, path)
+            self._begin(ticket, owner, _Work(job, store))
+            return self._reply(ticket)
 
-        return answer(work)
+        return answer(begin)
 
-    def release(self, owner: str, needed: Collection[str]) -> Reply:
-        """Drop the copies that nobody needs, given the keys of those that this owner needs."""
+    def release(self, owner: str, needed: Collection[str], merges: Collection[str] | None = None) -> Reply:
+        """Drop the copies and the merges that nobody needs.
+
+        owner:  the API server that asks.
+        needed: keys of the copies that it needs.
+        merges: digests of the merges that it needs; None for those that it needed before.
+        """
 
         def work() -> Reply:
             self._keep_copies(owner, needed)
+            if merges is not None:
+                self._keep_merges(owner, merges)
             return {"ok": True, "key": "", "held": self._snapshots.nbytes}
 
         return answer(work)
 
-    def prepare(self, path: str, loaded: Collection[int]) -> Reply:
-        """Make and check a merge, so that loading it cannot fail.
+    def prepare(
+        self, ticket: str, owner: str, merges: Collection[str], path: str, loaded: Collection[int]
+    ) -> Reply:
+        """Begin to make and check a merge, so that loading it cannot fail.
 
+        ticket: names this call in :meth:`poll` and :meth:`cancel`.
+        owner:  the API server that asks.
+        merges: digests of the other merges that it needs.
         path:   path of the merge.
         loaded: ids of the adapters that vLLM holds in this worker.
         """
 
-        def work() -> Reply:
+        def begin() -> Reply:
             identity = MergeIdentity.from_path(path)
-            self._made = {
-                number: (digest, facts)
-                for number, (digest, facts) in self._made.items()
-                if number in loaded or digest in self._prepared
-            }
-            digest, facts = self._made.get(identity.number, (identity.digest, None))
-            if digest != identity.digest:
+            digest, number = identity.digest, identity.number
+            self._store_finished()
+            self._keep_merges(owner, merges)
+            used = {*self._ready, *self._making}
+            self._numbers = {n: d for n, d in self._numbers.items() if n in loaded or d in used}
+            if self._numbers.setdefault(number, digest) != digest:
                 raise PlanError(NUMBER_TAKEN)
-            made = facts is None
-            if facts is None:
-                model, facts = self.maker.prepare(identity.number, self._plan(identity))
-                self._made[identity.number] = identity.digest, facts
-                self._keep_prepared(identity, model)
-            held = self._snapshots.nbytes
-            return {"ok": True, "key": identity.digest, "facts": asdict(facts), "made": made, "held": held}
+            if digest in self._ready:
+                self._needs[owner].add(digest)
+                return self._made(digest, made=False)
+            work = self._making.get(digest)
+            if work is None:
+                names = zip(identity.spec.names, identity.contents, strict=True)
+                sources = {name: self._source(key, name) for name, key in names}
+                job = self._merger.submit(lambda: self._task(identity, sources))
+                strategy = identity.spec.strategy
+                work = self._making[digest] = _Work(job, lambda: self._store_merge(digest, strategy))
+            self._begin(ticket, owner, work)
+            return self._reply(ticket)
+
+        return answer(begin)
+
+    def poll(self, ticket: str) -> Reply:
+        """How the work under a ticket is getting on; its reply, once, when it is done."""
+
+        def work() -> Reply:
+            self._store_finished()
+            return self._reply(ticket)
+
+        return answer(work)
+
+    def cancel(self, ticket: str) -> Reply:
+        """Give up a ticket; work that nobody else waits for ends, or does not begin."""
+
+        def work() -> Reply:
+            self._replies.pop(ticket, None)
+            given_up = self._work.pop(ticket, None)
+            if given_up is not None:
+                del given_up.owners[ticket]
+                if not given_up.owners:
+                    given_up.job.cancel()
+                    self._making = {d: w for d, w in self._making.items() if w is not given_up}
+            return {"ok": True, "key": "", "held": self._snapshots.nbytes}
 
         return answer(work)
 
@@ -208,14 +310,20 @@ class MergeWorker(Generic[Model]):
     # In a step of the engine
 
     def load_merge(self, path: str) -> Model:
-        """The merge with this path, for a slot: as it was prepared, or made again from the snapshots."""
+        """The merge with this path, for a slot.
+
+        A merge that no API server needs any more is made again, and the step waits for that: this can only
+        happen to a request that outlived its API server's interest, such as one of offline inference.
+        """
         identity = MergeIdentity.from_path(path)
-        self._made.setdefault(identity.number, (identity.digest, None))
-        prepared = self._prepared.pop(identity.digest, None)
-        model = prepared.model if prepared else self.maker.remake(identity.number, self._plan(identity))
-        if self.maker.light:
-            self._keep_prepared(identity, model)
-        return model
+        self._store_finished()
+        ready = self._ready.get(identity.digest)
+        if ready is not None:
+            return self._adapters.share(ready.model)
+        logger.warning("made again within a step: %s; nobody had asked for it to stay", identity.spec)
+        names = zip(identity.spec.names, identity.contents, strict=True)
+        sources = {name: self._source(key, name) for name, key in names}
+        return self.maker.make(identity.number, plan(identity.spec, sources, self._max_rank)).model
 
     def load_plain(self, path: str, number: int) -> Model | None:
         """The adapter captured from this path to be served, from memory; None if there is none."""
@@ -227,6 +335,49 @@ class MergeWorker(Generic[Model]):
             return self._adapters.build(number, copy, plain.scalings or {})
         return self._adapters.copy(copy, number)
 
+    # Tickets
+
+    def _begin(self, ticket: str, owner: str, work: _Work) -> None:
+        work.owners[ticket] = owner
+        self._work[ticket] = work
+
+    def _reply(self, ticket: str) -> Reply:
+        """The reply under a ticket: that of finished work, or how the work is getting on."""
+        reply = self._replies.pop(ticket, None)
+        if reply is not None:
+            return reply
+        job = self._work[ticket].job
+        pending = Pending(job.running, job.done, job.total, job.spent, job.announced)
+        return {"ok": True, "pending": asdict(pending)}
+
+    def _store_finished(self) -> None:
+        """Store what finished work gave, and keep the replies about it."""
+        for work in {id(work): work for work in self._work.values() if work.job.finished}.values():
+            reply = answer(work.store)
+            for i, ticket in enumerate(work.owners):
+                del self._work[ticket]
+                own = reply if i == 0 or not reply.get("made") else {**reply, "made": False}
+                self._replies.add(ticket, own, FORGOTTEN_TICKETS)
+            self._making = {digest: other for digest, other in self._making.items() if other is not work}
+
+    # Copies
+
+    def _read(self, path: str, options: Mapping[str, Any] | None) -> _Read[Model]:
+        """Read an adapter, in the thread that reads."""
+        model = self._adapters.read(path, options) if options is not None else None
+        try:
+            adapter = self._load(path)
+            if model is not None:  # as the step path will
+                self._adapters.build(1, adapter, self._adapters.scalings(model))
+        except (AdapterError, PlanError) as error:
+            if model is None:
+                raise
+            return _Read(model, None, str(error))
+        if adapter.identity not in self._snapshots:
+            self._snapshots.check_room(adapter.nbytes)
+            adapter = self.maker.adopt(adapter)
+        return _Read(model, adapter, "")
+
     def _load(self, path: str) -> Adapter:
         folder = self._adapters.find(path)
         try:  # the size, before anything is read
@@ -236,24 +387,75 @@ class MergeWorker(Generic[Model]):
         self._snapshots.check_size(size)
         return Adapter.load(folder)
 
+    def _store_copy(self, job: Job[_Read[Model]], owner: str, path: str) -> Reply:
+        read = job.result()
+        if read.adapter is None:
+            assert read.model is not None
+            key = "own-" + blake2b(path.encode(), digest_size=16).hexdigest()
+            nbytes, scalings = self._adapters.size(read.model), None
+            self._snapshots.add(owner, key, read.model, nbytes, replace=True)
+        else:
+            key, nbytes = read.adapter.identity, read.adapter.nbytes
+            scalings = self._adapters.scalings(read.model) if read.model is not None else None
+            self._snapshots.add(owner, key, read.adapter, nbytes)
+        if read.model is not None:
+            self._plain[path] = _Plain(key, scalings)
+        return {
+            "ok": True,
+            "key": key,
+            "refusal": read.refusal,
+            "nbytes": nbytes,
+            "held": self._snapshots.nbytes,
+            "largest": self.largest,
+        }
+
     def _keep_copies(self, owner: str, needed: Collection[str]) -> None:
         dropped = self._snapshots.keep(owner, needed)
-        if dropped:
-            self._plain = {path: plain for path, plain in self._plain.items() if plain.key not in dropped}
-            for digest in [d for d, p in self._prepared.items() if not dropped.isdisjoint(p.contents)]:
-                del self._prepared[digest]
-
-    def _keep_prepared(self, identity: MergeIdentity, model: Model) -> None:
-        limit = LIGHT_MERGES if self.maker.light else PREPARED_AHEAD
-        self._prepared.add(identity.digest, _Prepared(model, identity.contents), limit)
-
-    def _plan(self, identity: MergeIdentity) -> MergePlan:
-        contents = zip(identity.spec.names, identity.contents, strict=True)
-        sources = {name: self._source(key, name) for name, key in contents}
-        return plan(identity.spec, sources, self._max_rank)
+        self._plain = {path: plain for path, plain in self._plain.items() if plain.key not in dropped}
 
     def _source(self, key: str, name: str) -> Adapter:
         copy = self._snapshots.get(key)
         if not isinstance(copy, Adapter):
             raise UnknownAdapterError(f"no snapshot of {name!r} in this worker; register it again")
         return copy
+
+    # Merges
+
+    def _task(self, identity: MergeIdentity, sources: Mapping[str, Adapter]) -> Task[Made[Model]]:
+        """The plan of a merge and its size, in the thread that merges."""
+        planned = plan(identity.spec, sources, self._max_rank)
+        seconds = self.pace.seconds(planned)
+        if seconds > self._seconds:
+            raise too_long(planned, self._seconds, self.pace, self._max_rank)
+        make = functools.partial(self.maker.make, identity.number, planned)
+        return Task(seconds, len(planned.modules), make)
+
+    def _store_merge(self, digest: str, strategy: str) -> Reply:
+        work = self._making[digest]
+        made: Made[Model] = work.job.result()
+        announced = work.job.announced or 0.0
+        self.pace.correct(strategy, announced, work.job.spent)
+        facts = Facts(
+            backend=self.maker.backend.name,
+            rank=made.rank,
+            modules=made.modules,
+            kept_energy=made.result.kept_energy(),
+            kept_by_module=made.result.kept_by_module(),
+            seconds=work.job.spent,
+            announced=announced,
+            nbytes=made.nbytes,
+        )
+        self._ready[digest] = _Ready(made.model, facts)
+        for owner in work.owners.values():
+            self._needs.setdefault(owner, set()).add(digest)
+        return self._made(digest, made=True)
+
+    def _made(self, digest: str, made: bool) -> Reply:
+        facts = asdict(self._ready[digest].facts)
+        return {"ok": True, "key": digest, "facts": facts, "made": made, "held": self._snapshots.nbytes}
+
+    def _keep_merges(self, owner: str, needed: Collection[str]) -> None:
+        """Drop the merges that no API server needs, given that this one needs only these."""
+        self._needs[owner] = set(needed)
+        kept = set().union(*self._needs.values())
+        self._ready = {digest: ready for digest, ready in self._ready.items() if digest in kept}

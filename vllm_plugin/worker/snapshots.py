@@ -11,8 +11,7 @@ from typing import Generic, TypeVar
 
 from merged_lora.errors import AdapterError
 from merged_lora.vllm_plugin.rpc import CacheFullError
-
-GIB = 1 << 30
+from merged_lora.vllm_plugin.settings import GIB
 
 Copy = TypeVar("Copy")
 
@@ -26,6 +25,8 @@ class _Entry(Generic[Copy]):
 class Snapshots(Generic[Copy]):
     """Copies by key.  Each owner (an API server) says which it needs; a copy that nobody needs is dropped.
 
+    One thread changes it; any thread may ask whether there is a copy, or room for one more.
+
     limit: largest number of bytes of all copies together.
     """
 
@@ -37,7 +38,7 @@ class Snapshots(Generic[Copy]):
     @property
     def nbytes(self) -> int:
         """Bytes of all copies."""
-        return sum(entry.nbytes for entry in self._entries.values())
+        return sum(entry.nbytes for entry in list(self._entries.values()))
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries

@@ -1,0 +1,121 @@
+"""How long a merge takes on this machine: measured at the start, and corrected by every merge.
+
+Knows backends and plans, and nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from merged_lora.adapters import Adapter
+from merged_lora.backends import Backend, SlotBackend
+from merged_lora.cost import cost_of
+from merged_lora.errors import MergeError, PlanError
+from merged_lora.factors import Factors
+from merged_lora.plan import MergePlan
+from merged_lora.planning import make_plan
+from merged_lora.spec import MergeSpec, parse
+from merged_lora.strategies import TABLE, find
+
+MEASURED = {"ties": 24, "della": 24, "sum": 24, "knots": 12, "core_ties": 12, "ties_svd": 2, "della_svd": 2}
+"""Strategies that are timed at the start, with the number of modules: one of each kind of work that a machine
+does at a rate of its own."""
+ROWS, RANK = 512, 8
+"""Rows and columns of a module of the random adapters that are merged for that, and their rank."""
+ALTERNATIVES = 4
+"""Number of faster strategies that a refusal names."""
+LEARNED = 0.25
+"""Weight of the newest merge in what is known of its strategy."""
+
+
+class Pace:
+    """Seconds for each operation of a merge, by strategy.
+
+    Until something was measured, nothing is known, and every merge is announced as free.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[str, float] = {}  # seconds for an operation or a byte, by strategy
+
+    def measure(self, backend: Backend) -> None:
+        """Time small merges of random adapters, twice, because the first one may compile something.
+
+        A backend whose device is only simulated is not timed; what it takes says nothing.
+        """
+        if isinstance(backend, SlotBackend) and backend.device.type == "cpu":
+            return
+        for strategy, modules in MEASURED.items():
+            sources = {name: _random_adapter(modules, seed) for seed, name in enumerate("abc")}
+            plan = make_plan(parse(f"{strategy}(a, b, c)"), sources, RANK)
+            backend.merge(plan)
+            start = time.perf_counter()
+            backend.merge(plan)
+            self._rates[strategy] = (time.perf_counter() - start) / _size(plan)
+
+    def seconds(self, plan: MergePlan) -> float:
+        """How long a merge is expected to take."""
+        return _size(plan) * self._rate(plan.spec.strategy)
+
+    def correct(self, strategy: str, announced: float, spent: float) -> None:
+        """Take in how long a merge of a strategy took; nothing is learned if nothing was announced."""
+        if announced > 0.0:
+            rate = self._rate(strategy)
+            self._rates[strategy] = rate + LEARNED * (rate * spent / announced - rate)
+
+    def _rate(self, strategy: str) -> float:
+        """That of the strategy, or of the one most like it of those that are known."""
+        if strategy in self._rates or not self._rates:
+            return self._rates.get(strategy, 0.0)
+        recipe = find(strategy).recipe
+        kinds: Mapping[str, tuple[object, ...]] = {
+            name: (other.space == recipe.space, other.basis == recipe.basis, other.keep == recipe.keep)
+            for name, other in ((name, find(name).recipe) for name in self._rates)
+        }
+        return self._rates[max(kinds, key=kinds.__getitem__)]
+
+
+def too_long(plan: MergePlan, limit: float, pace: Pace, max_rank: int) -> PlanError:
+    """The error for a merge that would take longer than allowed; it names strategies that would not.
+
+    limit:    seconds that a merge may take.
+    max_rank: largest rank of a result.
+    """
+    spec, sources = plan.spec, dict(zip(plan.spec.names, plan.sources, strict=True))
+    own = plan.recipe
+    alike = sorted(
+        (strategy for strategy in TABLE.values() if strategy.name != spec.strategy),
+        key=lambda other: (other.recipe.keep, other.recipe.blend) != (own.keep, own.blend),
+    )
+    faster: list[str] = []
+    for strategy in alike:
+        try:
+            seconds = pace.seconds(make_plan(MergeSpec(strategy.name, spec.sources), sources, max_rank))
+        except MergeError:  # it does not take these sources
+            continue
+        if seconds <= limit:
+            faster.append(f"{strategy.name} ({seconds:.2g} s)")
+        if len(faster) == ALTERNATIVES:
+            break
+    way_out = f"; these would do: {', '.join(faster)}" if faster else ""
+    return PlanError(
+        f"{spec.strategy} of these sources takes about {pace.seconds(plan):.2g} s here, and this server "
+        f"merges for at most {limit:g} s (--merged-lora-max-seconds){way_out}"
+    )
+
+
+def _size(plan: MergePlan) -> float:
+    """Operations and bytes, of which a core does about as many in a second."""
+    cost = cost_of(plan)
+    return cost.operations + cost.nbytes
+
+
+def _random_adapter(modules: int, seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return Adapter({f"layers.{i}": Factors(tensor(RANK, ROWS), tensor(ROWS, RANK)) for i in range(modules)})
