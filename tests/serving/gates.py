@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -13,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 import tiny
 from merged_lora.adapters import Adapter
-from merged_lora.backends import load_backend
+from merged_lora.backends import Progress, load_backend, no_progress
+from merged_lora.plan import MergePlan
 from merged_lora.replay import Replayed
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import MergeGate
@@ -24,7 +26,7 @@ from merged_lora.vllm_plugin.api_server.workers import Workers
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import PREPARE, Reply
 from merged_lora.vllm_plugin.settings import Settings
-from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker
+from merged_lora.vllm_plugin.worker.makers import HostMaker, Made, Maker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 
 Rate = Callable[[MergeIdentity, Tokens, Tokens], Awaitable[Replayed]]
@@ -59,6 +61,48 @@ class FolderAdapters:
         return model
 
 
+class SteeredMaker:
+    """Makes merges as a worker does, once it is let; until then it takes steps in which it can be stopped.
+
+    ``begun`` has the spec of every merge that was begun, ``made`` of every one that was made, in their order.
+    """
+
+    def __init__(self) -> None:
+        self.backend = load_backend("cpu")
+        self.let = threading.Event()
+        self.begun: list[str] = []
+        self.made: list[str] = []
+        self.errors: dict[str, BaseException] = {}
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        return adapter
+
+    def make(self, number: int, plan: MergePlan, progress: Progress = no_progress) -> Made[Adapter]:
+        spec = str(plan.spec)
+        self.begun.append(spec)
+        end = time.monotonic() + PATIENCE
+        while not self.let.wait(0.001):
+            assert time.monotonic() < end
+            progress(0)
+        if spec in self.errors:
+            raise self.errors[spec]
+        self.made.append(spec)
+        return HostMaker(self.backend, lambda _, adapter: adapter, size).make(number, plan, progress)
+
+
+def size(adapter: Adapter) -> int:
+    """Bytes of an adapter."""
+    return adapter.nbytes
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the other tasks of the loop run until a condition holds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.001)
+
+
 def worker(
     limit: int = 1 << 30,
     adapters: FolderAdapters | None = None,
@@ -72,7 +116,7 @@ def worker(
     maker:    makes merges.
     more:     further arguments of a worker.
     """
-    host = HostMaker(load_backend("auto"), lambda _, adapter: adapter, lambda adapter: adapter.nbytes)
+    host = HostMaker(load_backend("auto"), lambda _, adapter: adapter, size)
     return MergeWorker(16, limit, adapters or FolderAdapters(), maker or host, **more)
 
 

@@ -89,7 +89,7 @@ def _enter(backend: Backend, threads: int) -> None:
     """Prepare the thread that merges, and those that it starts: they may use every core, and take none."""
     os.sched_setaffinity(0, current.cores)  # of this thread, as is its priority
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-    torch.set_num_threads(threads)
+    torch._C.set_num_threads(threads)  # vLLM's CPU build replaces torch.set_num_threads by nothing
     backend.confine(threads, NICE)
 
 

@@ -117,7 +117,7 @@ class Background:
     work that arrives later is due later.
 
     name:  of the thread.
-    enter: called in the thread before anything else.
+    enter: called in the thread before anything else; if it fails, so does all work.
     """
 
     def __init__(self, name: str, enter: Callable[[], None] = lambda: None) -> None:
@@ -126,6 +126,7 @@ class Background:
         self._new: deque[Job[Any]] = deque()
         self._waiting: list[Job[Any]] = []
         self._stopping = False
+        self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
         atexit.register(self.stop)
@@ -147,7 +148,10 @@ class Background:
         atexit.unregister(self.stop)
 
     def _live(self) -> None:
-        self._enter()
+        try:
+            self._enter()
+        except BaseException as error:
+            self._broken = error
         while not self._stopping:
             with self._changed:
                 self._changed.wait_for(lambda: self._new or self._waiting or self._stopping)
@@ -167,7 +171,9 @@ class Background:
                 if depth >= DEEPEST and not self._waiting[0].cancelled:
                     return False
                 job = self._waiting.pop(0)
-        if job.cancelled:
+        if self._broken is not None:
+            job.finish(error=self._broken)
+        elif job.cancelled:
             job.finish(error=CancelledError())
         elif job.task is None:
             self._size_up(job)

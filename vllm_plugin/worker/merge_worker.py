@@ -38,8 +38,8 @@ logger = logging.getLogger("vllm.merged_lora")
 
 Model = TypeVar("Model")
 
-FORGOTTEN_TICKETS = 1024
-"""Number of replies that are kept for API servers that do not come for them."""
+REPLIES = 256
+"""Number of replies about finished work that are kept until an API server asks for them."""
 OUTPUT_HEAD = "lm_head"
 """Last part of the name of the module that makes logits."""
 
@@ -263,7 +263,7 @@ class MergeWorker(Generic[Model]):
         return answer(begin)
 
     def poll(self, ticket: str) -> Reply:
-        """How the work under a ticket is getting on; its reply, once, when it is done."""
+        """How the work under a ticket is getting on, or its reply when it is done."""
 
         def work() -> Reply:
             self._store_finished()
@@ -343,9 +343,8 @@ class MergeWorker(Generic[Model]):
 
     def _reply(self, ticket: str) -> Reply:
         """The reply under a ticket: that of finished work, or how the work is getting on."""
-        reply = self._replies.pop(ticket, None)
-        if reply is not None:
-            return reply
+        if ticket in self._replies:  # not taken out: another rank may need longer, and all are asked again
+            return self._replies[ticket]
         job = self._work[ticket].job
         pending = Pending(job.running, job.done, job.total, job.spent, job.announced)
         return {"ok": True, "pending": asdict(pending)}
@@ -357,7 +356,7 @@ class MergeWorker(Generic[Model]):
             for i, ticket in enumerate(work.owners):
                 del self._work[ticket]
                 own = reply if i == 0 or not reply.get("made") else {**reply, "made": False}
-                self._replies.add(ticket, own, FORGOTTEN_TICKETS)
+                self._replies.add(ticket, own, REPLIES)
             self._making = {digest: other for digest, other in self._making.items() if other is not work}
 
     # Copies

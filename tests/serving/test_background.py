@@ -1,0 +1,238 @@
+"""Work beside the steps: what comes first, what interrupts what, and how it ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from merged_lora.backends import Progress
+from merged_lora.vllm_plugin.worker.background import Background, CancelledError, Job, Task
+
+PATIENCE = 20.0
+
+
+@pytest.fixture
+def thread() -> Iterator[Background]:
+    """A thread that works."""
+    made = Background("test")
+    yield made
+    made.stop()
+
+
+class Steps:
+    """Work of a few steps, each of which waits until it is let through; notes when each is done."""
+
+    def __init__(self, name: str, seconds: float, steps: int, notes: list[str]) -> None:
+        self.name, self.seconds, self.steps, self.notes = name, seconds, steps, notes
+        self.begun, self._let = threading.Event(), threading.Semaphore(0)
+
+    def let(self, steps: int) -> None:
+        """Let through that many steps."""
+        for _ in range(steps):
+            self._let.release()
+
+    def task(self) -> Task[str]:
+        def run(progress: Progress) -> str:
+            self.begun.set()
+            for step in range(self.steps):
+                assert self._let.acquire(timeout=PATIENCE)
+                self.notes.append(f"{self.name}{step}")
+                progress(1)
+            return self.name
+
+        return Task(self.seconds, self.steps, run)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_work_is_done_and_its_state_can_be_read(thread: Background) -> None:
+    steps = Steps("a", 3.0, 2, [])
+    job = thread.submit(steps.task)
+    assert steps.begun.wait(PATIENCE)
+    assert (job.running, job.finished, job.done, job.total, job.announced) == (True, False, 0, 2, 3.0)
+    steps.let(1)
+    eventually(lambda: job.done == 1)
+    steps.let(1)
+    assert job.result() == "a"
+    assert (job.running, job.finished, job.done, job.announced) == (False, True, 2, 3.0)
+    assert job.spent > 0
+
+
+def test_short_work_that_comes_later_interrupts_long_work(thread: Background) -> None:
+    notes: list[str] = []
+    long, short = Steps("long", 100.0, 3, notes), Steps("short", 0.1, 2, notes)
+    first = thread.submit(long.task)
+    assert long.begun.wait(PATIENCE)
+    second = thread.submit(short.task)
+    short.let(2)
+    long.let(3)
+    assert (first.result(), second.result()) == ("long", "short")
+    assert notes == ["long0", "short0", "short1", "long1", "long2"]
+
+
+def test_long_work_that_comes_later_waits(thread: Background) -> None:
+    notes: list[str] = []
+    short, long = Steps("short", 0.1, 2, notes), Steps("long", 100.0, 1, notes)
+    jobs = [thread.submit(short.task)]
+    assert short.begun.wait(PATIENCE)
+    jobs.append(thread.submit(long.task))
+    for steps in (long, short):
+        steps.let(2)
+    assert [job.result() for job in jobs] == ["short", "long"]
+    assert notes == ["short0", "short1", "long0"]
+
+
+def test_of_those_that_wait_the_one_that_is_due_first_comes_first(thread: Background) -> None:
+    notes: list[str] = []
+    gate = Steps("gate", 0.0, 1, notes)
+    thread.submit(gate.task)
+    assert gate.begun.wait(PATIENCE)
+    given = [Steps(name, seconds, 1, notes) for name, seconds in (("c", 90.0), ("a", 30.0), ("b", 60.0))]
+    jobs = [thread.submit(steps.task) for steps in given]
+    for steps in (gate, *given):
+        steps.let(1)
+    for job in jobs:
+        job.result()
+    assert notes == ["gate0", "a0", "b0", "c0"]
+
+
+def test_nothing_is_overtaken_for_ever(thread: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("merged_lora.vllm_plugin.worker.background.time.monotonic", lambda: now[0])
+    notes: list[str] = []
+    gate, long = Steps("gate", 0.0, 1, notes), Steps("long", 5.0, 1, notes)
+    jobs = [thread.submit(gate.task)]
+    assert gate.begun.wait(PATIENCE)
+    jobs.append(thread.submit(long.task))
+    stream = []
+    for i in range(12):  # a second apart, each of them a second long
+        now[0] = float(i)
+        stream.append(Steps(f"{i}.", 1.0, 1, notes))
+        jobs.append(thread.submit(stream[-1].task))
+    for steps in (gate, long, *stream):
+        steps.let(1)
+    for job in jobs:
+        job.result()
+    # It is due after twice its five seconds; those that are due later, because they came later, wait for it.
+    assert notes.index("long0") == 1 + 8
+
+
+def test_the_time_of_an_interruption_does_not_count(thread: Background) -> None:
+    notes: list[str] = []
+    long, short = Steps("long", 100.0, 2, notes), Steps("short", 0.1, 1, notes)
+    first = thread.submit(long.task)
+    assert long.begun.wait(PATIENCE)
+    thread.submit(short.task)
+    long.let(1)
+    assert short.begun.wait(PATIENCE)
+    time.sleep(0.3)
+    short.let(1)
+    long.let(1)
+    first.result()
+    assert first.spent < 0.25
+
+
+def test_what_is_given_up_before_it_began_never_begins(thread: Background) -> None:
+    notes: list[str] = []
+    gate, other = Steps("gate", 0.0, 1, notes), Steps("other", 0.0, 1, notes)
+    thread.submit(gate.task)
+    assert gate.begun.wait(PATIENCE)
+    job = thread.submit(other.task)
+    job.cancel()
+    gate.let(1)
+    with pytest.raises(CancelledError):
+        job.result()
+    assert notes == ["gate0"]
+    assert not other.begun.is_set()
+
+
+def test_what_is_given_up_ends_at_its_next_step_and_the_next_work_begins(thread: Background) -> None:
+    notes: list[str] = []
+    long, other = Steps("long", 100.0, 50, notes), Steps("other", 200.0, 1, notes)
+    job = thread.submit(long.task)
+    assert long.begun.wait(PATIENCE)
+    after = thread.submit(other.task)
+    job.cancel()
+    long.let(50)
+    other.let(1)
+    assert after.result() == "other"
+    assert notes == ["long0", "other0"]
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("ours"), MemoryError(), SystemExit(3), KeyboardInterrupt()]
+)
+@pytest.mark.parametrize("where", ["size_up", "run"])
+def test_whatever_work_raises_it_is_its_own_outcome_and_the_thread_lives_on(
+    thread: Background, error: BaseException, where: str
+) -> None:
+    def fail(*_: object) -> str:
+        raise error
+
+    job: Job[str] = thread.submit((lambda: Task(0.0, 1, fail)) if where == "run" else fail)  # type: ignore[arg-type]
+    expected = type(error) if isinstance(error, Exception) else RuntimeError
+    with pytest.raises(expected):
+        job.result()
+    assert thread.submit(lambda: Task(0.0, 1, lambda _: "next")).result() == "next"
+
+
+def test_a_thread_that_cannot_start_fails_all_work_instead_of_hanging() -> None:
+    def enter() -> None:
+        raise PermissionError("no priority")
+
+    thread = Background("test", enter)
+    for _ in range(2):
+        with pytest.raises(PermissionError, match="no priority"):
+            thread.submit(lambda: Task(0.0, 1, lambda _: None)).result()
+    thread.stop()
+
+
+def test_interruptions_are_bounded_in_depth(thread: Background) -> None:
+    depth, deepest = 0, 0
+    notes: list[str] = []
+
+    def run(progress: Progress) -> str:
+        nonlocal depth, deepest
+        depth += 1
+        deepest = max(deepest, depth)
+        assert proceed.wait(PATIENCE)
+        progress(1)
+        depth -= 1
+        return "done"
+
+    proceed = threading.Event()
+    first = Steps("first", 1000.0, 1, notes)
+    jobs = [thread.submit(first.task)]
+    assert first.begun.wait(PATIENCE)
+    jobs += [thread.submit(lambda i=i: Task(500.0 / (i + 1), 1, run)) for i in range(10)]  # type: ignore[misc]
+    first.let(1)
+    proceed.set()
+    assert [job.result() for job in jobs] == ["first"] + ["done"] * 10
+    assert deepest <= 3
+
+
+def test_stopping_ends_work_at_its_next_step() -> None:
+    thread = Background("test")
+    begun = threading.Event()
+
+    def run(progress: Progress) -> None:
+        begun.set()
+        while True:
+            time.sleep(0.001)
+            progress(0)
+
+    job: Job[None] = thread.submit(lambda: Task(0.0, 1, run))
+    assert begun.wait(PATIENCE)
+    start = time.monotonic()
+    thread.stop()
+    assert time.monotonic() - start < 1.0
+    with pytest.raises(CancelledError):
+        job.result()
