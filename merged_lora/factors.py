@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -36,6 +37,11 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         """Shape ``(out, in)`` of the delta."""
         return self.b.shape[0], self.a.shape[1]
+
+    @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """All but the values: what is planned for a module depends on nothing else of it."""
+        return *self.a.shape, *self.b.shape, self.a.dtype, self.b.dtype, self.scaling, self.embedding
 
     @property
     def nbytes(self) -> int:

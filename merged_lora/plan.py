@@ -360,6 +360,27 @@ DeltaModule = SumModule | EntryModule | OutputModule
 Module = FactorModule | DeltaModule
 
 
+def with_sources(module: Module, sources: tuple[Factors, ...]) -> Module:
+    """The plan of a module that differs from another one in the values of its tensors alone.
+
+    module:  the other one; not an :class:`OutputModule`, whose inputs are its own.
+    sources: the factors of the sources that have the module.
+    """
+    match module:
+        case FactorModule(a, b, present, embedding):
+            return FactorModule(
+                FactorJob(tuple([f.a for f in sources]), a.rule, a.dtype),
+                FactorJob(tuple([f.b for f in sources]), b.rule, b.dtype),
+                present,
+                embedding,
+            )
+        case SumModule(_, present, weights, rank, mean, dtype, embedding, flat):
+            return SumModule(sources, present, weights, rank, mean, dtype, embedding, flat)
+        case EntryModule(_, present, scalings, rule, basis, rank, dtype, embedding):
+            return EntryModule(sources, present, scalings, rule, basis, rank, dtype, embedding)
+    raise TypeError(f"the inputs of a {type(module).__name__} are its own")
+
+
 @dataclass(frozen=True, eq=False)
 class MergePlan:
     """A merge ready to run.

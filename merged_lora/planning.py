@@ -38,12 +38,15 @@ from .plan import (
     Varied,
     as_float32,
     entries_of,
+    with_sources,
 )
 from .recipe import DIVIDED_BY_SUM, SCALED, Recipe, Value
 from .spec import MergeSpec, cancels
 from .strategies import TABLE, find
 from .weighing import auto_weights
 
+DRAWN = ("random", "graded")
+"""Keep rules whose random numbers depend on a module's name."""
 CANCELLING = 1e-6
 """Weights whose sum is at most this share of the sum of their magnitudes cannot be divided by it."""
 
@@ -87,7 +90,7 @@ def amplification(spec: MergeSpec) -> float:
     """
     strategy = find(spec.strategy)
     rescales = [1.0] * len(spec.sources)
-    if strategy.recipe.keep in ("random", "graded"):
+    if strategy.recipe.keep in DRAWN:
         epsilons = spec.per_source("epsilon") if strategy.option("epsilon") else (0.0,) * len(spec.sources)
         drawn = [_drawn(d, e, 0) for d, e in zip(spec.per_source("density"), epsilons, strict=True)]
         times = 2 if strategy.recipe.space == "factors" else 1  # A and B are rescaled each on its own
@@ -171,6 +174,10 @@ class _Planner:
         self._settings = settings
         self._sources = sources
         self._limit = limit
+        self._alike: dict[tuple[object, ...], Module] = {}
+        self._depends_on_names = (
+            settings.auto is not None or self.recipe.keep in DRAWN or self.recipe.space == "outputs"
+        )
         self._calibrations = (
             calibrations_of(dict(zip(settings.names, sources, strict=True)), settings.strategy)
             if self.recipe.space == "outputs"
@@ -181,6 +188,17 @@ class _Planner:
         """How one module is merged."""
         present = tuple([i for i, source in enumerate(self._sources) if name in source.modules])
         factors = tuple([self._sources[i].modules[name] for i in present])
+        if self._depends_on_names:
+            return self._planned(name, present, factors)
+        # Most modules differ from others in nothing but the values of their tensors.
+        kind = present, *(f.kind for f in factors)
+        like = self._alike.get(kind)
+        if like is not None:
+            return with_sources(like, factors)
+        planned = self._alike[kind] = self._planned(name, present, factors)
+        return planned
+
+    def _planned(self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]) -> Module:
         _check_shapes(name, {self._settings.names[i]: f for i, f in zip(present, factors, strict=True)})
         if self.recipe.space == "factors":
             return self._factor_module(name, present, factors)
@@ -206,7 +224,7 @@ class _Planner:
     def result_notes(self, modules: Mapping[str, Module], counts: tuple[int, ...] | None) -> list[str]:
         """What a user should know about the result."""
         notes, rank = [], self._settings.rank
-        largest = max((module.results[0][0][0] for module in modules.values()), default=0)
+        largest = max(module.results[0][0][0] for module in modules.values()) if rank is not None else 0
         if rank is not None and largest < rank:
             notes.append(f"rank={rank} is more than there is to keep: the result has rank {largest}")
         if all(map(_is_zero, modules.values())) or (counts is not None and not any(counts)):

@@ -26,6 +26,9 @@ from merged_lora.vllm_plugin.worker.makers import outline
 from .slots import DeviceSlotWriter, HostSlotWriter, SlotMap, names_of, parts_of
 from .wrapping import ATTRIBUTE
 
+SHAPES = 64
+"""Number of sets of shapes that are known to fit the model."""
+
 
 def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
     """The adapter as vLLM holds it in host memory; raises PlanError if it does not fit the model.
@@ -39,15 +42,18 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
     if any(factors.embedding for factors in adapter.modules.values()) or _skips(layers):
         lora = lora_model(manager, number, adapter, "cpu")
     else:  # the same, without mapping every name again
-        named, dtype = _names(layers, adapter), manager.lora_config.lora_dtype
+        named, modules = _names(layers, adapter), adapter.modules.values()
+        dtype = manager.lora_config.lora_dtype
         weights = {
-            named[name]: LoRALayerWeights(
-                named[name], f.rank, f.rank, f.a.to(dtype), f.b.to(dtype), f.scaling
-            )
-            for name, f in adapter.modules.items()
+            theirs: LoRALayerWeights(theirs, f.rank, f.rank, f.a.to(dtype), f.b.to(dtype), f.scaling)
+            for theirs, f in zip(named.values(), modules, strict=True)
         }
         lora = manager._lora_model_cls(number, adapter.rank, weights)
-        check_fit(layers, lora)
+        # Merges of the same adapters differ in their values alone, and either all of them fit or none.
+        shapes = tuple([(theirs, *f.kind) for theirs, f in zip(named.values(), modules, strict=True)])
+        if _slot_map(layers).fitting.use(shapes) is None:
+            check_fit(layers, lora)
+            _slot_map(layers).fitting.add(shapes, True, SHAPES)
     slot_map = _slot_map(layers)
     if not slot_map.unsupported_modules(lora):
         setattr(lora, ATTRIBUTE, HostSlotWriter(slot_map, slot_map.weights_of(lora)))

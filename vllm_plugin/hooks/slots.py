@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from vllm.lora.lora_model import LoRAModel
 
 from merged_lora.backends import Slot, SlotBackend
 from merged_lora.errors import PlanError, listed
+from merged_lora.lru import Lru
 from merged_lora.plan import MergePlan
 
 from .versions import named, since
@@ -47,11 +48,26 @@ SUPPORTED_LAYERS = frozenset(
 }
 """Classes of ``vllm.lora.layers`` that are supported; one derived from them may store more of an adapter."""
 
+REGIONS = 64
+"""Number of :class:`Regions` that are kept: usually one or two for each slot."""
+
 Begin = tuple[int, int]
 """Row and column of a tensor at which a part of it begins."""
 
 FactorPair = tuple[torch.Tensor | None, torch.Tensor | None]
 """A and B of one module; both None if the adapter does not have it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """Parts of one slot of every layer.
+
+    targets: those that a merge fills, A and B of each module that it has.
+    rests:   those that it leaves empty, and that may hold something.
+    """
+
+    targets: list[torch.Tensor]
+    rests: list[torch.Tensor]
 
 
 class SlotWriter(Protocol):
@@ -97,6 +113,7 @@ class SlotMap:
     names:        vLLM's name for each module seen so far, by its name in the adapter and whether it is an
                   embedding.
     used:         for each slot with known content, the rank from which on everything is zero.
+    fitting:      shapes of adapters that fit the model.
     packed:       modules that vLLM packs into one, by the name of that one.
     dtype:        dtype of the slots.
     """
@@ -109,10 +126,12 @@ class SlotMap:
         self.parts: dict[str, None] = {}
         self.names: dict[tuple[str, bool], str] = {}
         self.used: dict[int, int] = {}
+        self.fitting: Lru[Hashable, bool] = Lru()
         self.packed: Mapping[str, list[str]] = layers.packed_modules
         self.dtype: torch.dtype = layers.lora_config.lora_dtype
         self._slots: dict[int, dict[str, Slot]] = {}
         self._sharded: dict[int, dict[str, Slot]] = {}
+        self._regions: Lru[tuple[int, tuple[int, ...], int | None], Regions] = Lru()
         self._layers = layers
         for name, layer in layers.modules.items():
             parts = parts_of(layers.packed_modules, name)
@@ -155,6 +174,24 @@ class SlotMap:
                 part: Slot(a[index, 0], b[index, 0]) for part, (a, b) in self.direct.items()
             }
         return self._slots[index]
+
+    def regions(self, index: int, ranks: tuple[int, ...], used: int | None) -> Regions:
+        """What a merge fills of a slot, and what it has to empty.
+
+        ranks: of each module in ``direct``, 0 if the merge does not have it.
+        used:  rank from which on the slot is empty; None if that is unknown.
+        """
+        key = index, ranks, used
+        known = self._regions.use(key)
+        if known is None:
+            known = Regions([], [])
+            for slot, rank in zip(self.slots(index).values(), ranks, strict=True):
+                if used is None or rank < used:
+                    known.rests.extend((slot.a[rank:used], slot.b[:, rank:used]))
+                if rank:
+                    known.targets.extend((slot.a[:rank], slot.b[:, :rank]))
+            self._regions.add(key, known, REGIONS)
+        return known
 
     def sharded_slots(self, index: int) -> dict[str, Slot]:
         """The slot with that index of each module of the layers in ``shards``."""
@@ -321,40 +358,38 @@ class DeviceSlotWriter:
         return Slot(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
 
 
-@dataclass(frozen=True, eq=False)
 class HostSlotWriter:
     """Copies a merge in host memory into slots that are in host memory too.
+
+    What does not depend on the slot is done when it is made, so that a step has little more to do than copy.
 
     slot_map: the slots of the model's layers.
     weights:  vLLM's own weights, for each module that the merge has.
     """
 
-    slot_map: SlotMap
-    weights: Mapping[str, Any]
+    def __init__(self, slot_map: SlotMap, weights: Mapping[str, Any]) -> None:
+        self.slot_map = slot_map
+        self._others = {
+            name: [
+                (weights[part].lora_a, weights[part].lora_b) if part in weights else (None, None)
+                for part in parts_of(slot_map.packed, name)
+            ]
+            for name in slot_map.others
+        }
+        direct = [weights.get(part) for part in slot_map.direct]
+        # Read from the tensor: before 0.32, the rank that vLLM stores beside it may be wrong.
+        self._ranks = tuple([w.lora_a.shape[0] if w is not None else 0 for w in direct])
+        self._factors = [x for w in direct if w is not None for x in (w.lora_a, w.lora_b)]
+        self._rank = max((w.lora_a.shape[0] for w in weights.values()), default=0)
 
     def write(self, index: int) -> None:
         """Copy the merge into the slot of every layer, over what the slot held before."""
         used = self.slot_map.used.pop(index, None)  # if this fails halfway, the content is unknown
-        rests, targets, factors = [], [], []
-        for part, slot in self.slot_map.slots(index).items():
-            weights = self.weights.get(part)
-            # Read from the tensor: before 0.32, the rank that vLLM stores beside it may be wrong.
-            rank = weights.lora_a.shape[0] if weights is not None else 0
-            if used is None or rank < used:
-                rests += [slot.a[rank:used], slot.b[:, rank:used]]
-            if weights is not None:
-                targets += [slot.a[:rank], slot.b[:, :rank]]
-                factors += [weights.lora_a, weights.lora_b]
-        if rests:
-            torch._foreach_zero_(rests)
-        if targets:
-            torch._foreach_copy_(targets, factors)
-        ranks = (weights.lora_a.shape[0] for weights in self.weights.values())
-        self.slot_map.used[index] = max(ranks, default=0)
-        for name in self.slot_map.others:
-            self.slot_map.set_layer(name, index, list(self._pairs(name)))
-
-    def _pairs(self, name: str) -> Iterator[FactorPair]:
-        for part in parts_of(self.slot_map.packed, name):
-            weights = self.weights.get(part)
-            yield (weights.lora_a, weights.lora_b) if weights is not None else (None, None)
+        regions = self.slot_map.regions(index, self._ranks, used)
+        if regions.rests:
+            torch._foreach_zero_(regions.rests)
+        if regions.targets:
+            torch._foreach_copy_(regions.targets, self._factors)
+        self.slot_map.used[index] = self._rank
+        for name, pairs in self._others.items():
+            self.slot_map.set_layer(name, index, pairs)

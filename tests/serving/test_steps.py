@@ -1,0 +1,182 @@
+"""A real engine whose steps go on while merges are made, and a limit on a step that no merge may reach."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from faults import STEADY, THREAD_ENDS
+from tiny import FLAGS, MAX_RANK, Place, importing_tests
+from vllm_server import PROMPT, Server
+
+pytestmark = pytest.mark.engine
+
+STEP_LIMIT = 5
+"""Seconds after which vLLM counts a step as hung and ends."""
+LONGEST_GAP = 5.0
+"""Seconds between two tokens that are too many, however busy the machine is: a merge here takes twenty."""
+
+
+@pytest.fixture(scope="module")
+def limited(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two slots, no copies beyond them, and little time for a step."""
+    with start(place, tmp_path_factory.mktemp("log") / "server.log") as running:
+        yield running
+
+
+def start(place: Place, log: Path, *flags: str) -> Server:
+    """The server; its workers heed the seeds of ``faults.py``."""
+    return Server(
+        place.model,
+        *(*FLAGS, "--enable-merged-lora", "--max-lora-rank", str(MAX_RANK), "--max-loras", "2"),
+        *("--max-cpu-loras", "2", "--worker-extension-cls", "faults.Faults", *flags),
+        *("--lora-modules", *(f"{name}={path}" for name, path in place.adapters.items())),
+        log=log,
+        environment={"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_LIMIT), **importing_tests()},
+    )
+
+
+def slow(seconds: int, name: str = "sql") -> str:
+    """A merge that takes that long."""
+    return f"dare_linear({name}, density=0.9, seed={STEADY + seconds})"
+
+
+@contextmanager
+def watching(server: Server) -> Iterator[list[float]]:
+    """Stream beside what is done meanwhile; the list gets the seconds between two tokens of a stream."""
+    gaps: list[float] = []
+    done = threading.Event()
+    body = {"model": "chat", "prompt": PROMPT, "max_tokens": 240, "stream": True, "ignore_eos": True}
+
+    def stream() -> None:
+        while not done.is_set():
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
+                assert reply.status_code == 200
+                times = [time.monotonic() for line in reply.iter_lines() if line.startswith("data: {")]
+            gaps.extend(b - a for a, b in itertools.pairwise(times))
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    try:
+        yield gaps
+    finally:
+        done.set()
+        thread.join(120)
+
+
+@contextmanager
+def asking(server: Server, model: str) -> Iterator[None]:
+    """A client that asks for a merge and leaves at the end of this context."""
+    host, port = server.url.removeprefix("http://").split(":")
+    data = json.dumps({"model": model, "prompt": "x", "max_tokens": 1}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    import socket
+
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        yield
+
+
+def making(server: Server) -> list[dict[str, Any]]:
+    """The merges in the making, as the server reports them."""
+    found: list[dict[str, Any]] = server.get("/v1/merged_lora")[1]["making"]
+    return found
+
+
+def eventually(condition: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_merge_of_twenty_seconds_delays_no_stream_and_ends_when_its_client_leaves(limited: Server) -> None:
+    cancelled = 'merged_lora_merges_total{result="cancelled",strategy="dare_linear"}'
+    with watching(limited) as gaps:
+        with asking(limited, slow(20)):
+            eventually(lambda: [m["state"] for m in making(limited)] == ["merging"])
+            time.sleep(4)
+            (one,) = making(limited)
+            assert one["requests"] == 1
+            assert one["merged_for"] > 2
+            assert limited.metrics()["merged_lora_queue"] == 1
+        left = time.monotonic()
+        eventually(lambda: making(limited) == [])
+        eventually(lambda: limited.metrics().get(cancelled) == 1)
+        limited.logprobs("sum(0.5*tone)")  # the thread is free again
+        assert time.monotonic() - left < 10
+    assert len(gaps) > 200
+    assert max(gaps) < LONGEST_GAP
+
+
+def test_slow_merges_that_lost_their_slot_are_not_made_again(limited: Server) -> None:
+    seconds = STEP_LIMIT + 2
+    first = limited.logprobs(slow(seconds))
+    for model in ("sql", "chat", "tone"):  # both slots, and all that vLLM keeps beside them
+        limited.logprobs(model)
+    before = limited.metrics()
+    begin = time.monotonic()
+    assert limited.logprobs(slow(seconds)) == pytest.approx(first, abs=1e-5)
+    assert time.monotonic() - begin < STEP_LIMIT
+    after = limited.metrics()
+    hits, made = "merged_lora_cache_hits_total", "merged_lora_merge_seconds_count"
+    assert (after[hits] - before[hits], after[made] - before[made]) == (1, 0)
+    assert "made again within a step" not in limited.log.read_text()
+
+
+def test_short_merges_pass_a_long_one(limited: Server) -> None:
+    with asking(limited, slow(60)):
+        eventually(lambda: [m["state"] for m in making(limited)] == ["merging"])
+        begin = time.monotonic()
+        for weight in (0.31, 0.32, 0.33):
+            limited.logprobs(f"ties({weight}*sql, chat)")
+        assert time.monotonic() - begin < 20
+    eventually(lambda: making(limited) == [])
+
+
+def test_fifty_dropped_requests_cost_no_merge(limited: Server) -> None:
+    made = "merged_lora_merge_seconds_count"
+    limited.logprobs("sum(0.7*tone)")
+    before = limited.metrics()[made]
+    with asking(limited, slow(60)):
+        eventually(lambda: [m["state"] for m in making(limited)] == ["merging"])
+        for i in range(5):  # ten at a time, which is fewer than may wait
+            clients = [asking(limited, slow(60 + 10 * i + j, "tone")) for j in range(10)]
+            for client in clients:
+                client.__enter__()
+            eventually(lambda: len(making(limited)) == 11)
+            for client in clients:
+                client.__exit__(None, None, None)
+            eventually(lambda: len(making(limited)) == 1)
+    eventually(lambda: making(limited) == [])
+    begin = time.monotonic()
+    limited.logprobs("sum(0.8*tone)")
+    assert time.monotonic() - begin < 10
+    assert limited.metrics()[made] - before == 1
+
+
+def test_a_fault_that_ends_a_thread_is_one_answer(limited: Server) -> None:
+    for _ in range(2):
+        model = f"dare_linear(sql, seed={THREAD_ENDS})"
+        status, reply = limited.post("/v1/completions", {"model": model, "prompt": "x"})
+        assert status == 500
+        assert "SystemExit" in reply["error"]["message"]
+    limited.logprobs("sum(0.9*tone)")
+
+
+def test_a_server_that_is_stopped_in_the_middle_of_a_merge_ends_at_once(limited: Server) -> None:
+    # The last test of this file: nothing runs on the server after it.
+    with asking(limited, slow(600)):
+        eventually(lambda: [m["state"] for m in making(limited)] == ["merging"])
+        begin = time.monotonic()
+        limited.stop()
+        assert time.monotonic() - begin < 10
