@@ -20,8 +20,8 @@ from vllm_server import PROMPT, Server
 
 pytestmark = pytest.mark.engine
 
-STEP_LIMIT = 5
-"""Seconds after which vLLM counts a step as hung and ends."""
+STEP_LIMIT = 10
+"""Seconds after which vLLM counts a step as hung and ends; its default is 300."""
 LONGEST_GAP = 5.0
 """Seconds between two tokens that are too many, however busy the machine is: a merge here takes twenty."""
 
