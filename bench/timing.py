@@ -75,7 +75,7 @@ class Aim:
     def line(self) -> str:
         """The aim as a row of a table."""
         limit = f"at {'most' if self.at_most else 'least'} {self.aim:g}"
-        return f"  {'met' if self.met else 'MISSED':8}{self.what}: {self.measured:.3g}, aim {limit}"
+        return f"  {'MET' if self.met else 'MISSED':8}{self.what}: {self.measured:.3g}, aim {limit}"
 
     def as_json(self) -> dict[str, object]:
         """The aim as values that JSON has."""
