@@ -18,7 +18,7 @@ RESAMPLES = 2000
 
 WARM, AGAIN, MERGED = "plain adapter", "plain adapter, once more", "merge"
 COLD = "plain adapter from disk, server without the plugin"
-SEEN, LOST = "a merge that has its slot", "a merge that lost its slot, and is made again"
+SEEN, LOST = "a merge that has its slot", "a merge that lost its slot"
 MEMORY, NEW = "a plain adapter that needs a slot", "a new merge"
 ON, OFF = "with the plugin", "without"
 
