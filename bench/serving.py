@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from openai import OpenAI
+from openai import OpenAI, Stream
 from openai.types import Completion
 
 from merged_lora.errors import MergeError
@@ -32,8 +32,8 @@ FLAGS = (
 """Flags of every server of the examples.  Rank 32 has room for three of the example adapters side by side.
 With the prefix cache, a repeated request would skip what the first one had to do."""
 
-PATIENCE = 120.0
-"""Seconds without a token after which a request has failed."""
+PATIENCE = 300.0
+"""Seconds without a token after which a request has failed: several times the slowest merge."""
 
 
 def threads() -> dict[str, str]:
@@ -75,6 +75,24 @@ def complete(client: OpenAI, model: str, tokens: int = 1) -> Completion:
     return client.completions.create(
         model=model, prompt=PROMPT, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
     )
+
+
+def stream(client: OpenAI, model: str, tokens: int) -> Stream[Completion]:
+    """A stream of exactly that many tokens; each chunk says how many there are so far."""
+    return client.completions.create(
+        model=model,
+        prompt=PROMPT,
+        max_tokens=tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+        extra_body={"ignore_eos": True},
+    )
+
+
+def tokens_of(chunk: Completion) -> int:
+    """The tokens of a stream up to a chunk."""
+    return chunk.usage.completion_tokens if chunk.usage is not None else 0
 
 
 def logprobs(client: OpenAI, model: str, tokens: int = 8) -> list[float]:
