@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
-
+from .resampling import interval, noise, over
 from .timing import Aim, ratio, spread
-
-RESAMPLES = 2000
 
 WARM, AGAIN, MERGED = "plain adapter", "plain adapter, once more", "merge"
 COLD = "plain adapter from disk, server without the plugin"
@@ -113,54 +110,45 @@ class Report:
         """The rows of the table of warm requests."""
         plain = self.warm[WARM]
         return [
-            f"  {case:52}{spread(seconds):28}{'' if case == WARM else _over(seconds, plain)}".rstrip()
+            f"  {case:52}{spread(seconds):28}{'' if case == WARM else over(seconds, plain)}".rstrip()
             for case, seconds in self.warm.items()
         ]
 
     def speed_line(self) -> str:
         """The speed of both servers and its ratio."""
         cells = ", ".join(f"{case} {spread(self.speed[case], 1)}" for case in (ON, OFF))
-        return f"  {cells}; ratio {_over(self.speed[ON], self.speed[OFF])}"
+        return f"  {cells}; ratio {over(self.speed[ON], self.speed[OFF])}"
 
     def aims(self) -> list[Aim]:
-        """The aims, each with the number that was measured."""
+        """The aims of what was measured, each with its number."""
+        return [*self._speed_aims(), *self._first_aims(), *self._gap_aims()]
+
+    def _speed_aims(self) -> Iterator[Aim]:
+        if self.speed:
+            on, off = self.speed[ON], self.speed[OFF]
+            found = ratio(on, off)
+            # The interval must reach 1.
+            limit = round(1 + found - interval(on, off)[1], 3)
+            what = "throughput of plain adapters, plugin on over off (1 - noise)"
+            yield Aim(what, found, limit, at_most=False)
+
+    def _first_aims(self) -> Iterator[Aim]:
+        if not self.warm:
+            return
         plain = self.warm[WARM]
         limit = round(1 + noise(self.warm[AGAIN], plain), 3)
+        yield Aim(
+            "a warm merge over a warm plain adapter (1 + noise)", ratio(self.warm[MERGED], plain), limit
+        )
         load = statistics.median(self.first[COLD].cost)
-        largest, merged = self.gaps[ON].largest, statistics.median(self.gaps[ON].merged)
-        growth = 1e3 * (statistics.median(largest[NEW]) - statistics.median(largest[SEEN]))
-        return [
-            Aim("a warm merge over a warm plain adapter (1 + noise)", ratio(self.warm[MERGED], plain), limit),
-            *(
-                Aim(
-                    f"{case}: what a new merge costs, over a plain load from disk",
-                    statistics.median(use.cost) / load,
-                    1.0,
-                )
-                for case, use in self.first.items()
-                if case != COLD
-            ),
-            Aim(
-                "gap with a new merge less gap with one in its slot, ms; the merge", growth, round(merged, 1)
-            ),
-        ]
+        for case, use in self.first.items():
+            if case != COLD:
+                what = f"{case}: what a new merge costs, over a plain load from disk"
+                yield Aim(what, statistics.median(use.cost) / load, 1.0)
 
-
-def _over(a: Sequence[float], b: Sequence[float]) -> str:
-    """The ratio of the medians with its interval."""
-    low, high = interval(a, b)
-    return f"{ratio(a, b):.3f} ({low:.3f}-{high:.3f})"
-
-
-def interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the ratio of the medians, by resampling both with a fixed seed."""
-    rng = np.random.default_rng(0)
-    medians = [np.median(rng.choice(np.asarray(x), (RESAMPLES, len(x))), axis=1) for x in (a, b)]
-    low, high = np.percentile(medians[0] / medians[1], (2.5, 97.5))
-    return float(low), float(high)
-
-
-def noise(a: Sequence[float], b: Sequence[float]) -> float:
-    """How far from 1 the ratio of two sets of times of the same thing may lie."""
-    low, high = interval(a, b)
-    return max(abs(1 - low), abs(high - 1))
+    def _gap_aims(self) -> Iterator[Aim]:
+        if self.gaps:
+            largest, merged = self.gaps[ON].largest, statistics.median(self.gaps[ON].merged)
+            growth = 1e3 * (statistics.median(largest[NEW]) - statistics.median(largest[SEEN]))
+            what = "gap with a new merge less gap with one in its slot, ms; the merge"
+            yield Aim(what, growth, round(merged, 1))
