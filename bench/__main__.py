@@ -87,7 +87,12 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
             "type": _at_least(2),
             "default": 20,
             "metavar": "N",
-            "help": "of each kind; %(default)s",
+            "help": "of each kind; %(default)s, and fewer of what is slow",
+        },
+        "--quick": {"action": "store_true", "help": "at most three of each kind, and slow merges once"},
+        "--only": {
+            "metavar": "PART[,PART]",
+            "help": "of speed, first, gaps and clients; all by default",
         },
     },
 }
@@ -135,7 +140,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.benchmark == "serve":
         from . import serve
 
-        return serve.run(serve.Work(options.requests), options.json)
+        return serve.run(serve.work(options.requests, options.quick, options.only), options.json)
     if options.benchmark == "registers":
         from . import registers
 

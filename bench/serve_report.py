@@ -10,11 +10,12 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
+from . import serve_beside
 from .resampling import interval, noise, over
+from .serve_beside import COLD, Watch
 from .timing import Aim, ratio, spread
 
 WARM, AGAIN, MERGED = "plain adapter", "plain adapter, once more", "merge"
-COLD = "plain adapter from disk, server without the plugin"
 SEEN, LOST = "a merge that has its slot", "a merge that lost its slot"
 MEMORY, NEW = "a plain adapter that needs a slot", "a new merge"
 ON, OFF = "with the plugin", "without"
@@ -94,6 +95,7 @@ class Report:
     warm: seconds of one token, by what was requested.
     first: first requests, by what was requested.
     gaps, speed: by server; speeds are in tokens per second.
+    beside: by what others requested beside one client's stream, every round.
     """
 
     machine: dict[str, object]
@@ -101,10 +103,22 @@ class Report:
     first: dict[str, FirstUse] = field(default_factory=dict)
     gaps: dict[str, Gaps] = field(default_factory=dict)
     speed: dict[str, list[float]] = field(default_factory=dict)
+    beside: dict[str, list[Watch]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
         """The report as values that JSON has."""
-        return asdict(self) | {"aims": [aim.as_json() for aim in self.aims()]}
+        return asdict(self) | {
+            "longest gaps": {
+                case: [watch.longest for watch in rounds] for case, rounds in self.beside.items()
+            },
+            "aims": [aim.as_json() for aim in self.aims()],
+        }
+
+    def markdown(self) -> list[str]:
+        """The tables of streams beside which others request, and of the aims, for a page."""
+        table = [*serve_beside.markdown(self.beside), ""] if self.beside else []
+        aims = ["| | measured | aim | |", "|---|---:|---:|---|", *(aim.markdown() for aim in self.aims())]
+        return table + aims
 
     def warm_lines(self) -> list[str]:
         """The rows of the table of warm requests."""
@@ -121,7 +135,9 @@ class Report:
 
     def aims(self) -> list[Aim]:
         """The aims of what was measured, each with its number."""
-        return [*self._speed_aims(), *self._first_aims(), *self._gap_aims()]
+        limit = serve_beside.limit_of(int(str(self.machine.get("cores", 1))))
+        beside = serve_beside.aims(self.beside, limit)
+        return [*self._speed_aims(), *self._first_aims(), *self._gap_aims(), *beside]
 
     def _speed_aims(self) -> Iterator[Aim]:
         if self.speed:

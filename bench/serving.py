@@ -85,8 +85,10 @@ def stream(client: OpenAI, model: str, tokens: int) -> Stream[Completion]:
         max_tokens=tokens,
         temperature=0,
         stream=True,
-        stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
-        extra_body={"ignore_eos": True},
+        extra_body={
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
     )
 
 

@@ -74,8 +74,19 @@ class Aim:
 
     def line(self) -> str:
         """The aim as a row of a table."""
-        limit = f"at {'most' if self.at_most else 'least'} {self.aim:g}"
-        return f"  {'MET' if self.met else 'MISSED':8}{self.what}: {self.measured:.3g}, aim {limit}"
+        return f"  {self._verdict:8}{self.what}: {self.measured:.3g}, aim {self._limit}"
+
+    def markdown(self) -> str:
+        """The aim as a row of a page's table: what, measured, aim, and whether it is met."""
+        return f"| {self.what} | {self.measured:.3g} | {self._limit} | {self._verdict} |"
+
+    @property
+    def _limit(self) -> str:
+        return f"at {'most' if self.at_most else 'least'} {self.aim:g}"
+
+    @property
+    def _verdict(self) -> str:
+        return "MET" if self.met else "MISSED"
 
     def as_json(self) -> dict[str, object]:
         """The aim as values that JSON has."""

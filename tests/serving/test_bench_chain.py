@@ -3,61 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import threading
-import time
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, Self, cast
 
 import pytest
 from openai import OpenAI
 
+from made_up_streams import Tokens
 from merged_lora.bench.chain import Chain, one_by_one
 from merged_lora.errors import MergeError
-
-
-class Tokens:
-    """A client whose streams have a token every 5 milliseconds.
-
-    per_chunk: tokens of each chunk.
-    broken: what the stream raises after ``ends`` tokens; if None, it ends there without a word.
-    """
-
-    def __init__(self, per_chunk: int = 1, ends: int = 10_000, broken: Exception | None = None) -> None:
-        self.completions = self
-        self.under_way = 0
-        self.most = 0
-        self.requests: list[Any] = []
-        self._per_chunk, self._ends, self._broken = per_chunk, ends, broken
-        self._lock = threading.Lock()
-
-    def create(self, **request: Any) -> Stream:
-        self.requests.append(request)
-        return Stream(self, request["max_tokens"])
-
-    def count(self, change: int) -> None:
-        with self._lock:
-            self.under_way += change
-            self.most = max(self.most, self.under_way)
-
-    def chunks(self, length: int) -> Iterator[Any]:
-        for tokens in range(self._per_chunk, min(length, self._ends) + 1, self._per_chunk):
-            time.sleep(0.005)
-            yield SimpleNamespace(usage=SimpleNamespace(completion_tokens=tokens))
-        if self._broken is not None and self._ends < length:
-            raise self._broken
-
-
-class Stream:
-    def __init__(self, client: Tokens, length: int) -> None:
-        self._client, self._length = client, length
-
-    def __enter__(self) -> Iterator[Any]:
-        self._client.count(1)
-        return self._client.chunks(self._length)
-
-    def __exit__(self, *_: object) -> None:
-        self._client.count(-1)
 
 
 class Chained:

@@ -16,9 +16,9 @@ from openai import OpenAI
 from merged_lora.bench import serve, serving
 from merged_lora.bench.__main__ import main
 from merged_lora.bench.resampling import interval, noise
+from merged_lora.bench.serve_beside import COLD
 from merged_lora.bench.serve_report import (
     AGAIN,
-    COLD,
     LOST,
     MEMORY,
     MERGED,
