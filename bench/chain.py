@@ -93,7 +93,7 @@ class Chain:
                         self._news.notify_all()
             if len(times) < self._length:
                 raise EOFError(f"it ended after {len(times)} of {self._length} tokens")
-        except Exception as error:  # raised where the tokens are waited for
+        except Exception as error:  # raised by `wait`
             with self._news:
                 self._failure = None if self._stopped else error
                 self._news.notify_all()
