@@ -38,10 +38,14 @@ class FirstUse:
         """Seconds by which each first request took longer than its second."""
         return [first - again for first, again in zip(self.first, self.again, strict=True)]
 
+    @property
+    def logged(self) -> str:
+        """The milliseconds of the merges in a table; empty if no merge was made."""
+        return spread([ms / 1e3 for ms in self.merged]) if self.merged else ""
+
     def line(self, case: str) -> str:
         """The row of the table."""
-        logged = spread([ms / 1e3 for ms in self.merged]) if self.merged else ""
-        cells = f"{spread(self.first):28}{spread(self.again):28}{spread(self.cost):28}{logged}"
+        cells = f"{spread(self.first):28}{spread(self.again):28}{spread(self.cost):28}{self.logged}"
         return f"  {case:52}{cells}".rstrip()
 
 
@@ -115,10 +119,23 @@ class Report:
         }
 
     def markdown(self) -> list[str]:
-        """The tables of streams beside which others request, and of the aims, for a page."""
-        table = [*serve_beside.markdown(self.beside), ""] if self.beside else []
-        aims = ["| | measured | aim | |", "|---|---:|---:|---|", *(aim.markdown() for aim in self.aims())]
-        return table + aims
+        """The tables for a page: what is new, streams beside which others request it, and the aims."""
+        rows = []
+        if self.first:
+            rows += ["| requested for the first time | adds, ms | over the load | merge, ms |"]
+            rows += ["|---|---:|---:|---:|"]
+            load = self.first[COLD].cost
+            for case, use in self.first.items():
+                relative = "" if case == COLD else over(use.cost, load)
+                rows.append(f"| {case} | {spread(use.cost)} | {relative} | {use.logged} |")
+            rows.append("")
+        if self.beside:
+            rows += [*serve_beside.markdown(self.beside), ""]
+        return [
+            *rows,
+            *("| | measured | aim | |", "|---|---:|---:|---|"),
+            *(aim.markdown() for aim in self.aims()),
+        ]
 
     def warm_lines(self) -> list[str]:
         """The rows of the table of warm requests."""

@@ -157,6 +157,12 @@ def test_tables_and_file_hold_every_case() -> None:
     assert [aim["met"] for aim in kept["aims"]] == [True] * 4
 
 
+def test_a_page_gets_what_first_requests_add() -> None:
+    rows = a_report().markdown()
+    assert "| ties, 2 sources | 20.0 | 0.500 (0.500-0.500) | 15.0 |" in rows
+    assert f"| {COLD} | 40.0 |  |  |" in rows
+
+
 def test_without_the_model_the_error_says_how_to_make_it_and_no_server_is_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
