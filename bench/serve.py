@@ -25,7 +25,7 @@ from . import machine, serve_beside, serving
 from .chain import Chain
 from .launcher import VllmServer, print_dot
 from .recording import write_report
-from .serve_beside import COLD, CROWD, Watch
+from .serve_beside import COLD, CROWD, QUIET_LONG, QUIET_SECONDS, Watch
 from .serve_report import (
     AGAIN,
     LOST,
@@ -314,7 +314,7 @@ class Bench:
     def besides(self) -> None:
         """Watch a stream while a new merge of each strategy is made, and while a plain adapter is loaded."""
         self._warm_up(WATCHED)
-        cases: dict[str, Callable[[], Watch]] = {COLD: self._watch_load}
+        cases: dict[str, Callable[[], Watch]] = {COLD: self._watch_load, QUIET_LONG: self._watch_nothing}
         for strategy in WATCHED:
             cases[f"{strategy}, 3 sources"] = partial(self._watch_merges, [(strategy, 3)])
         self._rounds(cases)
@@ -351,6 +351,10 @@ class Bench:
     def _watch_load(self) -> Watch:
         """A stream of the server without the plugin, beside which an adapter is loaded."""
         return _watch(self._off, [next(self._copy)], self._work.before, self._work.apart)
+
+    def _watch_nothing(self) -> Watch:
+        """A stream of the server with the plugin, alone."""
+        return _watch_nothing(self._on, QUIET_SECONDS, self._work.before, self._work.apart)
 
     def _watch_merges(self, merges: Sequence[tuple[str, int]]) -> Watch:
         """A stream of the server with the plugin, beside which merges of these strategies are new."""
@@ -422,7 +426,7 @@ def _watch(client: OpenAI, models: Sequence[str], before: int, after: int) -> Wa
 
         answers = list(pool.map(ask, models))
         chain.wait(after)
-        times = [round(token - begin, DIGITS) for token in chain.times()]
+        times = _since(begin, chain)
     failed = {model: error for model, (_, error) in zip(models, answers, strict=True) if error is not None}
     if len(failed) == len(models):
         raise failed[models[0]]
@@ -433,6 +437,23 @@ def _watch(client: OpenAI, models: Sequence[str], before: int, after: int) -> Wa
         end=max(seconds for seconds, _ in answers),
         failed={model: str(error) for model, error in failed.items()},
     )
+
+
+def _watch_nothing(client: OpenAI, seconds: float, before: int, after: int) -> Watch:
+    """A stream beside which nothing is requested for so many seconds."""
+    time.sleep(REST)
+    with Chain(client, "sql") as chain:
+        chain.wait(before)
+        begin = time.perf_counter()
+        time.sleep(seconds)
+        end = time.perf_counter() - begin
+        chain.wait(after)
+        return Watch(_since(begin, chain), [], [], end)
+
+
+def _since(begin: float, chain: Chain) -> list[float]:
+    """Seconds from then on at which a stream's tokens arrived."""
+    return [round(token - begin, DIGITS) for token in chain.times()]
 
 
 def _arrive(client: OpenAI, case: str, model: str) -> Arrival:

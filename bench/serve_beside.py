@@ -15,6 +15,9 @@ from .timing import Aim, ratio, spread
 COLD = "plain adapter from disk, server without the plugin"
 CROWD = "new merges of ten clients at once"
 QUIET = "nothing"
+QUIET_SECONDS = 20.0
+QUIET_LONG = f"nothing for {QUIET_SECONDS:g} s"
+"""What the machine does to a stream on its own, in as long a time as a slow merge takes."""
 
 SPARE_CORES = 4
 """Cores from which on a machine has some to spare for a merge beside a server's steps."""
@@ -100,7 +103,7 @@ def aims(watches: Watches, limit: float) -> Iterator[Aim]:
     limit: the most that the longest gap may be, over that with a plain adapter's first request.
     """
     for case, rounds in watches.items():
-        if case != COLD:
+        if case not in (COLD, QUIET_LONG):
             what = f"{case}: longest gap of a stream, over a plain adapter's first request"
             yield Aim(what, ratio(_longest(rounds), _longest(watches[COLD])), limit)
     if CROWD in watches:

@@ -17,7 +17,7 @@ from made_up_streams import Tokens
 from merged_lora.bench import serve, serve_beside
 from merged_lora.bench.__main__ import main
 from merged_lora.bench.serve import Bench, Work
-from merged_lora.bench.serve_beside import COLD, CROWD, Watch
+from merged_lora.bench.serve_beside import COLD, CROWD, QUIET_LONG, Watch
 from merged_lora.bench.serve_report import Report
 from merged_lora.errors import MergeError
 
@@ -36,6 +36,7 @@ def a_report(cores: int, gap: float, served: int = 10) -> Report:
     crowd.first_token = crowd.first_token[:served]
     report.beside = {
         COLD: [replace(a_watch(2.0), merged=[])] * 3,
+        QUIET_LONG: [replace(a_watch(9.0), first_token=[], merged=[])],
         "knots, 3 sources": [a_watch(gap)] * 3,
         CROWD: [a_watch(gap, 10), crowd],
     }
@@ -84,9 +85,10 @@ def test_all_clients_must_be_served_in_every_round(served: int, met: bool) -> No
 
 
 def test_every_row_of_the_table_has_its_numbers() -> None:
-    nothing, cold, knots, crowd = serve_beside.lines(a_report(2, 3.0).beside)[1:]
-    assert nothing.split() == ["nothing", "8", "1000.0", "1000.0"]
+    nothing, cold, quiet, knots, crowd = serve_beside.lines(a_report(2, 3.0).beside)[1:]
+    assert nothing.split() == ["nothing", "9", "1000.0", "1000.0"]
     assert cold.removeprefix(f"  {COLD}").split() == ["3", "2000.0", "2000.0", "0.67", "2000.0"]
+    assert quiet.removeprefix(f"  {QUIET_LONG}").split()[:3] == ["1", "9000.0", "9000.0"]
     expected = ["3", "3000.0", "3000.0", "1.500", "(1.500-1.500)", "0.50", "3000.0", "7.0"]
     assert knots.removeprefix("  knots, 3 sources").split() == expected
     assert crowd.removeprefix(f"  {CROWD}").split() == ["2", *expected[1:]]
@@ -121,6 +123,14 @@ def test_clients_request_at_once_while_one_streams() -> None:
     assert sum(token < 0 for token in seen.times) >= 6
     assert sum(token > seen.end for token in seen.times) >= 3
     assert seen.times == sorted(seen.times)
+
+
+def test_a_stream_is_watched_alone() -> None:
+    seen = serve._watch_nothing(cast(OpenAI, Tokens()), 0.05, before=6, after=3)
+    assert not seen.models
+    assert not seen.first_token
+    assert seen.end >= 0.05
+    assert seen.times[-1] > seen.end
 
 
 def test_a_client_that_is_not_served_is_counted_if_others_are() -> None:
