@@ -17,31 +17,29 @@ class Tokens:
     A completion of the model ``broken`` fails.
 
     per_chunk: tokens of each chunk.
-    under_way, asking: streams and completions at the moment; ``most`` and ``most_asking`` were the most.
+    under_way: streams at the moment, of which ``most`` was the most.
+    together: completions that must be requested at once for any of them to be served.
     broken: what the stream raises after ``ends`` tokens; if None, it ends there without a word.
     """
 
-    def __init__(self, per_chunk: int = 1, ends: int = 10_000, broken: Exception | None = None) -> None:
+    def __init__(
+        self, per_chunk: int = 1, ends: int = 10_000, broken: Exception | None = None, together: int = 1
+    ) -> None:
         self.completions = self
         self.under_way = 0
         self.most = 0
-        self.asking = 0
-        self.most_asking = 0
         self.requests: list[Any] = []
         self._per_chunk, self._ends, self._broken = per_chunk, ends, broken
         self._lock = threading.Lock()
+        self._together = threading.Barrier(together)
 
     def create(self, **request: Any) -> Stream | None:
         with self._lock:
             self.requests.append(request)
         if request.get("stream"):
             return Stream(self, request["max_tokens"])
-        with self._lock:
-            self.asking += 1
-            self.most_asking = max(self.most_asking, self.asking)
+        self._together.wait(timeout=30)
         time.sleep(0.03)
-        with self._lock:
-            self.asking -= 1
         if request["model"] == "broken":
             raise APIError("no such merge", cast(Any, None), body=None)
         return None
