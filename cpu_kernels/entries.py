@@ -98,7 +98,7 @@ def keep_entries(
             case All():
                 pass
             case Random(share, key):
-                kernels.keep_graded(address, rows, columns, begin, share, 0, np.uint64(key))
+                kernels.keep_drawn(address, size, begin, share, np.uint64(key))
             case Graded(share, key, spread):
                 kernels.keep_graded(address, rows, columns, begin, share, spread, np.uint64(key))
             case Largest():

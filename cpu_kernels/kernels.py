@@ -167,6 +167,21 @@ def _trim16(data, count, counts):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _count_lower(data, wanted, bins):
+    """Add the magnitudes whose upper 15 bits are these to the bin of their lower 16."""
+    for start in range(0, data.size, 64):
+        block = data[start : start + 64]
+        met = np.int32(0)
+        for i in range(block.size):  # counts without a branch; few blocks hold any
+            met += np.int32((block[i] & MAGNITUDE) >> np.uint32(16) == wanted)
+        if met:
+            for i in range(block.size):
+                mag = block[i] & MAGNITUDE
+                if mag >> np.uint32(16) == wanted:
+                    bins[mag & np.uint32(0xFFFF)] += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _trim32(data, count, counts):
     mask = np.uint64(0x7FFFFFFF)
     half = np.uint64(16)
@@ -176,10 +191,7 @@ def _trim32(data, count, counts):
         bins[(np.uint64(data[i]) & mask) >> half] += np.uint32(1)
     high, left = _find_bin(bins, count)
     counts[:] = 0
-    for i in range(data.size):
-        mag = np.uint64(data[i]) & mask
-        if mag >> half == np.uint64(high):
-            counts[mag & np.uint64(0xFFFF)] += np.uint32(1)
+    _count_lower(data, np.uint32(high), counts)
     low, ties = _find_bin(counts, left)
     thr = (high << 16) | low
     return thr, _find_cut(data, np.uint32(0x7FFFFFFF), np.uint32(thr), ties)
@@ -404,18 +416,7 @@ def count_upper(address, size, bins):
 @njit(nogil=True, cache=True, error_model="numpy")
 def count_lower(address, size, upper, bins):
     """Add the magnitudes whose upper 15 bits are these to the bin (of 2 * BINS, int64) of their lower 16."""
-    data = words32(address, size)
-    wanted = np.uint32(upper)
-    for start in range(0, size, 64):
-        block = data[start : start + 64]
-        met = np.int32(0)
-        for i in range(block.size):  # counts without a branch; few blocks hold any
-            met += np.int32((block[i] & MAGNITUDE) >> np.uint32(16) == wanted)
-        if met:
-            for i in range(block.size):
-                mag = block[i] & MAGNITUDE
-                if mag >> np.uint32(16) == wanted:
-                    bins[mag & np.uint32(0xFFFF)] += 1
+    _count_lower(words32(address, size), np.uint32(upper), bins)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -450,64 +451,137 @@ def keep_between(address, size, low, low_cut, high, high_cut):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def keep_drawn(address, size, begin, share, key):
+    """Zero entries at random and rescale the rest; the arguments are those of :func:`keep_graded`."""
+    x = words32(address, size).view(np.float32)
+    draws = np.empty(BLOCK, np.uint16)
+    rescale = np.float32(np.float64(65536) / np.float64(share))
+    for start in range(0, size, BLOCK):
+        block = x[start : start + BLOCK]
+        _fill_draws(begin + start, key, draws)
+        _keep_random(block, block.size, draws, share, rescale)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def keep_graded(address, rows, columns, begin, share, spread, key):
     """Zero entries at random, small ones of a row more often, and rescale the rest.
 
     begin: flat index of the first entry in the whole tensor, a multiple of 8.
     """
-    size = rows * columns
-    bits = words32(address, size)
-    values = bits.view(np.float32)
-    draws = np.empty(-(-size // 8) * 8, np.uint16)
-    _fill_draws(begin, key, draws)
-    order = np.empty(columns, np.int32)
-    scratch = np.empty(columns, np.int32)
-    bins = np.zeros(2048, np.int32)
+    bits = words32(address, rows * columns)
+    limits = np.empty(columns, np.int32)  # what a draw must be below to keep the entry of a rank
+    rescales = np.empty(columns, np.float32)
+    for rank in range(columns):
+        limit = np.int64(share)
+        if columns > 1:
+            limit += (2 * spread * rank + (columns - 1) // 2) // (columns - 1) - spread
+        limit = min(max(limit, 1), 65536)
+        limits[rank] = limit
+        rescales[rank] = np.float32(np.float64(65536) / np.float64(limit))
+    # A row may begin within a call of Philox, of which there is one for 8 entries.
+    draws = np.empty(-(-columns // 8) * 8 + 8, np.uint16)
+    order = np.empty(columns, np.uint64)
+    scratch = np.empty(columns, np.uint64)
+    bucket = np.empty(columns, np.int32)
+    ranks = np.empty(columns, np.int32)
+    ends = np.empty(max(2048, 2 * columns), np.int32)
     for row in range(rows):
-        start = row * columns
-        _sort_row(bits[start : start + columns], order, scratch, bins)
+        first = begin + row * columns
+        skipped = first % 8
+        _fill_draws(first - skipped, key, draws)
+        words = bits[row * columns : (row + 1) * columns]
+        values = words.view(np.float32)
+        if not _spread_row(words, order, bucket, ends[: 2 * columns]):
+            _sort_row(words, order, scratch, ends)
         for rank in range(columns):
-            limit = np.int64(share)
-            if columns > 1:
-                limit += (2 * spread * rank + (columns - 1) // 2) // (columns - 1) - spread
-            limit = min(max(limit, 1), 65536)
-            i = start + order[rank]
-            if np.int64(draws[i]) < limit:
-                values[i] *= np.float32(np.float64(65536) / np.float64(limit))
-            else:
-                values[i] = np.float32(0)
+            ranks[columns - 1 - np.int64(order[rank] & np.uint64(0xFFFFFFFF))] = rank
+        own = draws[skipped : skipped + columns]
+        for i in range(columns):  # without a branch, which nobody could predict
+            rescaled = values[i] * rescales[ranks[i]]
+            values[i] = rescaled if np.int32(own[i]) < limits[ranks[i]] else np.float32(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sort_key(word, i, n):
+    """A number that orders entries by magnitude, smallest first; among equals the highest index first."""
+    return np.uint64(word & MAGNITUDE) << np.uint64(32) | np.uint64(n - 1 - i)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _spread_row(bits, order, bucket, ends):
+    """Sort the keys of a row whose magnitudes lie well apart; returns False if they do not.
+
+    Magnitudes are multiplied into about as many buckets as there are entries, and the few of each bucket are
+    sorted by insertion.
+    """
+    n = bits.size
+    values = bits.view(np.float32)
+    largest = np.zeros(1, np.uint32)
+    for i in range(n):
+        largest[0] = max(largest[0], bits[i] & MAGNITUDE)
+    # Below 2^-100 the quotient might overflow.
+    if largest[0] >= np.uint32(INFINITY) or largest[0] < np.uint32(27 << 23):
+        return False
+    scale = np.float32(ends.size - 1) / largest.view(np.float32)[0]
+    for i in range(n):
+        bucket[i] = np.int32(np.abs(values[i]) * scale)
+    ends[:] = 0
+    for i in range(n):
+        ends[bucket[i]] += 1
+    end = np.int32(0)
+    most = np.int32(0)
+    for b in range(ends.size):
+        count = ends[b]
+        ends[b] = end
+        end += count
+        most = max(most, count)
+    if most > 24:
+        return False
+    for i in range(n):
+        at = ends[bucket[i]]
+        ends[bucket[i]] = at + 1
+        order[at] = _sort_key(bits[i], i, n)
+    for j in range(1, n):
+        key = order[j]
+        at = j
+        while at > 0 and order[at - 1] > key:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = key
+    return True
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _sort_row(bits, order, scratch, bins):
-    """Indices by magnitude, smallest first; among equals the highest index first."""
+    """Sort the keys of a row by digits of their magnitudes.
+
+    bins: scratch, at least 2048.
+    """
     n = bits.size
     if n <= 64:  # less than the counters of a radix sort cost
-        for j in range(n):
-            i = n - 1 - j
-            mag = bits[i] & MAGNITUDE
-            at = j
-            while at > 0 and bits[order[at - 1]] & MAGNITUDE > mag:
+        for i in range(n):
+            key = _sort_key(bits[i], i, n)
+            at = i
+            while at > 0 and order[at - 1] > key:
                 order[at] = order[at - 1]
                 at -= 1
-            order[at] = i
+            order[at] = key
         return
     for i in range(n):
-        scratch[i] = n - 1 - i
+        scratch[n - 1 - i] = _sort_key(bits[i], i, n)
     for digit in range(3):
-        shift = np.uint32(11 * digit)
+        shift = np.uint64(32 + 11 * digit)
         source = scratch if digit % 2 == 0 else order
         target = order if digit % 2 == 0 else scratch
-        bins[:] = 0
+        bins[:2048] = 0
         for i in range(n):
-            bins[((bits[i] & MAGNITUDE) >> shift) & np.uint32(2047)] += 1
+            bins[(source[i] >> shift) & np.uint64(2047)] += 1
         end = 0
         for b in range(2048):
             end, bins[b] = end + bins[b], end
         for i in range(n):
-            index = source[i]
-            b = ((bits[index] & MAGNITUDE) >> shift) & np.uint32(2047)
-            target[bins[b]] = index
+            b = (source[i] >> shift) & np.uint64(2047)
+            target[bins[b]] = source[i]
             bins[b] += 1
 
 
@@ -556,3 +630,16 @@ def sum_squares(address, size, exponent, bits):
         value = np.float64(x[i]) * scale
         total += np.int64(value * value * unit)
     return total
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def squared_norm(address, size):
+    """The sum of squares of float32 values, in float64."""
+    x = words32(address, size).view(np.float32)
+    parts = np.zeros(BIN_BLOCK, np.float64)  # sums of their own, so that the loop over them vectorises
+    for start in range(0, size, BIN_BLOCK):
+        block = x[start : start + BIN_BLOCK]
+        for i in range(block.size):
+            value = np.float64(block[i])
+            parts[i] += value * value
+    return parts.sum()
