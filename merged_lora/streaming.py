@@ -9,6 +9,7 @@ rules: each backend multiplies its own :class:`Tiles`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -50,7 +51,8 @@ def truncate_tiles(
     Returns ``A [modules, rank, in]`` and ``B [modules, out, rank]`` in float64, with the singular values
     split evenly between them, and the squared norms of the approximation and of T, float64 ``[modules, 2]``.
     """
-    right = orthonormal(tiles.transposed_times(orthonormal(start).float()))  # [modules, in, n]
+    # What only directs the next pass needs no more digits than one orthogonalization gives.
+    right = orthonormal(tiles.transposed_times(start), passes=1)  # [modules, in, n]
     product, norms = tiles.times(right.float())
     left = orthonormal(product)  # [modules, out, n]
     right = tiles.transposed_times(left.float())
@@ -80,24 +82,30 @@ def starting_columns(
     count = min(rank + OVERSAMPLING, out, columns)
     # The rows that the transposed deltas share are the columns of the deltas.
     rows = shared_rows([x.mT for x in b], [x.mT for x in a], scalings, count)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(out, count - rows.shape[1], generator=generator).to(rows.device)
+    noise = _noise(out, count - rows.shape[1]).to(rows.device)
     return torch.cat([rows.mT.float(), noise.expand(rows.shape[0], -1, -1)], dim=2)
 
 
-def orthonormal(columns: torch.Tensor) -> torch.Tensor:
+def orthonormal(columns: torch.Tensor, passes: int = 2) -> torch.Tensor:
     """Orthonormal columns with the same span, float64 ``[modules, rows, n]``; zeros beyond its dimension.
 
     columns: ``[modules, rows, n]``.
+    passes: the first one loses digits by the square of the condition number, which a second one restores.
     """
     x = columns.double()
-    for _ in range(2):  # the first pass loses digits by the square of the condition number
+    for _ in range(passes):
         lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         x = x * inverses(lengths)
         squares, vectors = eigh(_gram(x))
         dead = squares <= 16 * EPS * squares[:, -1:]  # False for NaN, which must not be lost
         x = multiplied(x, torch.where(dead[:, None, :], 0.0, vectors / squares.sqrt()[:, None, :]))
     return x
+
+
+@functools.lru_cache(maxsize=16)  # a model has a few shapes, and drawing takes as long as a product
+def _noise(rows: int, columns: int) -> torch.Tensor:
+    """Normal float32 numbers ``[rows, columns]`` that are the same every time, not to be changed."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
