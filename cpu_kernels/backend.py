@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 
-from merged_lora import bases
 from merged_lora.backends import Energy, Progress, Result, no_progress
+from merged_lora.bases import Coordinates
 from merged_lora.factors import Factors
-from merged_lora.lowrank import Each, in_turn, merge_modules
-from merged_lora.plan import (
-    DeltaModule,
-    EntryModule,
-    FactorJob,
-    FactorModule,
-    MergePlan,
-    OutputModule,
-    SumModule,
-)
-from merged_lora.regression import Moments, fitted
+from merged_lora.lowrank import inner_of, weights_of
+from merged_lora.plan import EntryModule, FactorModule, MergePlan, OutputModule, SumModule
 from merged_lora.streaming import starting_columns, truncate_tiles
 
 from .combine import combine
-from .pool import Integers, Pool, batches
+from .pool import Item, Made, Pool, batches
+from .stacks import (
+    M,
+    MergedStack,
+    Stack,
+    coordinate_bytes,
+    coordinates_of,
+    entry_bytes,
+    merge_coordinates,
+    merge_deltas,
+    merge_outputs,
+    merge_sums,
+    stacked,
+    vector_bytes,
+)
 from .thresholds import Visit, find_thresholds
 from .tiles import NumbaTiles
 from .warm_up import warm_up
 
-AT_A_TIME = 64 << 20  # bytes of coordinates and their bases, or of float64 factors, that are merged
+STACK_BYTES = 4 << 20  # of coordinates and their bases, or of float64 factors, that one thread merges
+WHOLE_BYTES = 32 << 20  # of deltas that one thread merges
+KEPT_BYTES = 256 << 20  # of deltas, or of coordinates, that are in memory at the same time
 
 
-@dataclass(frozen=True, eq=False)
-class Coordinated:
-    """A module on its coordinates in a shared basis."""
-
-    module: EntryModule
-    coordinates: bases.Coordinates
+CoordinateParts = Callable[[], Iterator[list[tuple[Stack[EntryModule], Coordinates]]]]
+"""Goes through all stacks of a merge with their coordinates, some at a time."""
 
 
 class CpuBackend:
@@ -49,182 +53,205 @@ class CpuBackend:
     def __init__(self) -> None:
         self._pool = Pool()
 
+    def confine(self, threads: int, nice: int) -> None:
+        """See :class:`merged_lora.backends.Backend`; ends the threads that there were, and starts others."""
+        if threads < 1:
+            raise ValueError(f"the number of threads must be at least 1, got {threads}")
+        if not 0 <= nice <= 19:
+            raise ValueError(f"the nice value must be 0 to 19, got {nice}")
+        self._pool = Pool(threads, nice)
+
     def warm_up(self, dtype: torch.dtype) -> None:
         """See :class:`merged_lora.backends.Backend`."""
         warm_up(self)
 
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
-        modules: dict[str, Factors] = {}
-        energy: dict[str, Energy] = {}
-        repeated: list[str] = []
-        factors = {name: m for name, m in plan.modules.items() if isinstance(m, FactorModule)}
-        jobs = [job for m in factors.values() for job in (m.a, m.b)]
-        merged = combine(self._pool, jobs, _halved(progress))
-        for i, (name, module) in enumerate(factors.items()):
-            modules[name] = Factors(merged[2 * i], merged[2 * i + 1], 1.0, module.embedding)
-        deltas = [(name, m) for name, m in plan.modules.items() if isinstance(m, SumModule)]
-        for part in batches(deltas, lambda item: _vector_bytes(item[1]), AT_A_TIME):
-            members = [module for _, module in part]
-            done = merge_modules(members, self._each(members))
-            for (name, _), merged_module in zip(part, done, strict=True):
-                modules[name] = merged_module.factors
-                if merged_module.energy is not None:
-                    energy[name] = merged_module.energy
-            progress(len(part))
-        outputs = [(name, m) for name, m in plan.modules.items() if isinstance(m, OutputModule)]
-        for fits in batches(outputs, lambda item: _fit_bytes(item[1]), AT_A_TIME):
-            fitting = [module for _, module in fits]
-            for (name, _), (result, kept) in zip(fits, self._each(fitting)(_fitted, fitting), strict=True):
-                modules[name] = result
-                if kept is not None:
-                    energy[name] = kept
-            progress(len(fits))
-        for name, other in plan.modules.items():
-            if isinstance(other, EntryModule) and other.basis is None:
-                modules[name], energy[name] = self._merge_tiles(other)
-                progress(1)
-        thresholds = self._model_thresholds(plan)
-        for batch in self._batches(plan):
-            for name, (result, kept) in self._merge_coordinates(batch, thresholds).items():
-                modules[name] = result
-                if kept is not None:
-                    energy[name] = kept
-            repeated += [name for name, member in batch.items() if bool(member.coordinates.repeated)]
-            progress(len(batch))
-        return Result(modules, energy, tuple(repeated))
+        with self._pool.lasting():
+            return _Merge(plan, progress, self._pool).result()
 
-    def _merge_tiles(self, module: EntryModule) -> tuple[Factors, Energy]:
-        """A module whose deltas are merged entry by entry."""
-        start = starting_columns(*_stacked(module), module.rank)
-        a, b, energy = truncate_tiles(NumbaTiles(module, self._pool), start, module.rank)
-        kept, asked = energy[0].tolist()
-        return _factors(a[0], b[0], module), (kept, asked)
 
-    def _merge_coordinates(
-        self, batch: Mapping[str, Coordinated], thresholds: Mapping[str, Integers]
-    ) -> dict[str, tuple[Factors, Energy | None]]:
-        """Modules merged on their coordinates, by name.
+class _Merge:
+    """A merge that is being made; what there is of its result."""
 
-        thresholds: by module, if entries are counted over the whole model; else empty.
-        """
-        jobs = [
-            FactorJob(tuple([x[0] for x in member.coordinates.values]), member.module.rule, torch.float32)
-            for member in batch.values()
-        ]
-        found = [thresholds[name] for name in batch] if thresholds else ()
-        merged = combine(self._pool, jobs, lambda _: None, found)
-        each = self._each([member.module for member in batch.values()])
-        done = each(_placed, list(zip(batch.values(), merged, strict=True)))
-        return dict(zip(batch, done, strict=True))
+    def __init__(self, plan: MergePlan, progress: Progress, pool: Pool) -> None:
+        self._plan, self._progress, self._pool = plan, progress, pool
+        self._modules: dict[str, Factors] = {}
+        self._energy: dict[str, Energy] = {}
+        self._repeated: set[str] = set()
 
-    def _batches(self, plan: MergePlan) -> Iterator[dict[str, Coordinated]]:
-        """The modules that are merged on coordinates, AT_A_TIME bytes of those at most, or one module."""
-        modules = [
-            (name, module)
-            for name, module in plan.modules.items()
-            if isinstance(module, EntryModule) and module.basis is not None
-        ]
-        for part in batches(modules, lambda item: _coordinate_bytes(item[1]), AT_A_TIME):
-            names, members = zip(*part, strict=True)
-            yield dict(zip(names, self._each(members)(_coordinated, members), strict=True))
+    def result(self) -> Result:
+        """Merge all modules, in whichever order is fastest; the result has them in that of the plan."""
+        names = list(self._plan.modules)
+        self._merge_factors()
+        self._merge_sums({name: m for name, m in self._plan.modules.items() if isinstance(m, SumModule)})
+        outputs = {name: m for name, m in self._plan.modules.items() if isinstance(m, OutputModule)}
+        self._each(merge_outputs, stacked(outputs, vector_bytes, STACK_BYTES))
+        entries = {name: m for name, m in self._plan.modules.items() if isinstance(m, EntryModule)}
+        self._merge_deltas({name: m for name, m in entries.items() if m.basis is None})
+        self._merge_coordinates({name: m for name, m in entries.items() if m.basis is not None})
+        return Result(
+            {name: self._modules[name] for name in names},
+            {name: self._energy[name] for name in names if name in self._energy},
+            tuple([name for name in names if name in self._repeated]),
+        )
 
-    def _each(self, modules: Sequence[DeltaModule]) -> Each:
-        """How modules are gone through: each on one core, or in turn, with torch on all of them."""
-        # The large products of an output basis, and those of few large modules, torch spreads better itself.
-        output = any(isinstance(module, EntryModule) and module.basis == "output" for module in modules)
-        return in_turn if output or len(modules) < self._pool.cores else self._pool.each
+    def _merge_factors(self) -> None:
+        factors = {name: m for name, m in self._plan.modules.items() if isinstance(m, FactorModule)}
+        merged = combine(
+            self._pool, [job for m in factors.values() for job in (m.a, m.b)], _halved(self._progress)
+        )
+        for (name, module), a, b in zip(factors.items(), merged[::2], merged[1::2], strict=True):
+            self._modules[name] = Factors(a, b, 1.0, module.embedding)
 
-    def _model_thresholds(self, plan: MergePlan) -> dict[str, Integers]:
-        """Thresholds by module if entries are counted over the whole model: ``[sources, 2]`` each."""
-        if plan.counts is None:
-            return {}
-        sizes = [0] * len(plan.counts)
+    def _merge_sums(self, modules: Mapping[str, SumModule]) -> None:
+        """Modules that are weighted sums of deltas."""
+        stacks = stacked(modules, vector_bytes, STACK_BYTES)
+        if not any(module.mean for module in modules.values()):
+            self._each(merge_sums, stacks)
+            return
+        grams = self._spread(lambda stack: inner_of(stack.modules), stacks, lambda _: self._progress(0))
+        found = weights_of([stack.modules for stack in stacks], grams)
+        weights = dict(zip(stacks, found, strict=True))
+        self._each(lambda stack: merge_sums(stack, weights[stack]), stacks)
+
+    def _merge_deltas(self, modules: Mapping[str, EntryModule]) -> None:
+        """Modules whose deltas are merged entry by entry."""
+        limit = min(WHOLE_BYTES, KEPT_BYTES // self._pool.cores)
+        small = {name: m for name, m in modules.items() if entry_bytes(m) <= limit}
+        spaces = threading.local()
+
+        def merge(stack: Stack[EntryModule]) -> MergedStack:
+            if not hasattr(spaces, "own"):
+                spaces.own = torch.empty(limit // 4)
+            return merge_deltas(stack, spaces.own)
+
+        self._each(merge, stacked(small, entry_bytes, limit))
+        for name, module in modules.items():
+            if name not in small:
+                self._merge_tiles(name, module)
+                self._progress(1)
+
+    def _merge_tiles(self, name: str, module: EntryModule) -> None:
+        """A module whose deltas are merged a few rows at a time, by all threads together."""
+        a, b = [f.a[None] for f in module.sources], [f.b[None] for f in module.sources]
+        start = starting_columns(a, b, torch.tensor([module.scalings], dtype=torch.float64), module.rank)
+        tiles = NumbaTiles(module, self._pool, self._progress)
+        new_a, new_b, cut = truncate_tiles(tiles, start, module.rank)
+        pair = [x[0].to(module.dtype).contiguous() for x in (new_a, new_b)]
+        self._modules[name] = Factors(pair[0], pair[1], 1.0, module.embedding)
+        kept, asked = cut[0].tolist()
+        self._energy[name] = kept, asked
+
+    def _merge_coordinates(self, modules: Mapping[str, EntryModule]) -> None:
+        """Modules merged on their coordinates in a shared basis."""
+        stacks = stacked(modules, coordinate_bytes, STACK_BYTES)
+        if self._plan.counts is None:
+            self._each(lambda stack: merge_coordinates(stack, coordinates_of(stack)), stacks)
+            return
+        parts = self._coordinate_parts(stacks)
+        found = self._model_thresholds(self._plan.counts, parts)
+
+        def merge(pair: tuple[Stack[EntryModule], Coordinates]) -> MergedStack:
+            stack, coordinates = pair
+            thresholds = np.array([each for name in stack.names for each in found[name]], np.int64)
+            return merge_coordinates(stack, coordinates, thresholds)
+
+        for part in parts():
+            for merged in self._spread(merge, part, lambda pair: self._progress(len(pair[0].names))):
+                self._add(merged)
+
+    def _coordinate_parts(self, stacks: Sequence[Stack[EntryModule]]) -> CoordinateParts:
+        """Goes through all stacks with their coordinates, which are kept after the first time if they fit."""
+        sizes = [sum(map(coordinate_bytes, stack.modules)) for stack in stacks]
+        parts = list(batches(list(zip(stacks, sizes, strict=True)), lambda pair: pair[1], KEPT_BYTES))
+        kept: list[list[tuple[Stack[EntryModule], Coordinates]]] = []
+
+        def through() -> Iterator[list[tuple[Stack[EntryModule], Coordinates]]]:
+            if kept:
+                yield from kept
+                return
+            for part in parts:
+                own = [stack for stack, _ in part]
+                made = self._spread(coordinates_of, own, lambda _: self._progress(0))
+                pairs = list(zip(own, made, strict=True))
+                if len(parts) == 1:
+                    kept.append(pairs)
+                yield pairs
+
+        return through
+
+    def _model_thresholds(
+        self, counts: Sequence[int], parts: CoordinateParts
+    ) -> dict[str, list[tuple[int, int]]]:
+        """Thresholds of every source by module, of entries that are counted over the whole model."""
+        sizes = [0] * len(counts)
         starts: dict[str, list[int]] = {}
-        for name, module in plan.modules.items():
+        for name, module in self._plan.modules.items():
             assert isinstance(module, EntryModule)
             starts[name] = [sizes[i] for i in module.present]
             for i in module.present:
                 sizes[i] += module.entries[0] * module.entries[1]
+        free: SimpleQueue[int] = SimpleQueue()
+        for core in range(self._pool.cores):
+            free.put(core)
 
         def scan(visit: Visit, begins: Collection[int] | None) -> None:
-            for batch in self._batches(plan):
-                for name, member in batch.items():
-                    places = zip(member.module.present, member.coordinates.values, starts[name], strict=True)
-                    for i, x, begin in places:
+            def visit_stack(pair: tuple[Stack[EntryModule], Coordinates]) -> None:
+                stack, coordinates = pair
+                core = free.get()
+                for at, values in enumerate(coordinates.values):
+                    source = stack.modules[0].present[at]
+                    for x, name in zip(values.unbind(0), stack.names, strict=True):
+                        begin = starts[name][at]
                         if begins is None or begin in begins:
-                            visit(0, i, x.data_ptr(), x.numel(), begin)
+                            visit(core, source, x.data_ptr(), x.numel(), begin)
+                free.put(core)
 
-        found = find_thresholds(scan, 1, list(enumerate(plan.counts)), sizes)
+            for part in parts():
+                self._pool.each(visit_stack, part, lambda _: self._progress(0))
+
+        found = find_thresholds(scan, self._pool.cores, list(enumerate(counts)), sizes)
         return {
-            name: np.array(
-                [
-                    (found[i].value, found[i].cut - begin)
-                    for i, begin in zip(m.present, starts[name], strict=True)
-                ]
-            )
-            for name, m in plan.modules.items()
+            name: [
+                (found[i].value, found[i].cut - begin)
+                for i, begin in zip(self._plan.modules[name].present, begins, strict=True)
+            ]
+            for name, begins in starts.items()
         }
+
+    def _each(self, merge: Callable[[Stack[M]], MergedStack], stacks: Sequence[Stack[M]]) -> None:
+        """Merge stacks by a function, each on one core or in turn."""
+        for merged in self._spread(merge, stacks, lambda stack: self._progress(len(stack.names))):
+            self._add(merged)
+
+    def _spread(
+        self, function: Callable[[Item], Made], items: Sequence[Item], finished: Callable[[Item], object]
+    ) -> list[Made]:
+        """The results of a function for items, each on one core, or in turn with torch on all of them.
+
+        finished: called with every item that is done.
+        """
+        # The large products of few modules torch spreads better itself.
+        if self._pool.confined or len(items) >= self._pool.cores:
+            return self._pool.each(function, items, finished)
+        made = []
+        for item in items:
+            made.append(function(item))
+            finished(item)
+        return made
+
+    def _add(self, stack: MergedStack) -> None:
+        for name, factors, energy in zip(stack.names, stack.factors, stack.energy, strict=True):
+            self._modules[name] = factors
+            if energy is not None:
+                self._energy[name] = energy
+        self._repeated.update(stack.repeated)
 
 
 def load() -> CpuBackend:
     """The backend; numba keeps its compiled loops on disk, so only the first use ever waits for them."""
     return CpuBackend()
-
-
-def _coordinated(module: EntryModule) -> Coordinated:
-    assert module.basis is not None
-    return Coordinated(module, bases.coordinates_in(module.basis, *_stacked(module), module.rank))
-
-
-def _placed(pair: tuple[Coordinated, torch.Tensor]) -> tuple[Factors, Energy | None]:
-    """The factors of merged coordinates and, if the rank was cut, their energy."""
-    member, values = pair
-    module = member.module
-    weights = torch.tensor([module.rule.weights])
-    return _first(module, *bases.placed(member.coordinates, values[None], weights, module.rank))
-
-
-def _fitted(module: OutputModule) -> tuple[Factors, Energy | None]:
-    """The factors of a module merged by its outputs and, if the rank was cut, their energy."""
-    moments = [Moments(i.values[None], i.vectors[None], i.rest[None]) for i in module.inputs]
-    weights = torch.tensor([module.weights], dtype=torch.float64)
-    return _first(module, *fitted(*_stacked(module), moments, weights, module.shrink, module.rank))
-
-
-def _first(
-    module: EntryModule | OutputModule, a: torch.Tensor, b: torch.Tensor, cut: torch.Tensor | None
-) -> tuple[Factors, Energy | None]:
-    """The factors and the energy of a module that was merged as a stack of one."""
-    return _factors(a[0], b[0], module), None if cut is None else (float(cut[0, 0]), float(cut[0, 1]))
-
-
-def _fit_bytes(module: OutputModule) -> int:
-    """Bytes of float64 copies of the factors and of the inputs' eigenvectors."""
-    return _vector_bytes(module) + 8 * sum(inputs.vectors.numel() for inputs in module.inputs)
-
-
-def _vector_bytes(module: SumModule | OutputModule) -> int:
-    """Bytes of two float64 copies of the factors."""
-    return 16 * sum(x.numel() for f in module.sources for x in (f.a, f.b))
-
-
-def _coordinate_bytes(module: EntryModule) -> int:
-    (rows, columns), (out, in_) = module.entries, module.sources[0].shape
-    return 4 * rows * columns * len(module.sources) + 8 * (rows * out + columns * in_)
-
-
-def _stacked(
-    module: EntryModule | OutputModule,
-) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """The factors and scalings of a module as a stack of one."""
-    a, b = [f.a[None] for f in module.sources], [f.b[None] for f in module.sources]
-    return a, b, torch.tensor([module.scalings], dtype=torch.float64)
-
-
-def _factors(a: torch.Tensor, b: torch.Tensor, module: EntryModule | OutputModule) -> Factors:
-    new_a, new_b = (x.to(module.dtype).contiguous() for x in (a, b))
-    return Factors(new_a, new_b, 1.0, module.embedding)
 
 
 def _halved(progress: Progress) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,53 +26,103 @@ from merged_lora.plan import (
 
 from . import kernels
 from .entries import addresses, energies_of, find_in, keep_entries
-from .pool import Integers, Pool, batches
+from .pool import Integers, Pool, check_exit
 
 FUSED = (All, Largest, LargestInModel, Random), (Sum, AgreeingMean)
 """Keep rules and blends that ``combine_tensors`` does itself, for any mix of them."""
 KINDS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
-COPY_BYTES = 64 << 20  # of the float32 copies that keep rules beyond FUSED work on
 NO_THRESHOLDS = np.zeros((0, 2), np.int64)
 
 
-def combine(
-    pool: Pool, jobs: Sequence[FactorJob], progress: Progress, thresholds: Sequence[Integers] = ()
-) -> list[torch.Tensor]:
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Tensors to be combined, as the compiled loop takes them.
+
+    tensors:   all of them, which are kept alive because the loop only knows their addresses.
+    arguments: of ``combine_tensors``, after the items.
+    """
+
+    tensors: Sequence[torch.Tensor]
+    arguments: tuple[Any, ...]
+
+    def combine(self, items: Integers) -> None:
+        """Write the outputs of these indices."""
+        kernels.combine_tensors(items, *self.arguments)
+
+
+def combine(pool: Pool, jobs: Sequence[FactorJob], progress: Progress) -> list[torch.Tensor]:
     """The merged tensor of every job, all of one strategy.
 
-    progress:   called with the number of tensors finished since the last call.
-    thresholds: for each job ``(value, cut)`` of each input ``[inputs, 2]``, used instead of the counts.
+    progress: called with the number of tensors finished since the last call.
     """
     if not jobs:
         return []
+    outputs = _new_tensors([(job.inputs[0].shape, job.dtype) for job in jobs])
+    cost = np.array([t.numel() for t in outputs]) * np.array([len(job.inputs) for job in jobs])
     if all(job.rule.consists_of(*FUSED) for job in jobs):
-        return _combine(pool, jobs, [1.0] * sum(len(job.inputs) for job in jobs), progress, thresholds)
-    if thresholds:
-        raise TypeError("given thresholds need rules that the compiled loops know")
-    outputs: list[torch.Tensor] = []
-    for batch in batches(jobs, _copied_bytes, COPY_BYTES):
-        prepared = pool.each(_prepare, batch)
-        coefficients = [c for _, given in prepared for c in given]
-        outputs += _combine(pool, [job for job, _ in prepared], coefficients, progress, ())
+        inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
+        table = _table(inputs, outputs, [job.rule for job in jobs], [1.0] * len(inputs))
+        pool.run(cost, table.combine, progress)
+    else:
+
+        def work(batch: Integers) -> None:
+            for i in batch.tolist():
+                job, target = jobs[i], outputs[i]
+                copies = [x.to(torch.float32, copy=True).contiguous()[None] for x in job.inputs]
+                combine_stack(copies, [job.rule], target[None])
+
+        pool.run(cost, work, progress)
     return outputs
 
 
-def _combine(
-    pool: Pool,
-    jobs: Sequence[FactorJob],
-    coefficients: Sequence[float],
-    progress: Progress,
-    thresholds: Sequence[Integers],
-) -> list[torch.Tensor]:
-    """The merged tensors by one table, for rules in FUSED or inputs whose entries are kept already.
+def combine_stack(
+    values: Sequence[torch.Tensor],
+    rules: Sequence[Rule],
+    target: torch.Tensor,
+    thresholds: Integers = NO_THRESHOLDS,
+) -> None:
+    """Combine values of modules of one shape, in this thread.
 
-    coefficients: of an energy mean, one for every input of every job.
+    values:     of every source float32 ``[modules, rows, columns]``, contiguous; may be overwritten.
+    rules:      one per module, of one strategy.
+    target:     gets the result, ``[modules, rows, columns]``, contiguous.
+    thresholds: ``(value, cut)`` of every source of every module ``[modules * sources, 2]``, used instead of
+        the counts.
     """
-    inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
-    counts = np.array([len(job.inputs) for job in jobs])
-    outputs = _new_tensors([(job.inputs[0].shape, job.dtype) for job in jobs])
+    coefficients = [1.0] * (len(rules) * len(values))
+    if not all(rule.consists_of(*FUSED) for rule in rules):
+        if thresholds.size:
+            raise TypeError("given thresholds need rules that the compiled loops know")
+        coefficients, kept = [], []
+        buffer = torch.empty(values[0][0].numel())
+        for index, rule in enumerate(rules):
+            check_exit()
+            own = [x[index] for x in values]
+            keep_entries(own, 0, rule.keeps, find_in(own, rule.keeps, buffer), buffer)
+            coefficients += energies_of(own) if isinstance(rule.blend, EnergyMean) else [1.0] * len(own)
+            kept.append(Rule(rule.weights, (All(),) * len(own), rule.blend))
+        rules = kept
+    inputs = [x for own in zip(*(x.unbind(0) for x in values), strict=True) for x in own]
+    table = _table(inputs, target.unbind(0), rules, coefficients, thresholds)
+    table.combine(np.arange(len(rules)))
+
+
+def _table(
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    rules: Sequence[Rule],
+    coefficients: Sequence[float],
+    thresholds: Integers = NO_THRESHOLDS,
+) -> Table:
+    """The table of outputs with a rule each, for rules in FUSED or inputs whose entries are kept already.
+
+    inputs:       of all outputs, one after the other; contiguous, as are the outputs.
+    coefficients: of an energy mean, one for every input.
+    thresholds:   as in :func:`combine_stack`.
+    """
+    counts = np.array([len(rule.weights) for rule in rules])
     size = np.array([t.numel() for t in outputs])
-    table = (
+    arguments = (
         addresses(outputs),
         np.array([KINDS[t.dtype] for t in outputs]),
         size,
@@ -80,11 +131,10 @@ def _combine(
         counts,
         addresses(inputs),
         np.array([KINDS[t.dtype] for t in inputs]),
-        *source_tables([job.rule for job in jobs], coefficients),
-        np.concatenate(thresholds) if thresholds else NO_THRESHOLDS,
+        *source_tables(rules, coefficients),
+        thresholds,
     )
-    pool.run(size * counts, lambda batch: kernels.combine_tensors(batch, *table), progress)
-    return outputs
+    return Table([*inputs, *outputs], arguments)
 
 
 def source_tables(rules: Sequence[Rule], coefficients: Sequence[float]) -> tuple[Any, ...]:
@@ -124,20 +174,6 @@ def blend_code(blend: Blend) -> int:
             return kernels.VOTE_ENERGY
         case AgreeingMean(frequency):
             return kernels.VOTE_FREQUENCY if frequency else kernels.VOTE_TOTAL
-
-
-def _prepare(job: FactorJob) -> tuple[FactorJob, Sequence[float]]:
-    """The same job on float32 copies that hold the kept entries, and the coefficients of its energy mean."""
-    rule = job.rule
-    values = tuple([x.to(torch.float32, copy=True).contiguous() for x in job.inputs])
-    buffer = torch.empty(values[0].numel())
-    keep_entries(values, 0, rule.keeps, find_in(values, rule.keeps, buffer), buffer)
-    coefficients = energies_of(values) if isinstance(rule.blend, EnergyMean) else [1.0] * len(values)
-    return FactorJob(values, Rule(rule.weights, (All(),) * len(values), rule.blend), job.dtype), coefficients
-
-
-def _copied_bytes(job: FactorJob) -> int:
-    return 4 * sum(x.numel() for x in job.inputs)
 
 
 def _new_tensors(kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> list[torch.Tensor]:

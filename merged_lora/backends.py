@@ -19,7 +19,13 @@ from .plan import MergePlan
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
-"""Called with the number of modules finished since the last call, from the caller's thread."""
+"""Called with the number of modules finished since the last call, from the caller's thread.
+
+The number is 0 where a module takes long and a part of it is done.  While the function runs, the backend
+begins nothing, and what it has begun ends by itself within moments.  So it may block to pause a merge, and
+make another merge by the same backend meanwhile.  If it raises, the merge stops: the exception is passed on
+to the caller of ``merge``, and by then no thread of the backend touches tensors of the merge any more.
+"""
 
 
 def no_progress(count: int) -> None:
@@ -102,8 +108,20 @@ class Backend(Protocol):
         """
         ...
 
+    def confine(self, threads: int, nice: int) -> None:
+        """Merge on so many threads from now on, so that a server's own work is not delayed.
+
+        threads: number of threads, at least 1, with torch limited to one core inside each.  Little more than
+            bookkeeping is done in the thread that calls ``merge``.
+        nice:    nice value of each thread, 0 to 19; the process's own if that is larger.
+
+        A server calls this once, before its first merge.  A backend whose merges occupy no core, or that is
+        not meant for servers, ignores it.  Raises ValueError for numbers outside these ranges.
+        """
+        ...
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
-        """The merged factors of every module of the plan, each with scaling 1."""
+        """The merged factors of every module of the plan, each with scaling 1; see :data:`Progress`."""
         ...
 
 

@@ -2,16 +2,18 @@
 
 No delta ``[out, in]`` is ever formed: everything is computed from Gram matrices ``[R, R]`` in float64, with R
 the sum of ranks.  Knows nothing of strategies or files.
+
+Shape comments: M modules, N sources, ranks r_i with sum R, deltas ``[out, in]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 
+from .bases import inverses, joined, per_column
 from .factors import Factors
 from .plan import SumModule
 from .scalars import RULES
@@ -19,9 +21,6 @@ from .scalars import RULES
 FLAT = 1.3
 """From a study with two sets of three adapters of rank 8: the best of six variants of isotropic merging."""
 FLAT_ZERO = 1e-6
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -36,100 +35,156 @@ class MergedModule:
     energy: tuple[float, float] | None
 
 
-class Each(Protocol):
-    """A function that returns ``list(map(function, items))``, computed on any threads."""
+def merge_modules(modules: Sequence[SumModule], weights: torch.Tensor | None = None) -> list[MergedModule]:
+    """The merged factors of every module, in the module's dtype and with scaling 1.
 
-    def __call__(self, function: Callable[[Item], Made], items: Sequence[Item], /) -> list[Made]: ...
-
-
-def in_turn(function: Callable[[Item], Made], items: Sequence[Item], /) -> list[Made]:
-    """The result of the function for each item, computed one after the other in this thread."""
-    return [function(item) for item in items]
-
-
-def merge_modules(modules: Sequence[SumModule], each: Each = in_turn) -> list[MergedModule]:
-    """The merged factors of every module, in the module's dtype and with scaling 1."""
-    return each(_merge, list(zip(modules, _weights(modules, each), strict=True)))
-
-
-def _weights(modules: Sequence[SumModule], each: Each) -> list[tuple[float, ...]]:
-    """For each module, what its products ``B_i A_i`` are multiplied by, one weight per source."""
-    found = [module.weights for module in modules]
-    alike: dict[tuple[int, str, int], list[tuple[int, Sequence[float]]]] = {}
-    for index, module in enumerate(modules):
-        if module.mean is not None:
-            kind = len(module.sources), module.mean.rule, module.mean.count
-            alike.setdefault(kind, []).append((index, module.mean.shares))
-    # A rule is many small steps, which for all modules together cost little more than for one.
-    for (_, rule, count), members in alike.items():
-        indices, shares = zip(*members, strict=True)
-        own = torch.tensor([found[index] for index in indices], dtype=torch.float64)
-        gram = torch.cat(each(_gram, [modules[index] for index in indices]))
-        rows = RULES[rule](gram, torch.tensor(shares, dtype=torch.float64), count) * own
-        for index, row in zip(indices, rows.tolist(), strict=True):
-            found[index] = tuple(row)
-    return found
-
-
-def _merge(weighted: tuple[SumModule, Sequence[float]]) -> MergedModule:
-    """The merged factors of a module with the weights of its products."""
-    module, weights = weighted
-    total = sum(f.rank for f in module.sources)
-    if module.rank == total and not module.flat:
-        a, b = concatenate(module.sources, weights, module.dtype)
-        return MergedModule(Factors(a, b, 1.0, module.embedding), None)
-    a, b, energy = truncate(module.sources, weights, module.rank, module.flat)
-    return MergedModule(Factors(a.to(module.dtype), b.to(module.dtype), 1.0, module.embedding), energy)
+    modules: all of the same shapes, ranks, dtypes and rule; weights and tensors may differ.
+    weights: of the products ``B_i A_i``, float64 ``[modules, sources]``, from :func:`weights_of`, which is
+        called if they are not given.
+    """
+    first = modules[0]
+    a, b = _stacks(modules)
+    if weights is None:
+        (weights,) = weights_of([modules], [inner_of(modules)] if first.mean else [None])
+    energy: list[tuple[float, float]] | list[None]
+    if first.rank == sum(x.shape[1] for x in a) and not first.flat:
+        new_a, new_b = concatenated(a, b, weights, first.dtype)
+        energy = [None] * len(modules)
+    else:
+        new_a, new_b, norms = truncated(a, b, weights, first.rank, first.flat)
+        new_a, new_b = (x.to(first.dtype).contiguous() for x in (new_a, new_b))
+        energy = [(kept, asked) for kept, asked in norms.tolist()]
+    factors = [Factors(x, y, 1.0, first.embedding) for x, y in zip(new_a, new_b, strict=True)]
+    return [MergedModule(f, pair) for f, pair in zip(factors, energy, strict=True)]
 
 
 def concatenate(
     sources: Sequence[Factors], weights: Sequence[float], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A [R, in]`` and ``B [out, R]`` in a dtype, with ``B A = sum_i weights[i] B_i A_i``.
+    """:func:`concatenated` of one module: ``A [R, in]`` and ``B [out, R]``."""
+    row = torch.tensor([weights], dtype=torch.float64)
+    a, b = concatenated([f.a[None] for f in sources], [f.b[None] for f in sources], row, dtype)
+    return a[0], b[0]
+
+
+def inner_of(modules: Sequence[SumModule]) -> torch.Tensor:
+    """Frobenius inner products of the weighted deltas of every module, float64 ``[modules, n, n]``.
+
+    modules: all of the same shapes.
+    """
+    return _inner(*_stacks(modules), _own_weights(modules))
+
+
+def weights_of(
+    stacks: Sequence[Sequence[SumModule]], grams: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """For each stack of modules what its products are multiplied by, float64 ``[modules, sources]``.
+
+    grams: of :func:`inner_of`; None for modules without a rule that finds weights.
+    """
+    found = [_own_weights(modules) for modules in stacks]
+    alike: dict[tuple[int, str, int], list[int]] = {}
+    for index, modules in enumerate(stacks):
+        if (mean := modules[0].mean) is not None:
+            alike.setdefault((len(modules[0].sources), mean.rule, mean.count), []).append(index)
+    # A rule is many small steps, which for all modules together cost little more than for one.
+    for (_, rule, count), indices in alike.items():
+        gram = torch.cat([x for index in indices if (x := grams[index]) is not None])
+        shares = [m.mean.shares for index in indices for m in stacks[index] if m.mean is not None]
+        factors = RULES[rule](gram, torch.tensor(shares, dtype=torch.float64), count)
+        parts = torch.split(factors, [len(stacks[index]) for index in indices])
+        for index, part in zip(indices, parts, strict=True):
+            found[index] = part * found[index]
+    return found
+
+
+def _own_weights(modules: Sequence[SumModule]) -> torch.Tensor:
+    return torch.tensor([module.weights for module in modules], dtype=torch.float64)
+
+
+def _stacks(modules: Sequence[SumModule]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """For each source ``A [modules, rank_i, in]`` and ``B [modules, out, rank_i]``."""
+    sources = list(zip(*(module.sources for module in modules), strict=True))
+    return [torch.stack([f.a for f in own]) for own in sources], [
+        torch.stack([f.b for f in own]) for own in sources
+    ]
+
+
+def concatenated(
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], weights: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A [modules, R, in]`` and ``B [modules, out, R]`` in a dtype, with ``B A = sum_i weights[i] B_i A_i``.
 
     The weights are applied to A alone, as in PEFT's ``cat``, so that B is copied and only A is rounded.
     """
-    a = torch.cat([(f.a.float() * w).to(dtype) for f, w in zip(sources, weights, strict=True)], dim=0)
-    b = torch.cat([f.b.to(dtype) for f in sources], dim=1)
-    return a, b
+    ranks = [x.shape[1] for x in a]
+    new_a = torch.empty(a[0].shape[0], sum(ranks), a[0].shape[2], dtype=dtype)
+    new_b = torch.empty(b[0].shape[0], b[0].shape[1], sum(ranks), dtype=dtype)
+    columns = weights.float().unbind(1)
+    for x, y, w in zip(torch.split(new_a, ranks, dim=1), a, columns, strict=True):
+        x.copy_(y.float() * w[:, None, None])
+    for x, y in zip(torch.split(new_b, ranks, dim=2), b, strict=True):
+        x.copy_(y)
+    return new_a, new_b
 
 
 def truncate(
     sources: Sequence[Factors], weights: Sequence[float], rank: int, flat: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float]]:
-    """The best approximation of a rank to ``sum_i weights[i] B_i A_i``.
+    """:func:`truncated` of one module.
 
-    flat: make its singular values equal, see :func:`flattened`; the norms remain those from before.
+    Returns ``A [rank, in]`` and ``B [out, rank]`` in float64, and the two squared norms.
+    """
+    row = torch.tensor([weights], dtype=torch.float64)
+    a, b, norms = truncated([f.a[None] for f in sources], [f.b[None] for f in sources], row, rank, flat)
+    kept, asked = norms[0].tolist()
+    return a[0], b[0], (kept, asked)
+
+
+def truncated(
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    rank: int,
+    flat: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best approximation of a rank to ``sum_i weights[i] B_i A_i`` of every module.
 
     C. Eckart and G. Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
 
-    Returns ``A [rank, in]`` and ``B [out, rank]`` in float64, with the singular values split evenly between
-    them, and the squared Frobenius norms of the approximation and of the sum.
+    a:       for each source ``[modules, rank_i, in]``, any float dtype.
+    b:       for each source ``[modules, out, rank_i]``, any float dtype.
+    weights: float64 ``[modules, sources]``.
+    flat:    make the singular values equal, see :func:`flattened`; the norms remain those from before.
+
+    Returns ``A [modules, rank, in]`` and ``B [modules, out, rank]`` in float64, with the singular values
+    split evenly between them, and the squared norms of the approximation and of the sum, ``[modules, 2]``.
     """
-    b = torch.cat([f.b.double() * w for f, w in zip(sources, weights, strict=True)], dim=1)  # [out, R]
-    a = torch.cat([f.a.double() for f in sources], dim=0)  # [R, in]
+    ranks = [x.shape[1] for x in a]
+    shape = b[0].shape[1], a[0].shape[2]
+    rows = joined(a, 1)  # [M, R, in]
+    columns = joined(b, 2).mul_(per_column(weights, ranks)[:, None, :])  # [M, out, R]
     # The resolution of a Gram matrix is relative to its largest entry, so both factors of each product of a
     # column and a row are given the same length first.
-    lengths = b.norm(dim=0) * a.norm(dim=1)  # [R]
-    even = torch.where(lengths > 0, (a.norm(dim=1) / b.norm(dim=0)).sqrt(), 1.0)
-    b, a = b * even, a / even[:, None]
-    basis_b, root_b = _basis(b.T @ b)  # [R, n_b], [n_b, R]
-    basis_a, root_a = _basis(a @ a.T)  # [R, n_a], [n_a, R]
-    # b = U_b root_b and a = root_a^T V_a^T with orthonormal U_b and V_a, so the core root_b root_a^T has the
-    # singular values of b a.
-    left, values, right = torch.linalg.svd(root_b @ root_a.T)
-    energy = float((values**2).sum())
-    k, full = min(rank, values.numel()), min(*sources[0].shape, a.shape[0])
-    chosen = flattened(values[None], full)[0, :k] if flat else values[:k]
-    if energy == 0.0:
-        return a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank), (0.0, 0.0)
-    half = chosen.sqrt()
-    new_b = b @ (basis_b @ (left[:, :k] * half))
-    new_a = (basis_a @ (right[:k].T * half)).T @ a
+    length_a, length_b = rows.norm(dim=2), columns.norm(dim=1)  # [M, R] each
+    even = torch.where(length_a * length_b > 0, (length_a / length_b).sqrt(), 1.0)
+    rows /= even[:, :, None]
+    columns *= even[:, None, :]
+    basis_b, root_b = _basis(columns.mT @ columns)  # [M, R, R] each
+    basis_a, root_a = _basis(rows @ rows.mT)
+    # B = U_b root_b and A = root_a^T V_a^T with orthonormal U_b and V_a, so the core root_b root_a^T has the
+    # singular values of B A.
+    left, values, right = torch.linalg.svd(root_b @ root_a.mT)  # [M, R, R], [M, R], [M, R, R]
+    squares = values.square()
+    k = min(rank, values.shape[1])
+    chosen = flattened(values, min(*shape, values.shape[1])) if flat else values
+    half = chosen[:, :k].sqrt()
+    new_b = columns @ (basis_b @ (left[:, :, :k] * half[:, None, :]))
+    new_a = (basis_a @ (right[:, :k].mT * half[:, None, :])).mT @ rows
     if k < rank:
-        new_a = torch.cat([new_a, new_a.new_zeros(rank - k, new_a.shape[1])], dim=0)
-        new_b = torch.cat([new_b, new_b.new_zeros(new_b.shape[0], rank - k)], dim=1)
-    return new_a, new_b, (float((values[:k] ** 2).sum()), energy)
+        new_a = torch.nn.functional.pad(new_a, (0, 0, 0, rank - k))
+        new_b = torch.nn.functional.pad(new_b, (0, rank - k))
+    return new_a, new_b, torch.stack([squares[:, :k].sum(1), squares.sum(1)], dim=1)
 
 
 def flattened(values: torch.Tensor, full: int) -> torch.Tensor:
@@ -147,14 +202,15 @@ def flattened(values: torch.Tensor, full: int) -> torch.Tensor:
 def _basis(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """From ``G = X^T X``: T with orthonormal ``X T``, and S with ``X = (X T) S``.
 
-    Directions whose squared length is below the rounding error of the Gram matrix are dropped.
+    Directions whose squared length is below the rounding error of the Gram matrix are dropped: their columns
+    of T and rows of S are zeros.
 
-    gram: float64 ``[R, R]``; T is ``[R, n]`` and S is ``[n, R]`` for n remaining directions.
+    gram: float64 ``[modules, R, R]``, as are T and S.
     """
     squares, vectors = torch.linalg.eigh(gram)
-    real = squares > squares[-1].clamp(min=0) * gram.shape[0] * torch.finfo(gram.dtype).eps
-    vectors, lengths = vectors[:, real], squares[real].sqrt()
-    return vectors / lengths, lengths[:, None] * vectors.T
+    least = squares[:, -1:].clamp(min=0.0) * gram.shape[-1] * torch.finfo(gram.dtype).eps
+    lengths = torch.where(squares > least, squares, 0.0).sqrt()
+    return vectors * inverses(lengths)[:, None, :], lengths[:, :, None] * vectors.mT
 
 
 def inner_products(
@@ -177,11 +233,11 @@ def inner_products(
 
 def gram_of(sources: Sequence[Factors], weights: Sequence[float]) -> torch.Tensor:
     """Frobenius inner products of ``weights[i] B_i A_i`` of one module, float64 ``[1, n, n]``."""
-    a = torch.cat([f.a.double() for f in sources], dim=0)
-    b = torch.cat([f.b.double() for f in sources], dim=1)
     row = torch.tensor([weights], dtype=torch.float64)
-    return inner_products((a @ a.T)[None], (b.T @ b)[None], [f.rank for f in sources], row)
+    return _inner([f.a[None] for f in sources], [f.b[None] for f in sources], row)
 
 
-def _gram(module: SumModule) -> torch.Tensor:
-    return gram_of(module.sources, module.weights)
+def _inner(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Frobenius inner products of ``weights[i] B_i A_i``, float64 ``[modules, n, n]``."""
+    rows, columns = joined(a, 1), joined(b, 2)
+    return inner_products(rows @ rows.mT, columns.mT @ columns, [x.shape[1] for x in a], weights)

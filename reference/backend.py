@@ -47,6 +47,9 @@ class NumpyBackend:
     def warm_up(self, dtype: torch.dtype) -> None:
         """See :class:`merged_lora.backends.Backend`; nothing is compiled here."""
 
+    def confine(self, threads: int, nice: int) -> None:
+        """See :class:`merged_lora.backends.Backend`; does nothing, because this has no threads of its own."""
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}

@@ -97,8 +97,14 @@ class TritonBackend:
         """See :class:`merged_lora.backends.Backend`."""
         warm_up(self, dtype)
 
+    def confine(self, threads: int, nice: int) -> None:
+        """See :class:`merged_lora.backends.Backend`; does nothing, because the work is done by the GPU."""
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
-        """See :class:`merged_lora.backends.Backend`; the result is in host memory."""
+        """See :class:`merged_lora.backends.Backend`; the result is in host memory.
+
+        Progress is called once, at the end, when nothing is queued any more.
+        """
         with self._turn, self._own_stream():
             buffer = torch.empty(_result_bytes(plan), dtype=torch.uint8, device=self.device)
             slots = {name: Slot(a, b) for name, a, b in _result_views(buffer, plan)}

@@ -24,6 +24,9 @@ class Wrong:
     def warm_up(self, dtype: torch.dtype) -> None:
         load_backend("cpu").warm_up(dtype)
 
+    def confine(self, threads: int, nice: int) -> None:
+        """Ignored."""
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         result = load_backend("cpu").merge(plan, progress)
         name, f = next(iter(result.modules.items()))
