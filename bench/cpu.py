@@ -103,7 +103,7 @@ CORE_SECONDS = {
     "knots": 0.15,
     "regmean": 0.25,
 }
-ENTRY_SECONDS = {"ties_svd": 15.0, "dare_ties_svd": None, "magnitude_prune_svd": None}
+ENTRY_SECONDS = {"ties_svd": 15.0, "dare_ties_svd": None, "magnitude_prune_svd": None, "della_svd": None}
 F32 = torch.float32  # torch has no SVD of bfloat16
 CASES = {
     "factors": [
