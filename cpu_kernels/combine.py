@@ -59,7 +59,7 @@ def combine(pool: Pool, jobs: Sequence[FactorJob], progress: Progress) -> list[t
         return []
     outputs = _new_tensors([(job.inputs[0].shape, job.dtype) for job in jobs])
     cost = np.array([t.numel() for t in outputs]) * np.array([len(job.inputs) for job in jobs])
-    if all(job.rule.consists_of(*FUSED) for job in jobs):
+    if _fused([job.rule for job in jobs]):
         inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
         table = _table(inputs, outputs, [job.rule for job in jobs], [1.0] * len(inputs))
         pool.run(cost, table.combine, progress)
@@ -90,7 +90,7 @@ def combine_stack(
         the counts.
     """
     coefficients = [1.0] * (len(rules) * len(values))
-    if not all(rule.consists_of(*FUSED) for rule in rules):
+    if not _fused(rules):
         if thresholds.size:
             raise TypeError("given thresholds need rules that the compiled loops know")
         coefficients, kept = [], []
@@ -105,6 +105,13 @@ def combine_stack(
     inputs = [x for own in zip(*(x.unbind(0) for x in values), strict=True) for x in own]
     table = _table(inputs, target.unbind(0), rules, coefficients, thresholds)
     table.combine(np.arange(len(rules)))
+
+
+def _fused(rules: Sequence[Rule]) -> bool:
+    """Whether the compiled loop does all of these rules itself."""
+    keeps, blends = FUSED
+    kinds = {type(keep) for rule in rules for keep in rule.keeps}
+    return kinds.issubset(keeps) and {type(rule.blend) for rule in rules}.issubset(blends)
 
 
 def _table(
@@ -139,18 +146,28 @@ def _table(
 
 def source_tables(rules: Sequence[Rule], coefficients: Sequence[float]) -> tuple[Any, ...]:
     """The arguments of ``combine_tensors`` from ``weight`` to ``weighted``, for rules of one strategy."""
-    counts, shares, keys, rescales = zip(*(_row(keep) for rule in rules for keep in rule.keeps), strict=True)
     blend = rules[0].blend
     return (
         np.array([w for rule in rules for w in rule.weights], np.float32),
-        np.array(counts),
-        np.array(shares),
-        np.array(keys, np.uint64),
-        np.array(rescales, np.float32),
+        *_keep_tables([keep for rule in rules for keep in rule.keeps]),
         np.array(coefficients, np.float32),
         blend_code(blend),
         isinstance(blend, AgreeingMean) and blend.weighted,
     )
+
+
+def _keep_tables(keeps: Sequence[Keep]) -> tuple[Any, ...]:
+    """Count, share, key and rescale of every keep rule."""
+    # A merge has hundreds of rules and nearly always of one kind, which then need not be looked at.
+    kinds = {type(keep) for keep in keeps}
+    if kinds <= {All, LargestInModel} or kinds == {Largest}:
+        counts = [keep.count for keep in keeps if isinstance(keep, Largest)] or [kernels.KEEP_ALL] * len(
+            keeps
+        )
+        nothing, ones = np.zeros(len(keeps), np.uint64), np.ones(len(keeps), np.float32)
+        return np.array(counts), np.full(len(keeps), kernels.NO_DRAW), nothing, ones
+    counts, shares, keys, rescales = (list(column) for column in zip(*map(_row, keeps), strict=True))
+    return np.array(counts), np.array(shares), np.array(keys, np.uint64), np.array(rescales, np.float32)
 
 
 def _row(keep: Keep) -> tuple[int, int, int, float]:

@@ -174,6 +174,7 @@ def _start(count: int, nice: int, tasks: SimpleQueue[_Task | None]) -> list[thre
     """
     # A thread inherits the most recently set value at its first torch call. So every thread is forced to make
     # that call before any other sets its own value, and then the caller's value is restored.
+    # vLLM's CPU build replaces torch.set_num_threads by a function that does nothing.
     before = torch.get_num_threads()
     started = threading.Barrier(count + 1)
 
@@ -182,7 +183,7 @@ def _start(count: int, nice: int, tasks: SimpleQueue[_Task | None]) -> list[thre
             if nice:  # Linux knows the nice value of a single thread, as if it were a process
                 own = threading.get_native_id()
                 os.setpriority(os.PRIO_PROCESS, own, max(nice, os.getpriority(os.PRIO_PROCESS, own)))
-            torch.set_num_threads(1)
+            torch._C.set_num_threads(1)
             torch.get_num_threads()
         except BaseException:
             started.abort()  # or who starts it would wait forever
@@ -197,7 +198,7 @@ def _start(count: int, nice: int, tasks: SimpleQueue[_Task | None]) -> list[thre
     for thread in threads:
         thread.start()
     started.wait()
-    torch.set_num_threads(before)
+    torch._C.set_num_threads(before)
     return threads
 
 
