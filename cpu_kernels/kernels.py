@@ -33,6 +33,7 @@ INFINITY = 0x7F800000  # as float32 bits: no entry lies above it
 BLOCK = 1024  # entries; a multiple of 8, the entries per Philox call
 SUM, VOTE_TOTAL, VOTE_FREQUENCY, VOTE_ENERGY = 0, 1, 2, 3
 KEEP_ALL, NO_DRAW = -1, -1
+FEW = 32  # entries of a row that are sorted by insertion alone: counters would cost more
 NEGATIVE = np.int32(1 << 16)  # positive entries are counted in the lower half of a word, negative ones above
 
 
@@ -478,24 +479,28 @@ def keep_graded(address, rows, columns, begin, share, spread, key):
         limit = min(max(limit, 1), 65536)
         limits[rank] = limit
         rescales[rank] = np.float32(np.float64(65536) / np.float64(limit))
-    # A row may begin within a call of Philox, of which there is one for 8 entries.
-    draws = np.empty(-(-columns // 8) * 8 + 8, np.uint16)
+    # Draws for some rows at a time; the first may begin within a call of Philox, of which there is one for 8.
+    step = max(1, BLOCK // columns)
+    draws = np.empty(-(-step * columns // 8) * 8 + 8, np.uint16)
+    skipped = 0
     order = np.empty(columns, np.uint64)
     scratch = np.empty(columns, np.uint64)
     bucket = np.empty(columns, np.int32)
     ranks = np.empty(columns, np.int32)
     ends = np.empty(max(2048, 2 * columns), np.int32)
     for row in range(rows):
-        first = begin + row * columns
-        skipped = first % 8
-        _fill_draws(first - skipped, key, draws)
+        if row % step == 0:
+            first = begin + row * columns
+            skipped = first % 8
+            _fill_draws(first - skipped, key, draws)
         words = bits[row * columns : (row + 1) * columns]
         values = words.view(np.float32)
-        if not _spread_row(words, order, bucket, ends[: 2 * columns]):
+        if columns <= FEW or not _spread_row(words, order, bucket, ends[: 2 * columns]):
             _sort_row(words, order, scratch, ends)
         for rank in range(columns):
             ranks[columns - 1 - np.int64(order[rank] & np.uint64(0xFFFFFFFF))] = rank
-        own = draws[skipped : skipped + columns]
+        start = skipped + row % step * columns
+        own = draws[start : start + columns]
         for i in range(columns):  # without a branch, which nobody could predict
             rescaled = values[i] * rescales[ranks[i]]
             values[i] = rescaled if np.int32(own[i]) < limits[ranks[i]] else np.float32(0)
@@ -558,7 +563,7 @@ def _sort_row(bits, order, scratch, bins):
     bins: scratch, at least 2048.
     """
     n = bits.size
-    if n <= 64:  # less than the counters of a radix sort cost
+    if n <= FEW:
         for i in range(n):
             key = _sort_key(bits[i], i, n)
             at = i
