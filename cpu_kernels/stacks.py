@@ -54,21 +54,24 @@ class MergedStack:
 def stacked(modules: Mapping[str, M], nbytes: Callable[[M], int], limit: int) -> list[Stack[M]]:
     """All modules in stacks of at most ``limit`` bytes, or of a single module if that has more.
 
+    The largest stacks come first, so that threads which share them end at about the same time.
+
     nbytes: what a module counts; called for one module of each kind.
     """
     alike: dict[Hashable, dict[str, M]] = {}
     for name, module in modules.items():
         alike.setdefault(kind(module), {})[name] = module
-    stacks = []
+    stacks: list[tuple[int, Stack[M]]] = []
     for members in alike.values():
         names = list(members)
-        most = max(1, limit // nbytes(members[names[0]]))
+        each = nbytes(members[names[0]])
+        most = max(1, limit // each)
         count = -(-len(names) // most)
         # In even parts: a short last one would take about as many calls as the others.
         for i in range(count):
             part = tuple(names[i * len(names) // count : (i + 1) * len(names) // count])
-            stacks.append(Stack(part, tuple([members[name] for name in part])))
-    return stacks
+            stacks.append((each * len(part), Stack(part, tuple([members[name] for name in part]))))
+    return [stack for _, stack in sorted(stacks, key=lambda pair: pair[0], reverse=True)]
 
 
 def kind(module: DeltaModule) -> Hashable:
