@@ -53,7 +53,7 @@ class Workers:
     async def prepare(self, path: str, merges: Collection[str], watch: Watch) -> Reply:
         """Make a merge; see :meth:`merge_worker.MergeWorker.prepare`.
 
-        watch: is told how it is getting on.
+        watch: called with the state of the merge whenever it was asked for.
 
         If this is cancelled, the workers give the merge up, unless another API server waits for it.
         """

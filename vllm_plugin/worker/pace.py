@@ -66,7 +66,7 @@ class Pace:
             self._rates[strategy] = rate + LEARNED * (rate * spent / announced - rate)
 
     def _rate(self, strategy: str) -> float:
-        """That of the strategy, or of the one most like it of those that are known."""
+        """The rate of a strategy, or of the known one that is most like it."""
         if strategy in self._rates or not self._rates:
             return self._rates.get(strategy, 0.0)
         recipe = find(strategy).recipe
