@@ -65,6 +65,7 @@ def _finished(llm: Any, method: str, *arguments: Any) -> Reply:
     reply = agreed(llm.collective_rpc(method, args=(ticket, *arguments)))
     while "pending" in reply:
         time.sleep(pause(time.monotonic() - start, Pending(**reply["pending"])))
-        reply = agreed(llm.collective_rpc(POLL, args=(ticket,)))
+        replies = llm.collective_rpc(POLL, args=([ticket],))
+        reply = agreed([each["work"][ticket] if each["ok"] else each for each in replies])
     raise_failure(reply)
     return reply

@@ -26,6 +26,7 @@ class Reply(TypedDict, total=False):
     """The reply of a worker: ``ok`` and results, or not ``ok`` and an error.
 
     ok:      whether the method succeeded; true as long as nothing has failed.
+    work:    the replies about work by ticket, if several were asked for; no other field is set.
     pending: the fields of :class:`Pending`, as long as the work goes on; then no other field is set.
     key:     key of the adapter's copy, or digest of the merge.
     refusal: why an adapter that is served cannot be merged; empty if it can.
@@ -41,6 +42,7 @@ class Reply(TypedDict, total=False):
     """
 
     ok: bool
+    work: dict[str, Any]
     pending: dict[str, Any]
     key: str
     refusal: str

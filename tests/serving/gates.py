@@ -126,7 +126,7 @@ def finished(merges: MergeWorker[Adapter], reply: Reply, ticket: str) -> Reply:
     while "pending" in reply:
         assert time.monotonic() < end, "the work does not end"
         time.sleep(0.001)
-        reply = merges.poll(ticket)
+        reply = merges.poll([ticket])["work"][ticket]
     return reply
 
 

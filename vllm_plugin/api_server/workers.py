@@ -6,9 +6,11 @@ Knows nothing of vLLM, whose calls to all workers are a function given at constr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from merged_lora.vllm_plugin.rpc import (
@@ -32,19 +34,38 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.25
 """Seconds between two questions about work that goes on: an eighth of what it took so far, within these."""
 
 
+@dataclass
+class _Work:
+    """Work that goes on in the workers.
+
+    watch:   called with its state whenever that is known.
+    pending: its state when it was last asked for.
+    began:   time at which it was begun, as ``time.monotonic`` has it.
+    reply:   gets the reply of all workers when it is done.
+    """
+
+    watch: Watch
+    pending: Pending
+    began: float = field(default_factory=time.monotonic)
+    reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
 class Workers:
     """All workers of all engines.
 
     call: reaches them.
 
-    Work that takes long goes on beside the engine's steps, and no call waits for it.  It is asked for again
-    and again, with growing pauses.
+    Work that takes long goes on beside the engine's steps, and no call waits for it.  One call asks for all
+    work of this API server, again and again, with pauses that grow as long as nothing is begun or finished.
     """
 
     def __init__(self, call: Call) -> None:
         self.owner = uuid.uuid4().hex
         self._call = call
-        self._cancelling: set[asyncio.Task[Sequence[Reply]]] = set()  # so that nobody collects them
+        self._work: dict[str, _Work] = {}  # by ticket
+        self._given_up: list[str] = []  # tickets that the workers do not know of yet
+        self._changed = asyncio.Event()
+        self._asking: asyncio.Task[None] | None = None
 
     async def capture(self, needed: Sequence[str], path: str, options: Mapping[str, Any] | None) -> Reply:
         """Copy an adapter; see :meth:`merge_worker.MergeWorker.capture`."""
@@ -69,31 +90,66 @@ class Workers:
         return agreed(await self._call(REPLAY, (key, name, strategy)))
 
     async def _beside(self, method: str, *arguments: Any, watch: Watch = lambda _: None) -> Reply:
-        ticket, start = uuid.uuid4().hex, time.monotonic()
+        ticket = uuid.uuid4().hex
         try:
-            replies = await self._call(method, (ticket, *arguments))
-            while True:
-                reply = agreed(replies)
-                if "pending" not in reply:
-                    break
-                pending = Pending(**reply["pending"])
-                watch(pending)
-                await asyncio.sleep(pause(time.monotonic() - start, pending))
-                replies = await self._call(POLL, (ticket,))
+            reply = agreed(await self._call(method, (ticket, *arguments)))
+            if "pending" in reply:
+                work = self._work[ticket] = _Work(watch, Pending(**reply["pending"]))
+                watch(work.pending)
+                self._wake()
+                reply = await work.reply
         except BaseException:
             self._give_up(ticket)
             raise
+        finally:
+            self._work.pop(ticket, None)
         if not reply["ok"]:
             self._give_up(ticket)  # what fails in one worker fails for all
         return reply
 
     def _give_up(self, ticket: str) -> None:
-        task = asyncio.create_task(self._cancel(ticket))
-        self._cancelling.add(task)
-        task.add_done_callback(self._cancelling.discard)
+        self._given_up.append(ticket)
+        self._wake()
 
-    async def _cancel(self, ticket: str) -> Sequence[Reply]:
-        return await self._call(CANCEL, (ticket,))
+    def _wake(self) -> None:
+        self._changed.set()
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+
+    async def _ask(self) -> None:
+        """Ask for all work until there is none."""
+        while self._work or self._given_up:
+            self._changed.clear()
+            if self._given_up:
+                tickets, self._given_up = self._given_up, []
+                await self._call(CANCEL, (tickets,))
+                continue
+            now = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(
+                    self._changed.wait(), min(pause(now - w.began, w.pending) for w in self._work.values())
+                )
+                continue
+            await self._ask_once()
+
+    async def _ask_once(self) -> None:
+        asked = dict(self._work)
+        try:
+            replies = await self._call(POLL, (list(asked),))
+        except Exception as error:
+            for work in asked.values():
+                if not work.reply.done():
+                    work.reply.set_exception(error)
+            return
+        for ticket, work in asked.items():
+            reply = agreed([each["work"][ticket] if each["ok"] else each for each in replies])
+            if work.reply.done():  # its client has left
+                continue
+            if "pending" in reply:
+                work.pending = Pending(**reply["pending"])
+                work.watch(work.pending)
+            else:
+                work.reply.set_result(reply)
 
 
 def pause(elapsed: float, pending: Pending) -> float:

@@ -283,16 +283,16 @@ def rpc_prepare(self: Any, ticket: str, owner: str, kept: Collection[str], path:
     return _DISABLED if merges is None else merges.prepare(ticket, owner, kept, path, loaded)
 
 
-def rpc_poll(self: Any, ticket: str) -> Reply:
+def rpc_poll(self: Any, tickets: Collection[str]) -> Reply:
     """The worker's method named ``POLL``; see :meth:`MergeWorker.poll`."""
     merges, _ = _merge_worker(self)
-    return _DISABLED if merges is None else merges.poll(ticket)
+    return _DISABLED if merges is None else merges.poll(tickets)
 
 
-def rpc_cancel(self: Any, ticket: str) -> Reply:
+def rpc_cancel(self: Any, tickets: Collection[str]) -> Reply:
     """The worker's method named ``CANCEL``; see :meth:`MergeWorker.cancel`."""
     merges, _ = _merge_worker(self)
-    return _DISABLED if merges is None else merges.cancel(ticket)
+    return _DISABLED if merges is None else merges.cancel(tickets)
 
 
 def rpc_replay(self: Any, key: str, name: str, strategy: str) -> Reply:

@@ -262,26 +262,27 @@ class MergeWorker(Generic[Model]):
 
         return answer(begin)
 
-    def poll(self, ticket: str) -> Reply:
-        """How the work under a ticket is getting on, or its reply when it is done."""
+    def poll(self, tickets: Collection[str]) -> Reply:
+        """How the work under each ticket is getting on, or its reply when it is done."""
 
         def work() -> Reply:
             self._store_finished()
-            return self._reply(ticket)
+            return {"ok": True, "work": {t: answer(functools.partial(self._reply, t)) for t in tickets}}
 
         return answer(work)
 
-    def cancel(self, ticket: str) -> Reply:
-        """Give up a ticket; work that nobody else waits for ends, or does not begin."""
+    def cancel(self, tickets: Collection[str]) -> Reply:
+        """Give up tickets; work that nobody else waits for ends, or does not begin."""
 
         def work() -> Reply:
-            self._replies.pop(ticket, None)
-            given_up = self._work.pop(ticket, None)
-            if given_up is not None:
-                del given_up.owners[ticket]
-                if not given_up.owners:
-                    given_up.job.cancel()
-                    self._making = {d: w for d, w in self._making.items() if w is not given_up}
+            for ticket in tickets:
+                self._replies.pop(ticket, None)
+                given_up = self._work.pop(ticket, None)
+                if given_up is not None:
+                    del given_up.owners[ticket]
+                    if not given_up.owners:
+                        given_up.job.cancel()
+                        self._making = {d: w for d, w in self._making.items() if w is not given_up}
             return {"ok": True, "key": "", "held": self._snapshots.nbytes}
 
         return answer(work)
