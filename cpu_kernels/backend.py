@@ -37,7 +37,8 @@ from .tiles import NumbaTiles
 from .warm_up import warm_up
 
 STACK_BYTES = 4 << 20  # of coordinates and their bases, or of float64 factors, that one thread merges
-WHOLE_BYTES = 32 << 20  # of deltas that one thread merges
+WHOLE_BYTES = 32 << 20  # of deltas that one thread forms
+TOGETHER_BYTES = 16 << 20  # of deltas that are merged between two calls of progress, or a single module
 KEPT_BYTES = 256 << 20  # of deltas, or of coordinates, that are in memory at the same time
 
 
@@ -126,7 +127,7 @@ class _Merge:
                 spaces.own = torch.empty(limit // 4)
             return merge_deltas(stack, spaces.own)
 
-        self._each(merge, stacked(small, entry_bytes, limit))
+        self._each(merge, stacked(small, entry_bytes, min(TOGETHER_BYTES, limit)))
         for name, module in modules.items():
             if name not in small:
                 self._merge_tiles(name, module)

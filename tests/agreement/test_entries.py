@@ -237,6 +237,18 @@ def test_a_scope_of_the_whole_model_is_that_of_the_oracle(density: float, backen
         assert max(relative_error(plain.modules[m], f) for m, f in theirs.modules.items()) > 1e-3
 
 
+@pytest.mark.parametrize(("stack", "kept"), [(1, 1), (1, 1 << 30), (1 << 30, 1)])
+def test_coordinates_that_are_too_many_to_be_kept_are_computed_again(
+    stack: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "STACK_BYTES", stack)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", kept)
+    spec = "knots(a, -0.5*b, c, density=0.3, scope=model)"
+    ours, theirs = merged(spec, adapters(False)), merged(spec, adapters(False), "numpy")
+    for module, expected in theirs.modules.items():
+        assert relative_error(ours.modules[module], expected) <= 1e-5, module
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("density", [0.1, 0.37, 0.9])
 def test_equal_entries_of_several_modules_are_kept_in_the_order_of_the_modules(
