@@ -163,7 +163,7 @@ def check_exit() -> None:
 
 
 def _exiting() -> bool:
-    """Whether the interpreter waits for threads that are no daemons, or calls its exit handlers already."""
+    """Whether the interpreter waits for the last threads, or calls its exit handlers already."""
     return not threading.main_thread().is_alive()
 
 
