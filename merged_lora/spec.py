@@ -24,6 +24,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from . import lorax
 from .errors import SpecError, UnknownAdapterError
 from .recipe import DENSITY, EPSILON, MEANS, Option, Strategy, Value
 from .strategies import TABLE, find
@@ -193,36 +194,10 @@ def from_json(body: object) -> MergeSpec:
 
     ``ids`` and ``weights`` are lists of the same length (weights default to 1, and may be ``"auto"``).
     ``merge_strategy`` defaults to ``linear``.  Every other field is an option of the strategy; null means its
-    default.
+    default.  With LoRAX's own strategies, LoRAX's fields that the strategy does not use are ignored.
     """
-    if not isinstance(body, Mapping):
-        raise SpecError('a merge in JSON must be an object like {"ids": ["a", "b"], "weights": [0.7, 0.3]}')
-    ids, weights = body.get("ids"), body.get("weights")
-    automatic = weights == "auto"
-    if (
-        not isinstance(ids, Sequence)
-        or isinstance(ids, str)
-        or not all(isinstance(name, str) for name in ids)
-    ):
-        raise SpecError('"ids" must be a list of adapter names')
-    if weights is None or automatic or (isinstance(weights, Sequence) and not weights):
-        weights = [1.0] * len(ids)
-    if not isinstance(weights, Sequence) or isinstance(weights, str):
-        raise SpecError('"weights" must be a list of numbers, one per id, or "auto"')
-    if len(weights) != len(ids):
-        raise SpecError(f'"weights" has {len(weights)} values for {len(ids)} ids')
-    if any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights):
-        raise SpecError('"weights" must hold numbers only')
-    strategy = body.get("merge_strategy")
-    if strategy is None:
-        strategy = "linear"
-    if not isinstance(strategy, str):
-        raise SpecError(f'"merge_strategy" must be one of {", ".join(TABLE)}')
-    given = {k: v for k, v in body.items() if k not in ("ids", "weights", "merge_strategy") and v is not None}
-    if automatic:
-        given["weights"] = "auto"
-    options = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in given.items())
-    return MergeSpec(strategy, tuple(Source(n, w) for n, w in zip(ids, weights, strict=True)), options)
+    strategy, sources, options = lorax.parts_of(body)
+    return MergeSpec(strategy, tuple(Source(n, w) for n, w in sources), tuple(options))
 
 
 def _checked_name(name: str) -> str:

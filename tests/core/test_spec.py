@@ -279,3 +279,10 @@ def test_the_digest_depends_on_the_sources_alone() -> None:
     assert spec.digest({**CONTENTS, "c": "33"}) == spec.digest(CONTENTS)
     with pytest.raises(UnknownAdapterError, match="source 'b'"):
         spec.digest({"a": "11"})
+@given(TEXTS)
+def test_a_merge_that_could_be_a_plain_name_is_that_name(text: str) -> None:
+    spec = read_or_refused(parse, text)
+    if spec is not None and not is_spec(text):
+        assert spec == MergeSpec("sum", (Source(text.strip()),))
+
+

@@ -197,8 +197,8 @@ def test_every_refusal_is_a_merge_error() -> None:
         ({"ids": ["a"], "weights": [10**400]}, "weight of 'a' must be 0 or a number"),
         ({"ids": ["a"], "merge_strategy": 3}, '"merge_strategy" must be one of sum, cat'),
         (
-            {"ids": ["a"], "density": 0.5},
-            "linear takes no option 'density'; it takes: compat, weights, scale",
+            {"ids": ["a"], "merge_strategy": "dare_linear", "majority_sign_method": 1},
+            '"total" or "frequency"',
         ),
         ({"ids": ["a"], "scale": {"x": 1}}, "scale must be a number, got {'x': 1}"),
         ({"ids": ["a"], "scale": [1]}, "scale takes one value, not a list"),
@@ -221,10 +221,21 @@ def test_json_of_any_depth_that_python_can_read_is_refused_without_a_crash(optio
             break
         with pytest.raises(SpecError):
             from_json(body)
+        ({"ids": ["a"], "merge_strategy": "sum", "density": 0.5}, "sum takes no option 'density'"),
+        ({"ids": ["a"], "epsilon": 0.5}, "linear takes no option 'epsilon'; it takes: compat, weights"),
+        ({"ids": ["a"], "density": -0.1}, '"density" must be a number from 0 to 1, got -0.1'),
+        ({"ids": ["a"], "density": 1.5}, '"density" must be a number from 0 to 1, got 1.5'),
+        ({"ids": ["a"], "density": math.nan}, '"density" must be a number from 0 to 1, got nan'),
+        ({"ids": ["a"], "density": True}, '"density" must be a number from 0 to 1, got True'),
+        ({"ids": ["a"], "density": [0.5]}, '"density" must be a number from 0 to 1, got [0.5]'),
+        ({"ids": ["a"], "majority_sign_method": "most"}, '"majority_sign_method" must be "total" or'),
+        ({"ids": ["a"], "majority_sign_method": ["total"]}, '"majority_sign_method" must be "total" or'),
 
 
 def test_weights_that_cancel_but_for_rounding_cannot_be_normalised() -> None:
     with pytest.raises(SpecError, match="sum of the weights, which is 0"):
+        ({"ids": ["a"], "merge_strategy": "ties", "density": 1.5}, "density must be over 0 and at most 1"),
+        ({"ids": ["a"], "merge_strategy": "TIES_SVD"}, "unknown strategy 'TIES_SVD'"),
         parse("linear(0.1*a, 0.2*b, -0.3*c, normalize=true)")
 
 
