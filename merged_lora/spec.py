@@ -1,15 +1,23 @@
 """The name of a merge: from text or JSON to one canonical :class:`MergeSpec`, and its digest.
 
     ties(0.7*sql, 0.3*chat, density=0.5)        a call: sources, then options by keyword
+    ties(0.7 sql + 0.3 chat; density 0.5)       the same, without the characters that gateways change
     0.7*sql + 0.3*chat - 0.2*toxic              a sum, short for sum(0.7*sql, 0.3*chat, -0.2*toxic)
 
 Grammar (white space is free, except that a ``-`` between terms has it on both sides):
 
-    spec   = call | term (("+" | "-") term)*
-    call   = strategy "(" (term | option) ("," (term | option))* ")"
-    term   = ["+" | "-"] [number "*"] name
-    option = word "=" (number | "true" | "false" | string | word | "[" number ("," number)* "]")
+    spec   = call | sum
+    call   = strategy "(" [(term | option) ("," (term | option))* [","]] ")"
+           | strategy "(" sum (";" plain)* [";"] ")"
+    sum    = term (("+" | "-") term)*
+    term   = ["+" | "-"] [weight] name
+    weight = number "*"  or a number and white space
+    option = word "=" (value | "[" number ("," number)* "]")
+    plain  = word ["="] (value | "[" number ([","] number)* "]")
+    value  = number | "true" | "false" | string | word
     name   = [A-Za-z0-9_][A-Za-z0-9_./:-]*  or a JSON string in double quotes
+
+A text that may be a plain name with a space in it, such as ``2024 release``, is no spec.
 
 Knows nothing of files: a source is a name, and other modules decide which adapter it refers to.
 """
@@ -38,10 +46,13 @@ CANCELLING_AS_WRITTEN = 1e-12
 
 _BARE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]*")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-_WEIGHT = re.compile(rf"({_NUMBER.pattern.removeprefix('[+-]?')})\s*\*\s*")
+_UNSIGNED = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_NUMBER = re.compile(rf"[+-]?{_UNSIGNED}")
+_WEIGHT = re.compile(rf"({_UNSIGNED})\s*\*\s*")
+_SPACED_WEIGHT = re.compile(rf'({_UNSIGNED})\s+(?=["A-Za-z0-9_])')
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 _OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=")
+_PLAIN_OPTION = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)(?:\s*=|\s+|(?=["\[]))')
 _CALL = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*\(")
 _SPACE = re.compile(r"\s*")
 
@@ -315,6 +326,7 @@ class _Parser:
         check_length(text)
         self.text = text
         self.at = 0
+        self.may_be_name = not is_spec(text)
 
     def spec(self) -> MergeSpec:
         call = _CALL.match(self.text)
@@ -332,24 +344,48 @@ class _Parser:
                 raise self.expected("an option (sources come before options)")
             else:
                 sources.append(self.term())
+                if len(sources) == 1 and self.next() in ("+", "-", ";"):
+                    sources, options = self.joined(sources[0])
+                    break
             if not self.take(","):
                 if not self.take(")"):
-                    raise self.expected("',' or ')'")
+                    mixed = self.next() in ("+", ";")
+                    raise self.expected("',' or ')'" + " ('+' and ';' do not go with ',')" * mixed)
                 break
         self.end()
         return MergeSpec(call[1], tuple(sources), tuple(options))
 
+    def joined(self, first: Source) -> tuple[list[Source], list[tuple[str, Value]]]:
+        """The rest of a call whose sources are joined by ``+`` and whose options follow a ``;``."""
+        sources = self.terms(first)
+        options: list[tuple[str, Value]] = []
+        while self.take(";") and self.next() != ")":
+            option = self.match(_PLAIN_OPTION)
+            if not option:
+                raise self.expected("an option and its value")
+            options.append((option[1], self.value(plain=True)))
+        if not self.take(")"):
+            between = "" if options else "'+', '-' with white space around it, "
+            mixed = self.next() == ","
+            raise self.expected(f"{between}';' or ')'" + " (',' does not go with '+' and ';')" * mixed)
+        return sources, options
+
     def sum(self) -> MergeSpec:
-        sources = [self.term()]
-        while self.skip() < len(self.text):
-            sign = self.sign_between()
-            if sign is None:
-                raise self.expected("'+', or '-' with white space around it, between terms")
-            source = self.term(signed=False)
-            sources.append(Source(source.name, sign * source.weight))
+        sources = self.terms(self.term())
+        if self.skip() < len(self.text):
+            raise self.expected("'+', or '-' with white space around it, between terms")
         return MergeSpec("sum", tuple(sources))
 
+    def terms(self, first: Source) -> list[Source]:
+        """The terms of a sum, of which the first has been read."""
+        sources = [first]
+        while (sign := self.sign_between()) is not None:
+            source = self.term(signed=False)
+            sources.append(Source(source.name, sign * source.weight))
+        return sources
+
     def sign_between(self) -> int | None:
+        self.skip()
         spaced = self.text[self.at - 1 : self.at].isspace() and self.text[self.at + 1 : self.at + 2].isspace()
         sign = {"+": 1, "-": -1 if spaced else None}.get(self.text[self.at : self.at + 1])
         if sign is not None:
@@ -361,12 +397,14 @@ class _Parser:
         if sign > 0 and signed:
             self.take("+")
         weight = self.match(_WEIGHT)
+        if not weight and not self.may_be_name:
+            weight = self.match(_SPACED_WEIGHT)
         name = self.name()
         if self.text[self.at : self.at + 1] == "(":
             if self.text.lstrip().startswith(f"{name}("):
                 find(name)
             raise SpecError(f"{name!r} is used as a merge within a merge; merge it first and name the result")
-        if self.skip() < len(self.text) and self.text[self.at] == "*":
+        if self.next() == "*":
             if name.lower() in ("nan", "inf", "infinity"):
                 raise SpecError(f"a weight must be a finite number, got {name}")
             hint = f"; a '-' between terms needs white space around it ({name!r} was read as one name)"
@@ -385,7 +423,8 @@ class _Parser:
             raise self.expected("an adapter's name")
         return bare[0]
 
-    def value(self) -> Value:
+    def value(self, plain: bool = False) -> Value:
+        """The value of an option; if ``plain``, white space alone may separate the numbers of a list."""
         self.skip()
         if self.take("["):
             numbers: list[float] = []
@@ -396,9 +435,10 @@ class _Parser:
                     raise self.expected("a number")
                 numbers.append(float(number[0]))
                 if not self.take(","):
-                    if not self.take("]"):
+                    if self.take("]"):
+                        break
+                    if not (plain and self.text[self.at - 1].isspace()):
                         raise self.expected("',' or ']'")
-                    break
             return tuple(numbers)
         quoted = self.match(_STRING)
         if quoted:
@@ -425,10 +465,14 @@ class _Parser:
         return found
 
     def take(self, character: str) -> bool:
-        if self.text[self.skip() : self.at + 1] != character:
+        if self.next() != character:
             return False
         self.at += 1
         return True
+
+    def next(self) -> str:
+        """The next character after white space; empty at the end."""
+        return self.text[self.skip() : self.at + 1]
 
     def skip(self) -> int:
         self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]

@@ -53,7 +53,13 @@ def test_merge_writes_what_the_engine_merges_and_says_so_in_one_line(run: Run, f
 
 @pytest.mark.parametrize(
     "spec",
-    ['{"ids": ["a", "b"], "weights": [0.5, 1], "merge_strategy": "sum"}', "  0.5*a + b", "-0.5*a + b", "b"],
+    [
+        '{"ids": ["a", "b"], "weights": [0.5, 1], "merge_strategy": "sum"}',
+        "  0.5*a + b",
+        "-0.5*a + b",
+        "sum(0.5 a + b; scale 2)",
+        "b",
+    ],
 )
 def test_merge_takes_every_form_of_a_spec(run: Run, folder: Path, spec: str) -> None:
     adapters = AB if "a" in spec else AB[2:]

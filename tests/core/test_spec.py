@@ -13,6 +13,7 @@ from merged_lora.errors import SpecError, UnknownAdapterError
 from merged_lora.recipe import Value
 from merged_lora.spec import (
     MergeSpec,
+    MAX_TEXT,
     Source,
     canonical,
     from_json,
@@ -55,6 +56,30 @@ MEANINGS = {
     "0*a - 0.0*b": "sum(0*a, 0*b)",
     "0.1*a + 0.30000000000000004*b": "sum(0.1*a, 0.30000000000000004*b)",
     # names
+    # without commas and asterisks
+    "ties(0.7 sql + 0.3 tone; density 0.2)": "ties(0.7*sql, 0.3*tone, density=0.2)",
+    "ties(0.7 sql + 0.3 tone; density=0.2)": "ties(0.7*sql, 0.3*tone, density=0.2)",
+    "ties(0.7*sql+0.3*tone;density=0.2;)": "ties(0.7*sql, 0.3*tone, density=0.2)",
+    " ties ( a + b ;\n density 0.3 ; scale = 2 ) ": "ties(a, b, density=0.3, scale=2)",
+    "ties(0.7 sql, 0.3 tone, density=0.2)": "ties(0.7*sql, 0.3*tone, density=0.2)",
+    "sum(0.7 sql - 0.3 tone)": "sum(0.7*sql, -0.3*tone)",
+    "0.7 sql + 0.3 tone - 1e-1 toxic": "sum(0.7*sql, 0.3*tone, -0.1*toxic)",
+    "dare_ties(b + a; density [0.3 0.7]; seed 7)": "dare_ties(a, b, density=[0.7, 0.3], seed=7)",
+    "ties(b + a; density=[0.3, 0.7])": "ties(a, b, density=[0.7, 0.3])",
+    "ties(a; density 0.2)": "ties(a, density=0.2)",
+    "ties(a;)": "ties(a)",
+    "ties(- 2 a + b)": "ties(-2*a, b)",
+    'ties(0.5 "a, b" + 2 "c*d"; majority_sign_method frequency)': 'ties(0.5*"a, b", 2*"c*d", '
+    'majority_sign_method="frequency")',
+    'ties("a\\u002cb" + "c\\u002ad")': 'ties("a,b", "c*d")',
+    "linear(a + b; normalize true; compat lorax)": 'linear(a, b, compat="lorax", normalize=true)',
+    "core_ties(a + b; weights auto)": 'core_ties(a, b, weights="auto")',
+    # a number is a weight only if a name follows
+    "ties(2 + 3)": "ties(2, 3)",
+    "ties(2 - a)": "ties(2, -1*a)",
+    "ties(2 2, 3)": "ties(2*2, 3)",
+    "ties(2 )": "ties(2)",
+    "7b + 13b": "sum(13b, 7b)",
     "a-b + c": "sum(a-b, c)",
     "org/model:v1.2_x": "sum(org/model:v1.2_x)",
     "2*2": "sum(2*2)",
@@ -116,6 +141,10 @@ def test_normalized_weights_are_divided_by_their_sum() -> None:
         ("a", False),
         ("a-b", False),
         ("org/model:v1", False),
+        ("ties(0.7 a + b; density 0.5)", True),
+        ("0.7 a + b", True),
+        ("2024 release", False),
+        ("7 a", False),
         ("Qwen2.5-0.5B-Instruct", False),
     ],
 )
@@ -189,6 +218,33 @@ def test_the_json_form_means_the_same_merge(spec: MergeSpec) -> None:
 @given(merge_specs(), st.randoms())
 def test_the_order_of_writing_matters_only_where_the_strategy_says_so(spec: MergeSpec, random: Any) -> None:
     order = list(range(len(spec.sources)))
+def gateway_text(spec: MergeSpec) -> str:
+    """The merge in the spelling without commas and asterisks; those in quoted text are escaped."""
+
+    def plain(text: str) -> str:
+        return json.dumps(text).replace(",", "\\u002c").replace("*", "\\u002a")
+
+    def value(given: Value) -> str:
+        if isinstance(given, tuple):
+            return "[" + " ".join(map(repr, given)) + "]"
+        return json.dumps(given)
+
+    parts = [f"{abs(source.weight)!r} {plain(source.name)}" for source in spec.sources]
+    signs = ["- " if source.weight < 0 else "+ " for source in spec.sources]
+    options = [f"; {name} {value(given)}" for name, given in spec.options]
+    return f"{spec.strategy}({' '.join(s + p for s, p in zip(signs, parts, strict=True))}{''.join(options)})"
+
+
+@given(merge_specs())
+def test_the_spelling_for_gateways_means_the_same_merge(spec: MergeSpec) -> None:
+    text = gateway_text(spec)
+    assert not set(text) & {",", "*"}
+    assume(len(text) <= MAX_TEXT)
+    assert parse(text) == spec
+    assert parse(text).digest(dict.fromkeys(spec.names, "1")) == spec.digest(dict.fromkeys(spec.names, "1"))
+    assert is_spec(text)
+
+
     random.shuffle(order)
     options = tuple((k, tuple(v[i] for i in order) if isinstance(v, tuple) else v) for k, v in spec.options)
     shuffled = MergeSpec(spec.strategy, tuple(spec.sources[i] for i in order), options)
@@ -209,7 +265,34 @@ def read_or_refused(read: Read, written: object) -> MergeSpec | None:
     return None
 
 
-@given(st.text(max_size=60) | st.text('abtiesum(),=+-*.0123[]" \\', max_size=60))
+PIECES = [
+    "ties(",
+    "sum(",
+    ")",
+    "a",
+    "b",
+    "0.5",
+    "2",
+    "*",
+    ",",
+    ";",
+    "+",
+    "-",
+    " ",
+    "density",
+    "=",
+    "[",
+    "]",
+    '"c"',
+]
+TEXTS = (
+    st.text(max_size=60)
+    | st.text('abtiesum(),;=+-*.0123[]" \\', max_size=60)
+    | st.lists(st.sampled_from(PIECES), max_size=16).map("".join)
+)
+
+
+@given(TEXTS)
 def test_any_text_is_a_merge_or_a_spec_error(text: str) -> None:
     spec = read_or_refused(parse, text)
     assert spec is None or parse(str(spec)) == spec
@@ -221,6 +304,13 @@ JSON = st.recursive(
     max_leaves=5,
 )
 FIELDS = ["ids", "weights", "merge_strategy", "density", "normalize", "nosuch"]
+
+
+@given(TEXTS)
+def test_a_merge_that_could_be_a_plain_name_is_that_name(text: str) -> None:
+    spec = read_or_refused(parse, text)
+    if spec is not None and not is_spec(text):
+        assert spec == MergeSpec("sum", (Source(text.strip()),))
 
 
 @given(
