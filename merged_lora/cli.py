@@ -17,7 +17,8 @@ from typing import NoReturn
 
 from . import __version__, commands
 from .commands import LOGGER, UsageError, printable
-from .errors import MergeError
+from .errors import MergeError, SpecError
+from .spec import check_own_name
 
 PROG = "merged-lora"
 COMMANDS = {
@@ -194,6 +195,10 @@ def _named_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=PATH")
+    try:
+        check_own_name(name)
+    except SpecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return name, Path(path)
 
 

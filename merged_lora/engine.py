@@ -14,7 +14,7 @@ from .backends import Progress, Result, load_backend, no_progress
 from .errors import AdapterError, PlanError, SpecError
 from .plan import MergePlan, overflow
 from .planning import check_names, make_plan
-from .spec import MergeSpec, parse
+from .spec import MergeSpec, check_own_name, parse
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ def sources_of(
         raise SpecError(f"a spec is text or a MergeSpec, not {type(spec).__name__}")
     if not isinstance(adapters, Mapping):
         raise AdapterError(f"adapters are a mapping from names to folders, not {type(adapters).__name__}")
+    for name in adapters:
+        check_own_name(name)
     check_names(spec, adapters)
     given = {name: adapters[name] for name in spec.names}
     return {n: value if isinstance(value, Adapter) else Adapter.load(value) for n, value in given.items()}

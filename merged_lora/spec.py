@@ -34,12 +34,12 @@ from dataclasses import dataclass
 
 from . import lorax
 from .errors import SpecError, UnknownAdapterError
+from .names import check_characters, checked_name
 from .recipe import DENSITY, EPSILON, MEANS, Option, Strategy, Value
 from .strategies import TABLE, find
 
 MAX_TEXT = 2048
 MAX_SOURCES = 16
-MAX_NAME = 256
 
 CANCELLING_AS_WRITTEN = 1e-12
 """Weights whose sum is at most this share of the sum of their magnitudes add up to 0, except for rounding."""
@@ -86,7 +86,7 @@ class MergeSpec:
 
     def __post_init__(self) -> None:
         strategy = find(self.strategy)
-        sources = tuple(Source(_checked_name(s.name), _checked_weight(s)) for s in self.sources)
+        sources = tuple(Source(checked_name(s.name), _checked_weight(s)) for s in self.sources)
         _check_sources(strategy, sources)
         options: dict[str, Value] = {}
         for name, value in self.options:
@@ -211,17 +211,28 @@ def from_json(body: object) -> MergeSpec:
     return MergeSpec(strategy, tuple(Source(n, w) for n, w in sources), tuple(options))
 
 
-def _checked_name(name: str) -> str:
-    shown = name if len(name) <= 64 else name[:61] + "..."
-    if not name or len(name) > MAX_NAME:
-        raise SpecError(f"an adapter's name has 1 to {MAX_NAME} characters, {shown!r} has {len(name)}")
-    if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
-        raise SpecError(f"adapter name {shown!r} holds a control character")
-    if name.startswith(("/", "\\", "~")) or ".." in re.split(r"[/\\]", name):
-        raise SpecError(
-            f"adapter name {shown!r} is a path; use the name under which the adapter is registered"
-        )
-    return name
+def check_own_name(name: str) -> None:
+    """Raise SpecError for the name of an adapter or an alias that reads as something else.
+
+    Such a name is blank, holds a character that cannot be seen, or is the text of a merge, of which a request
+    that names it would not tell whether the adapter or the merge is meant.
+    """
+    shown = repr(name if len(name) <= 64 else name[:61] + "...")
+    if not name.strip():
+        raise SpecError(f"the name {shown} is blank")
+    check_characters(name)
+    if name != name.strip():
+        raise SpecError(f"the name {shown} begins or ends with white space")
+    call = _CALL.match(name)
+    if (call and call[1] in TABLE) or _reads_as_merge(name):
+        raise SpecError(f"the name {shown} reads as a merge; take another name")
+
+
+def _reads_as_merge(name: str) -> bool:
+    try:
+        return is_spec(name) and bool(parse(name))
+    except SpecError:
+        return False
 
 
 def _checked_weight(source: Source) -> float:

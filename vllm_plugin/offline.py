@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 
 from merged_lora.lru import Lru
 from merged_lora.planning import check_names
-from merged_lora.spec import MergeSpec, parse
+from merged_lora.spec import MergeSpec, check_own_name, parse
 from merged_lora.vllm_plugin.api_server.workers import pause
 from merged_lora.vllm_plugin.hooks.api_server import lora_request
 
@@ -40,6 +40,8 @@ def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, 
     other requests of its batch wait for that.  Raises MergeError if the merge cannot be made.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
+    for name in adapters:
+        check_own_name(name)
     check_names(spec, adapters)
     contents, largest = [], 0
     for name in spec.names:

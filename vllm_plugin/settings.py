@@ -15,7 +15,7 @@ from typing import Any
 from merged_lora import checks
 from merged_lora.backends import MODULES
 from merged_lora.errors import MergeError, SpecError
-from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, parse
+from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, check_own_name, parse
 
 KEY = "merged_lora"
 BACKENDS = ("auto", *MODULES)
@@ -148,10 +148,14 @@ def parse_alias(text: str) -> tuple[str, str]:
 
 
 def check_alias_name(name: str) -> None:
-    """Raise MergeError for a name that no adapter could have, or that is a route in ``/v1/merged_lora``."""
+    """Raise MergeError for a name that no adapter could have, or that is a route in ``/v1/merged_lora``.
+
+    A name that reads as a merge is refused too: the alias would stand for another one.
+    """
     if name == CHECK:
         raise MergeError(f"alias {name!r}: POST /v1/merged_lora/{CHECK} is a route; take another name")
     try:
+        check_own_name(name)
         MergeSpec("sum", (Source(name),))
     except SpecError as error:
         raise MergeError(f"alias {name[:64]!r}: {error}") from None

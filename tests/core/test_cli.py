@@ -169,6 +169,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such backend": (["--backend", "tpu"], "unknown backend 'tpu'; there are: auto, triton, cpu, numpy"),
     "no such drop": (["--drop", "dora"], "cannot drop dora; these can be dropped: modules_to_save"),
     "an adapter without a name": (["--adapter", "b"], "argument --adapter: 'b' is not of the form NAME=PATH"),
+    "an adapter called like a merge": (
+        ["--adapter", "sum(b)=b"],
+        "'sum(b)' reads as a merge; take another name",
+    ),
     "an adapter without a path": (["--adapter", "b="], "'b=' is not of the form NAME=PATH"),
     "an adapter twice": (["--adapter", "a=b"], "--adapter a=... is given more than once"),
     "an adapter too many": (["--adapter", "c=b"], "--adapter c=... is not used by sum(a, b)"),

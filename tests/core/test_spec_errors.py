@@ -8,7 +8,8 @@ import time
 import pytest
 
 from merged_lora.errors import MergeError, SpecError, UnknownStrategyError
-from merged_lora.spec import MAX_NAME, MAX_SOURCES, MAX_TEXT, MergeSpec, Source, from_json, parse
+from merged_lora.names import MAX_NAME
+from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, from_json, parse
 from merged_lora.strategies import TABLE
 
 REFUSALS = {
@@ -72,7 +73,6 @@ REFUSALS = {
     "a + ": "expected an adapter's name, found the end",
     "a + - b": "expected an adapter's name, found '- b'",
     "0.5 a": "expected '+'",
-    "a*0.5": "write the weight before the name: 0.5*a",
     "2024 release": "at character 6 of the spec: expected '+', or '-' with white space around it",
     # the spelling without commas and asterisks
     "ties(a + b, c)": "at character 11 of the spec: expected '+', '-' with white space around it, ';' or ')' "
@@ -94,6 +94,7 @@ REFUSALS = {
     "ties(1 2 a)": "at character 10 of the spec: expected ',' or ')', found 'a)'",
     "ties(a + b; density [0.3-0.7])": "at character 25 of the spec: expected ',' or ']', found '-0.7])'",
     "ties(a + sum(b); scale 2)": "'sum' is used as a merge within a merge; merge it first",
+    "a*0.5": "write the weight before the name: 0.5*a",
     "0.7*a-0.3*b": "a '-' between terms needs white space around it ('a-0.3' was read as one name)",
     "ties(sum(a, b), c)": "'sum' is used as a merge within a merge; merge it first and name the result",
     '"a': "expected an adapter's name",
@@ -111,6 +112,9 @@ REFUSALS = {
     '"a\\nb"': "holds a control character",
     '"\\u007f"': "holds a control character",
     '"\\ud800"': "holds a control character",
+    '"sq\u202el"': "adapter name 'sq\\u202el' holds an invisible character, U+202E",
+    '"sql\\u200b"': "adapter name 'sql\\u200b' holds an invisible character, U+200B",
+    '"\\u3164"': "holds an invisible character, U+3164",
     "a\0b": "expected '+'",
     '""': "an adapter's name has 1 to 256 characters, '' has 0",
 }
@@ -217,10 +221,21 @@ def test_every_refusal_is_a_merge_error() -> None:
         ({"ids": ["a"], "weights": [math.nan]}, "weight of 'a' must be 0 or a number"),
         ({"ids": ["a"], "weights": [10**400]}, "weight of 'a' must be 0 or a number"),
         ({"ids": ["a"], "merge_strategy": 3}, '"merge_strategy" must be one of sum, cat'),
+        ({"ids": ["a"], "merge_strategy": "sum", "density": 0.5}, "sum takes no option 'density'"),
+        ({"ids": ["a"], "epsilon": 0.5}, "linear takes no option 'epsilon'; it takes: compat, weights"),
+        ({"ids": ["a"], "density": -0.1}, '"density" must be a number from 0 to 1, got -0.1'),
+        ({"ids": ["a"], "density": 1.5}, '"density" must be a number from 0 to 1, got 1.5'),
+        ({"ids": ["a"], "density": math.nan}, '"density" must be a number from 0 to 1, got nan'),
+        ({"ids": ["a"], "density": True}, '"density" must be a number from 0 to 1, got True'),
+        ({"ids": ["a"], "density": [0.5]}, '"density" must be a number from 0 to 1, got [0.5]'),
+        ({"ids": ["a"], "majority_sign_method": "most"}, '"majority_sign_method" must be "total" or'),
+        ({"ids": ["a"], "majority_sign_method": ["total"]}, '"majority_sign_method" must be "total" or'),
         (
             {"ids": ["a"], "merge_strategy": "dare_linear", "majority_sign_method": 1},
             '"total" or "frequency"',
         ),
+        ({"ids": ["a"], "merge_strategy": "ties", "density": 1.5}, "density must be over 0 and at most 1"),
+        ({"ids": ["a"], "merge_strategy": "TIES_SVD"}, "unknown strategy 'TIES_SVD'"),
         ({"ids": ["a"], "scale": {"x": 1}}, "scale must be a number, got {'x': 1}"),
         ({"ids": ["a"], "scale": [1]}, "scale takes one value, not a list"),
         ({"ids": ["a"], "merge_strategy": "ties", "density": [[0.5]]}, "density must be a number, got [0.5]"),
@@ -242,21 +257,10 @@ def test_json_of_any_depth_that_python_can_read_is_refused_without_a_crash(optio
             break
         with pytest.raises(SpecError):
             from_json(body)
-        ({"ids": ["a"], "merge_strategy": "sum", "density": 0.5}, "sum takes no option 'density'"),
-        ({"ids": ["a"], "epsilon": 0.5}, "linear takes no option 'epsilon'; it takes: compat, weights"),
-        ({"ids": ["a"], "density": -0.1}, '"density" must be a number from 0 to 1, got -0.1'),
-        ({"ids": ["a"], "density": 1.5}, '"density" must be a number from 0 to 1, got 1.5'),
-        ({"ids": ["a"], "density": math.nan}, '"density" must be a number from 0 to 1, got nan'),
-        ({"ids": ["a"], "density": True}, '"density" must be a number from 0 to 1, got True'),
-        ({"ids": ["a"], "density": [0.5]}, '"density" must be a number from 0 to 1, got [0.5]'),
-        ({"ids": ["a"], "majority_sign_method": "most"}, '"majority_sign_method" must be "total" or'),
-        ({"ids": ["a"], "majority_sign_method": ["total"]}, '"majority_sign_method" must be "total" or'),
 
 
 def test_weights_that_cancel_but_for_rounding_cannot_be_normalised() -> None:
     with pytest.raises(SpecError, match="sum of the weights, which is 0"):
-        ({"ids": ["a"], "merge_strategy": "ties", "density": 1.5}, "density must be over 0 and at most 1"),
-        ({"ids": ["a"], "merge_strategy": "TIES_SVD"}, "unknown strategy 'TIES_SVD'"),
         parse("linear(0.1*a, 0.2*b, -0.3*c, normalize=true)")
 
 
