@@ -49,6 +49,13 @@ class Server(VllmServer):
         reply = self._client.request(method, route, content=body)
         return reply.status_code, reply.json() if reply.text.startswith(("{", "[")) else reply.text or None
 
+    def send(self, route: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+        """The whole reply to a POST, read to its end if it is a stream.
+
+        headers: headers of the request, or others in the place of its own.
+        """
+        return self._client.post(route, json=body, headers=headers)
+
     def metrics(self) -> dict[str, float]:
         """The value of every Prometheus series, by its name and labels as they are written."""
         lines = self._client.get("/metrics").text.splitlines()

@@ -21,6 +21,7 @@ from merged_lora.spec import MergeSpec, from_json, parse
 from merged_lora.vllm_plugin.rpc import CacheFullError
 from merged_lora.vllm_plugin.settings import CHECK
 
+from .exchange import KeyMissingError
 from .gate import BusyError, Making, MergeGate
 from .ready import LiveMerge
 from .replaying import NotReplayed
@@ -38,6 +39,8 @@ def status_of(error: MergeError) -> tuple[HTTPStatus, str]:
         return HTTPStatus.TOO_MANY_REQUESTS, "TooManyRequestsError"
     if isinstance(error, CacheFullError):
         return HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
+    if isinstance(error, KeyMissingError):
+        return HTTPStatus.UNAUTHORIZED, "AuthenticationError"
     if isinstance(error, UnknownAdapterError):
         return HTTPStatus.NOT_FOUND, "NotFoundError"
     return HTTPStatus.BAD_REQUEST, "BadRequestError"

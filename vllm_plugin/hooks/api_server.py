@@ -9,6 +9,7 @@ import asyncio
 import functools
 import logging
 import operator
+import time
 import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Collection
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import vllm.envs
 from fastapi import FastAPI, HTTPException, Request
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
@@ -29,6 +31,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from merged_lora.errors import CalibrationError, MergeError
 from merged_lora.replay import Replayed
+from merged_lora.spec import MergeSpec
+from merged_lora.vllm_plugin.api_server.exchange import Exchanges, add_header, check_key, name_merge
 from merged_lora.vllm_plugin.api_server.gate import BusyError, MergeGate
 from merged_lora.vllm_plugin.api_server.metrics import metrics
 from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
@@ -75,7 +79,6 @@ class Served:
 
 
 _served: ContextVar[Served | None] = ContextVar("merged_lora_served", default=None)
-_retry_after: ContextVar[list[int] | None] = ContextVar("merged_lora_retry_after", default=None)
 
 
 def lora_request(identity: MergeIdentity) -> LoRARequest:
@@ -247,7 +250,7 @@ def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
         if gate is None:
             return await original(self, request)
         try:
-            spec = gate.asked_for(request.model, _body(request), self.models.is_base_model)
+            spec = _asked_for(gate, self.models, request)
             if spec is None:
                 gate.sources.hold(request.model, request)
                 return await original(self, request)
@@ -257,9 +260,13 @@ def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
                 await gate.sources.refresh(spec.names, request)
                 identity = gate.identify(spec)
             else:
-                identity = (await gate.ready(spec, request)).identity
+                came = time.monotonic()
+                live = await gate.ready(spec, request)
+                identity = live.identity
+                name_merge(identity.digest, live.made >= came, live.facts.seconds)
         except MergeError as error:
-            _set_retry_after(error)
+            if isinstance(error, BusyError):
+                add_header("retry-after", str(error.seconds))
             refusal = _refusal(error, "model" if _body(request) is None else "merged_adapters")
             if isinstance(self, PoolingBaseServing):  # its callers expect an exception
                 raise HTTPException(refusal.error.code, refusal.error.message) from None
@@ -301,6 +308,22 @@ def wrap_model_name(original: Callable[..., str]) -> Callable[..., str]:
     return model_name
 
 
+def _asked_for(gate: MergeGate, models: Any, request: Any) -> MergeSpec | None:
+    """The merge that a request asks for, None if it asks for none; raises MergeError.
+
+    A merge needs the server's key on every route, even if vLLM asks for none there, and so does the reason
+    why there is none.
+    """
+    try:
+        spec = gate.asked_for(request.model, _body(request), models.is_base_model)
+    except MergeError:
+        check_key()
+        raise
+    if spec is not None:
+        check_key()
+    return spec
+
+
 def _body(request: Any) -> object:
     return (request.model_extra or {}).get("merged_adapters")
 
@@ -308,35 +331,6 @@ def _body(request: Any) -> object:
 def _refusal(error: MergeError, param: str) -> ErrorResponse:
     status, kind = status_of(error)
     return BaseServing.create_error_response(str(error), kind, status, param)
-
-
-def _set_retry_after(error: MergeError) -> None:
-    seconds = _retry_after.get()
-    if isinstance(error, BusyError) and seconds is not None:
-        seconds.append(error.seconds)
-
-
-class RetryAfter:
-    """ASGI middleware that adds the header ``Retry-After`` if the gate refused a request because it is busy.
-
-    vLLM's routes send the refusal like any error, each in its own format, and without headers.
-    """
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one request."""
-        seconds: list[int] = []
-        _retry_after.set(seconds)
-
-        async def sending(message: Any) -> None:
-            if seconds and message["type"] == "http.response.start":
-                header = (b"retry-after", str(seconds[0]).encode())
-                message = {**message, "headers": [*message.get("headers", ()), header]}
-            await send(message)
-
-        await self._app(scope, receive, sending)
 
 
 # Routes, models and metrics
@@ -351,7 +345,9 @@ def wrap_attach_router(original: Callable[..., None]) -> Callable[..., None]:
         settings = Settings.of(app.state.args.additional_config)
         if settings.enable:
             app.include_router(make_router(_gate_of, settings.runtime_aliases))
-            app.add_middleware(RetryAfter)
+            # As vLLM finds them; it asks for them on some of the routes only.
+            keys = [key for key in (app.state.args.api_key or [vllm.envs.VLLM_API_KEY]) if key]
+            app.add_middleware(Exchanges, keys=keys)
 
     return attach_router
 

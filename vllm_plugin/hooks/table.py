@@ -119,7 +119,7 @@ HOOKS = (
 )
 
 
-SWITCHES = ("VLLM_USE_RUST_FRONTEND",)
+SWITCHES = ("VLLM_USE_RUST_FRONTEND", "VLLM_API_KEY")
 """Variables of ``vllm.envs`` that the hooks read when vLLM starts."""
 
 
