@@ -33,7 +33,14 @@ def ask(server: Server, model: Any, **more: Any) -> tuple[int, str]:
     ("model", "status", "words"),
     [
         ("ties(sql, nobody)", 404, ("'nobody'", "known: ", "chat")),
-        ("nobody", 404, ("nobody",)),
+        (
+            "nobody",
+            404,
+            ("The model `nobody` does not exist.", "Adapters and merges: attention, both, chat,"),
+        ),
+        ("Sqll", 404, ("does not exist", "Did you mean `sql`?")),
+        ("ties(0.7 sql + chat; density 2)", 400, ("density", "at most 1", "2")),
+        ("ties(0.7 sql + chat, density=1)", 400, ("character 20", "',' does not go with '+'")),
         ("tie(sql, chat)", 400, ("'tie'", "ties", "svd")),
         ("ties(sql, chat", 400, ("character 15", "')'")),
         ("sql - - chat", 400, ("character", "name")),
@@ -71,7 +78,8 @@ def test_a_wrong_spec_is_refused_with_the_way_out(
         ({"ids": "sql"}, ('"ids"',)),
         ({"ids": ["sql"], "weights": ["1"]}, ("numbers",)),
         ({"ids": ["sql", "chat"], "merge_strategy": 7}, ("merge_strategy",)),
-        ({"ids": ["sql", "chat"], "merge_strategy": "linear", "density": 0.5}, ("'density'", "scale")),
+        ({"ids": ["sql", "chat"], "merge_strategy": "linear", "epsilon": 0.5}, ("'epsilon'", "scale")),
+        ({"ids": ["sql", "chat"], "merge_strategy": "linear", "density": 2}, ('"density"', "from 0 to 1")),
         ([1, 2], ("object",)),
         ({}, ('"ids"',)),
     ],
@@ -81,6 +89,33 @@ def test_a_wrong_body_field_is_refused(server: Server, fields: Any, words: tuple
     assert status == 400
     for word in words:
         assert word in message
+
+
+MERGE = {"ids": ["sql", "chat"], "weights": [1, 1]}
+MISPLACED: list[tuple[dict[str, Any], str]] = [
+    ({"merged_adapter": MERGE}, "merged_adapter"),
+    ({"mergedAdapters": MERGE}, "mergedAdapters"),
+    ({"parameters": {"merged_adapters": MERGE}}, "parameters.merged_adapters"),
+    ({"adapter_id": "sql"}, "adapter_id"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), MISPLACED, ids=[param for _, param in MISPLACED])
+def test_a_merge_asked_for_where_nothing_reads_it_is_refused(
+    server: Server, fields: dict[str, Any], param: str
+) -> None:
+    for route, body in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        status, reply = server.post(route, {"model": "base"} | body | fields)
+        assert (status, reply["error"]["param"]) == (400, param)
+        assert f'nothing reads "{param}"' in reply["error"]["message"]
+
+
+def test_unknown_fields_are_taken_as_vllm_takes_them(server: Server) -> None:
+    more = {"parameters": {"max_new_tokens": 1}, "adapter_id": None, "anything": 1}
+    assert server.post("/v1/completions", {"model": "base", "prompt": "x", "max_tokens": 1} | more)[0] == 200
 
 
 def test_a_body_field_beside_an_adapter_is_refused(server: Server) -> None:

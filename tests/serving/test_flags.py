@@ -158,6 +158,8 @@ def test_settings_travel_and_leave_behind_what_is_not_for_an_engine(tmp_path: Pa
         ({"source_dir": "a\0b"}, "a folder that exists"),
         ({"runtime_aliases": 1}, "true or false"),
         ({"check": 1}, "true or false"),
+        ({"aliases": {"ties(a, b)": "sum(a)"}}, "'ties\\(a, b\\)' reads as a merge; take another name"),
+        ({"aliases": {"a\u200b": "sum(a)"}}, "invisible character, U\\+200B"),
         ({"aliases": {"check": "sum(a)"}}, "POST /v1/merged_lora/check is a route; take another name"),
     ],
 )
@@ -166,7 +168,9 @@ def test_malformed_settings_are_refused(given: object, words: str) -> None:
         Settings.of({"merged_lora": given})
 
 
-@pytest.mark.parametrize("text", ["mix", "=ties(a, b)", "mix=ties(a", "../mix=ties(a, b)", "mix=nothing(a)"])
+@pytest.mark.parametrize(
+    "text", ["mix", "=ties(a, b)", "mix=ties(a", "../mix=ties(a, b)", "mix=nothing(a)", "a+b=sum(c)"]
+)
 def test_a_malformed_alias_is_refused(text: str) -> None:
     with pytest.raises(MergeError):
         parse_alias(text)

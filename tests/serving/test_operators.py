@@ -26,7 +26,7 @@ def test_the_report_tells_what_is_served(server: Server, place: Place) -> None:
     server.logprobs("mix")
     server.logprobs("svd(0.5*sql, chat, rank=4)")
     server.logprobs("core_ties(sql, chat, weights=auto)")
-    (sources,) = (m["sources"] for name, m in merges(server).items() if name.startswith("core_ties"))
+    sources = merges(server)['core_ties(chat, sql, weights="auto")']["sources"]
     assert isinstance(sources, list)
     assert [source["weight"] for source in sources] == [None, None]
     before = merges(server)["svd(chat, 0.5*sql, rank=4)"]
@@ -83,6 +83,10 @@ def test_an_alias_is_added_redefined_and_removed(server: Server) -> None:
         ("../bad", {"spec": "sum(chat)"}, 400, "is a path"),
         ("a\0b", {"spec": "sum(chat)"}, 400, "control character"),
         ("x" * 300, {"spec": "sum(chat)"}, 400, "256 characters"),
+        ("ties(sql, tone)", {"spec": "sum(chat)"}, 400, "reads as a merge"),
+        ("0.7 sql + 0.3 tone", {"spec": "sum(chat)"}, 400, "reads as a merge"),
+        (" ", {"spec": "sum(chat)"}, 400, "is blank"),
+        ("sq\u202el", {"spec": "sum(chat)"}, 400, "invisible character, U+202E"),
     ],
 )
 def test_a_wrong_alias_is_refused_and_not_defined(
@@ -93,6 +97,22 @@ def test_a_wrong_alias_is_refused_and_not_defined(
     assert got == status, reply
     assert words in reply["error"]["message"]
     assert server.get("/v1/merged_lora")[1]["aliases"] == before
+
+
+def test_an_adapter_whose_name_is_something_else_is_not_loaded(server: Server, place: Place) -> None:
+    for name, words in (
+        ("ties(sql, tone)", "reads as a merge"),
+        ("sum(0.5 sql + tone)", "reads as a merge"),
+        ("\u200b", "invisible character"),
+    ):
+        body = {"lora_name": name, "lora_path": str(place.adapters["tone"])}
+        status, reply = server.post("/v1/load_lora_adapter", body)
+        assert status == 400, reply
+        assert words in reply["error"]["message"]
+    body = {"lora_name": "größe (v2)/x", "lora_path": str(place.adapters["tone"])}
+    assert server.post("/v1/load_lora_adapter", body)[0] == 200
+    assert server.logprobs("größe (v2)/x") == server.logprobs("tone") == server.logprobs('"größe (v2)/x"')
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "größe (v2)/x"})[0] == 200
 
 
 def test_a_folder_of_sources_needs_no_restart(server: Server, place: Place) -> None:

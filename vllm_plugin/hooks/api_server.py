@@ -24,20 +24,22 @@ from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from merged_lora.errors import CalibrationError, MergeError
 from merged_lora.replay import Replayed
-from merged_lora.spec import MergeSpec
-from merged_lora.vllm_plugin.api_server.exchange import Exchanges, add_header, check_key, name_merge
+from merged_lora.spec import MergeSpec, check_own_name
+from merged_lora.vllm_plugin.api_server.exchange import Exchanges, add_header, check_key, has_key, name_merge
+from merged_lora.vllm_plugin.api_server.fields import FIELD, FieldError, check_fields
 from merged_lora.vllm_plugin.api_server.gate import BusyError, MergeGate
 from merged_lora.vllm_plugin.api_server.metrics import metrics
 from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
 from merged_lora.vllm_plugin.api_server.routes import make_router, status_of
 from merged_lora.vllm_plugin.api_server.sources import Sources
+from merged_lora.vllm_plugin.api_server.suggestions import names_instead
 from merged_lora.vllm_plugin.api_server.workers import Workers
 from merged_lora.vllm_plugin.identity import SCHEME, MergeIdentity
 from merged_lora.vllm_plugin.rpc import Reply
@@ -199,6 +201,10 @@ def wrap_load_lora_adapter(original: Callable[..., Awaitable[Any]]) -> Callable[
         gate = _gate(self)
         if gate is None:
             return await original(self, request, base_model_name)
+        try:
+            check_own_name(request.lora_name)
+        except MergeError as error:
+            return _refusal(error, "lora_name")
         if request.lora_name in gate.aliases:
             return _refusal(MergeError(f"{request.lora_name!r} is the name of a merge"), "lora_name")
         async with gate.sources.changes:
@@ -253,7 +259,7 @@ def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
             spec = _asked_for(gate, self.models, request)
             if spec is None:
                 gate.sources.hold(request.model, request)
-                return await original(self, request)
+                return _with_names(await original(self, request), self.models, request.model)
             if LOGS_BODIES and getattr(self, "request_logger", None) is not None:
                 self.request_logger.log_request_body(request)
             if isinstance(self, ServingTokenization):  # needs a valid name, but no merge
@@ -267,7 +273,8 @@ def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
         except MergeError as error:
             if isinstance(error, BusyError):
                 add_header("retry-after", str(error.seconds))
-            refusal = _refusal(error, "model" if _body(request) is None else "merged_adapters")
+            param = "model" if _body(request) is None else FIELD
+            refusal = _refusal(error, error.field if isinstance(error, FieldError) else param)
             if isinstance(self, PoolingBaseServing):  # its callers expect an exception
                 raise HTTPException(refusal.error.code, refusal.error.message) from None
             return refusal
@@ -290,7 +297,10 @@ def wrap_maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
         # vLLM checks a request before it looks up its adapter; if that ever changes, it must be noticed.
         if served is not None or (_gate(self.models) is not None and _body(request) is not None):
             raise RuntimeError("a request for a merge was not checked; it is not served with another model")
-        return original(self, request, *args, **kwargs)
+        try:
+            return original(self, request, *args, **kwargs)
+        except VLLMNotFoundError as error:  # how the pooling routes find that a model is unknown
+            raise VLLMNotFoundError(_sentences(str(error), self.models, request.model)) from None
 
     return _maybe_get_adapters
 
@@ -315,6 +325,7 @@ def _asked_for(gate: MergeGate, models: Any, request: Any) -> MergeSpec | None:
     why there is none.
     """
     try:
+        check_fields(request.model_extra or {})
         spec = gate.asked_for(request.model, _body(request), models.is_base_model)
     except MergeError:
         check_key()
@@ -325,12 +336,26 @@ def _asked_for(gate: MergeGate, models: Any, request: Any) -> MergeSpec | None:
 
 
 def _body(request: Any) -> object:
-    return (request.model_extra or {}).get("merged_adapters")
+    return (request.model_extra or {}).get(FIELD)
 
 
 def _refusal(error: MergeError, param: str) -> ErrorResponse:
     status, kind = status_of(error)
     return BaseServing.create_error_response(str(error), kind, status, param)
+
+
+def _with_names(reply: Any, models: Any, model: str | None) -> Any:
+    """vLLM's own reply about a model; if there is no such model, it also says which names there are."""
+    if isinstance(reply, ErrorResponse) and reply.error.code == HTTPStatus.NOT_FOUND:
+        reply.error.message = _sentences(reply.error.message, models, model)
+    return reply
+
+
+def _sentences(message: str, models: Any, model: str | None) -> str:
+    gate = _gate(models)
+    if gate is None or not has_key():
+        return message
+    return f"{message} {names_instead(model or '', {*gate.aliases, *models.lora_requests})}"
 
 
 # Routes, models and metrics
