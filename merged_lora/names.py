@@ -1,6 +1,6 @@
 """The names of adapters: which characters they may hold.
 
-Knows nothing of specs: ``spec.check_own_name`` tells a name from the text of a merge.
+Knows nothing of specs: ``spec.check_own_name`` refuses a name that reads as one.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Grammar (white space is free, except that a ``-`` between terms has it on both s
     value  = number | "true" | "false" | string | word
     name   = [A-Za-z0-9_][A-Za-z0-9_./:-]*  or a JSON string in double quotes
 
-A text that may be a plain name with a space in it, such as ``2024 release``, is no spec.
+A text that may be a plain name with a space in it, such as ``2024 release``, is refused.
 
 Knows nothing of files: a source is a name, and other modules decide which adapter it refers to.
 """

@@ -150,7 +150,7 @@ def parse_alias(text: str) -> tuple[str, str]:
 def check_alias_name(name: str) -> None:
     """Raise MergeError for a name that no adapter could have, or that is a route in ``/v1/merged_lora``.
 
-    A name that reads as a merge is refused too: the alias would stand for another one.
+    A name that reads as a merge is refused too, because the alias may be another one.
     """
     if name == CHECK:
         raise MergeError(f"alias {name!r}: POST /v1/merged_lora/{CHECK} is a route; take another name")

@@ -13,7 +13,7 @@ import quality
 import render_pages
 from merged_lora import cli, errors
 from merged_lora.vllm_plugin import rpc
-from merged_lora.vllm_plugin.api_server import gate, routes
+from merged_lora.vllm_plugin.api_server import exchange, gate, routes
 from merged_lora.vllm_plugin.settings import FLAGS, Flag, Settings, option
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def test_the_default_of_a_flag_on_the_page_is_that_of_the_settings(flag: Flag) -
 
 def kinds() -> set[str]:
     """The names of all kinds of errors that a user can meet."""
-    modules = (errors, cli, gate, rpc)
+    modules = (errors, cli, exchange, gate, rpc)
     return {
         name
         for module in modules
@@ -115,6 +115,7 @@ def test_an_error_has_the_status_that_the_page_says() -> None:
         errors.AdapterError(),
         errors.CalibrationError(),
         errors.PlanError(),
+        exchange.KeyMissingError(),
         gate.BusyError(3, 1),
         rpc.CacheFullError("", 1),
     ]

@@ -19,8 +19,8 @@ def asked(venv: Path, monkeypatch: pytest.MonkeyPatch, works: bool = True) -> li
         return works
 
     monkeypatch.setattr(clients, "run_pip", run_pip)
-    monkeypatch.setattr(clients.environments, "create", lambda folder, **_: folder.mkdir(exist_ok=True))
-    monkeypatch.setattr(clients.shutil, "which", lambda name: None)
+    monkeypatch.setattr("venv.create", lambda folder, **_: folder.mkdir(exist_ok=True))
+    monkeypatch.setattr("shutil.which", lambda name: None)
     assert clients.main(["--venv", str(venv)]) == (0 if works else 1)
     return calls
 

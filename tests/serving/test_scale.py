@@ -87,11 +87,11 @@ def test_two_ranks_and_two_api_servers_serve_as_one(place: Place, server: Server
         ):
             assert ask(several, route, more) == ask(several, route, more, "wrong") == 401
         assert several.delete("/v1/merged_lora/m")[0] == 404
-        body = {"prompt": "x", "max_tokens": 1, "model": "base"}
-        for key, status in ((None, 401), ("wrong", 401), (KEY, 200)):
-            merged = body | {"merged_adapters": {"ids": ["sql"], "weights": [0.321]}}
-            assert ask(several, "/invocations", merged, key) == status
-            assert ask(several, "/invocations", body, key) == 200  # as vLLM does
+        plain: dict[str, Any] = {"prompt": "x", "max_tokens": 1, "model": "base"}
+        for given, status in ((None, 401), ("wrong", 401), (KEY, 200)):
+            merged = plain | {"merged_adapters": {"ids": ["sql"], "weights": [0.321]}}
+            assert ask(several, "/invocations", merged, given) == status
+            assert ask(several, "/invocations", plain, given) == 200  # as vLLM does
 
         # A replay finds what it finds with one process, and a refusal comes from every rank at once.
         for spec in ("sum(sql)", "ties(sql, tone)"):

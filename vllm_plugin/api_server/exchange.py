@@ -105,7 +105,7 @@ class Exchanges:
         hashed = _hashed(key)
         matches = [
             secrets.compare_digest(hashed, each) for each in self._keys
-        ]  # all, so that time tells nothing
+        ]  # all, so that time shows nothing
         return scheme.lower() == "bearer" and any(matches)
 
 
