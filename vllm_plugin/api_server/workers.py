@@ -64,7 +64,8 @@ class Workers:
         self._call = call
         self._work: dict[str, _Work] = {}  # by ticket
         self._given_up: list[str] = []  # tickets that the workers do not know of yet
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Event()  # a new one for each task
+        self._asked = 0.0  # time of the last question
         self._asking: asyncio.Task[None] | None = None
 
     async def capture(self, needed: Sequence[str], path: str, options: Mapping[str, Any] | None) -> Reply:
@@ -112,35 +113,35 @@ class Workers:
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
         if self._asking is None or self._asking.done():
+            self._changed, self._asked = asyncio.Event(), time.monotonic()
             self._asking = asyncio.create_task(self._ask())
+        self._changed.set()
 
     async def _ask(self) -> None:
-        """Ask for all work until there is none."""
-        while self._work or self._given_up:
-            self._changed.clear()
-            if self._given_up:
-                tickets, self._given_up = self._given_up, []
-                await self._call(CANCEL, (tickets,))
-                continue
-            now = time.monotonic()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._changed.wait(), min(pause(now - w.began, w.pending) for w in self._work.values())
-                )
-                continue
-            await self._ask_once()
-
-    async def _ask_once(self) -> None:
-        asked = dict(self._work)
+        """Ask for all work until there is none; what goes wrong on the way is the outcome of all of it."""
         try:
-            replies = await self._call(POLL, (list(asked),))
+            while self._work or self._given_up:
+                await self._ask_once()
         except Exception as error:
-            for work in asked.values():
+            for work in self._work.values():
                 if not work.reply.done():
                     work.reply.set_exception(error)
+
+    async def _ask_once(self) -> None:
+        self._changed.clear()
+        if self._given_up:
+            tickets, self._given_up = self._given_up, []
+            await self._call(CANCEL, (tickets,))
             return
+        now = time.monotonic()
+        shortest = min(pause(now - work.began, work.pending) for work in self._work.values())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), self._asked + shortest - now)
+            return  # something was begun or given up: the pause is another one
+        asked = dict(self._work)
+        replies = await self._call(POLL, (list(asked),))
+        self._asked = time.monotonic()
         for ticket, work in asked.items():
             reply = agreed([each["work"][ticket] if each["ok"] else each for each in replies])
             if work.reply.done():  # its client has left

@@ -1,0 +1,142 @@
+"""An API server's calls to its workers: begun, asked for with pauses, given up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from merged_lora.vllm_plugin.api_server.workers import FIRST_PAUSE, LONGEST_PAUSE, Workers, pause
+from merged_lora.vllm_plugin.rpc import CANCEL, POLL, PREPARE, Pending, Reply
+
+PENDING: dict[str, Any] = {"running": True, "done": 0, "total": 1, "spent": 0.0, "announced": None}
+
+
+class Engine:
+    """Workers whose work is done when a test says so; counts the calls."""
+
+    def __init__(self, ranks: int = 1) -> None:
+        self.calls: Counter[str] = Counter()
+        self.tickets: list[str] = []
+        self.cancelled: list[str] = []
+        self.done: set[str] = set()
+        self.broken = False
+        self._ranks = ranks
+
+    async def call(self, method: str, arguments: tuple[Any, ...]) -> list[Reply]:
+        self.calls[method] += 1
+        await asyncio.sleep(0)
+        if self.broken and method == POLL:
+            raise ConnectionError("the engine is gone")
+        if method == PREPARE:
+            self.tickets.append(arguments[0])
+            return [self._state(arguments[0])] * self._ranks
+        if method == CANCEL:
+            self.cancelled += arguments[0]
+            return [Reply(ok=True, key="", held=0)] * self._ranks
+        return [Reply(ok=True, work={ticket: self._state(ticket) for ticket in arguments[0]})] * self._ranks
+
+    def _state(self, ticket: str) -> Reply:
+        if ticket in self.done:
+            return Reply(ok=True, key="done", held=0, made=True)
+        return Reply(ok=True, pending=PENDING)
+
+
+def ask(workers: Workers) -> asyncio.Task[Reply]:
+    return asyncio.create_task(workers.prepare("path", [], lambda _: None))
+
+
+def test_one_call_asks_for_all_work_and_the_pauses_grow() -> None:
+    async def run() -> None:
+        engine = Engine()
+        workers = Workers(engine.call)
+        tasks = [ask(workers) for _ in range(40)]
+        await asyncio.sleep(1.0)
+        assert engine.calls[PREPARE] == 40
+        # Each pause is an eighth of what went before: about 8 * ln(1000 / 16) + 8 of them in a second.
+        assert 10 <= engine.calls[POLL] <= 50
+        engine.done |= set(engine.tickets)
+        assert {reply["key"] for reply in await asyncio.gather(*tasks)} == {"done"}
+        asked = engine.calls[POLL]
+        await asyncio.sleep(0.05)
+        assert engine.calls[POLL] == asked  # nobody is asked when there is nothing to ask for
+        assert engine.calls[CANCEL] == 0
+
+    asyncio.run(run())
+
+
+def test_work_that_is_begun_all_the_time_does_not_put_the_question_off() -> None:
+    async def run() -> None:
+        engine = Engine()
+        workers = Workers(engine.call)
+        first = ask(workers)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        engine.done.add(engine.tickets[0])
+        others, end = [], time.monotonic() + 10
+        while not first.done():
+            assert time.monotonic() < end
+            others.append(ask(workers))
+            await asyncio.sleep(FIRST_PAUSE / 4)
+        engine.done |= set(engine.tickets)
+        engine.done |= {"later"}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_clients_that_leave_together_are_reported_in_few_calls() -> None:
+    async def run() -> None:
+        engine = Engine()
+        workers = Workers(engine.call)
+        tasks = [ask(workers) for _ in range(50)]
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.02)
+        assert sorted(engine.cancelled) == sorted(engine.tickets)
+        assert engine.calls[CANCEL] <= 3
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_is_gone_is_the_outcome_of_all_work_and_the_next_call_tries_again() -> None:
+    async def run() -> None:
+        engine = Engine()
+        workers = Workers(engine.call)
+        tasks = [ask(workers) for _ in range(3)]
+        await asyncio.sleep(0)
+        engine.broken = True
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(outcome, ConnectionError)
+        engine.broken = False
+        again = ask(workers)
+        await asyncio.sleep(0.01)
+        engine.done |= set(engine.tickets)
+        assert (await again)["made"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "left", "expected"),
+    [
+        (0.0, None, FIRST_PAUSE),
+        (0.8, None, 0.1),
+        (100.0, None, LONGEST_PAUSE),
+        (0.0, 0.1, 0.05),
+        (0.0, 60.0, LONGEST_PAUSE),
+        (4.0, 0.001, LONGEST_PAUSE),
+    ],
+)
+def test_a_pause_follows_from_what_is_announced_and_what_has_passed(
+    elapsed: float, left: float | None, expected: float
+) -> None:
+    pending = Pending(running=True, done=0, total=1, spent=0.0, announced=left)
+    assert pause(elapsed, pending) == pytest.approx(expected)
