@@ -31,6 +31,8 @@ from .pool import Integers, Pool, check_exit
 FUSED = (All, Largest, LargestInModel, Random), (Sum, AgreeingMean)
 """Keep rules and blends that ``combine_tensors`` does itself, for any mix of them."""
 KINDS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
+_unflattened: Any = torch._C._nn.unflatten_dense_tensors
+"""Views of a flat tensor in the shapes of others, made by one call."""
 NO_THRESHOLDS = np.zeros((0, 2), np.int64)
 
 
@@ -57,7 +59,7 @@ def combine(pool: Pool, jobs: Sequence[FactorJob], progress: Progress) -> list[t
     """
     if not jobs:
         return []
-    outputs = _new_tensors([(job.inputs[0].shape, job.dtype) for job in jobs])
+    outputs = _new_tensors([(job.inputs[0], job.dtype) for job in jobs])
     cost = np.array([t.numel() for t in outputs]) * np.array([len(job.inputs) for job in jobs])
     if _fused([job.rule for job in jobs]):
         inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
@@ -193,13 +195,17 @@ def blend_code(blend: Blend) -> int:
             return kernels.VOTE_FREQUENCY if frequency else kernels.VOTE_TOTAL
 
 
-def _new_tensors(kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> list[torch.Tensor]:
-    """Tensors without values; those of one dtype share a buffer, which takes a fraction of the time."""
-    sizes: dict[torch.dtype, list[int]] = {}
-    for shape, dtype in kinds:
-        sizes.setdefault(dtype, []).append(shape.numel())
-    parts = {
-        dtype: iter(torch.split(torch.empty(sum(counts), dtype=dtype), counts))
-        for dtype, counts in sizes.items()
+def _new_tensors(kinds: Sequence[tuple[torch.Tensor, torch.dtype]]) -> list[torch.Tensor]:
+    """Tensors without values, each of the shape of another one and of a dtype.
+
+    Those of one dtype share a buffer, and one call of torch makes all of them.  A call for each would take
+    several times as long, and wait for the interpreter's lock each time if another thread runs a model.
+    """
+    like: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor, dtype in kinds:
+        like.setdefault(dtype, []).append(tensor)
+    made = {
+        dtype: iter(_unflattened(torch.empty(sum(x.numel() for x in each), dtype=dtype), each))
+        for dtype, each in like.items()
     }
-    return [next(parts[dtype]).view(shape) for shape, dtype in kinds]
+    return [next(made[dtype]) for _, dtype in kinds]

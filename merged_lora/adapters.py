@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -134,15 +134,10 @@ class Adapter:
     @cached_property
     def nonfinite(self) -> str | None:
         """The first module that holds NaN or infinity; None if every entry is finite."""
-        for name, f in self.modules.items():
-            for tensor in (f.a, f.b):
-                if tensor.numel():
-                    extremes = torch.aminmax(
-                        tensor
-                    )  # NaN if there is one; takes a quarter of the time of isfinite
-                    if not (math.isfinite(extremes.min) and math.isfinite(extremes.max)):
-                        return name
-        return None
+        # Tensors that were made together are parts of one buffer, which is searched at once.
+        if all(map(_is_finite, _joined(x for f in self.modules.values() for x in (f.a, f.b)))):
+            return None
+        return next(n for n, f in self.modules.items() if not (_is_finite(f.a) and _is_finite(f.b)))
 
     @property
     def rank(self) -> int:
@@ -154,6 +149,26 @@ class Adapter:
         """Bytes of all factors, and of the calibration."""
         calibration = self.calibration.nbytes if isinstance(self.calibration, Calibration) else 0
         return sum(f.nbytes for f in self.modules.values()) + calibration
+
+
+def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors, or instead of those that fill a buffer together the whole buffer as one tensor."""
+    buffers: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        buffers.setdefault((tensor.untyped_storage().data_ptr(), tensor.dtype), []).append(tensor)
+    for parts in buffers.values():
+        storage = parts[0].untyped_storage()
+        if len(parts) > 1 and sum(part.nbytes for part in parts) == storage.nbytes():
+            yield parts[0].new_empty(0).set_(storage)
+        else:
+            yield from parts
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    extremes = torch.aminmax(tensor)  # NaN if there is one; takes a quarter of the time of isfinite
+    return math.isfinite(extremes.min) and math.isfinite(extremes.max)
 
 
 def calibrations_of(adapters: Mapping[str, Adapter], what: str) -> tuple[Calibration, ...]:

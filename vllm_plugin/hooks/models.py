@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -43,9 +44,14 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
         lora = lora_model(manager, number, adapter, "cpu")
     else:  # the same, without mapping every name again
         named, modules = _names(layers, adapter), adapter.modules.values()
-        dtype = manager.lora_config.lora_dtype
+        size = manager.lora_config.lora_dtype.itemsize
+
+        def kept(x: torch.Tensor) -> torch.Tensor:
+            # The copy into a slot converts as well, and a conversion to a larger dtype would take memory.
+            return x if x.itemsize <= size else x.to(manager.lora_config.lora_dtype)
+
         weights = {
-            theirs: LoRALayerWeights(theirs, f.rank, f.rank, f.a.to(dtype), f.b.to(dtype), f.scaling)
+            theirs: LoRALayerWeights(theirs, f.rank, f.rank, kept(f.a), kept(f.b), f.scaling)
             for theirs, f in zip(named.values(), modules, strict=True)
         }
         lora = manager._lora_model_cls(number, adapter.rank, weights)
