@@ -44,14 +44,16 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
         lora = lora_model(manager, number, adapter, "cpu")
     else:  # the same, without mapping every name again
         named, modules = _names(layers, adapter), adapter.modules.values()
-        size = manager.lora_config.lora_dtype.itemsize
+        dtype, direct = manager.lora_config.lora_dtype, _slot_map(layers).direct
 
-        def kept(x: torch.Tensor) -> torch.Tensor:
-            # The copy into a slot converts as well, and a conversion to a larger dtype would take memory.
-            return x if x.itemsize <= size else x.to(manager.lora_config.lora_dtype)
+        def converted(x: torch.Tensor, theirs: str) -> torch.Tensor:
+            # Our copy into a slot converts as well, and a conversion to a larger dtype takes memory and time.
+            return x if theirs in direct and x.itemsize <= dtype.itemsize else x.to(dtype)
 
         weights = {
-            theirs: LoRALayerWeights(theirs, f.rank, f.rank, kept(f.a), kept(f.b), f.scaling)
+            theirs: LoRALayerWeights(
+                theirs, f.rank, f.rank, converted(f.a, theirs), converted(f.b, theirs), f.scaling
+            )
             for theirs, f in zip(named.values(), modules, strict=True)
         }
         lora = manager._lora_model_cls(number, adapter.rank, weights)
