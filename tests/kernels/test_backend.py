@@ -153,6 +153,15 @@ def test_thresholds_belong_to_the_modules_they_were_found_for() -> None:
         assert_same_bits(backend.merge(part), run(part, "numpy"))
 
 
+@pytest.mark.parametrize("density", ["0.5", "[0.3, 0.6]"])
+def test_sources_of_equal_content_share_thresholds_that_are_still_there_when_they_are_read(
+    density: str,
+) -> None:
+    twins = {name: random_adapter(SHAPES, 8, torch.bfloat16) for name in "ab"}
+    ties = make_plan(parse(f"ties(a, 0.5*b, density={density})"), twins)
+    assert_same_bits(fresh().merge(ties), run(ties, "numpy"))
+
+
 @pytest.mark.slow
 def test_the_newest_thresholds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "KEPT_THRESHOLDS", 3)

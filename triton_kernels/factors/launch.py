@@ -52,10 +52,14 @@ def source_thresholds(
         return [None for _ in residents]
     tables: list[torch.Tensor | None] = []
     tasks, kinds = [], []
+    # Sources of equal content are one resident.  A second table in place of the first would free it, while
+    # its address is in the tables of the launch.
+    found: dict[tuple[Resident, bytes], torch.Tensor] = {}
     for i, (tensors, resident) in enumerate(zip(layout.sources, residents, strict=True)):
-        table = resident.thresholds.get(tensors.key)
+        table = resident.thresholds.get(tensors.key, found.get((resident, tensors.key)))
         if table is None:
             table = torch.empty(tensors.indices.size, 2, dtype=torch.int32, device=device)
+            found[resident, tensors.key] = table
             targets = np.arange(tensors.counts.size) * THRESHOLD_BYTES + table.data_ptr()
             addresses = resident.addresses[tensors.rows, tensors.sides]
             rows = np.stack([addresses, tensors.sizes, tensors.counts, targets], axis=1)
