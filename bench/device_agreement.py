@@ -15,13 +15,14 @@ import torch
 
 from merged_lora import lowrank
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Result, Slot, SlotBackend
+from merged_lora.backends import Result, Slot
 from merged_lora.factors import Factors, bits
 from merged_lora.plan import MergePlan, SumModule
 from merged_lora.planning import make_plan
 from merged_lora.reference import delta as dense
 from merged_lora.spec import parse
 from merged_lora.strategies import TABLE
+from merged_lora.triton_kernels.backend import TritonBackend
 from merged_lora.triton_kernels.kernels.trim import LARGE
 
 from . import cases
@@ -51,7 +52,7 @@ HALF_STEP = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 
 """Half of each dtype's smallest subnormal number: what rounding may add to a number too small for UNIT."""
 
 
-def groups(backend: SlotBackend) -> Iterator[Group]:
+def groups(backend: TritonBackend) -> Iterator[Group]:
     """All checks, in groups with a heading each."""
     counts = f"{', '.join(map(str, COUNTS[:-1]))} and {COUNTS[-1]}"
     yield factor_checks(backend)
@@ -68,7 +69,7 @@ def _spec(strategy: str, count: int) -> str:
     return f"{strategy}({', '.join(weighted)})"
 
 
-def _any(backend: SlotBackend) -> Iterator[Check]:
+def _any(backend: TritonBackend) -> Iterator[Check]:
     rows = [s for s in TABLE.values() if s.recipe.space == "factors"]
     for count in COUNTS:
         for dtype in DTYPES if count == 4 else DTYPES[:1]:
@@ -81,13 +82,13 @@ def _any(backend: SlotBackend) -> Iterator[Check]:
         yield _same_bits(backend, _spec(strategy, 3), mixed, "mixed dtypes")
 
 
-def _same_bits(backend: SlotBackend, spec: str, sources: Mapping[str, Adapter], dtype: str) -> Check:
+def _same_bits(backend: TritonBackend, spec: str, sources: Mapping[str, Adapter], dtype: str) -> Check:
     plan = make_plan(parse(spec), sources)
     find = partial(differs_from_reference, plan, partial(backend.merge, plan))
     return Check(f"{dtype} {spec}", (f"{plan.spec.strategy} {dtype}",), find)
 
 
-def _slots(backend: SlotBackend) -> Iterator[Check]:
+def _slots(backend: TritonBackend) -> Iterator[Check]:
     for rank in (8, 5):  # whole groups of eight columns, and not
         sources = cases.awkward_sources(cases.SMALL, 3, rank, torch.bfloat16)
         less = {name: Adapter({"small.wide": a.modules["small.wide"]}) for name, a in sources.items()}
@@ -103,10 +104,25 @@ def _slots(backend: SlotBackend) -> Iterator[Check]:
             yield Check(what, keys(USUAL, torch.bfloat16), find)
 
 
-def _wrong_slots(backend: SlotBackend, plan: MergePlan, target: torch.dtype, transposed: bool) -> str | None:
-    slots = _poisoned(SLOT_RANK, target, backend.device, transposed)
-    backend.write(plan, slots)
-    return find_wrong_slot(slots, merge_by_reference(plan))
+def _wrong_slots(
+    backend: TritonBackend, plan: MergePlan, target: torch.dtype, transposed: bool
+) -> str | None:
+    expected = merge_by_reference(plan)
+    for what, fill in _ways(backend, plan, target).items():
+        slots = _poisoned(SLOT_RANK, target, backend.device, transposed)
+        fill(slots, [])
+        wrong = find_wrong_slot(slots, expected)
+        if wrong:
+            return f"{what}: {wrong}"
+    return None
+
+
+def _ways(
+    backend: TritonBackend, plan: MergePlan, target: torch.dtype
+) -> dict[str, Callable[[Mapping[str, Slot], Sequence[Slot]], object]]:
+    """The ways in which a merge gets into slots: written there, or staged and placed as a server does."""
+    staged = backend.stage(plan, target)
+    return {"written": partial(backend.write, plan), "placed": partial(backend.place, staged)}
 
 
 def find_wrong_slot(slots: Mapping[str, Slot], expected: Result) -> str | None:
@@ -121,12 +137,14 @@ def find_wrong_slot(slots: Mapping[str, Slot], expected: Result) -> str | None:
     return None
 
 
-def _wrong_absent(backend: SlotBackend, plan: MergePlan, target: torch.dtype) -> str | None:
-    slots = _poisoned(SLOT_RANK, target, backend.device, True)
-    absent = slots.pop("small.tall")
-    backend.write(plan, slots, [absent])
-    left = bool(bits(absent.a.cpu()).any() or bits(absent.b.cpu()).any())
-    return "its slot is not zero" if left else None
+def _wrong_absent(backend: TritonBackend, plan: MergePlan, target: torch.dtype) -> str | None:
+    for what, fill in _ways(backend, plan, target).items():
+        slots = _poisoned(SLOT_RANK, target, backend.device, True)
+        absent = slots.pop("small.tall")
+        fill(slots, [absent])
+        if bool(bits(absent.a.cpu()).any() or bits(absent.b.cpu()).any()):
+            return f"{what}: its slot is not zero"
+    return None
 
 
 def _poisoned(rank: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> dict[str, Slot]:
@@ -141,13 +159,13 @@ def _poisoned(rank: int, dtype: torch.dtype, device: torch.device, transposed: b
     }
 
 
-def _spans(backend: SlotBackend) -> Iterator[Check]:
+def _spans(backend: TritonBackend) -> Iterator[Check]:
     for dtype in DTYPES:
         sources = cases.random_sources({"large": (LARGE // 16 + 8, 16)}, 1, 16, dtype)
         yield _same_bits(backend, "magnitude_prune(a, density=0.3)", sources, name_of(dtype))
 
 
-def _deltas(backend: SlotBackend) -> Iterator[Check]:
+def _deltas(backend: TritonBackend) -> Iterator[Check]:
     for dtype in DTYPES:
         for count, rank, spec in (
             (2, 8, "svd(a, 0.5*b, rank=6)"),
@@ -162,7 +180,7 @@ def _deltas(backend: SlotBackend) -> Iterator[Check]:
             yield Check(what, keys([plan.spec.strategy], dtype), partial(_not_all_best, backend, plan))
 
 
-def _not_all_best(backend: SlotBackend, plan: MergePlan) -> str | None:
+def _not_all_best(backend: TritonBackend, plan: MergePlan) -> str | None:
     merged = backend.merge(plan).modules
     wrong = (not_best(module, merged[name]) for name, module in plan.modules.items())
     return next((text for text in wrong if text), None)

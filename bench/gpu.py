@@ -13,10 +13,11 @@ from typing import cast
 
 import torch
 
-from merged_lora.backends import SlotBackend, load_backend
+from merged_lora.backends import load_backend
 from merged_lora.errors import BackendError
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan
+from merged_lora.triton_kernels.backend import TritonBackend
 from merged_lora.triton_kernels.kernels import trim
 
 from . import cases, machine, peers
@@ -100,9 +101,9 @@ class Case:
     measure: Callable[[], Row]
 
 
-def on_a_gpu() -> tuple[SlotBackend, Timer]:
+def on_a_gpu() -> tuple[TritonBackend, Timer]:
     """The backend and a clock for its device; raises BackendError if there is no GPU."""
-    backend = cast(SlotBackend, load_backend("triton"))
+    backend = cast(TritonBackend, load_backend("triton"))
     if backend.device.type != "cuda":
         raise BackendError("there is no GPU to time; --agreement-only runs under the interpreter too")
     return backend, CudaTimer(backend.device)
@@ -116,7 +117,7 @@ def run(work: Work, file: Path | None, agreement_only: bool = False, timer: Time
 
     Raises BackendError if there is no device.
     """
-    backend = cast(SlotBackend, load_backend("triton"))
+    backend = cast(TritonBackend, load_backend("triton"))
     if timer is None and not agreement_only:
         backend, timer = on_a_gpu()
     print(f"agreement, on {backend.device}", flush=True)
@@ -183,7 +184,8 @@ class Bench:
         yield self._case("svd", "svd", self._svd)
         for strategy in ENTRY_AIMS:
             yield self._case(strategy, strategy, partial(self._of_entries, strategy))
-        yield self._case("check of ties", "ties", self._check_of_ties)
+        yield self._case("stage of ties", "ties", self._stage_of_ties)
+        yield self._case("place", "ties", self._place)
         for n in (AIMED * rank, 2 * rank):
             yield self._case(f"one eigh of {n} x {n}", "svd", partial(self._eigh, n))
         yield self._case("svd of 2", "svd", partial(self._svd, "svd of 2", 2))
@@ -244,12 +246,15 @@ class Bench:
             merges.write(turn)
         return merges
 
-    def _row(self, case: str, merges: Merges, writes: bool = True) -> Row:
-        """A row for the first set, without times."""
+    def _row(self, case: str, merges: Merges, reads: bool = True) -> Row:
+        """A row for the first set, without times.
+
+        reads: whether the sources are read; otherwise a finished merge of the size of the slots is.
+        """
         plan, slots = merges.plans[0], list(merges.slots[0].values())
-        written = sum(slot.a.nbytes + slot.b.nbytes for slot in slots) if writes else 0
-        moved = sum(source.nbytes for source in plan.sources) + written
-        slot_rank = slots[0].a.shape[0] if writes else None
+        written = sum(slot.a.nbytes + slot.b.nbytes for slot in slots)
+        moved = written + (sum(source.nbytes for source in plan.sources) if reads else written)
+        slot_rank = slots[0].a.shape[0]
         return Row(case, str(plan.spec), name_of(slots[0].a.dtype), len(plan.sources), slot_rank, moved)
 
     def _rounds(self) -> Iterator[bool]:
@@ -356,9 +361,22 @@ class Bench:
         self._time_calls(row, merges.write)
         return self._aim_at_call(row, ENTRY_AIMS[strategy])
 
-    def _check_of_ties(self) -> Row:
+    def _stage_of_ties(self) -> Row:
+        """What a server does beside its steps: check the merge, make it, and bring it to host memory."""
         merges = self._verified("ties")
-        return self._time_calls(self._row("check of ties", merges, writes=False), merges.check, len(merges))
+        row = self._row("stage of ties", merges)
+        return self._time_calls(row, merges.stage, len(merges))
+
+    def _place(self) -> Row:
+        """What a server does within a step: a staged merge goes to the device, and from there into slots."""
+        merges = self._verified("ties")
+        turns = range(len(merges))
+        for turn in turns:
+            merges.stage(turn)
+        merges.verify(merges.place)
+        row = self._row("place", merges, reads=False)
+        row.add_work(self._timer.on_device([partial(merges.place, turn) for turn in turns]))
+        return self._time_calls(row, merges.place, len(merges))
 
     def _eigh(self, n: int) -> Row:
         """Torch's batched decomposition of ``n x n``; an svd needs two, with the sum of all ranks for n."""

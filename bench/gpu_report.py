@@ -17,8 +17,8 @@ from .timing import Aim, extremes, ratio
 class Row:
     """A case and every time of it, in seconds.
 
-    bytes: of all sources and of everything that is written.
-    slot_rank: rank of the slots; None if nothing is written.
+    bytes: of everything that is read and of everything that is written.
+    slot_rank: rank of the slots; None if there are none.
     seconds: lists of times by what was timed.  On the device: ``copy`` of as many bytes, our ``kernels``,
         and all work of a ``write``.  On the host: a ``call`` until the device has finished, the same until it
         returns (``queued``), and ``peft``'s call.

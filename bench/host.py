@@ -1,4 +1,4 @@
-"""Time what the host does for a write into slots, with the launches left out; this needs no GPU."""
+"""Time what the host does to fill slots, with the launches left out; this needs no GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 
 from merged_lora.planning import make_plan
 from merged_lora.triton_kernels.factors import launch
+from merged_lora.triton_kernels.placing import Placer
 
 from . import cases, machine
 from .device_agreement import USUAL
-from .pool import Merges, Pool
+from .pool import Pool
 from .recording import write_report
 from .timing import Aim, once, quartiles, spread
 
@@ -31,7 +32,9 @@ class Row:
 
     again: the same write, repeated.
     moved: a write whose sources have been evicted and brought back before, which is not timed.
-    first: the first write of a merge that has been checked.
+    first: the first write of a merge that has been planned anew.
+    placed: placing a merge that was staged, in slots that a merge of the same shapes was placed in before.
+    placed_first: the same in slots that none was placed in.
     """
 
     strategy: str
@@ -39,6 +42,8 @@ class Row:
     again: list[float]
     moved: list[float]
     first: list[float]
+    placed: list[float]
+    placed_first: list[float]
 
 
 def run(layers: int, rounds: int, file: Path | None) -> int:
@@ -53,13 +58,14 @@ def run(layers: int, rounds: int, file: Path | None) -> int:
     shapes = cases.llama3_8b(layers)
     pool = Pool(shapes, max(COUNTS), RANK, torch.bfloat16, torch.device("cpu"))
     print(f"\n{len(shapes)} modules, rank {RANK}, launches left out; milliseconds, median (quartiles)")
-    print(f"  {'merge':10} {'N':>2}  {'again':22} {'sources moved':22} first")
+    names = ("again", "sources moved", "first", "placed", "placed first")
+    print(f"  {'merge':10} {'N':>2}  " + " ".join(f"{name:22}" for name in names).rstrip())
     rows = []
     for count in COUNTS:
         for strategy in USUAL:
             rows.append(measure(pool, strategy, count, rounds))
-            cells = (spread(times, digits=3) for times in (rows[-1].again, rows[-1].moved, rows[-1].first))
-            print("  {:10} {:>2}  {:22} {:22} {}".format(strategy, count, *cells), flush=True)
+            cells = (spread(times, digits=3) for times in _kinds(rows[-1]))
+            print("  {:10} {:>2}  {:22} {:22} {:22} {:22} {}".format(strategy, count, *cells), flush=True)
     slowest = max(1e3 * quartiles(row.again)[1] for row in rows)
     aim = Aim(f"host time of a write of {len(shapes)} modules, ms", slowest, AIM)
     print(f"\naims\n{aim.line()}")
@@ -79,21 +85,28 @@ def measure(pool: Pool, strategy: str, count: int, rounds: int) -> Row:
 
     def renew() -> None:
         merges.plans = [make_plan(spec, pool.sources)]
-        merges.check(0)
+        merges.stage(0)
 
     with mock.patch.object(launch, "combine"), mock.patch.object(launch, "find_thresholds"):
         merges.write(0)
-        again = _time_writes(merges, lambda: None, rounds)
-        moved = _time_writes(merges, evict, rounds)
-        first = _time_writes(merges, renew, rounds)
-    return Row(strategy, count, again, moved, first)
+        again = _time(merges.write, lambda: None, rounds)
+        moved = _time(merges.write, evict, rounds)
+        first = _time(merges.write, renew, rounds)
+        with mock.patch.object(Placer, "bring"):  # the copy to the device, which a GPU makes by itself
+            placed_first = _time(merges.place, merges.renew_slots, rounds)
+            placed = _time(merges.place, renew, rounds)
+    return Row(strategy, count, again, moved, first, placed, placed_first)
 
 
-def _time_writes(merges: Merges, before: Callable[[], None], rounds: int) -> list[float]:
-    """Seconds of writes, without what is done before each."""
+def _time(call: Callable[[int], object], before: Callable[[], None], rounds: int) -> list[float]:
+    """Seconds of calls for the first set, without what is done before each."""
     seconds = []
     for _ in range(rounds):
         before()
         gc.collect()
-        seconds.append(once(lambda: merges.write(0)))
+        seconds.append(once(lambda: call(0)))
     return seconds
+
+
+def _kinds(row: Row) -> tuple[list[float], ...]:
+    return row.again, row.moved, row.first, row.placed, row.placed_first

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from merged_lora.backends import Slot
+from merged_lora.backends import Slot, StagedMerge
 from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
@@ -64,11 +64,12 @@ class Merges:
     """One merge of several sets of sources, each into slots of its own; the methods take a set's number."""
 
     def __init__(self, pool: Pool, specs: Sequence[str], slot_rank: int) -> None:
-        self.slots = make_slots(pool.shapes, len(specs), slot_rank, pool.dtype, pool.backend.device)
         self._pool = pool
         self._specs = specs
         self._rank = slot_rank
+        self.renew_slots()
         self._renewed = 0
+        self._staged: dict[int, StagedMerge] = {}
         self.plans = [self._plan(spec) for spec in specs]
 
     def __len__(self) -> int:
@@ -83,12 +84,17 @@ class Merges:
         self._renewed += 1
         self.plans[turn] = self._plan(self._specs[turn])
 
+    def renew_slots(self) -> None:
+        """Make new slots, to which nothing was written yet."""
+        pool = self._pool
+        self.slots = make_slots(pool.shapes, len(self._specs), self._rank, pool.dtype, pool.backend.device)
+
     def upload(self, turn: int) -> None:
         """Bring the sources to the device unless they are there."""
         self._pool.backend.load_sources(self.plans[turn])
 
     def write(self, turn: int) -> None:
-        """Merge into the slots, as a server does it."""
+        """Merge straight into the slots."""
         self._pool.backend.write(self.plans[turn], self.slots[turn])
 
     def write_anew(self, turn: int) -> None:
@@ -96,12 +102,19 @@ class Merges:
         self.renew(turn)
         self.write(turn)
 
-    def check(self, turn: int) -> None:
-        """Check the result, as a server does before it writes."""
-        self._pool.backend.check(self.plans[turn])
+    def stage(self, turn: int) -> None:
+        """Make the merge, check it and bring it to host memory, as a server does beside its steps."""
+        staged = self._staged[turn] = self._pool.backend.stage(self.plans[turn], self._pool.dtype)
+        self._pool.backend.compile(staged, self.slots[turn])
 
-    def verify(self) -> None:
+    def place(self, turn: int) -> None:
+        """Copy what was staged last into the slots, as a server does within a step."""
+        self._pool.backend.place(self._staged[turn], self.slots[turn])
+
+    def verify(self, fill: Callable[[int], object] | None = None) -> None:
         """Raise DisagreementError unless the first set fills its slots with the right numbers.
+
+        fill: fills the slots of a set; :meth:`write` if None.
 
         One module of each shape is compared, with the bits of the NumPy backend or, if matrices are
         decomposed, with the factors that the CPU computes.  Merges of entries must only fill their slots.
@@ -110,7 +123,7 @@ class Merges:
         tensors = [x for slot in slots.values() for x in (slot.a, slot.b)]
         for tensor in tensors:
             tensor.fill_(torch.nan)
-        self.write(0)
+        (fill or self.write)(0)
         if any(bool(x.isnan().any()) for x in tensors):
             raise DisagreementError(f"{plan.spec}: the slots are not wholly written")
         names = one_of_each({name: (slot.b.shape[0], slot.a.shape[1]) for name, slot in slots.items()})

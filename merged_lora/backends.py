@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Protocol, cast, runtime_checkable
@@ -144,45 +144,91 @@ class Slot:
     begin_b: tuple[int, int] = field(default=(0, 0), kw_only=True)
 
 
+@dataclass(frozen=True, eq=False)
+class StagedMerge:
+    """A merge that a device has made and that waits in host memory for its slot.
+
+    host:    all of it in one buffer, uint8 ``[nbytes]``, page-locked for a GPU.
+    modules: the factors by module, views of ``host`` in the dtype of the slots.
+    result:  what the backend reported, without the modules.
+
+    It refers to no source and to nothing on the device.
+    """
+
+    host: torch.Tensor
+    modules: Mapping[str, Factors]
+    result: Result
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return self.host.nbytes
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """All but the values: names, shapes, dtypes and places in the buffer."""
+        modules = self.modules.items()
+        return repr([(name, f.kind, f.a.storage_offset(), f.b.storage_offset()) for name, f in modules])
+
+
 @runtime_checkable
 class SlotBackend(Backend, Protocol):
-    """A backend that merges on a device, straight into a server's adapter slots."""
+    """A backend that merges on a device, and fills a server's adapter slots from what it has made.
+
+    A merge is made by :meth:`stage` and compiled for by :meth:`compile`, beside the server's own work.
+    :meth:`place` is all that is left for a step of the server.
+    """
 
     device: torch.device
 
-    def reserve(self, nbytes: int, reason: str = "") -> None:
-        """Allocate device memory for sources and intermediates, for as long as the backend lives.
+    def reserve(self, nbytes: int, reason: str = "", largest: int | None = None) -> None:
+        """Allocate the device memory that merges need, for as long as the backend lives.
 
-        nbytes: bytes for sources.
-        reason: where that number comes from, for the error message of a merge that does not fit.
+        nbytes:  bytes for sources.
+        reason:  where that number comes from, for the error message of a merge that does not fit.
+        largest: bytes of the largest merge that will be staged; None if that is not known, and memory for
+            staged merges is allocated when it is needed.
         """
         ...
 
     def adopt(self, adapter: Adapter) -> Adapter:
-        """The same adapter in one page-locked buffer, to be kept instead of the other."""
+        """The same adapter in one page-locked buffer, to be kept instead of the other; from any thread."""
         ...
 
-    def check(self, plan: MergePlan) -> Result:
-        """Copy the plan's sources to the device and try the merge; returns the result without its modules.
+    def stage(self, plan: MergePlan, dtype: torch.dtype, progress: Progress = no_progress) -> StagedMerge:
+        """Make a merge on the device, beside the current stream's work, and bring it to host memory.
+
+        plan:     the plan of the merge.
+        dtype:    of the slots.  The result is rounded to the dtype of the plan first, then to this one.
+        progress: see :data:`Progress`.
 
         Raises PlanError if the result overflows the dtype of the plan, or if the sources do not fit into the
-        reserved memory.  If neither this nor ``compile`` raises, ``write`` cannot fail.
+        reserved memory.  If neither this nor ``compile`` raises, ``place`` cannot fail.
         """
         ...
 
-    def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
-        """Compile what ``write`` would launch with these arguments and ``check`` did not; launch nothing."""
+    def compile(self, staged: StagedMerge, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
+        """Compile what ``place`` would launch with these arguments; launch nothing."""
         ...
 
-    def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
-        """Merge modules of the plan into slots.
+    def place(
+        self,
+        staged: StagedMerge,
+        slots: Mapping[str, Slot],
+        empty: Sequence[Slot] = (),
+        whole: Collection[str] = (),
+    ) -> dict[str, Factors]:
+        """Fill slots with modules of a staged merge; returns the factors of others on the device.
 
-        plan:  a plan that :meth:`check` has accepted.
-        slots: slots by module name.
-        empty: slots to fill with zeros.
+        staged: the merge.
+        slots:  slots by module name.
+        empty:  slots to fill with zeros.
+        whole:  names of the modules to return.  Their tensors hold until the next call, for work that is
+            queued on the current stream before it.
 
-        The result is rounded to the dtype of the plan first, then to that of the slot.  The work is ordered
-        on the current stream; unless something is decomposed, the call returns before the device is done.
+        All work is queued on the current stream, and the host does not wait for it.  Nothing that ``stage``
+        does in another thread delays the call.  It is made by one thread at a time, on one and the same
+        stream.
         """
         ...
 

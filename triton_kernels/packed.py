@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def pack(adapter: Adapter, device: torch.device) -> Packed:
     host = host_memory(int(lengths.sum()), device).zero_()
     modules = {}
     for name, f, starts in zip(order, factors, offsets.tolist(), strict=True):
-        a, b = (_view(host, start, t).copy_(t) for start, t in zip(starts, (f.a, f.b), strict=True))
+        a, b = (view_like(host, start, t).copy_(t) for start, t in zip(starts, (f.a, f.b), strict=True))
         modules[name] = Factors(a, b, f.scaling, f.embedding)
     return Packed(host, modules, {name: i for i, name in enumerate(order)}, offsets)
 
@@ -59,7 +60,7 @@ def _kind(f: Factors) -> tuple[int, int, int, str, str]:
     return *f.shape, f.rank, str(f.a.dtype), str(f.b.dtype)
 
 
-def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+def view_like(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
     """The bytes from ``start`` on, as a tensor of the shape and dtype of ``like``."""
     return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
@@ -93,10 +94,10 @@ class Resident:
         starts = self.packed.offsets[[self.packed.index[name] for name in modules], side].tolist()
         f = self.packed.modules[modules[0]]
         like = f.b if side else f.a
-        first = _view(self.buffer, starts[0], like)
+        first = view_like(self.buffer, starts[0], like)
         steps = {after - before for before, after in pairwise(starts)}
         if len(steps) > 1 or any(step < 0 for step in steps):
-            return torch.stack([_view(self.buffer, start, like) for start in starts])
+            return torch.stack([view_like(self.buffer, start, like) for start in starts])
         step = steps.pop() // like.element_size() if steps else like.numel()
         return first.as_strided((len(modules), *like.shape), (step, like.shape[1], 1))
 
@@ -114,6 +115,7 @@ class DeviceSources:
         self._reserved: str | None = None
         self._residents: Lru[str, Resident] = Lru()  # by content digest
         self._packed: weakref.WeakKeyDictionary[Adapter, Packed] = weakref.WeakKeyDictionary()
+        self._packing = threading.Lock()
 
     def reserve(self, nbytes: int, reason: str = "") -> None:
         """Allocate the whole budget now, after which it never grows.
@@ -125,18 +127,32 @@ class DeviceSources:
         self._reserved = reason
 
     def adopt(self, adapter: Adapter) -> Adapter:
-        """The same adapter in packed form, which :meth:`load` uploads without another copy in host memory."""
-        packed = self._pack(adapter)
+        """The same adapter in packed form, which :meth:`load` uploads without another copy in host memory.
+
+        From any thread, also while another one loads: nothing on the device is touched.
+        """
+        packed = self.pack(adapter)
         twin = adapter.moved({name: packed.modules[name] for name in adapter.modules})
-        self._packed[twin] = packed
+        with self._packing:
+            self._packed[twin] = packed
         return twin
+
+    def pack(self, adapter: Adapter) -> Packed:
+        """The adapter in packed form, made once."""
+        with self._packing:
+            packed = self._packed.get(adapter)
+        if packed is None:
+            packed = pack(adapter, self._device)
+            with self._packing:
+                packed = self._packed.setdefault(adapter, packed)
+        return packed
 
     def load(self, adapters: Sequence[Adapter]) -> list[Resident]:
         """The adapters on the device, all at the same time and in this order; missing ones are uploaded.
 
         Raises PlanError if they need more than the reserved budget.
         """
-        needed = {adapter.digest: self._pack(adapter) for adapter in adapters}
+        needed = {adapter.digest: self.pack(adapter) for adapter in adapters}
         total = sum(packed.host.numel() for packed in needed.values())
         if total > self._arena.numel():
             if self._reserved is not None:
@@ -188,9 +204,3 @@ class DeviceSources:
         self._residents.clear()
         self._arena = torch.empty(0, dtype=torch.uint8, device=self._device)  # free before taking more
         self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-
-    def _pack(self, adapter: Adapter) -> Packed:
-        packed = self._packed.get(adapter)
-        if packed is None:
-            packed = self._packed[adapter] = pack(adapter, self._device)
-        return packed

@@ -45,6 +45,16 @@ def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
+def keep_host_memory(nbytes: int, device: torch.device) -> None:
+    """Let later uploads of up to that many bytes find page-locked memory, which takes long to be locked.
+
+    torch locks powers of two, and hands each out again when it is free.
+    """
+    if device.type == "cuda":
+        held = [host_memory(1 << power, device) for power in range(nbytes.bit_length())]
+        held.clear()
+
+
 def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
     """The number of bytes, rounded up to a multiple of the alignment."""
     return -(-nbytes // alignment) * alignment

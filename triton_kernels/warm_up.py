@@ -20,7 +20,7 @@ COUNTS = range(2, UNROLLED + 2)
 
 
 def warm_up(backend: SlotBackend, dtype: torch.dtype) -> None:
-    """Check and write small merges, so that their kernels are compiled.
+    """Make and place small merges, so that their kernels are compiled.
 
     dtype: dtype of the slots; the sources are in it and in float32, in which PEFT saves by default.
     """
@@ -46,5 +46,4 @@ def _merge_once(
         name: Slot(*(torch.empty(shape, dtype=dtype, device=backend.device) for shape, _ in module.results))
         for name, module in plan.modules.items()
     }
-    backend.check(plan)
-    backend.write(plan, slots)
+    backend.place(backend.stage(plan, dtype), slots)

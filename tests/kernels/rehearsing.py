@@ -23,6 +23,7 @@ from merged_lora.bench import device_agreement, first_day_worker, gpu
 from merged_lora.bench.agreement import Check
 from merged_lora.bench.device import Call
 from merged_lora.bench.gpu import Bench, Case, Work
+from merged_lora.triton_kernels.backend import TritonBackend
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (24, 40),
@@ -70,7 +71,7 @@ def check(what: str, strategy: str, wrong: str | None = None) -> Check:
 STRATEGIES = ("linear", "ties", "dare_ties", "svd", "core_linear", "core_ties", "knots", "ties_svd")
 
 
-def groups(backend: SlotBackend) -> Iterator[tuple[str, Iterator[Check]]]:
+def groups(backend: TritonBackend) -> Iterator[tuple[str, Iterator[Check]]]:
     """A check for each strategy of the first rows; the one of ``dare_ties`` fails."""
     checks = [check(f"of {s}", s, "it differs" if s == "dare_ties" else None) for s in STRATEGIES]
     yield "made up", iter(checks)
@@ -102,7 +103,7 @@ def main() -> int:
     faulty, *arguments = sys.argv[1:]
     cases = Bench.cases
     names = ("linear", "ties", "dare_ties", "ties, cold", "linear, planned anew", "svd", "core_ties")
-    gpu.on_a_gpu = lambda: (cast(SlotBackend, load_backend("triton")), HostTimer())
+    gpu.on_a_gpu = lambda: (cast(TritonBackend, load_backend("triton")), HostTimer())
     gpu.first_day_work = lambda layers: TINY
     device_agreement.groups = groups
     Bench.cases = lambda self: (  # type: ignore[method-assign]

@@ -85,17 +85,29 @@ def test_a_write_comes_after_what_is_queued_and_before_what_will_be(streaming: A
     assert log == ["own waits for main", "own begins", "own ends", "main waits for own"]
 
 
-def test_a_check_waits_for_nothing_and_the_host_for_it(streaming: Any) -> None:
+@pytest.mark.parametrize("spec", ["linear(a, b)", "svd(a, b)"])
+def test_a_merge_is_staged_beside_all_else_and_is_complete_when_anyone_hears_of_it(
+    streaming: Any, spec: str
+) -> None:
     backend, log = streaming
-    backend.check(plan("linear(a, b)"))
-    assert log == ["own begins", "own ends", "the host waits for own"]
+    backend.stage(plan(spec), torch.float32, lambda count: log.append(f"{count} modules"))
+    part = ["own begins", "own ends", "the host waits for own"]
+    assert log == [*part, "5 modules", *part]  # the second time, what is reported besides the modules is read
+
+
+def test_a_merge_is_placed_in_the_current_streams_order_alone(streaming: Any) -> None:
+    backend, log = streaming
+    staged = backend.stage(plan("svd(a, b)"), torch.float32)
+    log.clear()
+    backend.place(staged, slots(backend))
+    assert log == []
 
 
 def test_what_fails_leaves_nothing_running_behind(streaming: Any) -> None:
     backend, log = streaming
     full = {k: Adapter({"m": Factors(torch.full((1, 9), 3e38), torch.ones(9, 1))}) for k in "ab"}
     with pytest.raises(PlanError):
-        backend.check(make_plan(parse("linear(a, b)"), full))
+        backend.stage(make_plan(parse("linear(a, b)"), full), torch.float32)
     assert log[-1] == "the host waits for own"
 
 
@@ -112,7 +124,7 @@ def test_one_group_is_free_before_the_next_is_merged(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lowrank, "merge_stack", watched)
     monkeypatch.setattr(groups, "RESULTS", 2 * (24 + 40) * 3 * 4)
     backend, svd = fresh(), plan("svd(a, b, rank=3)")
-    backend.check(svd)
+    backend.stage(svd, torch.float32)
     backend.write(svd, slots(backend))
     assert len(alive) == 6  # five modules, two at a time, twice
     assert not [merged for merged in alive if merged() is not None]
@@ -350,7 +362,8 @@ def test_compiling_writes_nothing(spec: str) -> None:
     backend = fresh()
     written = slots(backend)
     names = list(written)
-    backend.compile(plan(spec), {name: written[name] for name in names[1:]}, [written[names[0]]])
+    staged = backend.stage(plan(spec), torch.float32)
+    backend.compile(staged, {name: written[name] for name in names[1:]}, [written[names[0]]])
     assert all(bool((t == 7.0).all()) for slot in written.values() for t in (slot.a, slot.b))
 
 

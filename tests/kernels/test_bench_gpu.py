@@ -119,7 +119,8 @@ def test_the_bytes_of_a_row_are_those_of_the_sources_and_of_the_slots(report: di
     found = {(r["case"], r["sources"], r["dtype"], r["slot_rank"]): r["bytes"] for r in report["rows"]}
     assert found["linear of 2", 2, "bfloat16", 4] == 2 * (2 + 1) * entries
     assert found["linear, float32", 4, "float32", 4] == 4 * (4 + 1) * entries
-    assert found["check of ties", 4, "bfloat16", None] == 2 * 4 * entries
+    assert found["stage of ties", 4, "bfloat16", 4] == 2 * (4 + 1) * entries
+    assert found["place", 4, "bfloat16", 4] == 2 * 2 * entries
 
 
 def test_every_aim_is_judged(report: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from merged_lora.bench import cases, host
 from merged_lora.bench.device_agreement import USUAL
 from merged_lora.triton_kernels.kernels import combine, trim
 
+KINDS = ("again", "moved", "first", "placed", "placed_first")
+
 
 @pytest.mark.slow
 def test_all_times_are_written_and_nothing_is_launched(
@@ -32,6 +34,6 @@ def test_all_times_are_written_and_nothing_is_launched(
     assert report["modules"] == len(cases.SMALL)
     assert len(report["rows"]) == len(host.COUNTS) * len(USUAL)
     for row in report["rows"]:
-        assert [len(row[kind]) for kind in ("again", "moved", "first")] == [2, 2, 2]
+        assert [len(row[kind]) for kind in KINDS] == [2] * 5
     assert report["aims"][0]["aim"] == host.AIM
     assert "host time of a write of 2 modules" in capsys.readouterr().out

@@ -13,8 +13,9 @@ import triton
 from agreement.comparing import entries
 from kernels import rounding
 from kernels.test_divide import SIZE, divided
-from merged_lora.backends import SlotBackend, load_backend
+from merged_lora.backends import load_backend
 from merged_lora.bench.device_agreement import groups
+from merged_lora.triton_kernels.backend import TritonBackend
 
 interpreter = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="the kernels run on a GPU")
 
@@ -79,7 +80,7 @@ def test_rounded_twice_five_checks_of_agreement_differ_each_a_float32_vote_of_th
 ) -> None:
     rounding.replace_fma(monkeypatch.setattr, rounding.multiply_and_add)
     backend = load_backend("triton")
-    assert isinstance(backend, SlotBackend)
+    assert isinstance(backend, TritonBackend)
     checks = [check for _, group in groups(backend) for check in group]
     assert len(checks) > 200
     four, weighted = "(a, 0.5*b, -0.3*c, d{})", "(1*a, 0.5*b, -0.3*c{})"

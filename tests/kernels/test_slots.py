@@ -1,8 +1,8 @@
-"""Merges written into slots: of any strides and ranks, rounded once, with no trace of earlier content."""
+"""Merges in slots, written there or placed: of any strides and ranks, with no trace of earlier content."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch
 from agreement.comparing import run
 from making import random_adapter
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Slot, SlotBackend, load_backend
+from merged_lora.backends import Slot, load_backend
 from merged_lora.bench.device_agreement import find_wrong_slot
 from merged_lora.errors import PlanError
 from merged_lora.factors import DTYPES, Factors, bits
@@ -29,14 +29,25 @@ RULES = (
     "svd(a, b)",
     "cat(a, b)",
 )
+WAYS = ("written", "placed")
+"""Straight into slots, or staged in host memory and then copied into slots, as a server does."""
 EIGHT, FIVE = 8, 5
 """Ranks that are a multiple of eight columns, and not."""
 
 
-def backend() -> SlotBackend:
+def backend() -> backend_module.TritonBackend:
     loaded = load_backend("triton")
-    assert isinstance(loaded, SlotBackend)
+    assert isinstance(loaded, backend_module.TritonBackend)
     return loaded
+
+
+def fill(way: str, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
+    """Fill slots with a merge in one of WAYS."""
+    if way == "written":
+        backend().write(plan, slots, empty)
+    else:
+        dtype = next(iter(slots.values())).a.dtype
+        backend().place(backend().stage(plan, dtype), slots, empty)
 
 
 def pair(rank: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Adapter]:
@@ -67,55 +78,61 @@ def assert_written(slots: Mapping[str, Slot], plan: MergePlan) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", ["plain", "strided", "transposed"])
 @pytest.mark.parametrize("rank", [EIGHT, FIVE])
 @pytest.mark.parametrize("spec", RULES)
-def test_a_slot_of_larger_rank_holds_the_merge_and_zeros(spec: str, rank: int, layout: str) -> None:
+def test_a_slot_of_larger_rank_holds_the_merge_and_zeros(spec: str, rank: int, layout: str, way: str) -> None:
     plan = make_plan(parse(spec), pair(rank))
     written = slots(16, torch.bfloat16, layout)
-    backend().write(plan, written)
+    fill(way, plan, written)
     assert_written(written, plan)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("rank", [EIGHT, FIVE])
 @pytest.mark.parametrize("spec", RULES[:4])
-def test_a_slot_of_the_same_rank_holds_the_merge(spec: str, rank: int) -> None:
+def test_a_slot_of_the_same_rank_holds_the_merge(spec: str, rank: int, way: str) -> None:
     plan = make_plan(parse(spec), pair(rank))
     written = slots(rank, torch.bfloat16)
-    backend().write(plan, written)
+    fill(way, plan, written)
     assert_written(written, plan)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("spec", ["ties(a, 0.3*b)", "svd(a, 0.3*b)"])
 @pytest.mark.parametrize("target", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_is_rounded_to_the_plans_dtype_before_the_slots(
-    dtype: torch.dtype, target: torch.dtype
+    dtype: torch.dtype, target: torch.dtype, spec: str, way: str
 ) -> None:
-    plan = make_plan(parse("ties(a, 0.3*b)"), pair(EIGHT, dtype))
+    plan = make_plan(parse(spec), pair(EIGHT, dtype))
     written = slots(16, target)
-    backend().write(plan, written)
+    fill(way, plan, written)
     assert_written(written, plan)
 
 
-def test_empty_slots_become_zero() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_empty_slots_become_zero(way: str) -> None:
     less = {name: Adapter({"m.wide": a.modules["m.wide"]}) for name, a in pair(EIGHT).items()}
     plan = make_plan(parse("ties(a, b)"), less)
     written = slots(16, torch.float32)
-    backend().write(plan, {"m.wide": written["m.wide"]}, [written["m.tall"], written["m.odd"]])
+    fill(way, plan, {"m.wide": written["m.wide"]}, [written["m.tall"], written["m.odd"]])
     for name in ("m.tall", "m.odd"):
         assert not written[name].a.any()
         assert not written[name].b.any()
     assert_written({"m.wide": written["m.wide"]}, plan)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("spec", RULES)
-def test_only_the_slots_that_are_given_are_written(spec: str) -> None:
+def test_only_the_slots_that_are_given_are_written(spec: str, way: str) -> None:
     plan = make_plan(parse(spec), pair(EIGHT))
     written = slots(16, torch.bfloat16)
     for name in SHAPES:
-        backend().write(plan, {name: written[name]})
+        fill(way, plan, {name: written[name]})
     assert_written(written, plan)
 
 
@@ -133,15 +150,16 @@ WINDOWS = {
 }
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("spec", RULES)
-def test_a_slot_that_takes_a_part_of_the_factors_holds_that_part(spec: str, window: str) -> None:
+def test_a_slot_that_takes_a_part_of_the_factors_holds_that_part(spec: str, window: str, way: str) -> None:
     plan = make_plan(parse(spec), pair(EIGHT))
     begin_a, shape_a, begin_b, shape_b = WINDOWS[window]
     device = backend().device
     made = [torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device) for shape in (shape_a, shape_b)]
     slot = Slot(*made, begin_a=begin_a, begin_b=begin_b)
-    backend().write(plan, {"m.wide": slot})
+    fill(way, plan, {"m.wide": slot})
     whole = run(plan, "numpy" if "svd" not in spec else "triton").modules["m.wide"]
     for got, factor, (row, column) in ((slot.a, whole.a, begin_a), (slot.b, whole.b, begin_b)):
         expected = torch.zeros_like(got, device="cpu")
@@ -150,10 +168,11 @@ def test_a_slot_that_takes_a_part_of_the_factors_holds_that_part(spec: str, wind
         assert torch.equal(bits(got.cpu()), bits(expected))
 
 
-def test_what_lies_around_a_slot_is_left_alone() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_what_lies_around_a_slot_is_left_alone(way: str) -> None:
     around = torch.full((3, 1, 300, 16), 7.0, device=backend().device)
     plan = make_plan(parse("linear(a, b)"), {k: random_adapter({"m": (300, 40)}, EIGHT) for k in "ab"})
-    backend().write(plan, {"m": Slot(torch.zeros(16, 40, device=backend().device), around[1, 0])})
+    fill(way, plan, {"m": Slot(torch.zeros(16, 40, device=backend().device), around[1, 0])})
     assert bool((around[[0, 2]] == 7.0).all())
     assert not bool((around[1] == 7.0).any())
 
@@ -181,9 +200,11 @@ def test_what_was_reserved_for_intermediates_is_taken_back() -> None:
     own.write(plan, slots(16, torch.bfloat16))
     assert own._spare is not None
     assert own._spare.numel() == size
+    own.stage(plan, torch.bfloat16)
+    assert own._spare is not None
     full = {k: Adapter({"m": Factors(torch.full((1, 9), 3e38), torch.full((9, 1), 3e38))}) for k in "ab"}
     with pytest.raises(PlanError):
-        own.check(make_plan(parse("svd(a, b)"), full))
+        own.stage(make_plan(parse("svd(a, b)"), full), torch.float32)
     assert own._spare is not None
 
 

@@ -1,7 +1,7 @@
-"""No write waits for the device: on a device without values, any read of one fails.
+"""No merge is placed by waiting for the device: on a device without values, any read of one fails.
 
-Decompositions wait by themselves, and sketched merges read their counts; vLLM allows both while it fills a
-slot.
+Neither is one written straight into slots, except that decompositions wait by themselves, and sketched merges
+read their counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from making import random_adapter
 from merged_lora import strategies
-from merged_lora.backends import Slot
+from merged_lora.backends import Result, Slot, StagedMerge
 from merged_lora.factors import DTYPES
 from merged_lora.plan import MergePlan
 from merged_lora.planning import make_plan
@@ -26,6 +26,7 @@ from merged_lora.triton_kernels import packed, transfer
 from merged_lora.triton_kernels.factors import launch
 from merged_lora.triton_kernels.factors.layout import is_launched
 from merged_lora.triton_kernels.kernels import combine, trim
+from merged_lora.triton_kernels.results import Outline
 
 META = torch.device("meta")
 SHAPES = {f"m{i}": (24, 40) for i in range(3)}
@@ -134,3 +135,23 @@ def test_a_merge_of_one_launch_waits_for_nothing(
 def test_a_merge_that_decomposes_looks_at_no_value_itself(strategy: str, watch: UploadWatch) -> None:
     assert strategy not in LAUNCHED
     write_all_ways(f"{strategy}(a, 0.5*b)", torch.float32, contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("reserved", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_merge_is_placed_by_copies_that_the_host_does_not_wait_for(
+    dtype: torch.dtype, reserved: bool, watch: UploadWatch
+) -> None:
+    merge = plan("svd(a, b)")
+    outline = Outline(merge, [list(merge.modules)], dtype)
+    host = transfer.host_memory(outline.nbytes, META)
+    staged = StagedMerge(host, outline.modules(host, list(merge.modules)), Result({}, {}))
+    backend = module.TritonBackend(META)
+    if reserved:
+        backend.reserve(1 << 20, "", outline.nbytes)
+    with watch:
+        for filled in (first := slots(dtype), first, slots(torch.bfloat16)):
+            rest = {name: slot for name, slot in filled.items() if name != "m2"}
+            whole = backend.place(staged, rest, [filled["m2"]], ["m1"])
+            assert whole["m1"].a.device == META
+    assert watch.uploads == 3 + 2  # of the merge each time, and of tables for each slot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,10 +33,13 @@ from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import WeightsMapper
 
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Progress, Result, Slot, load_backend, no_progress
+from merged_lora.backends import Progress, Result, Slot, StagedMerge, load_backend, no_progress
 from merged_lora.engine import merge, plan
+from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan
 from merged_lora.spec import parse
+from merged_lora.triton_kernels.packed import view_like
+from merged_lora.triton_kernels.results import Outline
 from merged_lora.vllm_plugin.hooks import models as model_hooks
 from merged_lora.vllm_plugin.hooks import slots as slot_hooks
 from merged_lora.vllm_plugin.hooks.wrapping import ATTRIBUTE
@@ -54,7 +57,14 @@ OTHERS = {
 
 
 class CopyingBackend:
-    """The backend ``cpu`` behind the interface of those that write into slots; remembers what it did."""
+    """The backend ``cpu`` behind the interface of those that fill slots; remembers what it did.
+
+    reserved, reason, largest: of the last reservation, and of all of them.
+    staged:   plans of the merges that were made.
+    compiled: names of the modules that kernels were compiled for, one list for each call.
+    placed:   names of the modules that were put into slots, one list for each call.
+    whole:    names of the modules that were returned as whole tensors, one list for each call.
+    """
 
     name = "copying"
 
@@ -62,14 +72,17 @@ class CopyingBackend:
         self.device = torch.device("cpu")
         self.reserved: list[int] = []
         self.reason = ""
+        self.largest: int | None = None
         self.warmed: list[torch.dtype] = []
-        self.checked: list[MergePlan] = []
-        self.written: list[list[str]] = []
+        self.staged: list[MergePlan] = []
         self.compiled: list[list[str]] = []
+        self.placed: list[list[str]] = []
+        self.whole: list[list[str]] = []
+        self._staging = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, nbytes: int, reason: str = "") -> None:
+    def reserve(self, nbytes: int, reason: str = "", largest: int | None = None) -> None:
         self.reserved.append(nbytes)
-        self.reason = reason
+        self.reason, self.largest = reason, largest
 
     def adopt(self, adapter: Adapter) -> Adapter:
         return adapter
@@ -83,24 +96,47 @@ class CopyingBackend:
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         return load_backend("cpu").merge(plan, progress)
 
-    def check(self, plan: MergePlan) -> Result:
-        self.checked.append(plan)
-        return self.merge(plan)
+    def stage(self, plan: MergePlan, dtype: torch.dtype, progress: Progress = no_progress) -> StagedMerge:
+        self.staged.append(plan)
+        merged = self.merge(plan, progress)
+        outline = Outline(plan, [list(plan.modules)], dtype)
+        host = torch.empty(outline.nbytes, dtype=torch.uint8)
+        modules = outline.modules(host, list(plan.modules))
+        for name, factors in modules.items():
+            factors.a.copy_(merged.modules[name].a)
+            factors.b.copy_(merged.modules[name].b)
+        return StagedMerge(host, modules, Result({}, merged.energy, merged.repeated))
 
-    def compile(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
+    def compile(self, staged: StagedMerge, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
         self.compiled.append(sorted(slots))
 
-    def write(self, plan: MergePlan, slots: Mapping[str, Slot], empty: Sequence[Slot] = ()) -> None:
-        self.written.append(sorted(slots))
-        merged = self.merge(plan).modules
+    def place(
+        self,
+        staged: StagedMerge,
+        slots: Mapping[str, Slot],
+        empty: Sequence[Slot] = (),
+        whole: Collection[str] = (),
+    ) -> dict[str, Factors]:
+        self.placed.append(sorted(slots))
+        self.whole.append(sorted(whole))
+        self._staging.fill_(255)  # NaN, in what was returned before
+        self._staging = staged.host.clone()
         for slot in (*slots.values(), *empty):
             slot.a.zero_()
             slot.b.zero_()
         for name, slot in slots.items():
-            sides = (slot.a, merged[name].a, slot.begin_a), (slot.b, merged[name].b, slot.begin_b)
-            for target, whole, (row, column) in sides:
-                part = whole[row : row + target.shape[0], column : column + target.shape[1]]
+            merged = staged.modules[name]
+            sides = (slot.a, merged.a, slot.begin_a), (slot.b, merged.b, slot.begin_b)
+            for target, factor, (row, column) in sides:
+                part = factor[row : row + target.shape[0], column : column + target.shape[1]]
                 target[: part.shape[0], : part.shape[1]] = part
+        return {name: self._copied(staged, staged.modules[name]) for name in whole}
+
+    def _copied(self, staged: StagedMerge, f: Factors) -> Factors:
+        """A module in the copy of a merge."""
+        begin = staged.host.data_ptr()
+        a, b = (view_like(self._staging, t.data_ptr() - begin, t) for t in (f.a, f.b))
+        return Factors(a, b, f.scaling, f.embedding)
 
 
 class Attention(nn.Module):
@@ -220,12 +256,13 @@ def contents(manager: Any, slot: int) -> dict[str, torch.Tensor]:
 
 def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
     """The maker of a worker."""
-    build = functools.partial(model_hooks.slot_model, manager, backend)
-    return SlotMaker(backend, build, model_hooks.compile_slot_writer)
+    build = functools.partial(model_hooks.slot_model, manager)
+    equip = functools.partial(model_hooks.attach_slot_writer, manager, backend)
+    return SlotMaker(backend, manager.lora_config.lora_dtype, build, equip)
 
 
 def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
-    """A merge to be written into slots."""
+    """A merge that a device has made, to be put into slots."""
     return maker(manager, backend).make(7, plan(parse(spec), sources, MAX_RANK)).model
 
 

@@ -137,12 +137,13 @@ def test_sources_that_name_one_module_in_two_ways_are_refused(
             make(manager, spec="sum(keys, long)", sources=long)
 
 
-def test_layers_of_another_form_are_merged_one_by_one(
+def test_layers_of_another_form_get_whole_tensors(
     vllm_config: VllmConfig, sources: dict[str, Adapter]
 ) -> None:
     manager, backend = worker_manager(vllm_config), CopyingBackend()
     activate(manager, written(manager, backend, "sum(ends, tails)", sources))
-    assert sorted(backend.written[1:]) == sorted([name] for name in OTHERS)
+    assert backend.placed == [[]]
+    assert backend.whole == [sorted(OTHERS)]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_merged(
     wrong = {"wrong": random_adapter(modules, 8, torch.bfloat16, embeddings=embeddings)}
     with pytest.raises(PlanError, match=words):
         written(manager, backend, "sum(wrong)", wrong)
-    assert backend.checked == []
+    assert backend.staged == []
     with pytest.raises(PlanError, match=words):
         copied(manager, "sum(wrong)", wrong)
 

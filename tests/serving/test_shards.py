@@ -59,13 +59,13 @@ def test_a_rank_holds_the_shards_that_vllm_would_have_copied(
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["", "fully sharded"])
-def test_all_sharded_layers_of_a_rank_are_written_at_once(
+def test_all_sharded_layers_of_a_rank_are_filled_at_once(
     vllm_config: VllmConfig, sources: dict[str, Adapter], fully_sharded: bool
 ) -> None:
     manager, backend = worker_manager(vllm_config, 2, 1, 2, fully_sharded), CopyingBackend()
     lora = written(manager, backend, "linear(sql, chat)", sources)
     activate(manager, lora)
-    assert backend.written == backend.compiled == [sorted(tiny.MODULES)]
+    assert backend.placed == backend.compiled == [sorted(tiny.MODULES)]
 
 
 def test_a_layer_that_vllm_puts_together_of_several_parts_is_handed_over_to_it(
@@ -85,7 +85,8 @@ def test_a_layer_that_vllm_puts_together_of_several_parts_is_handed_over_to_it(
     slot_map = slot_hooks.SlotMap(layers)
     assert name not in slot_map.shards
     merges = plan(parse("sum(a)"), adapters)
-    slot_hooks.DeviceSlotWriter(backend, merges, slot_map, {name: name}).write(0)
+    staged = backend.stage(merges, torch.float32)
+    slot_hooks.DeviceSlotWriter(backend, staged, slot_map, {name: name}).write(0)
     b = adapters["a"].modules[name].b  # the weight is on A
     assert torch.equal(two.lora_b_stacked[0][0, 0, :, :8], torch.cat([b[24:48], b[72:]]))
 

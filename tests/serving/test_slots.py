@@ -1,4 +1,4 @@
-"""Merges written straight into the slots of vLLM's own layers, without an engine."""
+"""Merges in the slots of vLLM's own layers, without an engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from merged_lora.peft_files import tensors_of
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.hooks import slots as slot_hooks
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
+from merged_lora.vllm_plugin.hooks.wrapping import ATTRIBUTE
 from merged_lora.vllm_plugin.identity import MergeIdentity
+from merged_lora.vllm_plugin.worker.background import CancelledError
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from slots import (
     CopyingBackend,
@@ -115,7 +117,7 @@ def test_a_merge_that_fills_its_slot_halfway_is_not_active_and_is_filled_anew(
     manager, backend = worker_manager(vllm_config, max_loras=1), CopyingBackend()
     lora = written(manager, backend, "linear(sql, chat)", sources)
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "write", lambda *_: 1 / 0)
+        patch.setattr(backend, "place", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             activate(manager, lora)
     layers = manager._adapter_manager
@@ -161,19 +163,23 @@ def test_a_module_the_merge_lacks_is_zeroed_though_the_adapter_has_a_stranger_of
     name = "text.layers.0.self_attn.o_proj"
     stranger = {"a": random_adapter({name: (HIDDEN, HIDDEN)}, 8)}
     slot_map = slot_hooks.SlotMap(manager._adapter_manager)
-    slot_hooks.DeviceSlotWriter(backend, plan(parse("sum(a)"), stranger), slot_map, {}).write(0)
+    staged = backend.stage(plan(parse("sum(a)"), stranger), torch.float32)
+    slot_hooks.DeviceSlotWriter(backend, staged, slot_map, {}).write(0)
     assert not any(tensor.any() for tensor in contents(manager, 0).values())
 
 
-def test_all_linear_layers_of_one_device_are_written_at_once(
+def test_all_linear_layers_of_one_device_are_filled_at_once(
     vllm_config: VllmConfig, sources: dict[str, Adapter]
 ) -> None:
     manager, backend = worker_manager(vllm_config), CopyingBackend()
     activate(manager, written(manager, backend, "sum(sql, chat)", sources))
-    assert backend.written == [sorted(tiny.MODULES)]
+    assert backend.placed == [sorted(tiny.MODULES)]
+    assert backend.whole == [[]]
 
 
-def test_a_prepared_merge_holds_no_values(vllm_config: VllmConfig, sources: dict[str, Adapter]) -> None:
+def test_what_vllm_packs_of_a_merge_has_no_values(
+    vllm_config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
     manager = worker_manager(vllm_config)
     lora = written(manager, CopyingBackend(), "ties(sql, chat)", sources)
     activate(manager, lora)  # after which vLLM has packed what it holds
@@ -182,12 +188,38 @@ def test_a_prepared_merge_holds_no_values(vllm_config: VllmConfig, sources: dict
     assert {tensor.device.type for tensor in held} == {"meta"}
 
 
+def test_a_merge_counts_as_many_bytes_as_it_takes_in_host_memory(
+    vllm_config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
+    manager, backend = worker_manager(vllm_config), CopyingBackend()
+    made = maker(manager, backend).make(7, plan(parse("ties(sql, chat)"), sources, MAX_RANK))
+    writer = getattr(made.model, ATTRIBUTE)
+    assert made.nbytes == writer.staged.host.nbytes
+    assert made.nbytes == sum(4 * 8 * (out + width) for out, width in tiny.MODULES.values())
+    assert made.result.modules == {}
+
+
+def test_steps_of_a_merge_on_a_device_are_told_and_may_end_it(
+    vllm_config: VllmConfig, sources: dict[str, Adapter]
+) -> None:
+    manager, told = worker_manager(vllm_config), list[int]()
+    makes = maker(manager, CopyingBackend())
+    made = makes.make(7, plan(parse("ties(sql, chat)"), sources, MAX_RANK), told.append)
+    assert sum(told) == made.modules == len(tiny.MODULES)
+
+    def cancel(_: int) -> None:
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        makes.make(8, plan(parse("ties(sql, chat)"), sources, MAX_RANK), cancel)
+
+
 def flat(*given: Any) -> list[torch.Tensor]:
     """The tensors in weights, packed or not."""
     return [t for each in given for t in (each if isinstance(each, list) else [each]) if t is not None]
 
 
-def test_a_merge_that_was_evicted_comes_back_the_same_and_is_not_tried_again(
+def test_a_merge_that_was_evicted_comes_back_the_same_and_is_not_made_again(
     vllm_config: VllmConfig, sources: dict[str, Adapter]
 ) -> None:
     manager, backend = worker_manager(vllm_config, max_loras=1), CopyingBackend()
@@ -196,9 +228,9 @@ def test_a_merge_that_was_evicted_comes_back_the_same_and_is_not_tried_again(
     first = contents(manager, activate(manager, made := makes.make(7, merges).model))
     activate(manager, makes.make(8, plan(parse("sum(attention)"), sources, MAX_RANK)).model)
     manager._adapter_manager.remove_adapter(7)
-    checked = len(backend.checked)
+    staged = len(backend.staged)
     assert_same(contents(manager, activate(manager, adapters.share(made))), first)
-    assert len(backend.checked) == checked
+    assert len(backend.staged) == staged
 
 
 def test_an_adapter_from_disk_is_left_to_vllm(vllm_config: VllmConfig, sources: dict[str, Adapter]) -> None:
@@ -219,10 +251,10 @@ def test_a_merge_that_the_backend_refuses_is_answered_and_not_kept(
     sources["keys"].save(tmp_path / "keys")
     digest = captured(merges, "one", None, str(tmp_path / "keys"))["key"]
 
-    def full(plan: Any) -> float:
+    def full(*_: object) -> None:
         raise PlanError("the sources need 3 GiB, 1 is reserved")
 
-    monkeypatch.setattr(backend, "check", full)
+    monkeypatch.setattr(backend, "stage", full)
     path = MergeIdentity(parse("sum(keys)"), (digest,)).path
     reply = prepared(merges, path)
     assert (reply["ok"], reply["kind"]) == (False, "user")
@@ -242,12 +274,12 @@ def test_a_merge_is_kept_for_the_next_slot_as_long_as_it_is_needed(
     first = contents(manager, activate(manager, merges.load_merge(merge.path)))  # vLLM packs it in place
     for _ in range(2):
         assert_same(contents(manager, activate(manager, merges.load_merge(merge.path))), first)
-    assert len(backend.checked) == 1
+    assert len(backend.staged) == 1
     assert prepared(merges, merge.path, [merge.digest])["made"] is False
     other = MergeIdentity(parse("sum(keys)"), (digest,))
     prepared(merges, other.path)  # nobody needs the first one any more
     merges.load_merge(merge.path)
-    assert len(backend.checked) == 3
+    assert len(backend.staged) == 3
 
 
 def test_what_fills_a_slot_is_compiled_when_the_merge_is_prepared(
@@ -255,13 +287,13 @@ def test_what_fills_a_slot_is_compiled_when_the_merge_is_prepared(
 ) -> None:
     manager, backend = worker_manager(vllm_config), CopyingBackend()
     activate(manager, written(manager, backend, "ties(sql, ends)", sources))
-    assert backend.compiled == backend.written
+    assert backend.compiled == backend.placed
 
 
 def test_what_waits_for_the_device_in_a_step_is_allowed_where_vllm_looks_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # VLLM_GPU_SYNC_CHECK=error: a decomposition waits for the device, and is made while a slot is filled.
+    # VLLM_GPU_SYNC_CHECK=error: a merge that nobody asked to stay is made again before its slot is filled.
     monkeypatch.setattr(gpu_sync_debug, "_SYNC_CHECK_MODE", "error")
     monkeypatch.setattr(gpu_sync_debug, "_sync_check_enabled", True)
     seen: list[tuple[str, str | None]] = []

@@ -38,7 +38,7 @@ def needed(monkeypatch: pytest.MonkeyPatch) -> set[object]:
 
 
 def served(strategy: str, dtypes: Sequence[torch.dtype], slot_dtype: torch.dtype) -> None:
-    """Check and write a merge of one source of each dtype, as a server does."""
+    """Make and place a merge of one source of each dtype, as a server does."""
     backend = module.TritonBackend(torch.device("cpu"))
     adapters = {
         name: random_adapter(SHAPES, 8, dtype, seed)
@@ -49,9 +49,9 @@ def served(strategy: str, dtypes: Sequence[torch.dtype], slot_dtype: torch.dtype
         name: Slot(*(torch.empty(shape, dtype=slot_dtype) for shape, _ in made.results))
         for name, made in plan.modules.items()
     }
-    backend.check(plan)
-    backend.compile(plan, slots)
-    backend.write(plan, slots)
+    staged = backend.stage(plan, slot_dtype)
+    backend.compile(staged, slots)
+    backend.place(staged, slots)
 
 
 @pytest.mark.parametrize("slot_dtype", [HALF, torch.float16, WHOLE], ids=str)

@@ -14,11 +14,13 @@ from vllm.lora.lora_model import LoRAModel
 import tiny
 from making import random_adapter
 from merged_lora.backends import load_backend
+from merged_lora.engine import plan
 from merged_lora.errors import BackendError, PlanError
-from merged_lora.triton_kernels.packed import DeviceSources
+from merged_lora.spec import parse
+from merged_lora.triton_kernels.packed import ALIGNMENT, DeviceSources
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
 from merged_lora.vllm_plugin.settings import Settings
-from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker
+from merged_lora.vllm_plugin.worker.makers import HostMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from slots import (
     FUSED,
@@ -33,8 +35,8 @@ TRITON = Settings(enable=True, backend="triton")
 
 def start(
     manager: Any, backend: CopyingBackend, settings: Settings, sleeps: bool = False
-) -> Maker[LoRAModel]:
-    """Start a worker on a machine whose device backend is this one; returns its maker."""
+) -> MergeWorker[LoRAModel]:
+    """Start a worker on a machine whose device backend is this one, and end its threads."""
     with pytest.MonkeyPatch.context() as patch:
         real = load_backend
         patch.setattr(worker_hooks, "load_backend", lambda name: real("cpu") if name == "cpu" else backend)
@@ -45,7 +47,7 @@ def start(
             worker_hooks._make_ready(manager, merges, settings)
         finally:
             merges.stop()
-        return made
+        return merges
 
 
 def test_device_memory_for_sources_is_reserved_when_the_worker_starts(vllm_config: VllmConfig) -> None:
@@ -85,6 +87,31 @@ def test_unless_it_is_said_there_is_room_for_the_sources_of_any_merge(
     assert backend.reason in str(refused.value)
     each = f"{sum(f.nbytes for f in largest[0].modules.values()) / 2**30:.3g}"
     assert " + ".join([each] * (count + 1)) in str(refused.value)
+
+
+def test_memory_for_the_largest_merge_is_reserved_on_the_device_and_announced(
+    vllm_config: VllmConfig,
+) -> None:
+    manager, backend = worker_manager(vllm_config), CopyingBackend()
+    shapes = tiny.MODULES | OTHERS | {"model.layers.1.mlp.fused_proj": (sum(FUSED), HIDDEN)}
+    embeddings = ["model.embed_tokens"]
+    adapters = {
+        name: random_adapter(shapes, MAX_RANK, torch.float32, seed, embeddings=embeddings)
+        for seed, name in enumerate("ab")
+    }
+    worker = start(manager, backend, TRITON)
+    assert backend.largest == worker.largest
+    largest = worker.maker.make(7, plan(parse("linear(a, b)"), adapters, MAX_RANK)).nbytes
+    padding = 2 * len(shapes) * ALIGNMENT
+    assert largest <= worker.largest <= largest + padding
+
+
+def test_a_merge_that_the_byte_budget_cannot_hold_is_an_error_at_the_start(vllm_config: VllmConfig) -> None:
+    manager, backend = worker_manager(vllm_config), CopyingBackend()
+    settings = Settings(enable=True, backend="triton", ready_gib=1e-5)
+    with pytest.raises(BackendError, match=r"takes up to .* GiB, --merged-lora-ready-gib allows 1e-05"):
+        start(manager, backend, settings)
+    assert backend.reserved == []
 
 
 def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
@@ -136,7 +163,7 @@ def test_where_the_device_does_not_serve_auto_takes_the_cpu_and_says_so(
         made = start(worker_manager(vllm_config), backend, Settings(enable=True), sleeps=True)
     finally:
         logging.getLogger("vllm.merged_lora").removeHandler(caplog.handler)
-    assert isinstance(made, HostMaker)
+    assert isinstance(made.maker, HostMaker)
     assert backend.reserved == []
     assert "sleep mode takes the memory" in caplog.text
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from merged_lora.backends import Slot
+from merged_lora.backends import Slot, StagedMerge
 from merged_lora.triton_kernels.kernels.words import KINDS
 from merged_lora.triton_kernels.transfer import Integers
 
@@ -53,25 +53,52 @@ def draft_merge(
     return draft_launches(layout, chosen, addresses, thresholds, rows, _kinds(tensors))
 
 
-def draft_copies(sources: Sequence[torch.Tensor], slots: Sequence[Slot]) -> list[Draft]:
+def draft_copies(
+    sources: Sequence[torch.Tensor], slots: Sequence[Slot], addresses: Integers | None = None
+) -> list[Draft]:
     """The launches that copy tensors into slots, and fill the rest of each slot with zeros.
 
     sources: contiguous two-dimensional tensors, A and B for each slot in turn.
+    addresses: where the copies of these tensors lie that are read ``[n]``; the tensors themselves if None.
     """
     tensors = slot_tensors(slots)
     shapes = np.array([t.shape for t in sources], np.int64).reshape(-1, 2)
-    addresses = np.array([t.data_ptr() for t in sources], np.int64).reshape(-1, 1)
+    if addresses is None:
+        addresses = addresses_of(sources)
     rows = _target_rows(slots, tensors, shapes)
-    every = np.arange(len(tensors))
+    every, column = np.arange(len(tensors)), addresses[:, None]
     # Copies keep all entries and read no thresholds, so any addresses will do for those.
     return draft_launches(
-        copies(_kinds(sources)), every, addresses, np.zeros_like(addresses), rows, _kinds(tensors)
+        copies(_kinds(sources)), every, column, np.zeros_like(column), rows, _kinds(tensors)
     )
+
+
+def draft_placing(staged: StagedMerge, targets: Targets, address: int) -> list[Draft]:
+    """The launches that copy modules of a staged merge into their slots, and fill empty slots with zeros.
+
+    address: of a copy of the whole merge, on the device.
+    """
+    modules = [staged.modules[name] for name in targets.slots]
+    sources = [tensor for f in modules for tensor in (f.a, f.b)]
+    moved = addresses_of(sources) + (address - staged.host.data_ptr())
+    nothing = _nothing(targets.empty)
+    # One call for both, because in the same dtype they are one launch.
+    return draft_copies([*sources, *nothing], targets.all, np.append(moved, addresses_of(nothing)))
 
 
 def draft_zeros(slots: Sequence[Slot]) -> list[Draft]:
     """The launches that fill slots with zeros: copies of empty tensors."""
-    return draft_copies([torch.empty(0, 0, dtype=t.dtype) for t in slot_tensors(slots)], slots)
+    return draft_copies(_nothing(slots), slots)
+
+
+def _nothing(slots: Sequence[Slot]) -> list[torch.Tensor]:
+    """An empty tensor for A and B of each slot in turn, in their dtypes."""
+    return [torch.empty(0, 0, dtype=t.dtype) for t in slot_tensors(slots)]
+
+
+def addresses_of(tensors: Sequence[torch.Tensor]) -> Integers:
+    """The address of each tensor ``[n]``."""
+    return np.array([t.data_ptr() for t in tensors], np.int64)
 
 
 def slot_tensors(slots: Sequence[Slot]) -> list[torch.Tensor]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from merged_lora.backends import Slot
 from merged_lora.triton_kernels.packed import Resident
-from merged_lora.triton_kernels.transfer import Part, Ring
 
+from .kept import KeptLaunches, Written
 from .launch import (
     KEEP_EVERYTHING,
     KEEP_NONE,
@@ -26,51 +23,11 @@ from .launch import (
     upload_launches,
 )
 from .layout import Layout
-from .slots import Targets, draft_merge, draft_zeros, slot_tensors
+from .slots import Targets, draft_merge, draft_zeros
 from .tables import target_rows
 
 TABLES = 16 << 20
 """Bytes of tables kept on the device; about 60 merges of rank 16 into a slot of an 8B model."""
-
-
-@dataclass(frozen=True, eq=False)
-class Written:
-    """The launches of a write, with their tables in a part of the ring.
-
-    They are valid for the same slots at the same addresses, as long as the sources and their thresholds have
-    not moved; a source that was evicted and loaded again is another resident.  Slots and residents are held
-    weakly, so that they do not keep device memory alive.
-
-    names: modules written, in the order of their slots.
-    slots: those of the modules, then those that become zero.
-    addresses: of A and B of every slot in turn.
-    residents: the sources.
-    thresholds: of :func:`launch.source_thresholds`.
-    part: holds the tables.
-    """
-
-    names: Sequence[str]
-    slots: Sequence[weakref.ref[Slot]]
-    addresses: Sequence[int]
-    residents: Sequence[weakref.ref[Resident]]
-    thresholds: Sequence[torch.Tensor | None]
-    part: Part
-    launches: Sequence[Launch]
-
-    def is_valid(
-        self,
-        targets: Targets,
-        residents: Sequence[Resident],
-        thresholds: Sequence[torch.Tensor | None],
-    ) -> bool:
-        """Whether tables made now would be the same."""
-        return (
-            self.names == list(targets.slots)
-            and self.addresses == _addresses(targets)
-            and all(kept() is slot for kept, slot in zip(self.slots, targets.all, strict=True))
-            and all(kept() is resident for kept, resident in zip(self.residents, residents, strict=True))
-            and all(kept is table for kept, table in zip(self.thresholds, thresholds, strict=True))
-        )
 
 
 class LayoutWriter:
@@ -82,12 +39,12 @@ class LayoutWriter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._ring = Ring(TABLES, device)
+        self._kept = KeptLaunches(TABLES, device)
         self._constants = torch.tensor([KEEP_EVERYTHING, KEEP_NONE], dtype=torch.int32).to(device)
 
     def reserve(self) -> torch.Tensor:
         """The memory for tables, uint8, allocated now if it is not yet."""
-        return self._ring.reserve()
+        return self._kept.reserve()
 
     def launches(
         self,
@@ -105,40 +62,18 @@ class LayoutWriter:
         chosen, slots = targets.chosen(layout)
         thresholds = source_thresholds(layout, residents, self._device) if slots else []
         if written is not None:
-            # Writes whose tables were overwritten in the ring by newer ones are forgotten.
-            written[:] = [write for write in written if write.part.held]
-            for write in written:
-                if write.is_valid(targets, residents, thresholds):
-                    return write.launches
+            found = self._kept.find(written, targets, residents, thresholds)
+            if found is not None:
+                return found
         drafts: list[Draft] = []
         if slots:
             addresses = source_addresses(layout, residents)
             kept = threshold_addresses(layout, thresholds, self._constants)
             drafts += draft_merge(layout, chosen, slots, addresses, kept)
         drafts += draft_zeros(targets.empty)
-        part: Part | None = None
-
-        def take(nbytes: int) -> torch.Tensor:
-            nonlocal part
-            part = None if written is None else self._ring.take(nbytes)
-            return (
-                torch.empty(nbytes, dtype=torch.uint8, device=self._device) if part is None else part.buffer
-            )
-
-        launches = upload_launches(drafts, self._device, take)
-        if written is not None and part is not None:
-            written.append(
-                Written(
-                    names=list(targets.slots),
-                    slots=[weakref.ref(slot) for slot in targets.all],
-                    addresses=_addresses(targets),
-                    residents=[weakref.ref(resident) for resident in residents],
-                    thresholds=thresholds,
-                    part=part,
-                    launches=launches,
-                )
-            )
-        return launches
+        if written is None:
+            return upload_launches(drafts, self._device)
+        return self._kept.upload(drafts, written, targets, residents, thresholds)
 
     def check(self, layout: Layout, residents: Sequence[Resident]) -> torch.Tensor:
         """Whether the result of each module of the layout overflows, bool ``[modules]`` on the device."""
@@ -158,7 +93,3 @@ class LayoutWriter:
         for launch in launches:
             launch.run()
         return raised_flags(launches).view(-1, 2).amax(1) > 0
-
-
-def _addresses(targets: Targets) -> list[int]:
-    return [tensor.data_ptr() for tensor in slot_tensors(targets.all)]

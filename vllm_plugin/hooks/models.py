@@ -18,8 +18,9 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from merged_lora.adapters import Adapter
-from merged_lora.backends import SlotBackend
+from merged_lora.backends import SlotBackend, StagedMerge
 from merged_lora.errors import PlanError, listed
+from merged_lora.factors import Factors
 from merged_lora.peft_files import config_of, tensors_of
 from merged_lora.plan import MergePlan
 from merged_lora.vllm_plugin.worker.makers import outline
@@ -43,7 +44,7 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
     if any(factors.embedding for factors in adapter.modules.values()) or _skips(layers):
         lora = lora_model(manager, number, adapter, "cpu")
     else:  # the same, without mapping every name again
-        named, modules = _names(layers, adapter), adapter.modules.values()
+        named, modules = _names(layers, adapter.modules), adapter.modules.values()
         dtype, direct = manager.lora_config.lora_dtype, _slot_map(layers).direct
 
         def converted(x: torch.Tensor, theirs: str) -> torch.Tensor:
@@ -68,28 +69,27 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
     return lora
 
 
-def slot_model(manager: Any, backend: SlotBackend, number: int, plan: MergePlan) -> LoRAModel:
-    """The merge as vLLM holds it until it is activated: shapes without values, and a writer for its slot.
+def slot_model(manager: Any, number: int, plan: MergePlan) -> LoRAModel:
+    """The merge as vLLM holds it until it is activated: shapes without values.
 
     Tensors on the device ``meta`` go through all of vLLM's own checks and packing, and take no memory.
     Raises PlanError if the merge does not fit the model.
     """
     outlines = {name: outline(module) for name, module in plan.modules.items()}
-    adapter = Adapter(outlines, plan.header)
-    lora = lora_model(manager, number, adapter, "meta")
-    layers = manager._adapter_manager
-    slot_map = _slot_map(layers)
-    slot_map.check(lora)
-    ours = {theirs: name for name, theirs in _names(layers, adapter).items()}
-    modules = {part: ours[weights.module_name] for part, weights in slot_map.weights_of(lora).items()}
-    setattr(lora, ATTRIBUTE, DeviceSlotWriter(backend, plan, slot_map, modules))
+    lora = lora_model(manager, number, Adapter(outlines, plan.header), "meta")
+    _slot_map(manager._adapter_manager).check(lora)
     return lora
 
 
-def compile_slot_writer(lora: LoRAModel) -> None:
-    """Compile the kernels that write a merge of :func:`slot_model` into a slot."""
-    writer: DeviceSlotWriter = getattr(lora, ATTRIBUTE)
+def attach_slot_writer(manager: Any, backend: SlotBackend, lora: LoRAModel, staged: StagedMerge) -> None:
+    """Give a merge of :func:`slot_model` its values, and compile the kernels that write it into a slot."""
+    layers = manager._adapter_manager
+    slot_map = _slot_map(layers)
+    ours = {theirs: name for name, theirs in _names(layers, staged.modules).items()}
+    modules = {part: ours[weights.module_name] for part, weights in slot_map.weights_of(lora).items()}
+    writer = DeviceSlotWriter(backend, staged, slot_map, modules)
     writer.compile()
+    setattr(lora, ATTRIBUTE, writer)
 
 
 def _slot_map(layers: Any) -> SlotMap:
@@ -100,12 +100,12 @@ def _slot_map(layers: Any) -> SlotMap:
     return slot_map
 
 
-def _names(layers: Any, adapter: Adapter) -> dict[str, str]:
+def _names(layers: Any, modules: Mapping[str, Factors]) -> dict[str, str]:
     """vLLM's name for each module of an adapter."""
     known: dict[tuple[str, bool], str] = _slot_map(layers).names
     mapper = _mapper(layers.model)
     found = {}
-    for name, factors in adapter.modules.items():
+    for name, factors in modules.items():
         key = name, factors.embedding
         if key not in known:
             known[key] = parse_fine_tuned_lora_name(next(iter(tensors_of({name: factors}))), mapper)[0]

@@ -17,10 +17,9 @@ from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 
-from merged_lora.backends import Slot, SlotBackend
+from merged_lora.backends import Slot, SlotBackend, StagedMerge
 from merged_lora.errors import PlanError, listed
 from merged_lora.lru import Lru
-from merged_lora.plan import MergePlan
 
 from .versions import named, since
 
@@ -286,43 +285,45 @@ def _begin(whole: torch.Tensor, part: torch.Tensor, slot: torch.Tensor) -> Begin
 
 @dataclass(frozen=True, eq=False)
 class DeviceSlotWriter:
-    """Writes a merge into slots by letting a backend make it there.
+    """Writes a merge that a device has made into slots of that device.
 
-    backend:  merges on the device of the slots.
-    plan:     the plan of the merge.
+    backend:  has made it, and copies it.
+    staged:   the merge, in host memory.
     slot_map: the slots of the model's layers.
-    modules:  name in the plan of each module, by vLLM's name.
+    modules:  name in the merge of each module, by vLLM's name.
     """
 
     backend: SlotBackend
-    plan: MergePlan
+    staged: StagedMerge
     slot_map: SlotMap
     modules: Mapping[str, str]
 
     def write(self, index: int) -> None:
-        """Merge into the slot of every layer, over what the slot held before."""
+        """Copy the merge into the slot of every layer, over what the slot held before.
+
+        The copies are queued on the current stream, the step's own, and the step does not wait for them.
+        """
         start = time.perf_counter()
         slots, empty = self._slots(index)
-        self.backend.write(self.plan, slots, empty)
-        others = self._others()
-        for name in others:
-            self._hand_over(name, index)
+        others = {name: self._held(name) for name in self._others()}
+        names = [module for held in others.values() for module in held if module is not None]
+        whole = self.backend.place(self.staged, slots, empty, names)
+        for name, held in others.items():  # from the device, so that vLLM's copies wait for nothing either
+            pairs: list[FactorPair] = [
+                (whole[module].a, whole[module].b) if module is not None else (None, None) for module in held
+            ]
+            self.slot_map.set_layer(name, index, pairs)
         logger.debug(
-            "slot %d: %d modules of %s written, %d layers set, in %.1f ms",
+            "slot %d: %d modules copied, %d layers set, in %.1f ms",
             index,
             len(slots),
-            self.plan.spec,
             len(others),
             (time.perf_counter() - start) * 1e3,
         )
 
     def compile(self) -> None:
         """Compile the kernels that :meth:`write` launches, so that no step of the engine waits for them."""
-        self.backend.compile(self.plan, *self._slots(0))
-        for name in self._others():
-            whole = {module: self._empty(module) for module in self._held(name) if module is not None}
-            if whole:
-                self.backend.compile(self.plan, whole)
+        self.backend.compile(self.staged, *self._slots(0))
 
     def _slots(self, index: int) -> tuple[dict[str, Slot], list[Slot]]:
         """The slots of the merge's modules, by name, and the slots of modules that it does not have."""
@@ -339,23 +340,8 @@ class DeviceSlotWriter:
         return [name for name in self.slot_map.others if name not in self.slot_map.shards]
 
     def _held(self, name: str) -> list[str | None]:
-        """Names in the plan of a layer's modules, in its order; None for one that the merge does not have."""
+        """Names in the merge of a layer's modules, in its order; None for one that it does not have."""
         return [self.modules.get(part) for part in parts_of(self.slot_map.packed, name)]
-
-    def _hand_over(self, name: str, index: int) -> None:
-        """Merge the modules of one layer into tensors of their own and let vLLM store them."""
-        held = self._held(name)
-        whole = {module: self._empty(module) for module in held if module is not None}
-        if whole:
-            self.backend.write(self.plan, whole)
-        pairs: list[FactorPair] = [(whole[m].a, whole[m].b) if m is not None else (None, None) for m in held]
-        self.slot_map.set_layer(name, index, pairs)
-
-    def _empty(self, module: str) -> Slot:
-        """A slot with the shape of the whole result, because vLLM shards and transposes what it is given."""
-        shapes = [shape for shape, _ in self.plan.modules[module].results]
-        dtype, device = self.slot_map.dtype, self.backend.device
-        return Slot(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 class HostSlotWriter:

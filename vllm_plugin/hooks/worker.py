@@ -33,8 +33,8 @@ from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 
 from .current import current
 from .models import (
+    attach_slot_writer,
     check_fit,
-    compile_slot_writer,
     host_model,
     largest_adapter,
     lora_model,
@@ -50,7 +50,7 @@ NICE = 10
 DRIVERS = 2
 """Cores that a worker whose model runs on a device is taken to need for itself."""
 ALIGNMENT = 64
-"""Bytes of padding that a tensor of a source may need on a device."""
+"""Bytes of padding that a tensor of a source or of a merge may need on a device."""
 
 
 def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -103,7 +103,12 @@ def _maker(manager: Any, settings: Settings, sleeps: bool, adapters: VllmPlainAd
     elif unfit:
         raise BackendError(f"{unfit}; start the server with --merged-lora-backend cpu")
     if isinstance(backend, SlotBackend):
-        maker = SlotMaker(backend, functools.partial(slot_model, manager, backend), compile_slot_writer)
+        maker = SlotMaker(
+            backend,
+            manager.lora_config.lora_dtype,
+            functools.partial(slot_model, manager),
+            functools.partial(attach_slot_writer, manager, backend),
+        )
     else:
         maker = HostMaker(backend, functools.partial(host_model, manager), adapters.size)
     return maker
@@ -128,19 +133,20 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
 def _make_ready(manager: Any, worker: MergeWorker[LoRAModel], settings: Settings) -> None:
     """Reserve the memory that merges need, compile what they launch, and measure how long they take."""
     backend = worker.maker.backend
+    modules, worker.largest = largest_adapter(manager._adapter_manager)
+    if isinstance(backend, SlotBackend):
+        worker.largest += modules * 2 * ALIGNMENT
+    if worker.largest > settings.ready_gib * GIB:
+        raise BackendError(
+            f"a merge of --max-lora-rank {manager.lora_config.max_lora_rank} takes up to "
+            f"{worker.largest / GIB:.3g} GiB, --merged-lora-ready-gib allows {settings.ready_gib:g}"
+        )
     if isinstance(backend, SlotBackend):
         # Reserved while the model is loaded, and kept: vLLM measures afterwards how much is left for the KV
         # cache, so this memory counts as weights do, and no merge ever needs more.
         nbytes, reason = _source_memory(manager._adapter_manager, settings)
-        backend.reserve(nbytes, reason)
+        backend.reserve(nbytes, reason, worker.largest)
         logger.info("%.3g GiB of device memory for the sources of merges: %s", nbytes / GIB, reason)
-    else:
-        worker.largest = largest_adapter(manager._adapter_manager)[1]
-        if worker.largest > settings.ready_gib * GIB:
-            raise BackendError(
-                f"a merge of --max-lora-rank {manager.lora_config.max_lora_rank} takes up to "
-                f"{worker.largest / GIB:.3g} GiB, --merged-lora-ready-gib allows {settings.ready_gib:g}"
-            )
     worker.make_ready(manager.lora_config.lora_dtype)
 
 

@@ -1,4 +1,4 @@
-"""Two ways from a plan to what vLLM holds of a merge: tensors in host memory, or shapes and a plan.
+"""Two ways from a plan to what vLLM holds of a merge: tensors, or shapes and what a device has made.
 
 Knows plans and backends and nothing of vLLM, whose objects are built by functions given at construction.
 """
@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from merged_lora.adapters import Adapter
-from merged_lora.backends import Backend, Progress, Result, SlotBackend, no_progress
+from merged_lora.backends import Backend, Progress, Result, SlotBackend, StagedMerge, no_progress
 from merged_lora.engine import run, warn
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan, Module
@@ -32,7 +32,7 @@ class Made(Generic[Model]):
     result:  what the backend reported, without the tensors.
     rank:    largest rank of a module.
     modules: number of modules.
-    nbytes:  bytes that ``model`` takes in host memory; 0 if it has shapes alone.
+    nbytes:  bytes that ``model`` takes in host memory.
     """
 
     model: Model
@@ -91,36 +91,38 @@ class HostMaker(Generic[Model]):
 
 
 class SlotMaker(Generic[Model]):
-    """Merges on a device, into slots; what vLLM holds before has shapes and no values.
+    """Merges on a device; vLLM holds shapes without values, and beside them the merge in host memory.
 
     backend: merges on the device.
+    dtype:   of vLLM's slots.
     build:   makes what vLLM holds from an id and a plan; raises PlanError if vLLM would refuse the merge.
-    compile: compiles the kernels that fill a slot with it.
+    equip:   gives it the merge, and compiles what brings that into a slot.
     """
 
     def __init__(
         self,
         backend: SlotBackend,
+        dtype: torch.dtype,
         build: Callable[[int, MergePlan], Model],
-        compile: Callable[[Model], None],
+        equip: Callable[[Model, StagedMerge], None],
     ) -> None:
         self.backend = backend
+        self._dtype = dtype
         self._build = build
-        self._compile = compile
+        self._equip = equip
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """The adapter in page-locked memory."""
         return self.backend.adopt(adapter)
 
     def make(self, number: int, plan: MergePlan, progress: Progress = no_progress) -> Made[Model]:
-        """The merge, tried on the device, so that writing it into a slot cannot fail."""
+        """The whole merge, so that nothing but copies is left for the step that activates it."""
         warn(plan.spec, plan.notes, logger)
         model = self._build(number, plan)
-        result = self.backend.check(plan)
-        warn(plan.spec, result.notes(), logger)
-        self._compile(model)
-        progress(len(plan.modules))
-        return _made(model, plan, result, 0)
+        staged = self.backend.stage(plan, self._dtype, progress)
+        warn(plan.spec, staged.result.notes(), logger)
+        self._equip(model, staged)
+        return _made(model, plan, staged.result, staged.nbytes)
 
 
 def _made(model: Model, plan: MergePlan, result: Result, nbytes: int) -> Made[Model]:
