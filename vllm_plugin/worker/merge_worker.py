@@ -129,7 +129,7 @@ class MergeWorker(Generic[Model]):
     limit:    bytes for copies of adapters.
     adapters: reads and holds plain adapters as vLLM does.
     maker:    makes what vLLM holds of a merge.
-    largest:  bytes of the largest merge that the model allows; 0 if a merge takes next to none.
+    largest:  bytes of the largest merge that the model allows; 0 until that is known.
     pace:     how long merges take here.
     seconds:  longest merge that is made, ``--merged-lora-max-seconds``.
     enter:    called first in the thread that merges.
