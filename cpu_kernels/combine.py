@@ -198,8 +198,8 @@ def blend_code(blend: Blend) -> int:
 def _new_tensors(kinds: Sequence[tuple[torch.Tensor, torch.dtype]]) -> list[torch.Tensor]:
     """Tensors without values, each of the shape of another one and of a dtype.
 
-    Those of one dtype share a buffer, and one call of torch makes all of them.  A call for each would take
-    several times as long, and wait for the interpreter's lock each time if another thread runs a model.
+    One call of torch makes all tensors of a dtype, as parts of one buffer.  A call for each would take much
+    longer, and wait for the interpreter's lock each time if another thread runs a model.
     """
     like: dict[torch.dtype, list[torch.Tensor]] = {}
     for tensor, dtype in kinds:

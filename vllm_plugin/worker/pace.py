@@ -25,6 +25,8 @@ MEASURED = {"ties": 24, "della": 24, "sum": 24, "knots": 12, "core_ties": 12, "t
 does at a rate of its own."""
 ROWS, RANK = 512, 8
 """Rows and columns of a module of the random adapters that are merged for that, and their rank."""
+REFERENCE = "numpy"
+"""Name of the backend that is made to prove the others."""
 ALTERNATIVES = 4
 """Number of faster strategies that a refusal names."""
 LEARNED = 0.25
@@ -43,9 +45,11 @@ class Pace:
     def measure(self, backend: Backend) -> None:
         """Time small merges of random adapters, twice, because the first one may compile something.
 
-        A backend whose device is only simulated is not timed; what it takes says nothing.
+        A backend whose device is only simulated is not timed, because what it takes says nothing.  Nor is the
+        reference, because that would take minutes.
         """
-        if isinstance(backend, SlotBackend) and backend.device.type == "cpu":
+        simulated = isinstance(backend, SlotBackend) and backend.device.type == "cpu"
+        if simulated or backend.name == REFERENCE:
             return
         for strategy, modules in MEASURED.items():
             sources = {name: _random_adapter(modules, seed) for seed, name in enumerate("abc")}
