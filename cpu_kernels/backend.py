@@ -16,7 +16,7 @@ from merged_lora.lowrank import inner_of, weights_of
 from merged_lora.plan import EntryModule, FactorModule, MergePlan, OutputModule, SumModule
 from merged_lora.streaming import starting_columns, truncate_tiles
 
-from .combine import combine
+from .combine import KnownThresholds, combine
 from .pool import Item, Made, Pool, batches
 from .stacks import (
     M,
@@ -53,6 +53,7 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self._pool = Pool()
+        self._known = KnownThresholds()
 
     def confine(self, threads: int, nice: int) -> None:
         """See :class:`merged_lora.backends.Backend`; ends the threads that there were, and starts others."""
@@ -69,14 +70,14 @@ class CpuBackend:
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         with self._pool.lasting():
-            return _Merge(plan, progress, self._pool).result()
+            return _Merge(plan, progress, self._pool, self._known).result()
 
 
 class _Merge:
     """A merge that is being made; what there is of its result."""
 
-    def __init__(self, plan: MergePlan, progress: Progress, pool: Pool) -> None:
-        self._plan, self._progress, self._pool = plan, progress, pool
+    def __init__(self, plan: MergePlan, progress: Progress, pool: Pool, known: KnownThresholds) -> None:
+        self._plan, self._progress, self._pool, self._known = plan, progress, pool, known
         self._modules: dict[str, Factors] = {}
         self._energy: dict[str, Energy] = {}
         self._repeated: set[str] = set()
@@ -99,9 +100,9 @@ class _Merge:
 
     def _merge_factors(self) -> None:
         factors = {name: m for name, m in self._plan.modules.items() if isinstance(m, FactorModule)}
-        merged = combine(
-            self._pool, [job for m in factors.values() for job in (m.a, m.b)], _halved(self._progress)
-        )
+        jobs = [job for m in factors.values() for job in (m.a, m.b)]
+        sources = tuple([adapter.digest for adapter in self._plan.sources])
+        merged = combine(self._pool, jobs, _halved(self._progress), self._known, sources)
         for (name, module), a, b in zip(factors.items(), merged[::2], merged[1::2], strict=True):
             self._modules[name] = Factors(a, b, 1.0, module.embedding)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from merged_lora.backends import Progress
+from merged_lora.lru import Lru
 from merged_lora.plan import (
     AgreeingMean,
     All,
@@ -33,6 +35,8 @@ FUSED = (All, Largest, LargestInModel, Random), (Sum, AgreeingMean)
 KINDS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
 _unflattened: Any = torch._C._nn.unflatten_dense_tensors
 """Views of a flat tensor in the shapes of others, made by one call."""
+KNOWN = 32
+"""Number of merges whose thresholds are kept; those of 500 modules of four sources take 64 KB."""
 NO_THRESHOLDS = np.zeros((0, 2), np.int64)
 
 
@@ -52,10 +56,37 @@ class Table:
         kernels.combine_tensors(items, *self.arguments)
 
 
-def combine(pool: Pool, jobs: Sequence[FactorJob], progress: Progress) -> list[torch.Tensor]:
+class KnownThresholds:
+    """Thresholds that earlier merges found: those of other weights on the same sources need the same ones."""
+
+    def __init__(self) -> None:
+        self._known: Lru[Hashable, Integers] = Lru()
+        self._lock = threading.Lock()
+
+    def use(self, key: Hashable, rows: int) -> Integers:
+        """A copy of the thresholds under a key ``[rows, 2]``; all UNKNOWN if there are none."""
+        with self._lock:
+            known = self._known.use(key)
+        return np.full((rows, 2), kernels.UNKNOWN) if known is None else known.copy()
+
+    def add(self, key: Hashable, thresholds: Integers) -> None:
+        """Store the thresholds of a whole merge; nobody may change them any more."""
+        with self._lock:
+            self._known.add(key, thresholds, KNOWN)
+
+
+def combine(
+    pool: Pool,
+    jobs: Sequence[FactorJob],
+    progress: Progress,
+    known: KnownThresholds | None = None,
+    sources: Hashable = None,
+) -> list[torch.Tensor]:
     """The merged tensor of every job, all of one strategy.
 
     progress: called with the number of tensors finished since the last call.
+    known:    thresholds of earlier merges.
+    sources:  names the content and the order of all inputs, for ``known``.
     """
     if not jobs:
         return []
@@ -63,8 +94,13 @@ def combine(pool: Pool, jobs: Sequence[FactorJob], progress: Progress) -> list[t
     cost = np.array([t.numel() for t in outputs]) * np.array([len(job.inputs) for job in jobs])
     if _fused([job.rule for job in jobs]):
         inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
-        table = _table(inputs, outputs, [job.rule for job in jobs], [1.0] * len(inputs))
-        pool.run(cost, table.combine, progress)
+        rules, thresholds = [job.rule for job in jobs], NO_THRESHOLDS
+        counts = tuple([c for rule in rules for keep in rule.keeps for c in keep.counts]) if known else ()
+        if known is not None and len(counts) == len(inputs):
+            thresholds = known.use((sources, counts), len(inputs))
+        pool.run(cost, _table(inputs, outputs, rules, [1.0] * len(inputs), thresholds).combine, progress)
+        if known is not None and thresholds.size:
+            known.add((sources, counts), thresholds)
     else:
 
         def work(batch: Integers) -> None:

@@ -32,7 +32,7 @@ TIE_BLOCK = 1024
 INFINITY = 0x7F800000  # as float32 bits: no entry lies above it
 BLOCK = 1024  # entries; a multiple of 8, the entries per Philox call
 SUM, VOTE_TOTAL, VOTE_FREQUENCY, VOTE_ENERGY = 0, 1, 2, 3
-KEEP_ALL, NO_DRAW = -1, -1
+KEEP_ALL, NO_DRAW, UNKNOWN = -1, -1, -1
 FEW = 32  # entries of a row that are sorted by insertion alone: counters would cost more
 NEGATIVE = np.int32(1 << 16)  # positive entries are counted in the lower half of a word, negative ones above
 
@@ -299,7 +299,7 @@ def combine_tensors(
     blend:      SUM, VOTE_TOTAL, VOTE_FREQUENCY or VOTE_ENERGY for all items.
     weighted:   whether the vote counts weighted values.
     thresholds: ``(thr, cut)`` per source row, used instead of the counts if it has rows; cut counts from the
-                item's first entry.
+                item's first entry.  Those that are UNKNOWN are found by the counts, and written into it.
     """
     bits = np.empty(BLOCK, np.uint32)
     x = bits.view(np.float32)
@@ -319,10 +319,12 @@ def combine_tensors(
         # Thresholds are found right before they are used, while the tensor is still in the cache.
         for s in range(sources[item]):
             row = first[item] + s
-            if thresholds.size:
+            if thresholds.size and thresholds[row, 0] != UNKNOWN:
                 thr[s], cut[s] = thresholds[row, 0], thresholds[row, 1]
             else:
                 thr[s], cut[s] = find_threshold(address[row], size[item], kind[row], count[row], bins)
+                if thresholds.size:
+                    thresholds[row, 0], thresholds[row, 1] = thr[s], cut[s]
         for start in range(0, size[item], BLOCK):
             n = min(BLOCK, size[item] - start)
             total[:n] = zero

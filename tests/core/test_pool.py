@@ -214,6 +214,8 @@ def test_threads_end_with_their_pool() -> None:
     assert not own & named()
 
 
+PATIENCE = 5.0
+"""Seconds that a busy machine may add to the end of a process whose merges would go on for ever."""
 EXIT = """
 import atexit, sys, threading, time, torch
 
@@ -251,4 +253,4 @@ def test_a_process_ends_in_the_middle_of_a_merge(spec: str, daemon: str) -> None
     command = [sys.executable, "-c", EXIT, spec, daemon]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stdout + done.stderr
-    assert float(done.stdout) < pool_module.EXIT_SECONDS + 0.5
+    assert float(done.stdout) < pool_module.EXIT_SECONDS + PATIENCE
