@@ -19,7 +19,7 @@ from .transfer import keep_host_memory
 
 TABLES: Final = 16 << 20
 """Bytes of tables kept on the device; for a slot of an 8B model and rank 16 they take about 0.25 MB."""
-KINDS: Final = 64
+KEPT_KINDS: Final = 64
 """Number of kinds of merges whose tables are kept: merges of one kind differ in their values alone."""
 UPLOADED: Final = 1 << 20
 """Bytes of tables for which page-locked memory is kept at hand."""
@@ -67,7 +67,7 @@ class Placer:
         written = self._written.use(staged.kind)
         if written is None:
             written = []
-            self._written.add(staged.kind, written, KINDS)
+            self._written.add(staged.kind, written, KEPT_KINDS)
         launches = self._kept.find(written, targets)
         if launches is None:
             drafts = draft_placing(staged, targets, self._staging.data_ptr())

@@ -18,8 +18,10 @@ BELOW: dict[str, set[str]] = {
     "kernels": {"transfer"},
     "factors": {"transfer", "packed", "kernels"},
     "batched": {"kernels", "factors"},
+    "results": {"transfer", "packed"},
+    "placing": {"transfer", "packed", "factors"},
     "warm_up": {"kernels"},
-    "backend": {"transfer", "packed", "kernels", "factors", "batched", "warm_up"},
+    "backend": {"transfer", "packed", "kernels", "factors", "batched", "results", "placing", "warm_up"},
 }
 """For each folder or file of ``triton_kernels``, the others that it may import from."""
 
