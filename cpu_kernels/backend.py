@@ -16,7 +16,7 @@ from merged_lora.lowrank import inner_of, weights_of
 from merged_lora.plan import EntryModule, FactorModule, MergePlan, OutputModule, SumModule
 from merged_lora.streaming import starting_columns, truncate_tiles
 
-from .combine import KnownThresholds, combine
+from .combine import KnownThresholds, combine, concatenate
 from .pool import Item, Made, Pool, batches
 from .stacks import (
     M,
@@ -108,6 +108,11 @@ class _Merge:
 
     def _merge_sums(self, modules: Mapping[str, SumModule]) -> None:
         """Modules that are weighted sums of deltas."""
+        whole = {name: module for name, module in modules.items() if module.is_concatenated}
+        if whole:
+            made = concatenate(self._pool, list(whole.values()), self._progress)
+            self._modules.update(zip(whole, made, strict=True))
+            modules = {name: module for name, module in modules.items() if name not in whole}
         stacks = stacked(modules, vector_bytes, STACK_BYTES)
         if not any(module.mean for module in modules.values()):
             self._each(merge_sums, stacks)

@@ -395,6 +395,50 @@ def _vote_energy(x, n, w, c, total, positive, negative, pluses, minuses):
         minuses[i] += c if down else zero
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def concatenate(items, target, target_kind, shape, first, sources, address, kind, rank, weight):
+    """Write factors of several sources side by side, those of A multiplied by weights.
+
+    Per item (``items`` indexes these): addresses of A ``[R, columns]`` and B ``[rows, R]`` ``[n, 2]``, their
+    kind, rows, columns and R ``[n, 3]``, first row and number of rows in the source tables.  Per source row:
+    addresses of A and B ``[m, 2]``, their kinds ``[m, 2]``, rank, float32 weight.
+    """
+    bits = np.empty(BLOCK, np.uint32)
+    x = bits.view(np.float32)
+    for item in items:
+        rows, columns, total = shape[item]
+        to = target_kind[item]
+        width = 4 if to == FP32 else 2
+        offset = 0
+        for row in range(first[item], first[item] + sources[item]):
+            own, w = rank[row], weight[row]
+            size = own * columns
+            for start in range(0, size, BLOCK):
+                n = min(BLOCK, size - start)
+                load(address[row, 0] + start * (4 if kind[row, 0] == FP32 else 2), n, kind[row, 0], bits)
+                for i in range(n):
+                    x[i] *= w
+                store(target[item, 0] + (offset * columns + start) * width, n, to, bits)
+            if kind[row, 1] != to:
+                here = 4 if kind[row, 1] == FP32 else 2
+                for i in range(rows):
+                    for start in range(0, own, BLOCK):
+                        n = min(BLOCK, own - start)
+                        load(address[row, 1] + (i * own + start) * here, n, kind[row, 1], bits)
+                        store(target[item, 1] + (i * total + offset + start) * width, n, to, bits)
+            elif to == FP32:
+                whole, part = words32(target[item, 1], rows * total), words32(address[row, 1], rows * own)
+                for i in range(rows):
+                    for j in range(own):
+                        whole[i * total + offset + j] = part[i * own + j]
+            else:
+                wide, piece = words16(target[item, 1], rows * total), words16(address[row, 1], rows * own)
+                for i in range(rows):
+                    for j in range(own):
+                        wide[i * total + offset + j] = piece[i * own + j]
+            offset += own
+
+
 # What follows works on float32 values at an address, in place or into counters, a part of a tensor at a time.
 @njit(nogil=True, cache=True, error_model="numpy")
 def count_upper(address, size, bins):

@@ -265,6 +265,11 @@ class SumModule:
     flat: bool = False
 
     @property
+    def is_concatenated(self) -> bool:
+        """Whether the weights are known and the result has the factors of all sources side by side."""
+        return self.mean is None and not self.flat and self.rank == sum(f.rank for f in self.sources)
+
+    @property
     def results(self) -> Results:
         """Shape and dtype of the merged A and B."""
         return _results(self)
