@@ -41,7 +41,12 @@ def start(place: Place, log: Path, *flags: str) -> Server:
         *("--max-cpu-loras", "2", "--worker-extension-cls", "faults.Faults", *flags),
         *("--lora-modules", *(f"{name}={path}" for name, path in place.adapters.items())),
         log=log,
-        environment={"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_LIMIT), **importing_tests()},
+        # One thread: several would wait for each other at every barrier, on cores that other tests use too.
+        environment={
+            "OMP_NUM_THREADS": "1",
+            "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_LIMIT),
+            **importing_tests(),
+        },
     )
 
 
