@@ -11,6 +11,7 @@ import unicodedata
 from .errors import SpecError
 
 MAX_NAME = 256
+SHOWN = 64
 
 _CONTROL = ("Cc", "Cs")
 _UNSEEN = ("Cf", "Zl", "Zp")
@@ -21,9 +22,14 @@ _IGNORABLE = re.compile(
 """Characters of other categories that leave no mark: Unicode's default ignorables; the blank of Braille."""
 
 
+def shortened(name: str) -> str:
+    """The name as a message shows it: at most SHOWN characters."""
+    return name if len(name) <= SHOWN else name[: SHOWN - 3] + "..."
+
+
 def checked_name(name: str) -> str:
     """The name of a source of a merge as it is; raises SpecError for one that no source may have."""
-    shown = name if len(name) <= 64 else name[:61] + "..."
+    shown = shortened(name)
     if not name or len(name) > MAX_NAME:
         raise SpecError(f"an adapter's name has 1 to {MAX_NAME} characters, {shown!r} has {len(name)}")
     check_characters(name)
@@ -46,5 +52,4 @@ def check_characters(name: str) -> None:
             what = "an invisible character"
         else:
             continue
-        shown = ascii(name if len(name) <= 64 else name[:61] + "...")
-        raise SpecError(f"adapter name {shown} holds {what}, U+{ord(character):04X}")
+        raise SpecError(f"adapter name {ascii(shortened(name))} holds {what}, U+{ord(character):04X}")

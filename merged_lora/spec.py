@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 from . import lorax
 from .errors import SpecError, UnknownAdapterError
-from .names import check_characters, checked_name
+from .names import check_characters, checked_name, shortened
 from .recipe import DENSITY, EPSILON, MEANS, Option, Strategy, Value
 from .strategies import TABLE, find
 
@@ -217,7 +217,7 @@ def check_own_name(name: str) -> None:
     Such a name is blank, holds a character that cannot be seen, or is the text of a merge, of which a request
     that names it would not tell whether the adapter or the merge is meant.
     """
-    shown = repr(name if len(name) <= 64 else name[:61] + "...")
+    shown = repr(shortened(name))
     if not name.strip():
         raise SpecError(f"the name {shown} is blank")
     check_characters(name)

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from merged_lora.errors import listed
+from merged_lora.names import SHOWN as CHARACTERS
+from merged_lora.names import shortened
 
 SHOWN = 12
 """Number of names that a message lists."""
 COMPARED = 1000
-"""Number of names that are compared with the wrong one, and the characters of each below."""
-LENGTH = 64
+"""Number of names that are compared with the wrong one, by as many characters as messages show."""
 
 
 def names_instead(wrong: str, names: Iterable[str]) -> str:
@@ -20,8 +21,8 @@ def names_instead(wrong: str, names: Iterable[str]) -> str:
     wrong: the name that nothing has.
     names: adapters and aliases.
     """
-    short = {name: name if len(name) <= LENGTH else name[: LENGTH - 3] + "..." for name in sorted(names)}
-    folded = {name[:LENGTH].casefold(): shown for name, shown in list(short.items())[:COMPARED]}
-    close = get_close_matches(wrong[:LENGTH].casefold(), folded, 1)
+    short = {name: shortened(name) for name in sorted(names)}
+    folded = {name[:CHARACTERS].casefold(): shown for name, shown in list(short.items())[:COMPARED]}
+    close = get_close_matches(wrong[:CHARACTERS].casefold(), folded, 1)
     hint = f"Did you mean `{folded[close[0]]}`? " if close else ""
     return f"{hint}Adapters and merges: {listed(short.values(), SHOWN) or 'none'}."
