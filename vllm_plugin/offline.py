@@ -18,7 +18,7 @@ from merged_lora.vllm_plugin.hooks.api_server import lora_request
 
 from .identity import MergeIdentity
 from .merge_log import log_merge
-from .rpc import CAPTURE, POLL, PREPARE, Facts, Pending, Reply, agreed, raise_failure
+from .rpc import CAPTURE, POLL, PREPARE, Facts, Pending, Reply, agreed, agreed_under, raise_failure
 from .settings import GIB, Settings
 
 OWNER = "offline"
@@ -67,7 +67,6 @@ def _finished(llm: Any, method: str, *arguments: Any) -> Reply:
     reply = agreed(llm.collective_rpc(method, args=(ticket, *arguments)))
     while "pending" in reply:
         time.sleep(pause(time.monotonic() - start, Pending(**reply["pending"])))
-        replies = llm.collective_rpc(POLL, args=([ticket],))
-        reply = agreed([each["work"][ticket] if each["ok"] else each for each in replies])
+        reply = agreed_under(ticket, llm.collective_rpc(POLL, args=([ticket],)))
     raise_failure(reply)
     return reply

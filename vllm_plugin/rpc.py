@@ -89,9 +89,9 @@ class Facts:
     modules:        number of modules.
     kept_energy:    share of the squared norm kept in modules whose rank was cut; 1 if none was.
     kept_by_module: the same for each module whose rank was cut.
-    seconds:        time to make the merge in this worker; on a device, time to try it.
+    seconds:        time to make the merge in this worker, without interruptions.
     announced:      seconds that it was expected to take.
-    nbytes:         bytes that it takes in this worker as long as it is ready; 0 if it is next to nothing.
+    nbytes:         bytes of host memory that it takes in this worker as long as it is ready.
     """
 
     backend: str
@@ -148,6 +148,11 @@ def agreed(replies: Sequence[Reply]) -> Reply:
         }
     made = any(reply.get("made", False) for reply in replies)
     return {**replies[0], "held": sum(reply["held"] for reply in replies), "made": made}
+
+
+def agreed_under(ticket: str, replies: Sequence[Reply]) -> Reply:
+    """One reply for all ranks about the work under a ticket, from their replies to ``POLL``."""
+    return agreed([reply["work"][ticket] if reply["ok"] else reply for reply in replies])
 
 
 def raise_failure(reply: Reply) -> None:

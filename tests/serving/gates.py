@@ -24,7 +24,7 @@ from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
 from merged_lora.vllm_plugin.api_server.sources import Sources
 from merged_lora.vllm_plugin.api_server.workers import Workers
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.rpc import PREPARE, Reply
+from merged_lora.vllm_plugin.rpc import PREPARE, Reply, agreed_under
 from merged_lora.vllm_plugin.settings import Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker, Made, Maker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
@@ -126,7 +126,7 @@ def finished(merges: MergeWorker[Adapter], reply: Reply, ticket: str) -> Reply:
     while "pending" in reply:
         assert time.monotonic() < end, "the work does not end"
         time.sleep(0.001)
-        reply = merges.poll([ticket])["work"][ticket]
+        reply = agreed_under(ticket, [merges.poll([ticket])])
     return reply
 
 

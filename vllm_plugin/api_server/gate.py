@@ -35,7 +35,6 @@ from .workers import Workers
 
 logger = logging.getLogger("vllm.merged_lora")
 
-
 FORGOTTEN = 4096
 """Number of merges remembered as having been ready once."""
 LATE, LATE_SECONDS = 2.0, 1.0
@@ -354,8 +353,8 @@ class MergeGate:
 
     def _left(self, making: Making) -> float:
         """Seconds that a merge in the making is expected to take from now on."""
-        known = making.state is not None and making.state.announced
-        return making.state.left if making.state is not None and known else self._seconds
+        state = making.state
+        return state.left if state is not None and state.announced else self._seconds
 
     def _begin_making(self, identity: MergeIdentity) -> None:
         making = self._making[identity.digest] = Making(identity)

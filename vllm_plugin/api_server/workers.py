@@ -23,6 +23,7 @@ from merged_lora.vllm_plugin.rpc import (
     Pending,
     Reply,
     agreed,
+    agreed_under,
 )
 
 Call = Callable[[str, tuple[Any, ...]], Awaitable[Sequence[Reply]]]
@@ -143,7 +144,7 @@ class Workers:
         replies = await self._call(POLL, (list(asked),))
         self._asked = time.monotonic()
         for ticket, work in asked.items():
-            reply = agreed([each["work"][ticket] if each["ok"] else each for each in replies])
+            reply = agreed_under(ticket, replies)
             if work.reply.done():  # its client has left
                 continue
             if "pending" in reply:

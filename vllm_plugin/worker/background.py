@@ -7,7 +7,6 @@ another, and shares nothing with the first but its :class:`Job`.
 from __future__ import annotations
 
 import atexit
-import logging
 import threading
 import time
 from collections import deque
@@ -16,8 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from merged_lora.backends import Progress
-
-logger = logging.getLogger("vllm.merged_lora")
 
 Outcome = TypeVar("Outcome")
 

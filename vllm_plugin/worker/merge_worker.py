@@ -252,8 +252,7 @@ class MergeWorker(Generic[Model]):
                 return self._made(digest, made=False)
             work = self._making.get(digest)
             if work is None:
-                names = zip(identity.spec.names, identity.contents, strict=True)
-                sources = {name: self._source(key, name) for name, key in names}
+                sources = self._sources(identity)
                 job = self._merger.submit(lambda: self._task(identity, sources))
                 strategy = identity.spec.strategy
                 work = self._making[digest] = _Work(job, lambda: self._store_merge(digest, strategy))
@@ -322,9 +321,8 @@ class MergeWorker(Generic[Model]):
         if ready is not None:
             return self._adapters.share(ready.model)
         logger.warning("made again within a step: %s; nobody had asked for it to stay", identity.spec)
-        names = zip(identity.spec.names, identity.contents, strict=True)
-        sources = {name: self._source(key, name) for name, key in names}
-        return self.maker.make(identity.number, plan(identity.spec, sources, self._max_rank)).model
+        planned = plan(identity.spec, self._sources(identity), self._max_rank)
+        return self.maker.make(identity.number, planned).model
 
     def load_plain(self, path: str, number: int) -> Model | None:
         """The adapter captured from this path to be served, from memory; None if there is none."""
@@ -418,6 +416,11 @@ class MergeWorker(Generic[Model]):
         if not isinstance(copy, Adapter):
             raise UnknownAdapterError(f"no snapshot of {name!r} in this worker; register it again")
         return copy
+
+    def _sources(self, identity: MergeIdentity) -> dict[str, Adapter]:
+        """The copies of the sources of a merge, by name."""
+        names = zip(identity.spec.names, identity.contents, strict=True)
+        return {name: self._source(key, name) for name, key in names}
 
     # Merges
 
