@@ -135,7 +135,7 @@ def _make_ready(manager: Any, worker: MergeWorker[LoRAModel], settings: Settings
     backend = worker.maker.backend
     modules, worker.largest = largest_adapter(manager._adapter_manager)
     if isinstance(backend, SlotBackend):
-        worker.largest += modules * 2 * ALIGNMENT
+        worker.largest += modules * 2 * ALIGNMENT  # of a merge, as of a source
     if worker.largest > settings.ready_gib * GIB:
         raise BackendError(
             f"a merge of --max-lora-rank {manager.lora_config.max_lora_rank} takes up to "
@@ -144,25 +144,26 @@ def _make_ready(manager: Any, worker: MergeWorker[LoRAModel], settings: Settings
     if isinstance(backend, SlotBackend):
         # Reserved while the model is loaded, and kept: vLLM measures afterwards how much is left for the KV
         # cache, so this memory counts as weights do, and no merge ever needs more.
-        nbytes, reason = _source_memory(manager._adapter_manager, settings)
+        nbytes, reason = _source_memory(manager.lora_config, settings, modules, worker.largest)
         backend.reserve(nbytes, reason, worker.largest)
         logger.info("%.3g GiB of device memory for the sources of merges: %s", nbytes / GIB, reason)
     worker.make_ready(manager.lora_config.lora_dtype)
 
 
-def _source_memory(layers: Any, settings: Settings) -> tuple[int, str]:
+def _source_memory(lora_config: Any, settings: Settings, modules: int, each: int) -> tuple[int, str]:
     """Bytes to reserve for sources on a device, and the reason for that number.
+
+    modules: number of modules of the largest adapter.
+    each:    its bytes there.
 
     All sources of a merge have to be there at the same time.  If there are more slots than a merge may have
     sources, as many sources as slots may stay from one merge to the next.
     """
     if settings.gpu_gib is not None:
         return int(settings.gpu_gib * GIB), "--merged-lora-gpu-gib"
-    modules, each = largest_adapter(layers)
-    slots, rank = layers.lora_config.max_loras, layers.lora_config.max_lora_rank
+    slots, rank = lora_config.max_loras, lora_config.max_lora_rank
     count, flag = max((settings.max_sources, "--merged-lora-max-sources"), (slots, "--max-loras"))
-    dtype = str(layers.lora_config.lora_dtype).removeprefix("torch.")
-    each += modules * 2 * ALIGNMENT
+    dtype = str(lora_config.lora_dtype).removeprefix("torch.")
     return count * each, (
         f"{count} adapters, as {flag} says, of {each / GIB:.3g} GiB each: "
         f"{modules} modules, rank {rank}, {dtype}"
