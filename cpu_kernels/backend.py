@@ -108,7 +108,7 @@ class _Merge:
 
     def _merge_sums(self, modules: Mapping[str, SumModule]) -> None:
         """Modules that are weighted sums of deltas."""
-        whole = {name: module for name, module in modules.items() if module.is_concatenated}
+        whole = {name: m for name, m in modules.items() if m.is_concatenated and m.mean is None}
         if whole:
             made = concatenate(self._pool, list(whole.values()), self._progress)
             self._modules.update(zip(whole, made, strict=True))

@@ -64,7 +64,7 @@ def cost_of_module(module: Module) -> Cost:
     match module:
         case FactorModule(a, b):
             return _jobs(a) + _jobs(b)
-        case SumModule(sources) if module.is_concatenated:
+        case SumModule(sources, mean=None) if module.is_concatenated:
             cost = _on_factors(sources, module, 0.0)
             return Cost(2.0 * sum(x.numel() for f in sources for x in (f.a, f.b)), cost.nbytes)  # copied
         case SumModule(sources):

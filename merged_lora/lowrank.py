@@ -47,7 +47,7 @@ def merge_modules(modules: Sequence[SumModule], weights: torch.Tensor | None = N
     if weights is None:
         (weights,) = weights_of([modules], [inner_of(modules)] if first.mean else [None])
     energy: list[tuple[float, float]] | list[None]
-    if first.rank == sum(x.shape[1] for x in a) and not first.flat:
+    if first.is_concatenated:
         new_a, new_b = concatenated(a, b, weights, first.dtype)
         energy = [None] * len(modules)
     else:

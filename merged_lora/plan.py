@@ -266,8 +266,8 @@ class SumModule:
 
     @property
     def is_concatenated(self) -> bool:
-        """Whether the weights are known and the result has the factors of all sources side by side."""
-        return self.mean is None and not self.flat and self.rank == sum(f.rank for f in self.sources)
+        """Whether the result has the factors of all sources side by side, multiplied by weights."""
+        return not self.flat and self.rank == sum(f.rank for f in self.sources)
 
     @property
     def results(self) -> Results:
