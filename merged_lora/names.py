@@ -11,7 +11,7 @@ import unicodedata
 from .errors import SpecError
 
 MAX_NAME = 256
-SHOWN = 64
+LONGEST_SHOWN = 64
 
 _CONTROL = ("Cc", "Cs")
 _UNSEEN = ("Cf", "Zl", "Zp")
@@ -23,8 +23,8 @@ _IGNORABLE = re.compile(
 
 
 def shortened(name: str) -> str:
-    """The name as a message shows it: at most SHOWN characters."""
-    return name if len(name) <= SHOWN else name[: SHOWN - 3] + "..."
+    """The name as a message shows it: at most LONGEST_SHOWN characters."""
+    return name if len(name) <= LONGEST_SHOWN else name[: LONGEST_SHOWN - 3] + "..."
 
 
 def checked_name(name: str) -> str:
@@ -52,4 +52,4 @@ def check_characters(name: str) -> None:
             what = "an invisible character"
         else:
             continue
-        raise SpecError(f"adapter name {ascii(shortened(name))} holds {what}, U+{ord(character):04X}")
+        raise SpecError(f"adapter name {shortened(name)!a} holds {what}, U+{ord(character):04X}")

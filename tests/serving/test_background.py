@@ -46,6 +46,13 @@ class Steps:
         return Task(self.seconds, self.steps, run)
 
 
+def begun(thread: Background, steps: Steps) -> Job[str]:
+    """The job of work that was handed over and has begun."""
+    job = thread.submit(steps.task)
+    assert steps.begun.wait(PATIENCE)
+    return job
+
+
 def eventually(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
@@ -55,8 +62,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 def test_work_is_done_and_its_state_can_be_read(thread: Background) -> None:
     steps = Steps("a", 3.0, 2, [])
-    job = thread.submit(steps.task)
-    assert steps.begun.wait(PATIENCE)
+    job = begun(thread, steps)
     assert (job.running, job.finished, job.done, job.total, job.announced) == (True, False, 0, 2, 3.0)
     steps.let(1)
     eventually(lambda: job.done == 1)
@@ -69,8 +75,7 @@ def test_work_is_done_and_its_state_can_be_read(thread: Background) -> None:
 def test_short_work_that_comes_later_interrupts_long_work(thread: Background) -> None:
     notes: list[str] = []
     long, short = Steps("long", 100.0, 3, notes), Steps("short", 0.1, 2, notes)
-    first = thread.submit(long.task)
-    assert long.begun.wait(PATIENCE)
+    first = begun(thread, long)
     second = thread.submit(short.task)
     short.let(2)
     long.let(3)
@@ -81,8 +86,7 @@ def test_short_work_that_comes_later_interrupts_long_work(thread: Background) ->
 def test_long_work_that_comes_later_waits(thread: Background) -> None:
     notes: list[str] = []
     short, long = Steps("short", 0.1, 2, notes), Steps("long", 100.0, 1, notes)
-    jobs = [thread.submit(short.task)]
-    assert short.begun.wait(PATIENCE)
+    jobs = [begun(thread, short)]
     jobs.append(thread.submit(long.task))
     for steps in (long, short):
         steps.let(2)
@@ -93,8 +97,7 @@ def test_long_work_that_comes_later_waits(thread: Background) -> None:
 def test_of_those_that_wait_the_one_that_is_due_first_comes_first(thread: Background) -> None:
     notes: list[str] = []
     gate = Steps("gate", 0.0, 1, notes)
-    thread.submit(gate.task)
-    assert gate.begun.wait(PATIENCE)
+    begun(thread, gate)
     given = [Steps(name, seconds, 1, notes) for name, seconds in (("c", 90.0), ("a", 30.0), ("b", 60.0))]
     jobs = [thread.submit(steps.task) for steps in given]
     for steps in (gate, *given):
@@ -109,8 +112,7 @@ def test_nothing_is_overtaken_for_ever(thread: Background, monkeypatch: pytest.M
     monkeypatch.setattr("merged_lora.vllm_plugin.worker.background.time.monotonic", lambda: now[0])
     notes: list[str] = []
     gate, long = Steps("gate", 0.0, 1, notes), Steps("long", 5.0, 1, notes)
-    jobs = [thread.submit(gate.task)]
-    assert gate.begun.wait(PATIENCE)
+    jobs = [begun(thread, gate)]
     jobs.append(thread.submit(long.task))
     stream = []
     for i in range(12):  # a second apart, each of them a second long
@@ -128,8 +130,7 @@ def test_nothing_is_overtaken_for_ever(thread: Background, monkeypatch: pytest.M
 def test_the_time_of_an_interruption_does_not_count(thread: Background) -> None:
     notes: list[str] = []
     long, short = Steps("long", 100.0, 2, notes), Steps("short", 0.1, 1, notes)
-    first = thread.submit(long.task)
-    assert long.begun.wait(PATIENCE)
+    first = begun(thread, long)
     thread.submit(short.task)
     long.let(1)
     assert short.begun.wait(PATIENCE)
@@ -143,8 +144,7 @@ def test_the_time_of_an_interruption_does_not_count(thread: Background) -> None:
 def test_what_is_given_up_before_it_began_never_begins(thread: Background) -> None:
     notes: list[str] = []
     gate, other = Steps("gate", 0.0, 1, notes), Steps("other", 0.0, 1, notes)
-    thread.submit(gate.task)
-    assert gate.begun.wait(PATIENCE)
+    begun(thread, gate)
     job = thread.submit(other.task)
     job.cancel()
     gate.let(1)
@@ -157,8 +157,7 @@ def test_what_is_given_up_before_it_began_never_begins(thread: Background) -> No
 def test_what_is_given_up_ends_at_its_next_step_and_the_next_work_begins(thread: Background) -> None:
     notes: list[str] = []
     long, other = Steps("long", 100.0, 50, notes), Steps("other", 200.0, 1, notes)
-    job = thread.submit(long.task)
-    assert long.begun.wait(PATIENCE)
+    job = begun(thread, long)
     after = thread.submit(other.task)
     job.cancel()
     long.let(50)
@@ -210,8 +209,7 @@ def test_interruptions_are_bounded_in_depth(thread: Background) -> None:
 
     proceed = threading.Event()
     first = Steps("first", 1000.0, 1, notes)
-    jobs = [thread.submit(first.task)]
-    assert first.begun.wait(PATIENCE)
+    jobs = [begun(thread, first)]
     jobs += [thread.submit(lambda i=i: Task(500.0 / (i + 1), 1, run)) for i in range(10)]  # type: ignore[misc]
     first.let(1)
     proceed.set()

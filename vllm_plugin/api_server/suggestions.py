@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from merged_lora.errors import listed
-from merged_lora.names import SHOWN as CHARACTERS
-from merged_lora.names import shortened
+from merged_lora.names import LONGEST_SHOWN, shortened
 
 SHOWN = 12
 """Number of names that a message lists."""
@@ -22,7 +21,7 @@ def names_instead(wrong: str, names: Iterable[str]) -> str:
     names: adapters and aliases.
     """
     short = {name: shortened(name) for name in sorted(names)}
-    folded = {name[:CHARACTERS].casefold(): shown for name, shown in list(short.items())[:COMPARED]}
-    close = get_close_matches(wrong[:CHARACTERS].casefold(), folded, 1)
+    folded = {name[:LONGEST_SHOWN].casefold(): shown for name, shown in list(short.items())[:COMPARED]}
+    close = get_close_matches(wrong[:LONGEST_SHOWN].casefold(), folded, 1)
     hint = f"Did you mean `{folded[close[0]]}`? " if close else ""
     return f"{hint}Adapters and merges: {listed(short.values(), SHOWN) or 'none'}."
