@@ -308,6 +308,49 @@ def test_a_worker_keeps_what_any_api_server_needs(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_merge_that_was_just_finished_is_not_dropped_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The API server has not asked yet when the next merge begins, so that it does not know of the end.
+    monkeypatch.setattr("merged_lora.vllm_plugin.api_server.workers.FIRST_PAUSE", 0.2)
+
+    async def run() -> None:
+        maker = SteeredMaker()
+        maker.let.set()
+        merges = worker(maker=maker)
+        gate = gate_with(merges)
+        await two_sources(gate, tmp_path)
+        clients = [ask(gate, "sum(a)", first := Lease())]
+        await until(lambda: all(work.job.finished for work in merges._work.values()) and bool(maker.made))
+        clients.append(ask(gate, "sum(b)", second := Lease()))
+        for live in await asyncio.gather(*clients):
+            merges.load_merge(live.identity.path)
+        assert maker.made == ["sum(a)", "sum(b)"]
+        del first, second
+
+    asyncio.run(run())
+
+
+def test_a_merge_that_one_rank_has_already_is_waited_for_on_the_other(tmp_path: Path) -> None:
+    async def run() -> None:
+        makers = [SteeredMaker(), SteeredMaker()]
+        makers[0].let.set()
+        ranks = [worker(maker=maker) for maker in makers]
+        one, other = gate_with(ranks), gate_with(ranks)
+        for gate in (one, other):
+            await two_sources(gate, tmp_path)
+        clients = [ask(one, "sum(a)")]
+        await until(lambda: len(ranks[0]._ready) == 1)
+        clients.append(ask(other, "sum(a)"))
+        await until(lambda: bool(other.making) and other.making[0].state is not None)
+        await asyncio.sleep(0.02)  # asked again
+        makers[1].let.set()
+        assert len({live.identity.digest for live in await asyncio.gather(*clients)}) == 1
+        assert [maker.made for maker in makers] == [["sum(a)"]] * 2
+
+    asyncio.run(run())
+
+
 def test_a_request_that_waited_has_its_merge_however_much_room_others_need(tmp_path: Path) -> None:
     """Between a merge's end and its request's next turn, no other may push it out."""
 

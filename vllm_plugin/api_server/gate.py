@@ -383,7 +383,10 @@ class MergeGate:
         def watch(state: Pending) -> None:
             making.state = state
 
-        reply = await self._workers.prepare(identity.path, self._ready.digests, watch)
+        # With the others in the making: a worker may have finished one, and this server not know it yet.
+        others = [digest for digest in self._making if digest != identity.digest]
+        needed = [*self._ready.digests, *others]
+        reply = await self._workers.prepare(identity.path, needed, watch)
         if not reply["ok"]:
             spec, digest = str(identity.spec), identity.digest
             logger.warning("not merged spec=%r digest=%s error=%r", spec, digest, reply["error"])

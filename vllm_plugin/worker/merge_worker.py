@@ -249,7 +249,9 @@ class MergeWorker(Generic[Model]):
                 raise PlanError(NUMBER_TAKEN)
             if digest in self._ready:
                 self._needs[owner].add(digest)
-                return self._made(digest, made=False)
+                reply = self._made(digest, made=False)
+                self._replies.add(ticket, reply, REPLIES)  # another rank may need longer, and all are asked
+                return reply
             work = self._making.get(digest)
             if work is None:
                 sources = self._sources(identity)
