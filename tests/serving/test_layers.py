@@ -170,6 +170,16 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_merged(
         copied(manager, "sum(wrong)", wrong)
 
 
+def test_what_does_not_fit_is_refused_while_a_step_activates_another_adapter(vllm_config: VllmConfig) -> None:
+    manager = worker_manager(vllm_config)
+    layers = manager._adapter_manager
+    slot_map = model_hooks.slot_map_of(layers)  # as when a worker starts
+    layers.modules = slot_map.left_to_vllm  # as the hook of activations has it for a moment
+    wrong = {"wrong": random_adapter({QUERY: (HIDDEN, 32)}, 8, torch.bfloat16)}
+    with pytest.raises(PlanError, match=f"{QUERY[5:]} has shape"):
+        filled(manager, "sum(wrong)", wrong)
+
+
 def test_an_output_head_with_fewer_tokens_is_filled_up_as_vllm_does(vllm_config: VllmConfig) -> None:
     manager = worker_manager(vllm_config)
     short = {"short": random_adapter({"lm_head": (VOCABULARY - 20, HIDDEN)}, 8, torch.bfloat16)}

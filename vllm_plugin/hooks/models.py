@@ -45,7 +45,7 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
         lora = lora_model(manager, number, adapter, "cpu")
     else:  # the same, without mapping every name again
         named, modules = _names(layers, adapter.modules), adapter.modules.values()
-        dtype, direct = manager.lora_config.lora_dtype, _slot_map(layers).direct
+        dtype, direct = manager.lora_config.lora_dtype, slot_map_of(layers).direct
 
         def converted(x: torch.Tensor, theirs: str) -> torch.Tensor:
             # Our copy into a slot converts as well, and a conversion to a larger dtype takes memory and time.
@@ -60,10 +60,10 @@ def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
         lora = manager._lora_model_cls(number, adapter.rank, weights)
         # Merges of the same adapters differ in their values alone, and either all of them fit or none.
         shapes = tuple([(theirs, *f.kind) for theirs, f in zip(named.values(), modules, strict=True)])
-        if _slot_map(layers).fitting.use(shapes) is None:
+        if slot_map_of(layers).fitting.use(shapes) is None:
             check_fit(layers, lora)
-            _slot_map(layers).fitting.add(shapes, True, SHAPES)
-    slot_map = _slot_map(layers)
+            slot_map_of(layers).fitting.add(shapes, True, SHAPES)
+    slot_map = slot_map_of(layers)
     if not slot_map.unsupported_modules(lora):
         setattr(lora, ATTRIBUTE, HostSlotWriter(slot_map, slot_map.weights_of(lora)))
     return lora
@@ -77,14 +77,14 @@ def slot_model(manager: Any, number: int, plan: MergePlan) -> LoRAModel:
     """
     outlines = {name: outline(module) for name, module in plan.modules.items()}
     lora = lora_model(manager, number, Adapter(outlines, plan.header), "meta")
-    _slot_map(manager._adapter_manager).check(lora)
+    slot_map_of(manager._adapter_manager).check(lora)
     return lora
 
 
 def attach_slot_writer(manager: Any, backend: SlotBackend, lora: LoRAModel, staged: StagedMerge) -> None:
     """Give a merge of :func:`slot_model` its values, and compile the kernels that write it into a slot."""
     layers = manager._adapter_manager
-    slot_map = _slot_map(layers)
+    slot_map = slot_map_of(layers)
     ours = {theirs: name for name, theirs in _names(layers, staged.modules).items()}
     modules = {part: ours[weights.module_name] for part, weights in slot_map.weights_of(lora).items()}
     writer = DeviceSlotWriter(backend, staged, slot_map, modules)
@@ -92,9 +92,10 @@ def attach_slot_writer(manager: Any, backend: SlotBackend, lora: LoRAModel, stag
     setattr(lora, ATTRIBUTE, writer)
 
 
-def _slot_map(layers: Any) -> SlotMap:
+def slot_map_of(layers: Any) -> SlotMap:
+    """The slots of the layers of one of vLLM's managers; made at the first call, when a worker starts."""
     slot_map: SlotMap | None = getattr(layers, ATTRIBUTE, None)
-    if slot_map is None:  # made on first use, because vLLM makes the layers after their manager
+    if slot_map is None:
         slot_map = SlotMap(layers)
         setattr(layers, ATTRIBUTE, slot_map)
     return slot_map
@@ -102,7 +103,7 @@ def _slot_map(layers: Any) -> SlotMap:
 
 def _names(layers: Any, modules: Mapping[str, Factors]) -> dict[str, str]:
     """vLLM's name for each module of an adapter."""
-    known: dict[tuple[str, bool], str] = _slot_map(layers).names
+    known: dict[tuple[str, bool], str] = slot_map_of(layers).names
     mapper = _mapper(layers.model)
     found = {}
     for name, factors in modules.items():
@@ -156,7 +157,8 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
     unsupported = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
     if unsupported:
         raise PlanError(f"the model has no module {listed(unsupported)} that takes LoRA")
-    for name, layer in layers.modules.items():
+    # Not vLLM's own list, of which a step takes layers out while another thread checks an adapter.
+    for name, layer in slot_map_of(layers).layers.items():
         parts = parts_of(layers.packed_modules, name)
         found = [layers._get_lora_layer_weights(lora, part) for part in parts]
         for part, weights in zip(parts, found, strict=True):

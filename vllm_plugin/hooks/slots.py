@@ -101,6 +101,7 @@ def names_of(layers: Any, part: str) -> list[str]:
 class SlotMap:
     """The slots in which the layers of a model keep their adapters.
 
+    layers:       all layers by name.
     direct:       modules that a backend can write itself, by vLLM's name, with their stacked slots
                   ``[slots, 1, rank, in]`` and ``[slots, 1, out, rank]``.
     others:       layers that take whole tensors through vLLM's own code, because they are sharded or store
@@ -118,6 +119,7 @@ class SlotMap:
     """
 
     def __init__(self, layers: Any) -> None:
+        self.layers: dict[str, Any] = dict(layers.modules)
         self.direct: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.others: dict[str, Any] = {}
         self.left_to_vllm: dict[str, Any] = {}
@@ -131,8 +133,8 @@ class SlotMap:
         self._slots: dict[int, dict[str, Slot]] = {}
         self._sharded: dict[int, dict[str, Slot]] = {}
         self._regions: Lru[tuple[int, tuple[int, ...], int | None], Regions] = Lru()
-        self._layers = layers
-        for name, layer in layers.modules.items():
+        self._manager = layers
+        for name, layer in self.layers.items():
             parts = parts_of(layers.packed_modules, name)
             self.parts |= dict.fromkeys(parts)
             if _is_direct(layer, len(parts)):
@@ -158,12 +160,12 @@ class SlotMap:
     def unsupported_modules(self, lora: LoRAModel) -> list[str]:
         """The modules of an adapter that are in layers of an unsupported class."""
         parts = {part for name in self.left_to_vllm for part in (name, *parts_of(self.packed, name))}
-        inside = tuple(f"{name}." for part in parts for name in names_of(self._layers, part))
+        inside = tuple(f"{name}." for part in parts for name in names_of(self._manager, part))
         return sorted(module for module in lora.loras if f"{module}.".startswith(inside))
 
     def weights_of(self, lora: LoRAModel) -> dict[str, Any]:
         """The weights of each module that an adapter has, before vLLM packs them."""
-        found = {part: self._layers._get_lora_layer_weights(lora, part) for part in self.parts}
+        found = {part: self._manager._get_lora_layer_weights(lora, part) for part in self.parts}
         return {part: weights for part, weights in found.items() if weights is not None}
 
     def slots(self, index: int) -> dict[str, Slot]:

@@ -38,6 +38,7 @@ from .models import (
     host_model,
     largest_adapter,
     lora_model,
+    slot_map_of,
     slot_model,
 )
 from .slots import SlotMap, SlotWriter
@@ -133,6 +134,7 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
 def _make_ready(manager: Any, worker: MergeWorker[LoRAModel], settings: Settings) -> None:
     """Reserve the memory that merges need, compile what they launch, and measure how long they take."""
     backend = worker.maker.backend
+    slot_map_of(manager._adapter_manager)
     modules, worker.largest = largest_adapter(manager._adapter_manager)
     if isinstance(backend, SlotBackend):
         worker.largest += modules * 2 * ALIGNMENT  # of a merge, as of a source
