@@ -62,7 +62,11 @@ def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         *("--worker-extension-cls", "faults.Faults"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"),
         log=root / "server.log",
-        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **importing_tests()},
+        environment={
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "MERGED_LORA_TESTS_HOLD": str(place.hold),
+            **importing_tests(),
+        },
     ) as running:
         yield running
 

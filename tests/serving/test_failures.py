@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_an_adapter_that_cannot_be_loaded_is_refused_and_the_engine_lives(
     assert server.post("/v1/completions", {"model": damage, "prompt": "x"})[0] == 404
 
 
-def test_new_merges_beyond_the_queue_are_told_when_to_come_back(server: Server) -> None:
+def test_new_merges_beyond_the_queue_are_told_when_to_come_back(server: Server, place: Place) -> None:
     import urllib.error
     import urllib.request
 
@@ -198,15 +199,20 @@ def test_new_merges_beyond_the_queue_are_told_when_to_come_back(server: Server) 
         except urllib.error.HTTPError as error:
             return error.code, error.headers["Retry-After"]
 
-    with ThreadPoolExecutor(45) as pool:
-        slow = pool.submit(ask, f"dare_linear(sql, seed={faults.SLOW})")
-        time.sleep(0.5)
-        answers = list(pool.map(ask, [f"sum({1 + i / 64}*chat)" for i in range(40)]))
-    assert slow.result() == (200, None)
-    assert sorted({status for status, _ in answers}) == [200, 429]
-    refused = [after for status, after in answers if status == 429]
-    assert len(refused) == 8  # 32 wait
-    assert all(after is not None and int(after) >= 1 for after in refused)
+    place.hold.touch()
+    with ThreadPoolExecutor(41) as pool:
+        try:
+            held = pool.submit(ask, f"dare_linear(sql, seed={faults.HELD})")
+            while not server.get("/v1/merged_lora")[1]["making"]:
+                time.sleep(0.02)
+            asked = [pool.submit(ask, f"sum({1 + i / 64}*chat)") for i in range(40)]
+            refused = [answer.result() for answer in itertools.islice(as_completed(asked, timeout=120), 8)]
+        finally:
+            place.hold.unlink()
+    assert held.result() == (200, None)
+    assert {status for status, _ in refused} == {429}
+    assert all(after is not None and int(after) >= 1 for _, after in refused)
+    assert sorted(answer.result()[0] for answer in asked) == [200] * 32 + [429] * 8
     server.logprobs("sum(1.984375*chat)")
 
 

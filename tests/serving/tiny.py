@@ -84,6 +84,11 @@ class Place:
     adapters: dict[str, Path]
     sources: Path
 
+    @property
+    def hold(self) -> Path:
+        """The file that holds merges up; see ``faults.py``."""
+        return self.sources.with_name("hold")
+
 
 def make_model(folder: Path) -> Path:
     """Write the model; returns its folder."""
