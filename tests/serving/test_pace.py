@@ -82,19 +82,34 @@ def test_what_was_measured_is_what_is_announced() -> None:
 
 
 def test_every_merge_corrects_the_rate_of_its_strategy() -> None:
-    pace = Pace()
+    pace, made = Pace(), planned("ties(a, b)")
     pace._rates["ties"] = 1e-9
-    other = pace.seconds(planned("linear(a, b)"))
+    for _ in range(60):
+        pace.correct(made, 3.0)
+    assert pace.seconds(made) == pytest.approx(3.0, rel=1e-3)
+    assert pace._rates.keys() == {"ties"}
+
+
+def test_what_many_merges_that_were_announced_together_teach_does_not_add_up() -> None:
+    pace, made = Pace(), planned("ties(a, b)")
+    pace._rates["ties"] = 1e-9
+    known = pace.seconds(made)
     for _ in range(40):
-        announced = pace.seconds(planned("ties(a, b)"))
-        pace.correct("ties", announced, 3.0)
-    assert pace.seconds(planned("ties(a, b)")) == pytest.approx(3.0, rel=1e-3)
-    assert other > 0
+        pace.correct(made, 3 * known)
+    assert pace.seconds(made) == pytest.approx(3 * known, rel=1e-3)
 
 
-def test_nothing_is_learned_from_a_merge_that_was_not_announced() -> None:
+def test_one_merge_in_a_busy_moment_teaches_little() -> None:
+    pace, made = Pace(), planned("ties(a, b)")
+    pace._rates["ties"] = 1e-9
+    known = pace.seconds(made)
+    pace.correct(made, 1e6 * known)
+    assert known < pace.seconds(made) < 2 * known
+
+
+def test_nothing_is_learned_as_long_as_nothing_was_measured() -> None:
     pace = Pace()
-    pace.correct("ties", 0.0, 5.0)
+    pace.correct(planned("ties(a, b)"), 5.0)
     assert pace._rates == {}
 
 

@@ -31,12 +31,15 @@ ALTERNATIVES = 4
 """Number of faster strategies that a refusal names."""
 LEARNED = 0.25
 """Weight of the newest merge in what is known of its strategy."""
+BELIEVED = 4.0
+"""A merge teaches a rate of at most this many times the known one: the machine may just have been busy."""
 
 
 class Pace:
     """Seconds for each operation of a merge, by strategy.
 
-    Until something was measured, nothing is known, and every merge is announced as free.
+    Until something was measured, nothing is known, and every merge is announced as free.  It belongs to the
+    thread that merges.
     """
 
     def __init__(self) -> None:
@@ -63,11 +66,12 @@ class Pace:
         """How long a merge is expected to take."""
         return _size(plan) * self._rate(plan.spec.strategy)
 
-    def correct(self, strategy: str, announced: float, spent: float) -> None:
-        """Take in how long a merge of a strategy took; nothing is learned if nothing was announced."""
-        if announced > 0.0:
-            rate = self._rate(strategy)
-            self._rates[strategy] = rate + LEARNED * (rate * spent / announced - rate)
+    def correct(self, plan: MergePlan, spent: float) -> None:
+        """Take in how long a merge took; nothing is learned as long as nothing was measured."""
+        if self._rates:
+            rate = self._rate(plan.spec.strategy)
+            taught = min(spent / _size(plan), BELIEVED * rate)
+            self._rates[plan.spec.strategy] = rate + LEARNED * (taught - rate)
 
     def _rate(self, strategy: str) -> float:
         """The rate of a strategy, or of the known one that is most like it."""
