@@ -18,7 +18,7 @@ from merged_lora.vllm_plugin.hooks.api_server import lora_request
 
 from .identity import MergeIdentity
 from .merge_log import log_merge
-from .rpc import CAPTURE, POLL, PREPARE, Facts, Pending, Reply, agreed, agreed_under, raise_failure
+from .rpc import CANCEL, CAPTURE, POLL, PREPARE, Facts, Pending, Reply, agreed, agreed_under, raise_failure
 from .settings import GIB, Settings
 
 OWNER = "offline"
@@ -50,9 +50,10 @@ def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, 
         largest = reply["largest"]
     identity = MergeIdentity(spec, tuple(contents))
     kept = _kept.setdefault(llm, Lru())
-    limit = Settings.of(llm.llm_engine.vllm_config.additional_config).ready_gib * GIB - largest
-    while kept and sum(kept.values()) > limit:
-        kept.popitem(last=False)
+    if kept.use(identity.digest) is None:
+        limit = Settings.of(llm.llm_engine.vllm_config.additional_config).ready_gib * GIB - largest
+        while kept and sum(kept.values()) > limit:
+            kept.popitem(last=False)
     reply = _finished(llm, PREPARE, OWNER, list(kept), identity.path)
     facts = Facts(**reply["facts"])
     kept.add(identity.digest, facts.nbytes, len(kept) + 1)
@@ -64,9 +65,13 @@ def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, 
 def _finished(llm: Any, method: str, *arguments: Any) -> Reply:
     """The workers' reply when their work is done; raises MergeError."""
     ticket, start = uuid.uuid4().hex, time.monotonic()
-    reply = agreed(llm.collective_rpc(method, args=(ticket, *arguments)))
-    while "pending" in reply:
-        time.sleep(pause(time.monotonic() - start, Pending(**reply["pending"])))
-        reply = agreed_under(ticket, llm.collective_rpc(POLL, args=([ticket],)))
-    raise_failure(reply)
+    try:
+        reply = agreed(llm.collective_rpc(method, args=(ticket, *arguments)))
+        while "pending" in reply:
+            time.sleep(pause(time.monotonic() - start, Pending(**reply["pending"])))
+            reply = agreed_under(ticket, llm.collective_rpc(POLL, args=([ticket],)))
+        raise_failure(reply)
+    except BaseException:  # such as an interrupt by the user: nothing goes on beside the steps
+        llm.collective_rpc(CANCEL, args=([ticket],))
+        raise
     return reply

@@ -139,11 +139,11 @@ def captured(
 
 
 def prepared(
-    merges: MergeWorker[Adapter], path: str, kept: Collection[str] = (), loaded: Collection[int] = ()
+    merges: MergeWorker[Adapter], path: str, needed: Collection[str] = (), loaded: Collection[int] = ()
 ) -> Reply:
     """The reply about a merge."""
     ticket = uuid.uuid4().hex
-    return finished(merges, merges.prepare(ticket, "one", kept, path, loaded), ticket)
+    return finished(merges, merges.prepare(ticket, "one", needed, path, loaded), ticket)
 
 
 def workers_with(merges: Sequence[MergeWorker[Adapter]], calls: list[str] | None = None) -> Workers:
@@ -157,11 +157,15 @@ def workers_with(merges: Sequence[MergeWorker[Adapter]], calls: list[str] | None
         if method == PREPARE and calls is not None:
             calls.append(arguments[-1])
         await asyncio.sleep(0)
-        more = (set[int](),) if method == PREPARE else ()
-        name = method.removeprefix("merged_lora_")
-        return [getattr(each, name)(*arguments, *more) for each in merges]
+        return replies(merges, method, arguments)
 
     return Workers(call)
+
+
+def replies(merges: Sequence[MergeWorker[Adapter]], method: str, arguments: tuple[Any, ...]) -> list[Reply]:
+    """The replies of all ranks to a call, as vLLM's workers pass it on."""
+    more = (set[int](),) if method == PREPARE else ()
+    return [getattr(each, method.removeprefix("merged_lora_"))(*arguments, *more) for each in merges]
 
 
 def gate_with(
