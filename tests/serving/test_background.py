@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from merged_lora.backends import Progress
-from merged_lora.vllm_plugin.worker.background import Background, CancelledError, Job, Task
+from merged_lora.vllm_plugin.worker.background import Background, CancelledError, Job, OverdueError, Task
 
 PATIENCE = 20.0
 
@@ -20,6 +25,14 @@ def thread() -> Iterator[Background]:
     made = Background("test")
     yield made
     made.stop()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of the clock, to be set."""
+    now = [0.0]
+    monkeypatch.setattr("merged_lora.vllm_plugin.worker.background.time.monotonic", lambda: now[0])
+    return now
 
 
 class Steps:
@@ -107,16 +120,14 @@ def test_of_those_that_wait_the_one_that_is_due_first_comes_first(thread: Backgr
     assert notes == ["gate0", "a0", "b0", "c0"]
 
 
-def test_nothing_is_overtaken_for_ever(thread: Background, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("merged_lora.vllm_plugin.worker.background.time.monotonic", lambda: now[0])
+def test_nothing_is_overtaken_for_ever(thread: Background, clock: list[float]) -> None:
     notes: list[str] = []
     gate, long = Steps("gate", 0.0, 1, notes), Steps("long", 5.0, 1, notes)
     jobs = [begun(thread, gate)]
     jobs.append(thread.submit(long.task))
     stream = []
     for i in range(12):  # a second apart, each of them a second long
-        now[0] = float(i)
+        clock[0] = float(i)
         stream.append(Steps(f"{i}.", 1.0, 1, notes))
         jobs.append(thread.submit(stream[-1].task))
     for steps in (gate, long, *stream):
@@ -189,9 +200,120 @@ def test_a_thread_that_cannot_start_fails_all_work_instead_of_hanging() -> None:
 
     thread = Background("test", enter)
     for _ in range(2):
-        with pytest.raises(PermissionError, match="no priority"):
+        with pytest.raises(RuntimeError, match="could not start: PermissionError: no priority"):
             thread.submit(lambda: Task(0.0, 1, lambda _: None)).result()
     thread.stop()
+
+
+def test_what_takes_much_longer_than_expected_makes_way_for_what_it_interrupted(
+    thread: Background, clock: list[float]
+) -> None:
+    notes: list[str] = []
+    long, short = Steps("long", 100.0, 2, notes), Steps("short", 0.1, 3, notes)
+    first = begun(thread, long)
+    second = thread.submit(short.task)
+    long.let(1)
+    assert short.begun.wait(PATIENCE)
+    clock[0] = 150.0  # as if half of the short work had taken that long: the long work is due at 200
+    short.let(1)
+    long.let(1)
+    assert first.result() == "long"
+    short.let(3)
+    assert second.result() == "short"
+    assert notes == ["long0", "short0", "long1", "short0", "short1", "short2"]
+    assert (second.displaced, second.announced, second.done) == (True, 150.0, 3)
+
+
+def test_what_was_displaced_interrupts_nothing_any_more(thread: Background, clock: list[float]) -> None:
+    notes: list[str] = []
+    long, short = Steps("long", 100.0, 3, notes), Steps("short", 0.1, 1, notes)
+    first = begun(thread, long)
+    second = thread.submit(short.task)
+    long.let(1)
+    assert short.begun.wait(PATIENCE)
+    clock[0] = 150.0
+    short.let(2)
+    eventually(lambda: second.displaced)
+    clock[0] = 1000.0  # the long work is due at 1700 now, the short work at 300
+    long.let(2)
+    first.result()
+    second.result()
+    assert notes == ["long0", "short0", "long1", "long2", "short0"]
+
+
+def test_what_takes_longer_than_it_may_is_given_up_and_counts_as_a_lesson(
+    thread: Background, clock: list[float]
+) -> None:
+    took: list[float] = []
+    steps = Steps("a", 1.0, 5, [])
+    job = thread.submit(lambda: replace(steps.task(), limit=10.0, took=took.append))
+    assert steps.begun.wait(PATIENCE)
+    clock[0] = 9.0
+    steps.let(1)
+    eventually(lambda: job.done == 1)
+    clock[0] = 11.0
+    steps.let(1)
+    with pytest.raises(OverdueError, match=r"given up after 11\.0 s"):
+        job.result()
+    assert took == [11.0]
+
+
+class Large:
+    """Something that takes much memory."""
+
+
+@pytest.mark.parametrize("sized_up", [False, True])
+def test_what_is_given_up_while_it_waits_is_let_go_at_the_next_step_of_other_work(
+    thread: Background, sized_up: bool
+) -> None:
+    large = Large()
+    left = weakref.ref(large)
+    long = Steps("long", 1.0, 5, [])
+    begun(thread, long)
+
+    def size_up(large: Large = large) -> Task[Large]:
+        return Task(100.0, 1, lambda _: large)
+
+    job = thread.submit(size_up)
+    del large, size_up
+    if sized_up:
+        long.let(1)
+        eventually(lambda: job.announced is not None)
+    job.cancel()
+    long.let(1)
+    assert isinstance(eventual_error(job), CancelledError)
+    gc.collect()
+    assert left() is None
+    long.let(4)
+
+
+def eventual_error(job: Job[Any]) -> BaseException | None:
+    """The error of a job, when it is over."""
+    eventually(lambda: job.finished)
+    return job.error
+
+
+def test_an_error_keeps_nothing_of_the_work_that_raised_it(thread: Background) -> None:
+    left: list[weakref.ref[Large]] = []
+
+    def fail(_: Progress) -> None:
+        large = Large()
+        left.append(weakref.ref(large))
+        try:
+            inner(large)
+        except ZeroDivisionError as error:
+            raise RuntimeError("ours") from error
+
+    def inner(large: Large) -> None:
+        raise ZeroDivisionError
+
+    job = thread.submit(lambda: Task(0.0, 1, fail))
+    error = eventual_error(job)
+    assert isinstance(error, RuntimeError)
+    assert left[0]() is None
+    lines = "".join(traceback.format_exception(error))
+    assert "in fail" in lines  # where it came from can still be logged
+    assert "in inner" in lines
 
 
 def test_interruptions_are_bounded_in_depth(thread: Background) -> None:

@@ -7,11 +7,12 @@ another, and shares nothing with the first but its :class:`Job`.
 from __future__ import annotations
 
 import atexit
+import math
 import threading
 import time
-from collections import deque
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from merged_lora.backends import Progress
@@ -30,6 +31,14 @@ class CancelledError(Exception):
     """Nobody waits for this work any more."""
 
 
+class OverdueError(Exception):
+    """This work took longer than it may."""
+
+
+class _DisplacedError(Exception):
+    """What this work interrupted has to go on; the work begins anew later."""
+
+
 @dataclass(frozen=True)
 class Task(Generic[Outcome]):
     """Work of known size.
@@ -38,11 +47,15 @@ class Task(Generic[Outcome]):
     total:   number of steps.
     run:     does it, calling a function with the number of steps finished since the last call; whatever that
              raises has to pass on.
+    limit:   seconds after which it is given up, with an OverdueError.
+    took:    called with the seconds that it took, when it is done or was given up for its length.
     """
 
     seconds: float
     total: int
     run: Callable[[Progress], Outcome]
+    limit: float = math.inf
+    took: Callable[[float], None] = lambda _: None
 
 
 class Job(Generic[Outcome]):
@@ -51,8 +64,8 @@ class Job(Generic[Outcome]):
     size_up: finds out how large the work is; takes little time.
 
     ``done`` of ``total`` steps are finished, in ``spent`` seconds; ``announced`` is how many seconds were
-    expected, None until the work was sized up.  When ``finished``, ``outcome`` has what it gave, or ``error``
-    has what it raised.
+    expected, None until the work was sized up; if it was ``displaced``, it had to begin anew.  When
+    ``finished``, ``outcome`` has what it gave, or ``error`` has what it raised.
     """
 
     def __init__(self, size_up: Callable[[], Task[Outcome]]) -> None:
@@ -62,6 +75,7 @@ class Job(Generic[Outcome]):
         self.running = False
         self.finished = False
         self.cancelled = False
+        self.displaced = False
         self.done = 0
         self.spent = 0.0
         self.outcome: Outcome | None = None
@@ -90,6 +104,8 @@ class Job(Generic[Outcome]):
     def finish(self, outcome: Outcome | None = None, error: BaseException | None = None) -> None:
         """Note how the work ended, and let go of what it was made from."""
         self.outcome, self.error = outcome, error
+        if error is not None:
+            _let_go(error)
         self.size_up = _forgotten
         if self.task is not None:
             self.task = Task(self.task.seconds, self.task.total, _forgotten)
@@ -111,7 +127,8 @@ class Background:
 
     New work is sized up first, at the next step of whatever is running.  Then what is due earliest comes
     first, and interrupts what is running: short work passes long work, and nothing waits for ever, because
-    work that arrives later is due later.
+    work that arrives later is due later.  Work that interrupted another and then takes so much longer than
+    expected that the other is due before it makes way, once, and begins anew when nothing else runs.
 
     name:  of the thread.
     enter: called in the thread before anything else; if it fails, so does all work.
@@ -120,7 +137,6 @@ class Background:
     def __init__(self, name: str, enter: Callable[[], None] = lambda: None) -> None:
         self._enter = enter
         self._changed = threading.Condition()
-        self._new: deque[Job[Any]] = deque()
         self._waiting: list[Job[Any]] = []
         self._stopping = False
         self._broken: BaseException | None = None
@@ -132,7 +148,7 @@ class Background:
         """Hand over work."""
         job = Job(size_up)
         with self._changed:
-            self._new.append(job)
+            self._waiting.append(job)
             self._changed.notify()
         return job
 
@@ -151,32 +167,41 @@ class Background:
             self._broken = error
         while not self._stopping:
             with self._changed:
-                self._changed.wait_for(lambda: self._new or self._waiting or self._stopping)
-            self._advance(None, 0)
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+            self._advance(())
 
-    def _advance(self, running: Job[Any] | None, depth: int) -> bool:
-        """Do one piece of work that comes before the running one; returns whether there was any."""
+    def _advance(self, running: tuple[Job[Any], ...]) -> bool:
+        """Do one piece of work that comes before what is running; returns whether there was any.
+
+        running: work that has begun, each of which interrupted the one before.
+        """
         with self._changed:
             if self._stopping:
                 return False
-            if self._new:
-                job = self._new.popleft()
-            else:
-                self._waiting.sort(key=lambda job: job.due)
-                if not self._waiting or (running is not None and self._waiting[0].due >= running.due):
-                    return False
-                if depth >= DEEPEST and not self._waiting[0].cancelled:
-                    return False
-                job = self._waiting.pop(0)
+            given_up = [job for job in self._waiting if job.cancelled]
+            self._waiting = [job for job in self._waiting if not job.cancelled]
+            job = self._next(running)
+            if job is not None:
+                self._waiting.remove(job)
+        for other in given_up:
+            other.finish(error=CancelledError())
+        if job is None:
+            return bool(given_up)
         if self._broken is not None:
-            job.finish(error=self._broken)
-        elif job.cancelled:
-            job.finish(error=CancelledError())
+            reason = f"{type(self._broken).__name__}: {self._broken}"
+            job.finish(error=RuntimeError(f"the thread for this work could not start: {reason}"))
         elif job.task is None:
             self._size_up(job)
         else:
-            self._run(job, job.task, depth)
+            self._run(job, job.task, running)
         return True
+
+    def _next(self, running: tuple[Job[Any], ...]) -> Job[Any] | None:
+        able = (job for job in self._waiting if not (running and job.displaced))
+        first = min(able, key=lambda job: (job.task is not None, job.due), default=None)
+        if first is None or first.task is None or not running:
+            return first
+        return first if first.due < running[-1].due and len(running) < DEEPEST else None
 
     def _size_up(self, job: Job[Any]) -> None:
         try:
@@ -187,28 +212,48 @@ class Background:
         with self._changed:
             self._waiting.append(job)
 
-    def _run(self, job: Job[Any], task: Task[Any], depth: int) -> None:
+    def _run(self, job: Job[Any], task: Task[Any], interrupted: tuple[Job[Any], ...]) -> None:
         since = time.monotonic()
 
         def progress(steps: int) -> None:
             nonlocal since
             now = time.monotonic()
             job.done, job.spent = job.done + steps, job.spent + now - since
-            while not job.cancelled and self._advance(job, depth + 1):
+            while not job.cancelled and self._advance((*interrupted, job)):
                 pass
             since = time.monotonic()
             if job.cancelled or self._stopping:
                 raise CancelledError
+            if job.spent > task.limit:
+                raise OverdueError(f"given up after {job.spent:.1f} s")
+            if interrupted and interrupted[-1].due < job.due:
+                raise _DisplacedError
 
+        outcome, error = None, None
         job.running = True
         try:
             outcome = task.run(progress)
-            error = None
+        except _DisplacedError:
+            job.task = replace(task, seconds=max(task.seconds, job.spent))
+            job.running, job.displaced, job.done, job.spent = False, True, 0, 0.0
+            with self._changed:
+                self._waiting.append(job)
+            return
         except BaseException as raised:  # whatever it is, the thread lives on
-            outcome, error = None, raised
+            error = raised
         job.spent += time.monotonic() - since
+        if error is None or isinstance(error, OverdueError):
+            task.took(job.spent)
         job.finish(outcome, error)
 
 
 def _forgotten(*_: object) -> Any:
     raise RuntimeError("this work is over")
+
+
+def _let_go(error: BaseException) -> None:
+    """Empty the frames of an error and of those that led to it: they hold what the work was made from."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
