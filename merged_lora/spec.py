@@ -30,7 +30,7 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import lorax
 from .errors import SpecError, UnknownAdapterError
@@ -126,6 +126,10 @@ class MergeSpec:
             return given[name]
         option = find(self.strategy).option(name)
         return option.default if option is not None else None
+
+    def without(self, name: str) -> MergeSpec:
+        """The same merge with an option at its default."""
+        return replace(self, options=tuple(given for given in self.options if given[0] != name))
 
     def per_source(self, name: str) -> tuple[float, ...]:
         """The value of a per-source option for each source, in order."""

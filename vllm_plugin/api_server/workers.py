@@ -82,10 +82,9 @@ class Workers:
         """
         return await self._beside(PREPARE, self.owner, list(merges), path, watch=watch)
 
-    async def release(self, needed: Sequence[str], merges: Collection[str] | None = None) -> Reply:
-        """Drop copies and merges; see :meth:`merge_worker.MergeWorker.release`."""
-        given = None if merges is None else list(merges)
-        return agreed(await self._call(RELEASE, (self.owner, needed, given)))
+    async def release(self, needed: Sequence[str]) -> Reply:
+        """Drop copies; see :meth:`merge_worker.MergeWorker.release`."""
+        return agreed(await self._call(RELEASE, (self.owner, needed)))
 
     async def replay(self, key: str, name: str, strategy: str) -> Reply:
         """Get prompts and answers; see :meth:`merge_worker.MergeWorker.replay`."""

@@ -280,16 +280,16 @@ def rpc_capture(
     return _DISABLED if merges is None else merges.capture(ticket, owner, needed, path, options)
 
 
-def rpc_release(self: Any, owner: str, needed: Collection[str], kept: Collection[str] | None = None) -> Reply:
+def rpc_release(self: Any, owner: str, needed: Collection[str]) -> Reply:
     """The worker's method named ``RELEASE``; see :meth:`MergeWorker.release`."""
     merges, _ = _merge_worker(self)
-    return _DISABLED if merges is None else merges.release(owner, needed, kept)
+    return _DISABLED if merges is None else merges.release(owner, needed)
 
 
-def rpc_prepare(self: Any, ticket: str, owner: str, kept: Collection[str], path: str) -> Reply:
+def rpc_prepare(self: Any, ticket: str, owner: str, needed: Collection[str], path: str) -> Reply:
     """The worker's method named ``PREPARE``; see :meth:`MergeWorker.prepare`."""
     merges, loaded = _merge_worker(self)
-    return _DISABLED if merges is None else merges.prepare(ticket, owner, kept, path, loaded)
+    return _DISABLED if merges is None else merges.prepare(ticket, owner, needed, path, loaded)
 
 
 def rpc_poll(self: Any, tickets: Collection[str]) -> Reply:

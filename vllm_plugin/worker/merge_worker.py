@@ -10,8 +10,10 @@ API server says that it needs it.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -24,12 +26,11 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Progress
 from merged_lora.engine import plan
 from merged_lora.errors import AdapterError, CalibrationError, PlanError, UnknownAdapterError
-from merged_lora.lru import Lru
 from merged_lora.replay import exchanges_of
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
 from merged_lora.vllm_plugin.rpc import Facts, Pending, Reply, answer
 
-from .background import Background, Job, Task
+from .background import Background, Job, OverdueError, Task
 from .makers import Made, Maker, warm_up
 from .pace import Pace, too_long
 from .snapshots import Snapshots
@@ -38,8 +39,9 @@ logger = logging.getLogger("vllm.merged_lora")
 
 Model = TypeVar("Model")
 
-REPLIES = 256
-"""Number of replies about finished work that are kept until an API server asks for them."""
+KEPT = 600.0
+"""Seconds for which the reply about finished work is kept.  API servers ask several times a second, between
+two steps; no step takes as long."""
 OUTPUT_HEAD = "lm_head"
 """Last part of the name of the module that makes logits."""
 
@@ -160,7 +162,7 @@ class MergeWorker(Generic[Model]):
         self._numbers: dict[int, str] = {}  # digest of the merge with an id
         self._making: dict[str, _Work] = {}  # by digest
         self._work: dict[str, _Work] = {}  # by ticket
-        self._replies: Lru[str, Reply] = Lru()  # by ticket, of work that is done
+        self._replies: dict[str, tuple[float, Reply]] = {}  # by ticket, of work that is done, with the time
         self._reader = Background("merged-lora-read")
         self._merger = Background("merged-lora-merge", enter)
 
@@ -210,30 +212,27 @@ class MergeWorker(Generic[Model]):
 
         return answer(begin)
 
-    def release(self, owner: str, needed: Collection[str], merges: Collection[str] | None = None) -> Reply:
-        """Drop the copies and the merges that nobody needs.
+    def release(self, owner: str, needed: Collection[str]) -> Reply:
+        """Drop the copies that nobody needs.
 
         owner:  the API server that asks.
         needed: keys of the copies that it needs.
-        merges: digests of the merges that it needs; None for those that it needed before.
         """
 
         def work() -> Reply:
             self._keep_copies(owner, needed)
-            if merges is not None:
-                self._keep_merges(owner, merges)
             return {"ok": True, "key": "", "held": self._snapshots.nbytes}
 
         return answer(work)
 
     def prepare(
-        self, ticket: str, owner: str, merges: Collection[str], path: str, loaded: Collection[int]
+        self, ticket: str, owner: str, needed: Collection[str], path: str, loaded: Collection[int]
     ) -> Reply:
         """Begin to make and check a merge, so that loading it cannot fail.
 
         ticket: names this call in :meth:`poll` and :meth:`cancel`.
         owner:  the API server that asks.
-        merges: digests of the other merges that it needs.
+        needed: digests of the other merges that it needs.
         path:   path of the merge.
         loaded: ids of the adapters that vLLM holds in this worker.
         """
@@ -242,7 +241,7 @@ class MergeWorker(Generic[Model]):
             identity = MergeIdentity.from_path(path)
             digest, number = identity.digest, identity.number
             self._store_finished()
-            self._keep_merges(owner, merges)
+            self._keep_merges(owner, needed)
             used = {*self._ready, *self._making}
             self._numbers = {n: d for n, d in self._numbers.items() if n in loaded or d in used}
             if self._numbers.setdefault(number, digest) != digest:
@@ -250,14 +249,13 @@ class MergeWorker(Generic[Model]):
             if digest in self._ready:
                 self._needs[owner].add(digest)
                 reply = self._made(digest, made=False)
-                self._replies.add(ticket, reply, REPLIES)  # another rank may need longer, and all are asked
+                self._keep_reply(ticket, reply)
                 return reply
             work = self._making.get(digest)
             if work is None:
                 sources = self._sources(identity)
                 job = self._merger.submit(lambda: self._task(identity, sources))
-                strategy = identity.spec.strategy
-                work = self._making[digest] = _Work(job, lambda: self._store_merge(digest, strategy))
+                work = self._making[digest] = _Work(job, lambda: self._store_merge(identity))
             self._begin(ticket, owner, work)
             return self._reply(ticket)
 
@@ -344,11 +342,19 @@ class MergeWorker(Generic[Model]):
 
     def _reply(self, ticket: str) -> Reply:
         """The reply under a ticket: that of finished work, or how the work is getting on."""
-        if ticket in self._replies:  # not taken out: another rank may need longer, and all are asked again
-            return self._replies[ticket]
+        if ticket in self._replies:
+            return self._replies[ticket][1]
         job = self._work[ticket].job
         pending = Pending(job.running, job.done, job.total, job.spent, job.announced)
         return {"ok": True, "pending": asdict(pending)}
+
+    def _keep_reply(self, ticket: str, reply: Reply) -> None:
+        """Keep the reply about finished work: another rank may need longer, and then all are asked again."""
+        now = time.monotonic()
+        self._replies[ticket] = now, reply
+        old = itertools.takewhile(lambda kept: now - kept[1][0] > KEPT, self._replies.items())
+        for ticket, _ in list(old):
+            del self._replies[ticket]
 
     def _store_finished(self) -> None:
         """Store what finished work gave, and keep the replies about it."""
@@ -357,7 +363,7 @@ class MergeWorker(Generic[Model]):
             for i, ticket in enumerate(work.owners):
                 del self._work[ticket]
                 own = reply if i == 0 or not reply.get("made") else {**reply, "made": False}
-                self._replies.add(ticket, own, REPLIES)
+                self._keep_reply(ticket, own)
             self._making = {digest: other for digest, other in self._making.items() if other is not work}
 
     # Copies
@@ -428,18 +434,32 @@ class MergeWorker(Generic[Model]):
 
     def _task(self, identity: MergeIdentity, sources: Mapping[str, Adapter]) -> Task[Made[Model]]:
         """The plan of a merge and its size, in the thread that merges."""
-        planned = plan(identity.spec, sources, self._max_rank)
-        seconds = self.pace.seconds(planned)
+        spec = identity.spec
+        # Weights that have to be found take time, and change no size.
+        sized = plan(spec.without("weights") if spec.automatic else spec, sources, self._max_rank)
+        seconds = self.pace.seconds(sized)
         if seconds > self._seconds:
-            raise too_long(planned, self._seconds, self.pace, self._max_rank)
-        make = functools.partial(self.maker.make, identity.number, planned)
-        return Task(seconds, len(planned.modules), make)
+            raise too_long(sized, self._seconds, self.pace, self._max_rank)
 
-    def _store_merge(self, digest: str, strategy: str) -> Reply:
+        def make(progress: Progress) -> Made[Model]:
+            planned = plan(spec, sources, self._max_rank) if spec.automatic else sized
+            return self.maker.make(identity.number, planned, progress)
+
+        took = functools.partial(self.pace.correct, sized)
+        return Task(seconds, len(sized.modules), make, self._seconds, took)
+
+    def _store_merge(self, identity: MergeIdentity) -> Reply:
+        digest = identity.digest
         work = self._making[digest]
-        made: Made[Model] = work.job.result()
+        try:
+            made: Made[Model] = work.job.result()
+        except OverdueError as error:
+            raise PlanError(
+                f"{identity.spec.strategy} of these sources was expected to take "
+                f"{work.job.announced or 0.0:.2g} s, and was {error}; this server merges for at most "
+                f"{self._seconds:g} s (--merged-lora-max-seconds)"
+            ) from None
         announced = work.job.announced or 0.0
-        self.pace.correct(strategy, announced, work.job.spent)
         facts = Facts(
             backend=self.maker.backend.name,
             rank=made.rank,
