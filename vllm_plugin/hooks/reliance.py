@@ -41,6 +41,8 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "BaseServing._maybe_get_adapters",
         "BaseServing.create_error_response",
     ),
+    "entrypoints/serve/middleware/authenticate.py": ("AuthenticationMiddleware",),
+    "entrypoints/serve/middleware/register.py": ("init_entrypoints_middleware",),
     "lora/layers/base_linear.py": ("BaseLinearLayerWithLoRA",),
     "lora/layers/classifier.py": (
         "BaseClassificationHeadWithLoRA",
