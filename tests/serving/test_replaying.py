@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
 import tiny
-from gates import LONGEST, captured, gate_with, register, worker
+from gates import LONGEST, PATIENCE, captured, gate_with, register, worker
 from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.calibration import CALIBRATION_NAME, Exchange
@@ -188,6 +188,42 @@ def test_a_fault_of_the_engine_fails_one_check_and_the_next_starts_anew(tmp_path
         assert counts(registry) == {"failed": 1}
         broken = False
         assert (await gate.check(parse("sum(a)"))).replay == (Survival("a", 8, 8, 1.0),)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+def test_no_prompt_outlives_the_replay_that_it_belongs_to(tmp_path: Path, end: str) -> None:
+    async def run() -> None:
+        under_way, begun = 0, asyncio.Event()
+
+        async def rate(merge: MergeIdentity, prompt: Tokens, answer: Tokens) -> Replayed:
+            nonlocal under_way
+            under_way += 1
+            begun.set()
+            try:
+                if end == "failed" and under_way == AT_ONCE:
+                    raise MergeError("not this one")
+                await asyncio.sleep(PATIENCE)
+                raise AssertionError("it outlived the replay")
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.01)  # as an engine that is told of it
+                raise
+            finally:
+                under_way -= 1
+
+        gate = await calibrated(gate_with(worker(), rate=rate), tmp_path)
+        live = await gate.ready(parse("sum(a)"), request := Lease())
+        replay = asyncio.create_task(gate._replays.of(live.identity))
+        await begun.wait()
+        if end == "cancelled":
+            replay.cancel()
+            await asyncio.sleep(0)
+            replay.cancel()  # whoever is impatient changes nothing
+        with pytest.raises(MergeError if end == "failed" else asyncio.CancelledError):
+            await replay
+        assert under_way == 0
+        del request
 
     asyncio.run(run())
 

@@ -109,6 +109,13 @@ class Replays:
             async with places:
                 return await self._run(identity, prompt, answer)
 
-        found = survival(name, await asyncio.gather(*(run(*exchange) for exchange in exchanges)))
+        tasks = [asyncio.create_task(run(*exchange)) for exchange in exchanges]
+        try:
+            found = survival(name, await asyncio.gather(*tasks))
+        finally:  # no prompt outlives this, because a lease of the caller keeps the merge
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            del task, tasks  # the error of a task knows this frame, and the frames of those who hold leases
         self._metrics.checks.labels("lost" if found.lost else "kept").inc()
         return found
