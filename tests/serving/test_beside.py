@@ -8,6 +8,7 @@ import gc
 import random
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,40 @@ def test_a_merge_is_ready_when_it_is_on_every_rank(tmp_path: Path) -> None:
         path = (await client).identity.path
         assert len({rank.load_merge(path).digest for rank in ranks}) == 1
         del request
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Without the collector of cycles, an object ends with its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("end", ["fails", "is given up"])
+def test_a_merge_that_ends_without_a_result_keeps_no_lease(tmp_path: Path, end: str) -> None:
+    async def run() -> None:
+        maker = SteeredMaker()
+        maker.errors["sum(a)"] = ZeroDivisionError("ours")
+        gate = gate_with(worker(maker=maker))
+        await two_sources(gate, tmp_path)
+        clients = [ask(gate, "sum(a)") for _ in range(3)]
+        await until(lambda: bool(maker.begun))
+        assert gate.sources._leases
+        if end == "fails":
+            maker.let.set()
+            for outcome in await asyncio.gather(*clients, return_exceptions=True):
+                assert isinstance(outcome, RuntimeError)
+            del outcome
+        else:
+            await leave(*clients)
+        clients.clear()
+        await asyncio.sleep(0.02)  # what is given up ends in a step of its own
+        assert not gate.sources._leases
 
     asyncio.run(run())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import shutil
 from pathlib import Path
@@ -190,6 +192,30 @@ def test_a_fault_of_the_engine_fails_one_check_and_the_next_starts_anew(tmp_path
         assert (await gate.check(parse("sum(a)"))).replay == (Survival("a", 8, 8, 1.0),)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("fault", [True, False])
+def test_a_check_that_fails_keeps_no_lease(tmp_path: Path, fault: bool) -> None:
+    async def run() -> None:
+        async def rate(merge: MergeIdentity, prompt: Tokens, answer: Tokens) -> Replayed:
+            if fault:
+                raise ZeroDivisionError("ours")
+            return Replayed(True, -1.0, 1)
+
+        gate = await calibrated(gate_with(worker(), rate=rate), tmp_path, b=[])
+        for _ in range(2):  # the second time from memory
+            with contextlib.suppress(ZeroDivisionError, CalibrationError):
+                await gate.check(parse("ties(a, b)"))
+            await asyncio.sleep(0.01)
+            assert not gate.sources._leases
+            assert not gate._ready._leases
+
+    gc.collect()
+    gc.disable()  # an object ends with its last reference
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled"])

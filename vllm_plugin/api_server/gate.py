@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from merged_lora.errors import MergeError, SpecError, UnknownAdapterError, listed
+from merged_lora.errors import CalibrationError, MergeError, SpecError, UnknownAdapterError, listed
 from merged_lora.lru import Lru
 from merged_lora.planning import check_names
 from merged_lora.replay import Survival
@@ -62,7 +62,7 @@ class Making:
     waiting:  number of requests that wait for it.
     state:    what the workers reported last; None before the first report.
     result:   how it ended, for the metrics.
-    task:     makes it.
+    task:     makes it; deleted when it is done, because its error knows the frames that know this object.
     """
 
     identity: MergeIdentity
@@ -70,7 +70,7 @@ class Making:
     waiting: int = 0
     state: Pending | None = None
     result: str = "failed"
-    task: asyncio.Task[LiveMerge] = field(init=False)
+    task: asyncio.Task[LiveMerge] = field(init=False, repr=False)
 
 
 class MergeGate:
@@ -228,7 +228,7 @@ class MergeGate:
         finally:
             self._metrics.waited.observe(time.perf_counter() - start)
             making.waiting -= 1
-            if not making.waiting and not making.task.done():
+            if not making.waiting and self._making.get(making.identity.digest) is making:
                 del self._making[making.identity.digest]  # who asks from now on has it made anew
                 making.task.cancel()
 
@@ -251,7 +251,7 @@ class MergeGate:
             raise BusyError(waiting, seconds, "checks of merges are waiting")
         for each in await self.replay(live):
             if isinstance(each, NotReplayed):
-                raise each.error
+                raise CalibrationError(str(each.error))  # not the one that is kept: it would keep this frame
         return live
 
     async def replay(self, live: LiveMerge) -> Replay:
@@ -304,7 +304,7 @@ class MergeGate:
             found = live.replay = await self._replays.of(live.identity)
             self._replay_seconds += (time.perf_counter() - start - self._replay_seconds) / 4
         finally:
-            del self._replaying[live.identity.digest]
+            del lease, self._replaying[live.identity.digest]
         for each in found:
             if isinstance(each, Survival) and each.lost:
                 logger.warning("%s: %s", self._called(live), each)
@@ -365,12 +365,15 @@ class MergeGate:
     async def _make(self, making: Making) -> LiveMerge:
         identity, lease, room = making.identity, Lease(), self.sources.largest
         self.sources.lease(lease, identity.contents)
-        await self._ready.reserve(room)
         try:
-            facts = await self._made_by_workers(making)
-        except BaseException:
-            self._ready.cancel(room)
-            raise
+            await self._ready.reserve(room)
+            try:
+                facts = await self._made_by_workers(making)
+            except BaseException:
+                self._ready.cancel(room)
+                raise
+        finally:
+            del lease  # an error that is kept somewhere knows this frame
         live = LiveMerge(identity, facts)
         self._ready.add(live, room, making)
         if self._settings.check and identity.spec in self._aliases.current().values():
@@ -410,6 +413,7 @@ class MergeGate:
 
     def _made(self, making: Making, task: asyncio.Task[LiveMerge]) -> None:
         """Count how a merge in the making ended."""
+        del making.task
         if self._making.get(making.identity.digest) is making:
             del self._making[making.identity.digest]
         self._metrics.queue.set(len(self._making))
