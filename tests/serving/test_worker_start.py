@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from merged_lora.errors import BackendError, PlanError
 from merged_lora.spec import parse
 from merged_lora.triton_kernels.packed import ALIGNMENT, DeviceSources
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
-from merged_lora.vllm_plugin.settings import Settings
+from merged_lora.vllm_plugin.settings import GIB, Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from slots import (
@@ -34,7 +35,7 @@ TRITON = Settings(enable=True, backend="triton")
 
 
 def start(
-    manager: Any, backend: CopyingBackend, settings: Settings, sleeps: bool = False
+    manager: Any, backend: CopyingBackend, settings: Settings, sleeps: bool = False, servers: int = 1
 ) -> MergeWorker[LoRAModel]:
     """Start a worker on a machine whose device backend is this one, and end its threads."""
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +45,7 @@ def start(
         made = worker_hooks._maker(manager, settings, sleeps, adapters)
         merges = MergeWorker(MAX_RANK, 1 << 30, adapters, made)
         try:
-            worker_hooks._make_ready(manager, merges, settings)
+            worker_hooks._make_ready(manager, merges, settings, servers)
         finally:
             merges.stop()
         return merges
@@ -109,9 +110,19 @@ def test_memory_for_the_largest_merge_is_reserved_on_the_device_and_announced(
 def test_a_merge_that_the_byte_budget_cannot_hold_is_an_error_at_the_start(vllm_config: VllmConfig) -> None:
     manager, backend = worker_manager(vllm_config), CopyingBackend()
     settings = Settings(enable=True, backend="triton", ready_gib=1e-5)
-    with pytest.raises(BackendError, match=r"takes up to .* GiB, --merged-lora-ready-gib allows 1e-05"):
+    with pytest.raises(
+        BackendError, match=r"takes up to .* GiB, .*; raise --merged-lora-ready-gib, .* 1e-05"
+    ):
         start(manager, backend, settings)
     assert backend.reserved == []
+
+
+def test_every_api_server_must_have_room_for_one_merge(vllm_config: VllmConfig) -> None:
+    largest = start(worker_manager(vllm_config), CopyingBackend(), TRITON).largest
+    settings = replace(TRITON, ready_gib=2.5 * largest / GIB)
+    start(worker_manager(vllm_config), CopyingBackend(), settings, servers=2)
+    with pytest.raises(BackendError, match="each API server, of which there are 3, needs room"):
+        start(worker_manager(vllm_config), CopyingBackend(), settings, servers=3)
 
 
 def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
@@ -122,6 +133,7 @@ def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
     enabled = SimpleNamespace(
         additional_config={"merged_lora": {"enable": True}},
         model_config=SimpleNamespace(enable_sleep_mode=False),
+        parallel_config=SimpleNamespace(_api_process_count=1),
     )
     monkeypatch.setattr(worker_hooks, "load_backend", lambda name: backend)
     worker_hooks.wrap_init(lambda self, vllm_config: None)(manager, enabled)

@@ -123,7 +123,8 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
         created = original(self, model, vllm_config)
         worker: MergeWorker[LoRAModel] | None = getattr(self, ATTRIBUTE, None)
         if worker is not None:
-            _make_ready(self, worker, Settings.of(vllm_config.additional_config))
+            servers = vllm_config.parallel_config._api_process_count
+            _make_ready(self, worker, Settings.of(vllm_config.additional_config), servers)
             for punica in self._adapter_manager.punica_wrapper_mapping.values():
                 setattr(punica, ATTRIBUTE, True)
         return created
@@ -131,17 +132,21 @@ def wrap_create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]
     return create_lora_manager
 
 
-def _make_ready(manager: Any, worker: MergeWorker[LoRAModel], settings: Settings) -> None:
-    """Reserve the memory that merges need, compile what they launch, and measure how long they take."""
+def _make_ready(manager: Any, worker: MergeWorker[LoRAModel], settings: Settings, servers: int) -> None:
+    """Reserve the memory that merges need, compile what they launch, and measure how long they take.
+
+    servers: number of API servers, each of which has an equal share of the memory for merges that are ready.
+    """
     backend = worker.maker.backend
     slot_map_of(manager._adapter_manager)
     modules, worker.largest = largest_adapter(manager._adapter_manager)
     if isinstance(backend, SlotBackend):
         worker.largest += modules * 2 * ALIGNMENT  # of a merge, as of a source
-    if worker.largest > settings.ready_gib * GIB:
+    if worker.largest * servers > settings.ready_gib * GIB:
         raise BackendError(
             f"a merge of --max-lora-rank {manager.lora_config.max_lora_rank} takes up to "
-            f"{worker.largest / GIB:.3g} GiB, --merged-lora-ready-gib allows {settings.ready_gib:g}"
+            f"{worker.largest / GIB:.3g} GiB, and each API server, of which there are {servers}, needs room "
+            f"for one; raise --merged-lora-ready-gib, which is {settings.ready_gib:g}"
         )
     if isinstance(backend, SlotBackend):
         # Reserved while the model is loaded, and kept: vLLM measures afterwards how much is left for the KV
