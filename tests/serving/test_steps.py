@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,6 +180,20 @@ def test_a_fault_that_ends_a_thread_is_one_answer(limited: Server) -> None:
         assert status == 500
         assert "SystemExit" in reply["error"]["message"]
     limited.logprobs("sum(0.9*tone)")
+
+
+def test_a_request_that_waits_for_a_merge_ends_when_the_engine_dies(place: Place, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool, start(place, tmp_path / "server.log") as server:
+        named = re.search(r"\(EngineCore pid=(\d+)\)", server.log.read_text())
+        assert named is not None
+        engine = int(named[1])
+        os.kill(engine, signal.SIGSTOP)  # so that it dies in the middle of a call
+        reply = pool.submit(server.post, "/v1/completions", {"model": "sum(0.3*sql)", "prompt": "x"})
+        time.sleep(1)
+        os.kill(engine, signal.SIGKILL)
+        status, body = reply.result(30)
+    assert status == 500
+    assert body["error"]["type"] == "InternalServerError"  # as vLLM answers other requests
 
 
 def test_a_server_that_is_stopped_in_the_middle_of_a_merge_ends_at_once(limited: Server) -> None:

@@ -8,8 +8,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from merged_lora.vllm_plugin.api_server.workers import FIRST_PAUSE, LONGEST_PAUSE, Workers, pause
+from merged_lora.vllm_plugin.hooks import api_server as hooks
 from merged_lora.vllm_plugin.rpc import CANCEL, POLL, PREPARE, Pending, Reply
 
 PENDING: dict[str, Any] = {"running": True, "done": 0, "total": 1, "spent": 0.0, "announced": None}
@@ -120,6 +122,57 @@ def test_an_engine_that_is_gone_is_the_outcome_of_all_work_and_the_next_call_tri
         await asyncio.sleep(0.01)
         engine.done |= set(engine.tickets)
         assert (await again)["made"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_a_call_ends_with_the_error_of_vllm_when_the_engine_dies(
+    engines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "LOOK", 0.01)
+
+    class Client:
+        """A client of engines that do not answer until they are let, which vLLM would wait for."""
+
+        errored, dead_error = False, EngineDeadError()
+
+        def __init__(self) -> None:
+            self.let = asyncio.Event()
+            self.waiting = 0
+            self.engine_core = self
+            self.core_engines = list(range(engines))
+
+        async def collective_rpc(self, method: str, args: Any) -> list[Reply]:
+            self.waiting += 1
+            try:
+                await self.let.wait()
+            finally:
+                self.waiting -= 1
+            return [Reply(ok=True, key=f"{method}{args}")]
+
+        async def _call_utility_async(self, _: str, method: str, *more: Any, engine: int) -> list[Reply]:
+            return await self.collective_rpc(method, more[1])
+
+    async def run() -> None:
+        client = Client()
+        for end in ("answers", "leaves", "dies"):
+            client.let.clear()
+            call = asyncio.create_task(hooks._on_every_worker(client, "poll", (1,)))
+            await asyncio.sleep(0.05)
+            assert not call.done()
+            assert client.waiting == engines
+            if end == "answers":
+                client.let.set()
+                assert await call == [Reply(ok=True, key="poll(1,)")] * engines
+                continue
+            if end == "leaves":
+                call.cancel()
+            client.errored = end == "dies"
+            with pytest.raises(EngineDeadError if end == "dies" else asyncio.CancelledError):
+                await asyncio.wait_for(call, 10)
+            await asyncio.sleep(0)
+            assert client.waiting == 0
 
     asyncio.run(run())
 

@@ -54,6 +54,9 @@ logger = logging.getLogger("vllm.merged_lora")
 LOGS_BODIES = since({"0.30": False, "0.31": True})
 """Whether vLLM's check of a model logs the request's body, if requests are logged."""
 
+LOOK = 1.0
+"""Seconds after which a call looks whether the engine is still there."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -117,16 +120,27 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 async def _on_every_worker(engine_client: Any, method: str, arguments: tuple[Any, ...]) -> list[Reply]:
-    """The replies of all workers of all engines; vLLM's own call returns those of the first engine only."""
+    """The replies of all workers of all engines; vLLM's own call returns those of the first engine only.
+
+    Raises vLLM's error if an engine dies meanwhile; vLLM's own call would never end.
+    """
     core = engine_client.engine_core
+    each: list[Awaitable[list[Reply]]]
     if len(getattr(core, "core_engines", ())) < 2:
-        replies: list[Reply] = await engine_client.collective_rpc(method, args=arguments)
-        return replies
-    calls = (
-        core._call_utility_async("collective_rpc", method, None, arguments, None, engine=engine)
-        for engine in core.core_engines
-    )
-    return [reply for replies in await asyncio.gather(*calls) for reply in replies]
+        each = [engine_client.collective_rpc(method, args=arguments)]
+    else:
+        each = [
+            core._call_utility_async("collective_rpc", method, None, arguments, None, engine=engine)
+            for engine in core.core_engines
+        ]
+    calls = asyncio.gather(*each)
+    try:
+        while not (await asyncio.wait([calls], timeout=LOOK))[0]:
+            if engine_client.errored:
+                raise engine_client.dead_error
+        return [reply for replies in calls.result() for reply in replies]
+    finally:
+        calls.cancel()
 
 
 async def rate(engine_client: Any, identity: MergeIdentity, prompt: Tokens, answer: Tokens) -> Replayed:
