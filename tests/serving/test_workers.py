@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from gates import until
 from merged_lora.vllm_plugin.api_server.workers import FIRST_PAUSE, LONGEST_PAUSE, Workers, pause
 from merged_lora.vllm_plugin.hooks import api_server as hooks
 from merged_lora.vllm_plugin.rpc import CANCEL, POLL, PREPARE, Pending, Reply
@@ -25,13 +27,18 @@ class Engine:
         self.tickets: list[str] = []
         self.cancelled: list[str] = []
         self.done: set[str] = set()
-        self.broken = False
+        self.broken: set[str] = set()
+        self.broken_words = False
+        self.held = asyncio.Event()
+        self.held.set()
         self._ranks = ranks
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> list[Reply]:
         self.calls[method] += 1
         await asyncio.sleep(0)
-        if self.broken and method == POLL:
+        if method == POLL:
+            await self.held.wait()
+        if method in self.broken:
             raise ConnectionError("the engine is gone")
         if method == PREPARE:
             self.tickets.append(arguments[0])
@@ -39,7 +46,8 @@ class Engine:
         if method == CANCEL:
             self.cancelled += arguments[0]
             return [Reply(ok=True, key="", held=0)] * self._ranks
-        return [Reply(ok=True, work={ticket: self._state(ticket) for ticket in arguments[0]})] * self._ranks
+        work = {} if self.broken_words else {ticket: self._state(ticket) for ticket in arguments[0]}
+        return [Reply(ok=True, work=work)] * self._ranks
 
     def _state(self, ticket: str) -> Reply:
         if ticket in self.done:
@@ -114,12 +122,79 @@ def test_an_engine_that_is_gone_is_the_outcome_of_all_work_and_the_next_call_tri
         workers = Workers(engine.call)
         tasks = [ask(workers) for _ in range(3)]
         await asyncio.sleep(0)
-        engine.broken = True
+        engine.broken = {POLL}
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, ConnectionError)
-        engine.broken = False
+        engine.broken.clear()
         again = ask(workers)
         await asyncio.sleep(0.01)
+        engine.done |= set(engine.tickets)
+        assert (await again)["made"]
+
+    asyncio.run(run())
+
+
+def test_a_question_that_fails_is_the_outcome_of_the_work_that_it_was_about() -> None:
+    async def run() -> None:
+        engine = Engine()
+        workers = Workers(engine.call)
+        engine.held.clear()
+        asked = ask(workers)
+        await until(lambda: engine.calls[POLL] == 1)
+        later = ask(workers)
+        await until(lambda: len(workers._work) == 2)
+        engine.broken = {POLL}
+        engine.held.set()
+        with pytest.raises(ConnectionError):
+            await asked
+        engine.broken.clear()
+        engine.done |= set(engine.tickets)
+        assert (await later)["made"]
+
+    asyncio.run(run())
+
+
+def test_work_that_cannot_be_given_up_fails_no_other(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm.merged_lora"), "handlers", [caplog.handler])
+
+    async def run() -> None:
+        engine = Engine()
+        workers = Workers(engine.call)
+        stays, leaves = ask(workers), ask(workers)
+        await until(lambda: len(workers._work) == 2)
+        engine.broken = {CANCEL}
+        leaves.cancel()
+        await until(lambda: engine.calls[CANCEL] > 0)
+        await asyncio.sleep(0.02)
+        assert engine.calls[CANCEL] == 1  # once, however long the engine is broken
+        assert not stays.done()
+        engine.done |= set(engine.tickets)
+        assert (await stays)["made"]
+
+    asyncio.run(run())
+    assert "work that nobody waits for goes on: the engine is gone" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["nonsense", "cancelled"])
+def test_nobody_waits_for_ever_whatever_ends_the_questions(end: str) -> None:
+    async def run() -> None:
+        engine = Engine()
+        workers = Workers(engine.call)
+        tasks = [ask(workers) for _ in range(3)]
+        await until(lambda: len(workers._work) == 3)
+        if end == "nonsense":
+            engine.broken_words = True
+        else:
+            assert workers._asking is not None
+            workers._asking.cancel()
+        done, waiting = await asyncio.wait(tasks, timeout=5)
+        assert not waiting
+        assert all(task.cancelled() or isinstance(task.exception(), KeyError) for task in done)
+        engine.broken_words = False
+        again = ask(workers)
+        await until(lambda: len(workers._work) == 1)
         engine.done |= set(engine.tickets)
         assert (await again)["made"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -25,6 +26,8 @@ from merged_lora.vllm_plugin.rpc import (
     agreed,
     agreed_under,
 )
+
+logger = logging.getLogger("vllm.merged_lora")
 
 Call = Callable[[str, tuple[Any, ...]], Awaitable[Sequence[Reply]]]
 """Calls a method of every worker of every engine; returns their replies."""
@@ -95,10 +98,10 @@ class Workers:
         try:
             reply = agreed(await self._call(method, (ticket, *arguments)))
             if "pending" in reply:
-                work = self._work[ticket] = _Work(watch, Pending(**reply["pending"]))
-                watch(work.pending)
+                self._work[ticket] = _Work(watch, Pending(**reply["pending"]))
+                watch(self._work[ticket].pending)
                 self._wake()
-                reply = await work.reply
+                reply = await self._work[ticket].reply
         except BaseException:
             self._give_up(ticket)
             raise
@@ -119,38 +122,56 @@ class Workers:
         self._changed.set()
 
     async def _ask(self) -> None:
-        """Ask for all work until there is none; what goes wrong on the way is the outcome of all of it."""
+        """Ask for all work until there is none; whatever else ends this is the outcome of all work."""
         try:
             while self._work or self._given_up:
-                await self._ask_once()
-        except Exception as error:
-            for work in self._work.values():
-                if not work.reply.done():
-                    work.reply.set_exception(error)
+                self._changed.clear()
+                if self._given_up:
+                    await self._cancel()
+                else:
+                    await self._poll()
+        except BaseException as error:
+            self._fail(list(self._work), error)
+            raise
 
-    async def _ask_once(self) -> None:
-        self._changed.clear()
-        if self._given_up:
-            tickets, self._given_up = self._given_up, []
+    async def _cancel(self) -> None:
+        """Report what was given up, once: work that the workers do not hear of ends by itself."""
+        tickets, self._given_up = self._given_up, []
+        try:
             await self._call(CANCEL, (tickets,))
-            return
+        except Exception as error:
+            logger.warning("work that nobody waits for goes on: %s", error)
+
+    async def _poll(self) -> None:
+        """Ask for all work after a pause, which ends when something is begun or given up."""
         now = time.monotonic()
         shortest = min(pause(now - work.began, work.pending) for work in self._work.values())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), self._asked + shortest - now)
-            return  # something was begun or given up: the pause is another one
-        asked = dict(self._work)
-        replies = await self._call(POLL, (list(asked),))
-        self._asked = time.monotonic()
-        for ticket, work in asked.items():
-            reply = agreed_under(ticket, replies)
-            if work.reply.done():  # its client has left
-                continue
-            if "pending" in reply:
-                work.pending = Pending(**reply["pending"])
-                work.watch(work.pending)
-            else:
-                work.reply.set_result(reply)
+            return  # the pause is another one now
+        tickets = list(self._work)
+        try:
+            replies = await self._call(POLL, (tickets,))
+            self._asked = time.monotonic()
+            for ticket in tickets:
+                reply, work = agreed_under(ticket, replies), self._work.get(ticket)
+                if work is None or work.reply.done():  # its client has left
+                    continue
+                if "pending" in reply:
+                    work.pending = Pending(**reply["pending"])
+                    work.watch(work.pending)
+                else:
+                    del self._work[ticket]
+                    work.reply.set_result(reply)
+        except Exception as error:
+            self._fail(tickets, error)
+
+    def _fail(self, tickets: Collection[str], error: BaseException) -> None:
+        """Let the work under these tickets end with an error, as far as it has not ended."""
+        for ticket in tickets:
+            work = self._work.pop(ticket, None)
+            if work is not None and not work.reply.done():
+                work.reply.set_exception(error)
 
 
 def pause(elapsed: float, pending: Pending) -> float:
