@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -54,7 +54,7 @@ class ReadyMerges:
         self._merges: Lru[str, LiveMerge] = Lru()
         self._leases: Counter[str] = Counter()
         self._reserved = 0
-        self._freed = asyncio.Event()
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()  # bytes for each, in turn
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._merges
@@ -93,27 +93,42 @@ class ReadyMerges:
         if not self._leases[digest]:
             del self._leases[digest]
             self._drop_idle(0)
-            self._freed.set()
+            self._admit()
 
     async def reserve(self, nbytes: int) -> None:
         """Wait until there is room for a merge of at most that many bytes, and reserve it.
 
-        Merges that no request needs make room.  One merge is let in however large it is, because a worker
-        that cannot hold any does not start.
+        Who came first is served first.  Merges that no request needs make room, once that is enough.  One
+        merge is let in however large it is, because a worker that cannot hold any does not start.
         """
-        while True:
-            self._drop_idle(nbytes)
-            taken = self.nbytes + self._reserved
-            if not taken or taken + nbytes <= self._limit:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((nbytes, turn))
+        self._admit()
+        try:
+            await turn
+        except BaseException:
+            self.cancel(0 if turn.cancelled() else nbytes)
+            raise
+
+    def _admit(self) -> None:
+        """Reserve room for those whose turn it is, as far as there is any."""
+        while self._waiting:
+            nbytes, turn = self._waiting[0]
+            if not turn.cancelled():
+                needed = self._reserved + sum(
+                    live.facts.nbytes for digest, live in self._merges.items() if self._leases[digest]
+                )
+                if needed and needed + nbytes > self._limit:
+                    return
+                self._drop_idle(nbytes)
                 self._reserved += nbytes
-                return
-            self._freed.clear()
-            await self._freed.wait()
+                turn.set_result(None)
+            self._waiting.popleft()
 
     def cancel(self, nbytes: int) -> None:
         """Give back what was reserved."""
         self._reserved -= nbytes
-        self._freed.set()
+        self._admit()
 
     def add(self, live: LiveMerge, nbytes: int, request: object) -> None:
         """Store a merge that is ready, in the room that was reserved for it, and lease it to a request."""
@@ -121,7 +136,7 @@ class ReadyMerges:
         self._merges.add(live.identity.digest, live, len(self._merges) + 1)
         self.lease(live.identity.digest, request)
         self._drop_idle(0)
-        self._freed.set()
+        self._admit()
 
     def _drop_idle(self, nbytes: int) -> None:
         """Drop merges that no request needs, until the others and ``nbytes`` more fit the limits."""
