@@ -103,7 +103,12 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
     "plugins/__init__.py": ("load_general_plugins",),
     "utils/gpu_sync_debug.py": ("gpu_sync_allowed",),
     "v1/core/kv_cache_utils.py": ("_gen_lora_extra_hash_keys",),
-    "v1/engine/async_llm.py": ("AsyncLLM.collective_rpc", "AsyncLLM.generate"),
+    "v1/engine/async_llm.py": (
+        "AsyncLLM.collective_rpc",
+        "AsyncLLM.dead_error",
+        "AsyncLLM.errored",
+        "AsyncLLM.generate",
+    ),
     "v1/engine/core_client.py": ("AsyncMPClient._call_utility_async", "AsyncMPClient.collective_rpc_async"),
     "v1/engine/logprobs.py": ("LogprobsProcessor._update_prompt_logprobs",),
     "v1/executor/multiproc_executor.py": ("MultiprocExecutor.collective_rpc",),
