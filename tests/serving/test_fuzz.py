@@ -104,7 +104,7 @@ def gate() -> MergeGate:
     """A gate whose merges cost nothing; three adapters are registered."""
     found = gate_with(worker(), max_ad_hoc=20)
 
-    async def prepare(path: str, merges: object, watch: object) -> Reply:
+    async def prepare(path: str, needed: object, watch: object) -> Reply:
         facts = asdict(Facts("cpu", 8, 1, 1.0, {}, 0.0, 0.0, 1))
         return Reply(ok=True, key=MergeIdentity.from_path(path).digest, held=0, facts=facts, made=True)
 

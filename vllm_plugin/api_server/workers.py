@@ -39,7 +39,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.25
 
 
 @dataclass
-class _Work:
+class _Awaited:
     """Work that goes on in the workers.
 
     watch:   called with its state whenever that is known.
@@ -66,7 +66,7 @@ class Workers:
     def __init__(self, call: Call) -> None:
         self.owner = uuid.uuid4().hex
         self._call = call
-        self._work: dict[str, _Work] = {}  # by ticket
+        self._work: dict[str, _Awaited] = {}  # by ticket
         self._given_up: list[str] = []  # tickets that the workers do not know of yet
         self._changed = asyncio.Event()  # a new one for each task
         self._asked = 0.0  # time of the last question
@@ -76,14 +76,14 @@ class Workers:
         """Copy an adapter; see :meth:`merge_worker.MergeWorker.capture`."""
         return await self._beside(CAPTURE, self.owner, needed, path, options)
 
-    async def prepare(self, path: str, merges: Collection[str], watch: Watch) -> Reply:
+    async def prepare(self, path: str, needed: Collection[str], watch: Watch) -> Reply:
         """Make a merge; see :meth:`merge_worker.MergeWorker.prepare`.
 
         watch: called with the state of the merge whenever it was asked for.
 
         If this is cancelled, the workers give the merge up, unless another API server waits for it.
         """
-        return await self._beside(PREPARE, self.owner, list(merges), path, watch=watch)
+        return await self._beside(PREPARE, self.owner, list(needed), path, watch=watch)
 
     async def release(self, needed: Sequence[str]) -> Reply:
         """Drop copies; see :meth:`merge_worker.MergeWorker.release`."""
@@ -98,7 +98,7 @@ class Workers:
         try:
             reply = agreed(await self._call(method, (ticket, *arguments)))
             if "pending" in reply:
-                self._work[ticket] = _Work(watch, Pending(**reply["pending"]))
+                self._work[ticket] = _Awaited(watch, Pending(**reply["pending"]))
                 watch(self._work[ticket].pending)
                 self._wake()
                 reply = await self._work[ticket].reply
