@@ -18,6 +18,7 @@ from merged_lora.streaming import starting_columns, truncate_tiles
 
 from .combine import KnownThresholds, combine, concatenate
 from .pool import Item, Made, Pool, batches
+from .room import Room
 from .stacks import (
     M,
     MergedStack,
@@ -54,6 +55,7 @@ class CpuBackend:
     def __init__(self) -> None:
         self._pool = Pool()
         self._known = KnownThresholds()
+        self._room = Room()
 
     def confine(self, threads: int, nice: int) -> None:
         """See :class:`merged_lora.backends.Backend`; ends the threads that there were, and starts others."""
@@ -70,14 +72,21 @@ class CpuBackend:
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         with self._pool.lasting():
-            return _Merge(plan, progress, self._pool, self._known).result()
+            return _Merge(plan, progress, self._pool, self._known, self._room).result()
+
+    def make_room(self, progress: Progress) -> None:
+        """See :class:`merged_lora.backends.Backend`."""
+        self._room.make_ready(progress)
 
 
 class _Merge:
     """A merge that is being made; what there is of its result."""
 
-    def __init__(self, plan: MergePlan, progress: Progress, pool: Pool, known: KnownThresholds) -> None:
-        self._plan, self._progress, self._pool, self._known = plan, progress, pool, known
+    def __init__(
+        self, plan: MergePlan, progress: Progress, pool: Pool, known: KnownThresholds, room: Room
+    ) -> None:
+        self._plan, self._progress, self._pool = plan, progress, pool
+        self._known, self._room = known, room
         self._modules: dict[str, Factors] = {}
         self._energy: dict[str, Energy] = {}
         self._repeated: set[str] = set()
@@ -102,7 +111,7 @@ class _Merge:
         factors = {name: m for name, m in self._plan.modules.items() if isinstance(m, FactorModule)}
         jobs = [job for m in factors.values() for job in (m.a, m.b)]
         sources = tuple([adapter.digest for adapter in self._plan.sources])
-        merged = combine(self._pool, jobs, _halved(self._progress), self._known, sources)
+        merged = combine(self._pool, self._room, jobs, _halved(self._progress), self._known, sources)
         for (name, module), a, b in zip(factors.items(), merged[::2], merged[1::2], strict=True):
             self._modules[name] = Factors(a, b, 1.0, module.embedding)
 
@@ -110,7 +119,7 @@ class _Merge:
         """Modules that are weighted sums of deltas."""
         whole = {name: m for name, m in modules.items() if m.is_concatenated and m.mean is None}
         if whole:
-            made = concatenate(self._pool, list(whole.values()), self._progress)
+            made = concatenate(self._pool, self._room, list(whole.values()), self._progress)
             self._modules.update(zip(whole, made, strict=True))
             modules = {name: module for name, module in modules.items() if name not in whole}
         stacks = stacked(modules, vector_bytes, STACK_BYTES)

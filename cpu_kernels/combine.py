@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from merged_lora.plan import (
     Keep,
     Largest,
     LargestInModel,
+    Module,
     Random,
     Rule,
     Sum,
@@ -31,6 +33,7 @@ from merged_lora.plan import (
 from . import kernels
 from .entries import addresses, energies_of, find_in, keep_entries
 from .pool import Integers, Pool, check_exit
+from .room import Room
 
 FUSED = (All, Largest, LargestInModel, Random), (Sum, AgreeingMean)
 """Keep rules and blends that ``combine_tensors`` does itself, for any mix of them."""
@@ -79,6 +82,7 @@ class KnownThresholds:
 
 def combine(
     pool: Pool,
+    room: Room,
     jobs: Sequence[FactorJob],
     progress: Progress,
     known: KnownThresholds | None = None,
@@ -86,13 +90,14 @@ def combine(
 ) -> list[torch.Tensor]:
     """The merged tensor of every job, all of one strategy.
 
+    room:     has memory for them.
     progress: called with the number of tensors finished since the last call.
     known:    thresholds of earlier merges.
     sources:  names the content and the order of all inputs, for ``known``.
     """
     if not jobs:
         return []
-    outputs = _new_tensors([(job.inputs[0], job.dtype) for job in jobs])
+    outputs = _new_tensors(room, [(job.inputs[0], job.dtype) for job in jobs])
     cost = np.array([t.numel() for t in outputs]) * np.array([len(job.inputs) for job in jobs])
     if _fused([job.rule for job in jobs]):
         inputs = [tensor.contiguous() for job in jobs for tensor in job.inputs]
@@ -115,27 +120,20 @@ def combine(
     return outputs
 
 
-def concatenate(pool: Pool, modules: Sequence[SumModule], progress: Progress) -> list[Factors]:
+def concatenate(pool: Pool, room: Room, modules: Sequence[SumModule], progress: Progress) -> list[Factors]:
     """The factors of weighted sums of deltas whose rank is the sum of ranks, in the order of the modules.
 
+    room:     has memory for them.
     progress: called with the number of modules finished since the last call.
 
     As ``lowrank.concatenated``, by one compiled loop for all modules.
     """
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for i, module in enumerate(modules):
-        alike.setdefault((module.results, module.embedding), []).append(i)
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for indices in alike.values():
-        pair = [
-            torch.empty(len(indices), *shape, dtype=dtype) for shape, dtype in modules[indices[0]].results
-        ]
-        made |= dict(zip(indices, zip(*(x.unbind(0) for x in pair), strict=True), strict=True))
+    made = _new_pairs(room, modules)
     sources = [f for module in modules for f in module.sources]
     inputs = [(f.a.contiguous(), f.b.contiguous()) for f in sources]
     counts = np.array([len(module.sources) for module in modules])
     table = (
-        np.array([(a.data_ptr(), b.data_ptr()) for a, b in (made[i] for i in range(len(modules)))]),
+        np.array([(a.data_ptr(), b.data_ptr()) for a, b in made]),
         np.array([KINDS[module.dtype] for module in modules]),
         np.array([(*module.sources[0].shape, module.rank) for module in modules]),
         np.cumsum(counts) - counts,
@@ -145,9 +143,9 @@ def concatenate(pool: Pool, modules: Sequence[SumModule], progress: Progress) ->
         np.array([f.rank for f in sources]),
         np.array([w for module in modules for w in module.weights], np.float32),
     )
-    cost = np.array([sum(x.numel() for x in made[i]) for i in range(len(modules))])
+    cost = np.array([a.numel() + b.numel() for a, b in made])
     pool.run(cost, lambda items: kernels.concatenate(items, *table), progress)
-    return [Factors(*made[i], 1.0, module.embedding) for i, module in enumerate(modules)]
+    return [Factors(*pair, 1.0, module.embedding) for pair, module in zip(made, modules, strict=True)]
 
 
 def combine_stack(
@@ -268,7 +266,23 @@ def blend_code(blend: Blend) -> int:
             return kernels.VOTE_FREQUENCY if frequency else kernels.VOTE_TOTAL
 
 
-def _new_tensors(kinds: Sequence[tuple[torch.Tensor, torch.dtype]]) -> list[torch.Tensor]:
+def _new_pairs(room: Room, modules: Sequence[Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of the results of modules without values, those of a dtype as parts of one buffer."""
+    places: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[int, int]]] = {}
+    for i, module in enumerate(modules):
+        for side, kind in enumerate(module.results):
+            places.setdefault(kind, []).append((i, side))
+    made: dict[tuple[int, int], torch.Tensor] = {}
+    for dtype in dict.fromkeys(dtype for _, dtype in places):
+        alike = {shape: indices for (shape, of), indices in places.items() if of == dtype}
+        sizes = [len(indices) * math.prod(shape) for shape, indices in alike.items()]
+        buffers = room.take(sum(sizes), dtype).split_with_sizes(sizes)
+        for (shape, indices), buffer in zip(alike.items(), buffers, strict=True):
+            made |= dict(zip(indices, buffer.view(-1, *shape).unbind(0), strict=True))
+    return [(made[i, 0], made[i, 1]) for i in range(len(modules))]
+
+
+def _new_tensors(room: Room, kinds: Sequence[tuple[torch.Tensor, torch.dtype]]) -> list[torch.Tensor]:
     """Tensors without values, each of the shape of another one and of a dtype.
 
     One call of torch makes all tensors of a dtype, as parts of one buffer.  A call for each would take much
@@ -278,7 +292,7 @@ def _new_tensors(kinds: Sequence[tuple[torch.Tensor, torch.dtype]]) -> list[torc
     for tensor, dtype in kinds:
         like.setdefault(dtype, []).append(tensor)
     made = {
-        dtype: iter(_unflattened(torch.empty(sum(x.numel() for x in each), dtype=dtype), each))
+        dtype: iter(_unflattened(room.take(sum(x.numel() for x in each), dtype), each))
         for dtype, each in like.items()
     }
     return [next(made[dtype]) for _, dtype in kinds]

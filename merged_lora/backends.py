@@ -124,6 +124,15 @@ class Backend(Protocol):
         """The merged factors of every module of the plan, each with scaling 1; see :data:`Progress`."""
         ...
 
+    def make_room(self, progress: Progress) -> None:
+        """Make memory ready for a merge like the last ones, while there is none to be made.
+
+        progress: called with 0 now and then; what it raises passes on.
+
+        A server calls this after every merge.  A backend that does not write into new memory ignores it.
+        """
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Slot:

@@ -50,6 +50,9 @@ class NumpyBackend:
     def confine(self, threads: int, nice: int) -> None:
         """See :class:`merged_lora.backends.Backend`; does nothing, because this has no threads of its own."""
 
+    def make_room(self, progress: Progress) -> None:
+        """See :class:`merged_lora.backends.Backend`; does nothing, because a merge takes seconds."""
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`."""
         modules: dict[str, Factors] = {}

@@ -118,6 +118,9 @@ class TritonBackend:
     def confine(self, threads: int, nice: int) -> None:
         """See :class:`merged_lora.backends.Backend`; does nothing, because the work is done by the GPU."""
 
+    def make_room(self, progress: Progress) -> None:
+        """See :class:`merged_lora.backends.Backend`; does nothing, because page-locked memory is kept."""
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         """See :class:`merged_lora.backends.Backend`; the result is in host memory."""
         outline = Outline(plan, self._prepare(plan).parts, None)

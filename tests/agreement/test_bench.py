@@ -27,6 +27,9 @@ class Wrong:
     def confine(self, threads: int, nice: int) -> None:
         """Ignored."""
 
+    def make_room(self, progress: Progress) -> None:
+        """Ignored."""
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         result = load_backend("cpu").merge(plan, progress)
         name, f = next(iter(result.modules.items()))

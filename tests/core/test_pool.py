@@ -18,6 +18,7 @@ from merged_lora.cpu_kernels import combine
 from merged_lora.cpu_kernels import pool as pool_module
 from merged_lora.cpu_kernels.backend import CpuBackend
 from merged_lora.cpu_kernels.pool import Pool
+from merged_lora.cpu_kernels.room import Room
 from merged_lora.factors import Factors
 from merged_lora.plan import AgreeingMean, FactorJob, Middle, Rule
 from merged_lora.planning import make_plan
@@ -56,9 +57,9 @@ def test_jobs_prepared_one_at_a_time_give_what_all_at_once_give(monkeypatch: pyt
         for i in range(5)
     ]
     pool, done = Pool(), list[int]()
-    whole = combine.combine(pool, jobs, done.append)
+    whole = combine.combine(pool, Room(), jobs, done.append)
     monkeypatch.setattr(pool_module, "BATCH_COST", 1)
-    parts = combine.combine(pool, jobs, done.append)
+    parts = combine.combine(pool, Room(), jobs, done.append)
     assert sum(done) == 2 * len(jobs)
     assert all(torch.equal(x, y) for x, y in zip(whole, parts, strict=True))
 

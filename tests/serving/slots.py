@@ -93,6 +93,9 @@ class CopyingBackend:
     def confine(self, threads: int, nice: int) -> None:
         load_backend("cpu").confine(threads, nice)
 
+    def make_room(self, progress: Progress) -> None:
+        """Ignored."""
+
     def merge(self, plan: MergePlan, progress: Progress = no_progress) -> Result:
         return load_backend("cpu").merge(plan, progress)
 

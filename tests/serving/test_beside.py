@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +25,13 @@ from gates import (
     gate_with,
     prepared,
     register,
+    size,
     until,
     worker,
 )
 from merged_lora import weighing
 from merged_lora.adapters import Adapter
-from merged_lora.backends import no_progress
+from merged_lora.backends import Progress, load_backend, no_progress
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError
 from merged_lora.spec import parse
@@ -38,6 +41,7 @@ from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import agreed_under
 from merged_lora.vllm_plugin.settings import GIB
+from merged_lora.vllm_plugin.worker.makers import HostMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from merged_lora.vllm_plugin.worker.pace import Pace
 
@@ -451,8 +455,6 @@ def test_a_merge_that_nobody_needs_any_more_can_still_be_loaded(
         assert prepared(merges, MergeIdentity(parse("sum(b)"), (gate.sources.key("b"),)).path)["made"]
         assert merges.load_merge(one.path).digest == first
 
-    import logging
-
     monkeypatch.setattr(logging.getLogger("vllm.merged_lora"), "handlers", [caplog.handler])
     asyncio.run(run())
     assert "made again within a step: sum(a)" in caplog.text
@@ -563,8 +565,6 @@ def test_who_is_refused_is_told_how_long_those_before_take(tmp_path: Path) -> No
 def test_a_merge_that_takes_longer_than_announced_is_a_line_in_the_log_and_a_lesson(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import logging
-
     monkeypatch.setattr(logging.getLogger("vllm.merged_lora"), "handlers", [caplog.handler])
     monkeypatch.setattr("merged_lora.vllm_plugin.api_server.gate.LATE_SECONDS", 0.0)
     pace = Pace()
@@ -719,3 +719,30 @@ def test_the_reply_about_finished_work_stays_until_every_rank_has_one(
     monkeypatch.setattr("merged_lora.vllm_plugin.worker.merge_worker.time.monotonic", lambda: later)
     merges.prepare("last", "server 0", [], path, ())
     assert list(merges._replies) == ["last"]
+
+
+def test_after_a_merge_memory_is_made_ready_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm.merged_lora"), "handlers", [caplog.handler])
+    made: list[str] = []
+
+    def make_room(self: object, progress: Progress) -> None:
+        made.append(threading.current_thread().name)
+        if len(made) == 2:
+            raise OSError(12, "Cannot allocate memory")
+
+    backend = load_backend("cpu")
+    monkeypatch.setattr(type(backend), "make_room", make_room)
+    tiny.make_adapter(1).save(tmp_path / "a")
+    merges = worker(maker=HostMaker(backend, lambda _, adapter: adapter, size))
+    key = captured(merges, "one", None, str(tmp_path / "a"))["key"]
+    for i in range(1, 4):
+        assert prepared(merges, MergeIdentity(parse(f"sum({i}*a)"), (key,)).path)["made"]
+        assert merges._room is not None
+        merges._room.result()
+        assert len(made) == i
+    assert set(made) == {"merged-lora-merge"}
+    assert {record.getMessage() for record in caplog.records} == {
+        "there is no memory for the next merge: [Errno 12] Cannot allocate memory"
+    }

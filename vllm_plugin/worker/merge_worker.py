@@ -42,6 +42,8 @@ Model = TypeVar("Model")
 KEPT = 600.0
 """Seconds for which the reply about finished work is kept.  API servers ask several times a second, between
 two steps; no step takes as long."""
+LAST = 1e9
+"""Seconds for which work is announced that gives way to all other work."""
 OUTPUT_HEAD = "lm_head"
 """Last part of the name of the module that makes logits."""
 
@@ -165,6 +167,7 @@ class MergeWorker(Generic[Model]):
         self._replies: dict[str, tuple[float, Reply]] = {}  # by ticket, of work that is done, with the time
         self._reader = Background("merged-lora-read")
         self._merger = Background("merged-lora-merge", enter)
+        self._room: Job[None] | None = None  # makes memory ready for the next merge
 
     def make_ready(self, dtype: torch.dtype) -> None:
         """Compile what the usual merges need and measure how long merges take, before anything is served.
@@ -471,9 +474,18 @@ class MergeWorker(Generic[Model]):
             nbytes=made.nbytes,
         )
         self._ready[digest] = _Ready(made.model, facts)
+        if self._room is None or self._room.finished:
+            self._room = self._merger.submit(lambda: Task(LAST, 1, self._make_room))
         for owner in work.owners.values():
             self._needs.setdefault(owner, set()).add(digest)
         return self._made(digest, made=True)
+
+    def _make_room(self, progress: Progress) -> None:
+        """Make memory ready for the next merge, in the thread that merges."""
+        try:
+            self.maker.backend.make_room(progress)
+        except OSError as error:
+            logger.warning("there is no memory for the next merge: %s", error)
 
     def _made(self, digest: str, made: bool) -> Reply:
         facts = asdict(self._ready[digest].facts)
