@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +23,7 @@ from merged_lora.errors import BackendError, PlanError
 from merged_lora.spec import parse
 from merged_lora.triton_kernels.packed import ALIGNMENT, DeviceSources
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
+from merged_lora.vllm_plugin.hooks.current import current
 from merged_lora.vllm_plugin.settings import GIB, Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
@@ -190,3 +194,33 @@ def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: p
             worker_hooks._maker(manager, Settings(enable=True, backend="triton"), False, adapters)
     finally:
         load_backend.cache_clear()
+
+
+def test_a_thread_that_merges_gives_way_to_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    confined: list[tuple[int, int]] = []
+
+    class Confined(CopyingBackend):
+        def confine(self, threads: int, nice: int) -> None:
+            confined.append((threads, nice))
+
+    interval, numbers = sys.getswitchinterval(), list[int]()
+    monkeypatch.setattr(torch._C, "set_num_threads", numbers.append)
+    cores = frozenset([min(os.sched_getaffinity(0))])
+    monkeypatch.setattr(worker_hooks, "current", replace(current, cores=cores))
+    found: list[tuple[set[int], int, int]] = []
+
+    def enter() -> None:
+        worker_hooks._enter(Confined(), 3)
+        own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        found.append((os.sched_getaffinity(0), own, round(1e6 * sys.getswitchinterval())))
+
+    thread = threading.Thread(target=enter)
+    before = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)
+    try:
+        thread.start()
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [(set(cores), max(10, before[0]), 500)]
+    assert (confined, numbers) == ([(3, 10)], [3])
+    assert (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)) == before
