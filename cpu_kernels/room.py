@@ -28,17 +28,14 @@ class Room:
         self._lock = threading.Lock()
 
     def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor ``[count]`` without values, in memory of its own."""
+        """A tensor ``[count]`` without values, in memory of its own: what is ready, or else torch's."""
         nbytes = count * dtype.itemsize
-        if not nbytes:
-            return torch.empty(0, dtype=dtype)
         with self._lock:
-            memory, self._ready = self._ready, None
+            memory, self._ready = (self._ready, None) if nbytes else (None, self._ready)
             self._taken.append(nbytes)
         if memory is None:
-            memory = _pages(nbytes)
-        else:
-            memory.resize(nbytes)  # what it had stays touched, as far as it is needed
+            return torch.empty(count, dtype=dtype)
+        memory.resize(nbytes)  # what it had stays touched, as far as it is needed
         return torch.frombuffer(memory, dtype=dtype)
 
     def make_ready(self, progress: Progress) -> None:
@@ -50,7 +47,7 @@ class Room:
             missing = 0 if self._ready is not None else max(self._taken, default=0)
         if not missing:
             return
-        memory = _pages(missing)
+        memory = mmap.mmap(-1, missing, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages = torch.frombuffer(memory, dtype=torch.uint8)[:: mmap.PAGESIZE]
         try:
             for at in range(0, len(pages), STEP):
@@ -60,7 +57,3 @@ class Room:
             del pages  # memory that a tensor refers to cannot be resized, and an error knows this frame
         with self._lock:
             self._ready = memory
-
-
-def _pages(nbytes: int) -> mmap.mmap:
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
