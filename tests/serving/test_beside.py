@@ -689,7 +689,7 @@ def test_five_hundred_interleavings_give_the_offline_merge_and_memory_returns(tm
         for gate in gates:
             assert gate.making == []
             assert gate.ready_bytes <= budget(4) * GIB
-            await ask(gate, "sum(2*c)")  # tells the worker what this API server still needs
+            await ask(gate, "sum(2*c)")  # the worker hears what this API server still needs
         assert set(merges._ready) == {digest for gate in gates for digest in gate._ready.digests}
         for gate in gates:
             async with gate.sources.changes:

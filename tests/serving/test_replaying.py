@@ -233,7 +233,7 @@ def test_no_prompt_outlives_the_replay_that_it_belongs_to(tmp_path: Path, end: s
                 await asyncio.sleep(PATIENCE)
                 raise AssertionError("it outlived the replay")
             except asyncio.CancelledError:
-                await asyncio.sleep(0.01)  # as an engine that is told of it
+                await asyncio.sleep(0.01)  # as an engine that takes it in
                 raise
             finally:
                 under_way -= 1
