@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 import uuid
 import weakref
@@ -21,8 +23,12 @@ from .merge_log import log_merge
 from .rpc import CANCEL, CAPTURE, POLL, PREPARE, Facts, Pending, Reply, agreed, agreed_under, raise_failure
 from .settings import GIB, Settings
 
+logger = logging.getLogger("vllm.merged_lora")
+
 OWNER = "offline"
 """What the workers know this process as."""
+PATIENCE = 2.0
+"""Seconds for which an engine may take to cancel work."""
 
 _kept: weakref.WeakKeyDictionary[Any, Lru[str, int]] = weakref.WeakKeyDictionary()
 """For each LLM the merges that its workers keep, with their bytes."""
@@ -72,6 +78,20 @@ def _finished(llm: Any, method: str, *arguments: Any) -> Reply:
             reply = agreed_under(ticket, llm.collective_rpc(POLL, args=([ticket],)))
         raise_failure(reply)
     except BaseException:  # such as an interrupt by the user: nothing goes on beside the steps
-        llm.collective_rpc(CANCEL, args=([ticket],))
+        _give_up(llm, ticket)
         raise
     return reply
+
+
+def _give_up(llm: Any, ticket: str) -> None:
+    """Cancel work.  An interrupt may have ended the engine as well, and then the call would never end."""
+
+    def cancel() -> None:
+        try:
+            llm.collective_rpc(CANCEL, args=([ticket],))
+        except Exception as error:
+            logger.warning("work that nobody waits for goes on: %s", error)
+
+    call = threading.Thread(target=cancel, daemon=True)
+    call.start()
+    call.join(PATIENCE)

@@ -54,6 +54,29 @@ def test_the_merge_that_was_used_last_stays_longest(adapters: dict[str, str]) ->
     assert maker.made[3:] == ["sum(b)"]
 
 
+@pytest.mark.parametrize("answer", ["never", "error"])
+def test_an_interrupt_ends_the_call_even_if_it_ended_the_engine(
+    adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setattr("merged_lora.vllm_plugin.offline.PATIENCE", 0.1)
+    asked, end = list[str](), threading.Event()
+
+    class Interrupted(OfflineLLM):
+        def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Reply]:
+            asked.append(method)
+            if method != CANCEL:
+                raise KeyboardInterrupt
+            if answer == "error":
+                raise RuntimeError("the engine is dead")
+            end.wait()
+            return []
+
+    with pytest.raises(KeyboardInterrupt):
+        merged_lora_request(Interrupted(worker(), 1.0), "sum(a)", adapters)
+    end.set()
+    assert asked[-1] == CANCEL
+
+
 def test_an_interrupt_ends_the_merge_that_nobody_waits_for(
     adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
