@@ -293,6 +293,56 @@ def eventual_error(job: Job[Any]) -> BaseException | None:
     return job.error
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_finished_work_keeps_nothing_that_its_run_knew(thread: Background, fails: bool) -> None:
+    large = Large()
+    left = weakref.ref(large)
+
+    def size_up(large: Large = large) -> Task[None]:
+        def run(_: Progress) -> None:
+            assert large
+            if fails:
+                raise ZeroDivisionError
+
+        return Task(0.0, 1, run)
+
+    gc.disable()  # not even for as long as it takes until a circle is found
+    try:
+        job = thread.submit(size_up)
+        del large, size_up
+        assert isinstance(eventual_error(job), ZeroDivisionError) == fails
+        eventually(lambda: left() is None)
+    finally:
+        gc.enable()
+
+
+def test_what_a_lesson_raises_is_the_outcome_and_the_thread_lives_on(thread: Background) -> None:
+    def fail(_: float) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        thread.submit(lambda: Task(0.0, 1, lambda _: "done", took=fail)).result()
+    assert thread.submit(lambda: Task(0.0, 1, lambda _: "next")).result() == "next"
+
+
+def test_work_for_idle_times_comes_last_and_ends_when_there_is_other_work(thread: Background) -> None:
+    notes: list[str] = []
+    gate, idle, other = (Steps(name, 0.0, 2, notes) for name in ("gate", "idle", "other"))
+    begun(thread, gate)
+    job = thread.submit(lambda: replace(idle.task(), idle=True))
+    first = thread.submit(Steps("first", 1e9, 0, notes).task)
+    gate.let(2)
+    assert first.result() == "first"
+    assert idle.begun.wait(PATIENCE)
+    second = thread.submit(other.task)
+    for steps in (idle, other):
+        steps.let(2)
+    assert second.result() == "other"
+    with pytest.raises(CancelledError):
+        job.result()
+    assert notes == ["gate0", "gate1", "idle0", "other0", "other1"]
+
+
 def test_an_error_keeps_nothing_of_the_work_that_raised_it(thread: Background) -> None:
     left: list[weakref.ref[Large]] = []
 

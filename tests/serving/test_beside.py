@@ -512,12 +512,11 @@ def test_a_merge_that_takes_longer_than_allowed_is_given_up_whatever_was_expecte
         with pytest.raises(MergeError) as refusal:
             await ask(gate, "sum(0.001*a)")
         assert re.fullmatch(
-            r"sum of these sources was expected to take 0.001 s, and was given up after 0\.\d s; this server "
-            r"merges for at most 0.05 s \(--merged-lora-max-seconds\)",
+            r"sum of these sources was expected to take 0.001 s, and was given up after \d+\.\d s; "
+            r"this server merges for at most 0.05 s \(--merged-lora-max-seconds\)",
             str(refusal.value),
         )
-        maker.let.set()
-        await ask(gate, "sum(0.002*a)")
+        assert maker.made == []
 
     asyncio.run(run())
 
@@ -527,7 +526,9 @@ def test_weights_that_have_to_be_found_are_found_with_the_merge_and_not_while_it
 ) -> None:
     tiny.make_adapter(1).save(tmp_path / "a")
     tiny.make_adapter(2).save(tmp_path / "b")
-    merges = worker()
+    pace = Pace()
+    pace._rates["sum"] = 1e-12
+    merges = worker(pace=pace)
     keys = [captured(merges, "one", None, str(tmp_path / name))["key"] for name in "ab"]
     identity = MergeIdentity(parse("sum(a, b, weights=auto)"), tuple(keys))
     found: list[int] = []
@@ -539,6 +540,8 @@ def test_weights_that_have_to_be_found_are_found_with_the_merge_and_not_while_it
     monkeypatch.setattr("merged_lora.planning.auto_weights", auto_weights)
     task = merges._task(identity, merges._sources(identity))
     assert found == []
+    task.took(1e9)
+    assert pace._rates == {"sum": 1e-12}  # the time for weights teaches nothing of merges without
     made = task.run(no_progress)
     assert found == [2]
     expected = merge("sum(a, b, weights=auto)", {name: tmp_path / name for name in "ab"}, rank=16)
@@ -715,7 +718,7 @@ def test_the_reply_about_finished_work_stays_until_every_rank_has_one(
     for i in range(1000):  # more than any server has under way
         assert merges.prepare(str(i), f"server {i % 2}", [], path, ())["ok"]
     assert agreed_under("0", [merges.poll(["0"])])["key"] == MergeIdentity.from_path(path).digest
-    later = time.monotonic() + 601.0
+    later = time.monotonic() + 301.0
     monkeypatch.setattr("merged_lora.vllm_plugin.worker.merge_worker.time.monotonic", lambda: later)
     merges.prepare("last", "server 0", [], path, ())
     assert list(merges._replies) == ["last"]

@@ -49,6 +49,7 @@ class Task(Generic[Outcome]):
              raises has to pass on.
     limit:   seconds after which it is given up, with an OverdueError.
     took:    called with the seconds that it took, when it is done or was given up for its length.
+    idle:    whether it is only done while there is nothing else; it ends as given up as soon as there is.
     """
 
     seconds: float
@@ -56,6 +57,7 @@ class Task(Generic[Outcome]):
     run: Callable[[Progress], Outcome]
     limit: float = math.inf
     took: Callable[[float], None] = lambda _: None
+    idle: bool = False
 
 
 class Job(Generic[Outcome]):
@@ -198,7 +200,7 @@ class Background:
 
     def _next(self, running: tuple[Job[Any], ...]) -> Job[Any] | None:
         able = (job for job in self._waiting if not (running and job.displaced))
-        first = min(able, key=lambda job: (job.task is not None, job.due), default=None)
+        first = min(able, key=_order, default=None)
         if first is None or first.task is None or not running:
             return first
         return first if first.due < running[-1].due and len(running) < DEEPEST else None
@@ -219,6 +221,8 @@ class Background:
             nonlocal since
             now = time.monotonic()
             job.done, job.spent = job.done + steps, job.spent + now - since
+            if task.idle and self._waiting:
+                job.cancel()
             while not job.cancelled and self._advance((*interrupted, job)):
                 pass
             since = time.monotonic()
@@ -243,8 +247,16 @@ class Background:
             error = raised
         job.spent += time.monotonic() - since
         if error is None or isinstance(error, OverdueError):
-            task.took(job.spent)
+            try:
+                task.took(job.spent)
+            except Exception as raised:
+                error = raised
         job.finish(outcome, error)
+
+
+def _order(job: Job[Any]) -> tuple[bool, bool, float]:
+    """What is new comes first, and what is for idle times comes last."""
+    return job.task is not None, job.task is not None and job.task.idle, job.due
 
 
 def _forgotten(*_: object) -> Any:
@@ -252,8 +264,7 @@ def _forgotten(*_: object) -> Any:
 
 
 def _let_go(error: BaseException) -> None:
-    """Empty the frames of an error and of those that led to it: they hold what the work was made from."""
-    link: BaseException | None = error
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__
+    """Keep as a text where an error came from, because its frames hold what the work was made from."""
+    if error.__traceback__ is not None:
+        error.add_note("".join(traceback.format_exception(error)))
+    error.__traceback__ = error.__cause__ = error.__context__ = None

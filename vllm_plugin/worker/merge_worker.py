@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -39,11 +39,9 @@ logger = logging.getLogger("vllm.merged_lora")
 
 Model = TypeVar("Model")
 
-KEPT = 600.0
-"""Seconds for which the reply about finished work is kept.  API servers ask several times a second, between
-two steps; no step takes as long."""
-LAST = 1e9
-"""Seconds for which work is announced that gives way to all other work."""
+KEPT = 300.0
+"""Seconds for which the reply about finished work is kept after it was last given.  API servers ask several
+times a second, between two steps, and no step takes as long."""
 OUTPUT_HEAD = "lm_head"
 """Last part of the name of the module that makes logits."""
 
@@ -346,7 +344,9 @@ class MergeWorker(Generic[Model]):
     def _reply(self, ticket: str) -> Reply:
         """The reply under a ticket: that of finished work, or how the work is getting on."""
         if ticket in self._replies:
-            return self._replies[ticket][1]
+            _, reply = self._replies.pop(ticket)
+            self._keep_reply(ticket, reply)
+            return reply
         job = self._work[ticket].job
         pending = Pending(job.running, job.done, job.total, job.spent, job.announced)
         return {"ok": True, "pending": asdict(pending)}
@@ -448,8 +448,10 @@ class MergeWorker(Generic[Model]):
             planned = plan(spec, sources, self._max_rank) if spec.automatic else sized
             return self.maker.make(identity.number, planned, progress)
 
-        took = functools.partial(self.pace.correct, sized)
-        return Task(seconds, len(sized.modules), make, self._seconds, took)
+        task = Task(seconds, len(sized.modules), make, self._seconds)
+        if spec.automatic:  # to find weights took a part of the time, of which the size says nothing
+            return task
+        return replace(task, took=functools.partial(self.pace.correct, sized))
 
     def _store_merge(self, identity: MergeIdentity) -> Reply:
         digest = identity.digest
@@ -475,7 +477,7 @@ class MergeWorker(Generic[Model]):
         )
         self._ready[digest] = _Ready(made.model, facts)
         if self._room is None or self._room.finished:
-            self._room = self._merger.submit(lambda: Task(LAST, 1, self._make_room))
+            self._room = self._merger.submit(lambda: Task(0.0, 1, self._make_room, idle=True))
         for owner in work.owners.values():
             self._needs.setdefault(owner, set()).add(digest)
         return self._made(digest, made=True)
