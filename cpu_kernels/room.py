@@ -54,6 +54,6 @@ class Room:
                 pages[at : at + STEP].zero_()
                 progress(0)
         finally:
-            del pages  # memory that a tensor refers to cannot be resized, and an error knows this frame
+            del pages  # nobody may refer to memory that is resized, and an error knows this frame
         with self._lock:
             self._ready = memory

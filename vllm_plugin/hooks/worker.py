@@ -50,7 +50,7 @@ logger = logging.getLogger("vllm.merged_lora")
 NICE = 10
 """Nice value of the threads that merge: they give way to those of the engine's steps."""
 SWITCH = 0.0005
-"""Seconds until a thread that merges leaves the interpreter's lock to a step; Python's own are 0.005."""
+"""Seconds until a thread of a worker leaves the interpreter's lock to another; Python's own are 0.005."""
 DRIVERS = 2
 """Cores that a worker whose model runs on a device is taken to need for itself."""
 ALIGNMENT = 64
