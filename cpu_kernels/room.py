@@ -1,6 +1,6 @@
 """Memory for the results of the next merge, touched before it is needed.
 
-The operating system hands out a page when it is touched first, which takes longer than to merge into it.
+The operating system hands out a page when it is touched first, which can take longer than to merge into it.
 """
 
 from __future__ import annotations
