@@ -38,7 +38,7 @@ import merged_lora
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.factors import Factors
-from merged_lora.peft_files import Header
+from merged_lora.files.layout import Header
 
 from . import cases, machine, serve, serving
 from .launcher import VllmServer

@@ -16,7 +16,9 @@ import torch
 from .calibration import CALIBRATION_NAME, Calibration, read_calibration
 from .errors import AdapterError, CalibrationError, listed
 from .factors import DTYPES, Factors
-from .peft_files import MAX_ALPHA, Header, read_folder, write_folder
+from .files.layout import MAX_ALPHA, Header
+from .files.reading import read_folder
+from .files.writing import write_folder
 
 logger = logging.getLogger(__name__)
 

@@ -52,7 +52,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
     from .adapters import Adapter
     from .engine import plan, run
-    from .peft_files import check_target
+    from .files.writing import check_target
 
     started = time.perf_counter()
     with _terminated_cleanly():

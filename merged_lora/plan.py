@@ -17,7 +17,7 @@ from .adapters import Adapter
 from .calibration import Calibration, Inputs
 from .errors import PlanError
 from .factors import Factors
-from .peft_files import Header
+from .files.layout import Header
 from .recipe import Basis, Recipe
 from .spec import MergeSpec
 

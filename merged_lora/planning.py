@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .adapters import Adapter, calibrations_of
 from .errors import PlanError, UnknownAdapterError, listed
 from .factors import Factors, promoted
-from .peft_files import Header
+from .files.layout import Header
 from .plan import (
     SHARES,
     AgreeingMean,

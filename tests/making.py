@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from merged_lora.adapters import Adapter
 from merged_lora.bench.cases import calibrated
 from merged_lora.factors import Factors
-from merged_lora.peft_files import Header
+from merged_lora.files.layout import Header
 
 SMALL = {
     "model.layers.0.self_attn.q_proj": (48, 32),

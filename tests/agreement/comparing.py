@@ -10,7 +10,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Result, load_backend
 from merged_lora.bench.agreement import find_different_bits
 from merged_lora.factors import DTYPES, WORDS, Factors
-from merged_lora.peft_files import Header
+from merged_lora.files.layout import Header
 from merged_lora.plan import FactorJob, FactorModule, Keep, MergePlan, Rule, Sum
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse

@@ -13,7 +13,7 @@ from making import SMALL, random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError, PlanError, UnknownAdapterError
-from merged_lora.peft_files import Header
+from merged_lora.files.layout import Header
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.strategies import TABLE

@@ -18,7 +18,8 @@ from merged_lora.adapters import Adapter
 from merged_lora.calibration import Calibration
 from merged_lora.errors import AdapterError
 from merged_lora.factors import Factors
-from merged_lora.peft_files import Header, config_of
+from merged_lora.files.layout import Header
+from merged_lora.files.writing import config_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Q, K, DOWN, Q1 = SMALL

@@ -21,8 +21,8 @@ from merged_lora.adapters import Adapter
 from merged_lora.calibrating import _Recorder, calibrate
 from merged_lora.calibration import CALIBRATION_NAME, Calibration, read_calibration
 from merged_lora.errors import CalibrationError
+from merged_lora.files.layout import Header
 from merged_lora.language_model import LanguageModel
-from merged_lora.peft_files import Header
 
 LAYER = "model.layers.0."
 

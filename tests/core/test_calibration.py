@@ -33,7 +33,7 @@ from merged_lora.calibration import (
 )
 from merged_lora.engine import merge
 from merged_lora.errors import CalibrationError
-from merged_lora.peft_files import Header
+from merged_lora.files.layout import Header
 
 EXCHANGES = (Exchange((1, 2, 3), (4,), True), Exchange((5,), (6, 0, 319), False))
 FIRST = "model.layers.0.mlp.down_proj"

@@ -19,8 +19,8 @@ from making import random_adapter
 from merged_lora import language_model
 from merged_lora.adapters import Adapter
 from merged_lora.errors import CalibrationError
+from merged_lora.files.layout import Header
 from merged_lora.language_model import LanguageModel
-from merged_lora.peft_files import Header
 
 ENDS = {"model.embed_tokens": (tiny.HIDDEN, tiny.VOCABULARY), "lm_head": (tiny.VOCABULARY, tiny.HIDDEN)}
 """The first and the last module of the tiny model, as ``name: (out, in)``."""

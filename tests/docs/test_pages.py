@@ -137,10 +137,16 @@ def test_the_picture_of_the_house_names_what_exists() -> None:
 
 
 def test_the_floors_of_the_core_hold_all_of_it_and_imports_go_down() -> None:
-    core = {path.stem: path for path in (ROOT / "merged_lora").glob("*.py") if not path.stem.startswith("__")}
+    here = ROOT / "merged_lora"
+    core = {path.stem: [path] for path in here.glob("*.py") if not path.stem.startswith("__")}
+    folders = [path.parent for path in here.glob("*/__init__.py") if not path.parent.is_symlink()]
+    core |= {folder.name: list(folder.glob("*.py")) for folder in folders}
     floors = rooms()[: next(i for i, floor in enumerate(rooms()) if "errors" in floor) + 1]
     height = {name: -i for i, floor in enumerate(floors) for name in floor}
     assert height.keys() == core.keys()
-    for name, path in core.items():
-        imported = re.findall(r"^ *from \.(\w*) import ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    for name, paths in core.items():
+        prefix = r"\." if paths[0].parent == here else r"merged_lora\."
+        pattern = rf"^ *from {prefix}(\w*)[.\w]* import "
+        imported = {m for path in paths for m in re.findall(pattern, path.read_text("utf-8"), re.MULTILINE)}
         assert not [other for other in imported if other and height[other] >= height[name]], name
+

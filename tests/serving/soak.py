@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from merged_lora.bench import machine, serving
 from merged_lora.bench.launcher import print_dot
 from merged_lora.errors import MergeError
-from merged_lora.peft_files import WEIGHTS_NAME
+from merged_lora.files.layout import WEIGHTS_NAME
 from merged_lora.spec import MergeSpec, parse
 from vllm_server import Server
 

@@ -170,7 +170,8 @@ def test_an_alias_given_at_the_start_was_checked_as_far_as_it_could_be(server: S
     assert "alias mix: chat is not checked: " in log
     assert "alias mix: sql: 0 of 1 of its answers survive" in log
     status, reply = server.post("/v1/merged_lora/check", {"spec": "mix"})  # the server may have forgotten it
-    assert status == 400 and "merged-lora calibrate" in reply["error"]["message"]
+    assert status == 400
+    assert "merged-lora calibrate" in reply["error"]["message"]
     sources = replay(server, "ties(chat, sql, density=0.2)")
     assert [source["name"] for source in sources] == ["chat", "sql"]
     assert "merged-lora calibrate" in sources[0]["refusal"]

@@ -20,7 +20,7 @@ from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.calibration import CALIBRATION_NAME, Exchange
 from merged_lora.errors import CalibrationError, MergeError, SpecError, UnknownAdapterError
-from merged_lora.peft_files import WEIGHTS_NAME
+from merged_lora.files.layout import WEIGHTS_NAME
 from merged_lora.replay import Replayed, Survival
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease, MergeGate

@@ -23,7 +23,7 @@ from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.engine import plan
 from merged_lora.errors import PlanError
-from merged_lora.peft_files import tensors_of
+from merged_lora.files.writing import tensors_of
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.hooks import slots as slot_hooks
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks

@@ -18,7 +18,7 @@ from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.bench import cases
 from merged_lora.calibration import CALIBRATION_NAME, Calibration, Exchange, write_calibration
-from merged_lora.peft_files import Header
+from merged_lora.files.layout import Header
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 64, 160, 2, 1, 2
 VOCABULARY = 320

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from merged_lora.errors import AdapterError, MergeError
+from merged_lora.files.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from merged_lora.lru import Lru
-from merged_lora.peft_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from merged_lora.vllm_plugin.rpc import CacheFullError, Reply, raise_failure
 
 from .metrics import Metrics

@@ -21,7 +21,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import SlotBackend, StagedMerge
 from merged_lora.errors import PlanError, listed
 from merged_lora.factors import Factors
-from merged_lora.peft_files import config_of, tensors_of
+from merged_lora.files.writing import config_of, tensors_of
 from merged_lora.plan import MergePlan
 from merged_lora.vllm_plugin.worker.makers import outline
 
