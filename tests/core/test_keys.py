@@ -1,0 +1,145 @@
+"""Keys of adapter files: the module and role that each means, whatever a trainer put around its name."""
+
+import pytest
+
+from merged_lora.errors import AdapterError
+from merged_lora.files.keys import FACTORS, Key, check_outer, parse, renamed
+
+MODULE = "model.layers.0.mlp.up_proj"
+PEFT = "base_model.model."
+WRAPPERS = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+)
+
+
+@pytest.mark.parametrize(
+    ("tail", "role"),
+    [
+        ("lora_A.weight", "lora_A.weight"),
+        ("lora_B.default.weight", "lora_B.weight"),
+        ("lora_A.sql.weight", "lora_A.weight"),
+        ("lora_A.lora_1.weight", "lora_A.weight"),
+        ("lora_embedding_A", "lora_embedding_A"),
+        ("lora_embedding_B.default", "lora_embedding_B"),
+        ("lora_A.bias", "lora_A.bias"),
+        ("lora_B.default.bias", "lora_B.bias"),
+        ("lora_magnitude_vector", "lora_magnitude_vector"),
+        ("lora_magnitude_vector.default.weight", "lora_magnitude_vector.weight"),
+        ("weight", "weight"),
+        ("bias", "bias"),
+        ("modules_to_save.default.weight", "weight"),
+    ],
+)
+def test_the_adapters_own_name_is_no_part_of_a_role(tail: str, role: str) -> None:
+    assert parse(f"{PEFT}{MODULE}.{tail}") == Key(MODULE, role)
+
+
+def test_only_the_two_factors_of_linear_and_embedding_modules_are_factors() -> None:
+    roles = {
+        parse(f"{PEFT}{MODULE}.{tail}").role for tail in ("lora_A.bias", "lora_magnitude_vector", "weight")
+    }
+    assert not roles & FACTORS.keys()
+    assert FACTORS[parse(f"{MODULE}.lora_B.sql.weight").role] == ("B", False)
+    assert FACTORS[parse(f"{MODULE}.lora_embedding_A.sql").role] == ("A", True)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("prefix", [PEFT, ""])
+def test_a_wrapper_is_no_part_of_a_name_wherever_it_comes(wrapper: str, prefix: str) -> None:
+    parts = f"{prefix}{MODULE}.lora_A.default.weight".split(".")
+    for at in range(len(parts) - 2):
+        assert parse(".".join([*parts[:at], wrapper, *parts[at:]])) == Key(MODULE, "lora_A.weight")
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        PEFT,
+        "",
+        "module.",
+        "module.module.",
+        "module._orig_mod.",
+        f"module.{PEFT}",
+        f"_orig_mod.module.{PEFT}",
+        f"_module.{PEFT}",
+        PEFT + PEFT,
+        PEFT + PEFT + PEFT,
+        f"{PEFT}module.{PEFT}",
+        f"{PEFT}_orig_mod.{PEFT}_orig_mod.",
+    ],
+)
+def test_what_wraps_the_whole_model_is_no_part_of_a_name(front: str) -> None:
+    assert parse(f"{front}{MODULE}.lora_B.weight") == Key(MODULE, "lora_B.weight")
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        (f"{PEFT}module.layers.0.up.lora_A.weight", "module.layers.0.up"),
+        (f"module.{PEFT}module.up.lora_A.weight", "module.up"),
+        (f"{PEFT}{PEFT}module.up.lora_A.weight", "module.up"),
+        ("encoder.module.up.lora_A.weight", "encoder.module.up"),
+        ("module.lora_A.weight", "module"),
+        (f"{PEFT}module.lora_A.weight", "module"),
+        (f"{PEFT}base_model.layers.0.up.lora_A.weight", "base_model.layers.0.up"),
+        (f"{PEFT}judge.{PEFT}up.lora_A.weight", f"judge.{PEFT}up"),
+        (f"{PEFT}mlp.experts.base_layer.lora_A.weight", "mlp.experts.base_layer"),
+        (f"{PEFT}my_orig_mod.module_list.up.lora_A.weight", "my_orig_mod.module_list.up"),
+        (f"{PEFT}blora_A.lora_A.weight", "blora_A"),
+    ],
+)
+def test_a_module_of_the_base_model_keeps_its_name(key: str, module: str) -> None:
+    assert parse(key) == Key(module, "lora_A.weight")
+
+
+@pytest.mark.parametrize("key", ["", ".", "weight", PEFT, "lora_A.weight", f"{PEFT}lora_A.weight", "module"])
+def test_a_key_without_a_module_has_an_empty_one(key: str) -> None:
+    assert parse(key).module == ""
+
+
+@pytest.mark.parametrize(
+    "front", ["thinker.", "module.thinker.", "thinker.module.", "_orig_mod.thinker._orig_mod."]
+)
+def test_what_comes_before_peft_besides_wrappers_is_kept_and_named(front: str) -> None:
+    key = parse(f"{front}{PEFT}{PEFT}{MODULE}.lora_A.weight")
+    assert key == Key(f"thinker.{PEFT}{MODULE}", "lora_A.weight", "thinker.")
+
+
+def test_a_container_outside_is_refused_with_both_ways_out() -> None:
+    names = [f"thinker.{PEFT}{MODULE}"]
+    with pytest.raises(
+        AdapterError, match=r"--rename thinker\.base_model\.model\.=thinker\. .* --rename \S+= if"
+    ):
+        check_outer(names, ["", "thinker."])
+    for new, expected in (("thinker.", f"thinker.{MODULE}"), ("", MODULE)):
+        after = renamed(dict.fromkeys(names, 0), f"thinker.{PEFT}", new)
+        check_outer(after, ["", "thinker."])
+        assert list(after) == [expected]
+
+
+def test_a_name_inside_pefts_own_prefix_is_never_taken_for_a_container() -> None:
+    key = parse(f"{PEFT}judge.{PEFT}up.lora_A.weight")
+    check_outer([key.module], [key.outer])
+
+
+def test_renaming_replaces_beginnings_to_the_letter() -> None:
+    before = {"model.up": 1, "model.model.up": 2, "lm_head": 3}
+    assert renamed(before, "model.", "") == {"up": 1, "model.up": 2, "lm_head": 3}
+    assert renamed(before, "", "x.") == {"x.model.up": 1, "x.model.model.up": 2, "x.lm_head": 3}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("visual.", "model.visual.", "no module's name begins so, there are model.up, model.vision.up, up"),
+        ("model.", "", "two modules would be up"),
+        ("up", "", "nothing is left of up"),
+    ],
+)
+def test_a_rename_that_loses_a_module_or_finds_none_is_refused(old: str, new: str, message: str) -> None:
+    with pytest.raises(AdapterError, match=f"rename {old}={new}: {message}"):
+        renamed({"model.up": 1, "model.vision.up": 2, "up": 3}, old, new)
