@@ -17,7 +17,8 @@ from .calibration import CALIBRATION_NAME, Calibration, read_calibration
 from .errors import AdapterError, CalibrationError, listed
 from .factors import DTYPES, Factors
 from .files.layout import MAX_ALPHA, Header
-from .files.reading import read_folder
+from .files.parts import KINDS, Choice
+from .files.reading import read_adapter
 from .files.writing import write_folder
 
 logger = logging.getLogger(__name__)
@@ -27,10 +28,13 @@ logger = logging.getLogger(__name__)
 class Adapter:
     """A LoRA adapter, read or merged: the same type goes into a merge and comes out of it.
 
-    modules:  factors by module name, as in the base model (``model.layers.0.self_attn.q_proj``).
+    modules:  factors by module name, as in the base model (``model.layers.0.self_attn.q_proj``).  Experts of
+              one parameter are modules, too (``model.layers.0.mlp.experts.down_proj[3]``).
     header:   base model, task and layout, as far as known.
     metadata: pairs of text; a merge records here how it was made (``merged_lora.spec``, ...).
     calibration: what was measured of its inputs and answers; the text says why the one beside it is not used.
+    whole:    whole tensors that replace those of the base model, such as a classifier's head: by the name of
+              the module in PEFT's ``modules_to_save``, and by their own names.
 
     The tensors must not be changed in place, or the digest is wrong.  Raises AdapterError if the modules are
     malformed.
@@ -40,6 +44,7 @@ class Adapter:
     header: Header = field(default_factory=Header)
     metadata: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration | str | None = None
+    whole: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -58,25 +63,29 @@ class Adapter:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], drop: Iterable[str] = (), calibration: bool = True
+        cls,
+        path: str | os.PathLike[str],
+        drop: Iterable[str] = (),
+        calibration: bool = True,
+        *,
+        take: Iterable[str] = (),
+        rename: Mapping[str, str] | None = None,
+        allow_pickle: bool = False,
     ) -> Adapter:
         """The adapter in a PEFT folder, read into memory as a whole and checked; raises AdapterError.
 
         A calibration in the folder is read too.  One that does not fit the adapter is a warning here, and an
         error in every merge that needs it.
 
-        path:        the folder.
-        drop:        parts to leave out instead of refusing the adapter: ``modules_to_save``, ``lora_bias``,
-                     ``target_parameters``.
-        calibration: whether to read it.
+        path:         the folder, a folder that holds this folder alone, or one of its files.
+        drop:         parts to leave out instead of refusing the adapter: kinds (``files.parts.KINDS``, for
+                      instance ``heads``), and names or patterns of modules that were saved whole.
+        calibration:  whether to read it.
+        take:         kinds of parts to keep whole, in ``whole``.
+        rename:       new beginnings of module names, by those that they replace.
+        allow_pickle: read pickled weights where there are no others, by ``torch.load`` with ``weights_only``.
         """
-        if "\0" in os.fspath(path):
-            raise AdapterError("an adapter's path holds a NUL character")
-        adapter = cls(*read_folder(Path(path), drop))
-        if adapter.nonfinite:
-            raise AdapterError(f"{path}: {adapter.nonfinite} holds NaN or infinity")
-        file = Path(path) / CALIBRATION_NAME
-        return adapter.calibrated(file) if calibration and os.path.lexists(file) else adapter
+        return _load(path, Choice.of(drop, take, rename), calibration, allow_pickle)[0]
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a PEFT folder, completely or not at all; PEFT 0.21 and vLLM read the same deltas from it.
@@ -88,7 +97,7 @@ class Adapter:
         """
         if "\0" in os.fspath(path):
             raise AdapterError("an adapter's path holds a NUL character")
-        write_folder(Path(path), self.modules, self.header, self.metadata, overwrite)
+        write_folder(Path(path), self.modules, self.header, self.metadata, overwrite, self.whole)
 
     def calibrated(self, file: Path) -> Adapter:
         """The same adapter with the calibration in a file, or with the reason why that does not fit."""
@@ -107,7 +116,7 @@ class Adapter:
         return self._twin(modules, self.calibration)
 
     def _twin(self, modules: Mapping[str, Factors], calibration: Calibration | str | None) -> Adapter:
-        twin = Adapter(modules, self.header, self.metadata, calibration)
+        twin = Adapter(modules, self.header, self.metadata, calibration, self.whole)
         vars(twin).update({name: vars(self)[name] for name in ("digest", "nonfinite") if name in vars(self)})
         return twin
 
@@ -151,6 +160,57 @@ class Adapter:
         """Bytes of all factors, and of the calibration."""
         calibration = self.calibration.nbytes if isinstance(self.calibration, Calibration) else 0
         return sum(f.nbytes for f in self.modules.values()) + calibration
+
+
+def load_sources(
+    paths: Mapping[str, str | os.PathLike[str]],
+    drop: Iterable[str] = (),
+    take: Mapping[str, str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
+) -> dict[str, Adapter]:
+    """The adapters of a merge by name, read alike; raises AdapterError.
+
+    paths:        where each is, as :meth:`Adapter.load` takes it.
+    drop:         parts to leave out of all of them.
+    take:         for kinds of parts that a merge carries over, the name of the source that they come from;
+                  they are left out of the others.
+    rename:       new beginnings of module names, by those that they replace, in whichever sources have them.
+    allow_pickle: read pickled weights where there are no others.
+
+    What is named to be dropped, taken or renamed and is in no source is an error, because it is misspelt.
+    """
+    taken, drop = dict(take or {}), set(drop)
+    for kind, name in taken.items():
+        if name not in paths:
+            raise AdapterError(f"cannot take {kind} from {name!r}, which is no source of this merge")
+    adapters, used = {}, set[str]()
+    for name, path in paths.items():
+        own = {kind for kind, source in taken.items() if source == name}
+        choice = Choice.of(drop | (taken.keys() - own), own, rename)
+        adapters[name], found = _load(path, choice, True, allow_pickle)
+        used |= found
+        for kind in sorted(own - found):
+            raise AdapterError(f"cannot take {kind} from {name!r}: {path} has none")
+    unused = [word for word in (*drop - KINDS.keys(), *(rename or {})) if word not in used]
+    if unused:
+        raise AdapterError(f"no source has a module that is called {listed(map(repr, sorted(unused)))}")
+    return adapters
+
+
+def _load(
+    path: str | os.PathLike[str], choice: Choice, calibration: bool, allow_pickle: bool
+) -> tuple[Adapter, frozenset[str]]:
+    """An adapter, and the words of the choice that had an effect."""
+    if "\0" in os.fspath(path):
+        raise AdapterError("an adapter's path holds a NUL character")
+    contents = read_adapter(Path(path), choice, allow_pickle)
+    adapter = Adapter(contents.modules, contents.header, contents.metadata, None, contents.whole)
+    if adapter.nonfinite:
+        raise AdapterError(f"{path}: {adapter.nonfinite} holds NaN or infinity")
+    file = contents.folder / CALIBRATION_NAME
+    beside = calibration and os.path.lexists(file)
+    return adapter.calibrated(file) if beside else adapter, contents.used
 
 
 def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -21,6 +21,7 @@ from .calibration import CALIBRATION_NAME, Calibration, Exchange, Inputs, write_
 from .checks import whole_number
 from .errors import CalibrationError
 from .factors import Factors
+from .files.opening import find
 from .language_model import LanguageModel, Progress, one_line
 from .prompts import read_prompts
 from .sketch import Sketch, TokenCounts
@@ -43,6 +44,7 @@ def calibrate(
     components: int = 32,
     replay: bool = True,
     drop: Iterable[str] = (),
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """The calibration of an adapter, which is also written into its folder, in place of an older one.
@@ -56,7 +58,8 @@ def calibrate(
     replay:     store the prompts and answers, and keep every second of them back for replays of merges that
                 are fitted to the inputs.  Without it, the inputs are measured on all of them and none is
                 stored.
-    drop:       parts to leave out of the adapter: ``modules_to_save``, ``lora_bias``, ``target_parameters``.
+    drop:       parts to leave out of the adapter, as :meth:`Adapter.load` takes them.
+    allow_pickle: read pickled weights where there are no others.
     progress:   called with the share of the work that was done since the last call.
 
     Needs transformers, of the extra ``calibrate``.  Logs a warning if there are fewer prompts than asked
@@ -71,8 +74,8 @@ def calibrate(
             whole_number(low, 65536)(value)
         except ValueError as error:
             raise CalibrationError(f"{name} {error}, got {value!r}") from None
-    folder = Path(adapter)
-    source = Adapter.load(folder, drop, calibration=False)
+    folder = find(Path(adapter))[0]
+    source = Adapter.load(adapter, drop, calibration=False, allow_pickle=allow_pickle)
     if not os.access(folder, os.W_OK):
         raise CalibrationError(f"cannot write {folder / CALIBRATION_NAME}: the folder is read-only")
     loaded = model if isinstance(model, LanguageModel) else LanguageModel.load(model)

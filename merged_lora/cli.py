@@ -83,7 +83,7 @@ def parser() -> Parser:
     merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
     _add_method(merge)
     merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
-    _add_drop(merge)
+    _add_reading(merge)
 
     calibrate = added.add_parser(
         "calibrate",
@@ -119,7 +119,7 @@ def parser() -> Parser:
         action="store_false",
         help="store no prompts and answers, and measure on all prompts instead of every second one",
     )
-    _add_drop(calibrate)
+    _add_reading(calibrate, sources=False)
 
     check = added.add_parser(
         "check",
@@ -132,7 +132,7 @@ def parser() -> Parser:
     _add_model(check)
     _add_method(check)
     check.add_argument("--json", action="store_true", help="print a JSON list")
-    _add_drop(check)
+    _add_reading(check)
 
     strategies = added.add_parser("strategies", help="show the table of strategies", allow_abbrev=False)
     form = strategies.add_mutually_exclusive_group()
@@ -179,16 +179,55 @@ def _add_model(parser: Parser) -> None:
     parser.add_argument("--model", required=True, help="folder or name of the base model, for transformers")
 
 
-def _add_drop(parser: Parser) -> None:
+def _add_reading(parser: Parser, sources: bool = True) -> None:
+    """Add what says how to read adapters; ``sources``: of a merge."""
     parser.add_argument(
         "--drop",
-        metavar="KEY",
+        metavar="PART",
         nargs="+",
         action="extend",
         default=[],
-        help="leave these parts out of the sources, instead of refusing sources that have them: "
-        "modules_to_save, lora_bias, target_parameters",
+        help="leave these parts out, instead of refusing adapters that have them: heads, embeddings, "
+        "modules_to_save, biases, lora_bias, tokens, target_parameters, base_copies, or the name "
+        "of a module that was saved whole",
     )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read adapter_model.bin where there is nothing else; no code in it is run",
+    )
+    if sources:
+        parser.add_argument(
+            "--rename",
+            metavar="FROM=TO",
+            type=_renaming,
+            action="append",
+            default=[],
+            help="replace the beginning FROM of module names by TO, in the sources that have it",
+        )
+        parser.add_argument(
+            "--take",
+            metavar="PART=NAME",
+            type=_pair,
+            action="append",
+            default=[],
+            help="take heads, embeddings or modules_to_save over from this source, and leave those of the "
+            "others out",
+        )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form PART=NAME")
+    return key, value
+
+
+def _renaming(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (old and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form FROM=TO")
+    return old, new
 
 
 def _named_path(text: str) -> tuple[str, Path]:

@@ -11,18 +11,21 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import catalog
 from .errors import MergeError, SpecError, UnknownAdapterError
 from .spec import MergeSpec, from_json, parse
 
 if TYPE_CHECKING:
+    from .adapters import Adapter
     from .backends import Result
+
+T = TypeVar("T")
 
 LOGGER = logging.getLogger("merged_lora")
 SKILL_LOST = 3
@@ -50,14 +53,13 @@ def merge(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from .adapters import Adapter
     from .engine import plan, run
     from .files.writing import check_target
 
     started = time.perf_counter()
     with _terminated_cleanly():
         check_target(arguments.output, arguments.overwrite)
-        sources = {name: Adapter.load(path, arguments.drop) for name, path in paths.items()}
+        sources = _load(arguments, paths)
         planned = plan(spec, sources, arguments.rank)
         # disable=None: a bar is shown only if stderr is a terminal
         bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
@@ -80,6 +82,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
     """Calibrate an adapter and write the file beside it."""
     from .calibrating import calibrate
     from .calibration import CALIBRATION_NAME
+    from .files.opening import find
 
     started = time.perf_counter()
     _, folder = arguments.adapter
@@ -93,9 +96,10 @@ def calibrate(arguments: argparse.Namespace) -> int:
             components=arguments.components,
             replay=arguments.replay,
             drop=arguments.drop,
+            allow_pickle=arguments.allow_pickle,
             progress=progress,
         )
-    file = folder / CALIBRATION_NAME
+    file = find(folder)[0] / CALIBRATION_NAME
     asked, answered = made.tokens
     kept_back = (
         [f"{sum(not e.fitted for e in made.exchanges)} more kept back for replays"] if made.exchanges else []
@@ -116,13 +120,12 @@ def check(arguments: argparse.Namespace) -> int:
     spec = _read_spec(arguments.spec)
     paths = _paths(spec, arguments.adapters)
 
-    from .adapters import Adapter
     from .checking import check
 
     with _terminated_cleanly(), _shares() as progress:
         found = check(
             spec,
-            {name: Adapter.load(path, arguments.drop) for name, path in paths.items()},
+            _load(arguments, paths),
             arguments.model,
             backend=arguments.backend,
             rank=arguments.rank,
@@ -171,9 +174,9 @@ def _read_spec(text: str) -> MergeSpec:
     return from_json(body)
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; raises SpecError if a key occurs twice."""
-    found: dict[str, object] = {}
+def _once(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """A JSON object, or what is named by an option; raises SpecError if a key occurs twice."""
+    found: dict[str, T] = {}
     for name, value in pairs:
         if name in found:
             raise SpecError(f'"{name[:64]}" is given twice')
@@ -193,6 +196,19 @@ def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path
         if name not in spec.names:
             raise UsageError(f"--adapter {name}=... is not used by {spec}")
     return paths
+
+
+def _load(arguments: argparse.Namespace, paths: Mapping[str, Path]) -> dict[str, Adapter]:
+    """The sources, read as the options say."""
+    from .adapters import load_sources
+
+    return load_sources(
+        paths,
+        drop=arguments.drop,
+        take=_once(arguments.take),
+        rename=_once(arguments.rename),
+        allow_pickle=arguments.allow_pickle,
+    )
 
 
 @contextmanager

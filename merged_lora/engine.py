@@ -8,10 +8,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from . import __version__
 from .adapters import Adapter
 from .backends import Progress, Result, load_backend, no_progress
-from .errors import AdapterError, PlanError, SpecError
+from .errors import AdapterError, PlanError, SpecError, listed
 from .plan import MergePlan, overflow
 from .planning import check_names, make_plan
 from .spec import MergeSpec, check_own_name, parse
@@ -112,10 +114,21 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
         metadata["merged_lora.kept_energy"] = repr(result.kept_energy())
         metadata["merged_lora.kept_energy_by_module"] = json.dumps(result.kept_by_module())
     warn(plan.spec, result.notes())
-    merged = Adapter(result.modules, plan.header, metadata)
+    merged = Adapter(result.modules, plan.header, metadata, whole=_whole(plan))
     if merged.nonfinite:
         raise overflow(plan.spec, merged.nonfinite)
     return Merged(merged, result)
+
+
+def _whole(plan: MergePlan) -> dict[str, Mapping[str, torch.Tensor]]:
+    """What the result takes over from a source; raises PlanError if two sources have the same module."""
+    taken: dict[str, Mapping[str, torch.Tensor]] = {}
+    for source in plan.sources:
+        twice = sorted(taken.keys() & source.whole.keys())
+        if twice:
+            raise PlanError(f"two sources have {listed(twice)} as a whole; take it from one of them")
+        taken |= source.whole
+    return taken
 
 
 def warn(spec: MergeSpec, notes: Iterable[str], log: logging.Logger = logger) -> None:

@@ -65,7 +65,7 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
         if adapter.nonfinite:
             raise PlanError(f"{name}: {adapter.nonfinite} holds NaN or infinity")
     planner = _Planner(_Settings.of(spec, sources), sources, limit)
-    header, notes = _header(sources)
+    header, notes = _header(spec.names, sources)
     modules = {
         name: planner.module(name) for name in sorted({name for source in sources for name in source.modules})
     }
@@ -450,7 +450,7 @@ def _is_zero(module: Module) -> bool:
     )
 
 
-def _header(sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
+def _header(names: Sequence[str], sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
     headers = [adapter.header for adapter in sources]
     if len({h.fan_in_fan_out for h in headers}) > 1:
         raise PlanError("the sources disagree about fan_in_fan_out: they were trained on different layouts")
@@ -458,12 +458,27 @@ def _header(sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
     bases = sorted({h.base_model for h in headers if h.base_model})
     if len(bases) > 1:
         notes.append(f"the sources name different base models: {listed(bases)}")
-    tasks = {h.task_type for h in headers if h.task_type}
+    _check_copies(dict(zip(names, headers, strict=True)))
+    headed = [source.header for source in sources if source.whole]
+    tasks = {h.task_type for h in headed or headers if h.task_type}
     return Header(
         base_model=bases[0] if bases else None,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         fan_in_fan_out=headers[0].fan_in_fan_out,
     ), notes
+
+
+def _check_copies(headers: Mapping[str, Header]) -> None:
+    """Raise PlanError if the sources hold copies of one tensor of the base model that differ."""
+    seen: dict[str, tuple[str, str]] = {}
+    for source, header in headers.items():
+        for name, digest in header.base_copies.items():
+            first, known = seen.setdefault(name, (source, digest))
+            if known != digest:
+                raise PlanError(
+                    f"{first} and {source} hold different copies of {name}, so they were trained on "
+                    "different base models; if that is meant, leave the copies out with --drop base_copies"
+                )
 
 
 def _check_shapes(name: str, factors: Mapping[str, Factors]) -> None:

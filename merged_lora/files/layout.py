@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -18,8 +19,10 @@ class Header:
     base_model:     name of the base model.
     task_type:      PEFT's name of the task.
     fan_in_fan_out: whether the base model stores its weights transposed.
+    base_copies:    digests of the copies of the base model's tensors in the file, by name.
     """
 
     base_model: str | None = None
     task_type: str | None = None
     fan_in_fan_out: bool = False
+    base_copies: Mapping[str, str] = field(default_factory=dict)

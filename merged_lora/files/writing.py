@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -19,6 +19,7 @@ from merged_lora.calibration import CALIBRATION_NAME
 from merged_lora.errors import AdapterError, listed
 from merged_lora.factors import Factors
 
+from .experts import described, put_together
 from .layout import CONFIG_NAME, INDEX_NAME, PREFIX, WEIGHTS_NAME, Header
 
 
@@ -28,6 +29,7 @@ def write_folder(
     header: Header,
     metadata: Mapping[str, str],
     overwrite: bool = False,
+    whole: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Write a PEFT folder: afterwards it is complete, or not there at all.
 
@@ -36,6 +38,7 @@ def write_folder(
     header:    what the configuration says besides ranks and scalings.
     metadata:  pairs of text for the safetensors file.
     overwrite: replace an adapter folder, and nothing else, that is there already.
+    whole:     whole tensors, by the name of the module in ``modules_to_save`` and by their own.
 
     A process that is killed between the two renames of an overwrite leaves the old adapter in a hidden folder
     beside the new one.  Raises AdapterError.
@@ -54,9 +57,11 @@ def write_folder(
         new.mkdir()
         # Copies, because safetensors refuses tensors that share memory with each other.
         tensors = {name: tensor.clone() for name, tensor in tensors_of(modules).items()}
+        for named in (whole or {}).values():
+            tensors |= {PREFIX + name: tensor.contiguous().clone() for name, tensor in named.items()}
         safetensors.torch.save_file(tensors, new / WEIGHTS_NAME, {"format": "pt", **metadata})
         (new / CONFIG_NAME).write_text(
-            json.dumps(config_of(modules, header), indent=2) + "\n", encoding="utf-8"
+            json.dumps(config_of(modules, header, whole or ()), indent=2) + "\n", encoding="utf-8"
         )
         shutil.copymode(
             new / CONFIG_NAME, new / WEIGHTS_NAME
@@ -99,7 +104,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
 def tensors_of(modules: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
     """The tensors of ``adapter_model.safetensors`` for these modules, by PEFT's names."""
     named: dict[str, torch.Tensor] = {}
-    for module, f in modules.items():
+    for module, f in put_together(modules).items():
         suffixes = (
             ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
         )
@@ -110,8 +115,14 @@ def tensors_of(modules: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
     return named
 
 
-def config_of(modules: Mapping[str, Factors], header: Header) -> dict[str, object]:
-    """The configuration from which PEFT and vLLM read these ranks and scalings."""
+def config_of(modules: Mapping[str, Factors], header: Header, whole: Iterable[str] = ()) -> dict[str, object]:
+    """The configuration from which PEFT and vLLM read these ranks and scalings.
+
+    modules: factors by module name.
+    header:  what else it says.
+    whole:   names of the modules that are saved whole.
+    """
+    modules, parameters = described(modules)
     rank = Counter(f.rank for f in modules.values()).most_common(1)[0][0]
     alphas = {name: _alpha(f) for name, f in modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -122,7 +133,7 @@ def config_of(modules: Mapping[str, Factors], header: Header) -> dict[str, objec
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(modules.keys() - parameters),
         "rank_pattern": {f"^{re.escape(n)}": f.rank for n, f in modules.items() if f.rank != rank},
         "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
         "use_rslora": False,
@@ -131,7 +142,8 @@ def config_of(modules: Mapping[str, Factors], header: Header) -> dict[str, objec
         "bias": "none",
         "fan_in_fan_out": header.fan_in_fan_out,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(whole) or None,
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
     }
 
 

@@ -20,7 +20,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.cli import main
 from merged_lora.engine import Merged, merge
 from merged_lora.engine import run as engine_run
-from merged_lora.files import reading
+from merged_lora.files import parts
 from merged_lora.files.layout import Header
 from merged_lora.plan import MergePlan
 from running import Run, command, environment, started
@@ -354,7 +354,7 @@ def test_the_help_of_merge_names_every_backend_and_every_key_to_drop(
 ) -> None:
     assert exit_code(["merge", "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for word in (*backends.MODULES, *reading.DROPPABLE):
+    for word in (*backends.MODULES, *parts.KINDS):
         assert word in out
 
 

@@ -1,7 +1,13 @@
 """Keys of adapter files: the module and role that each means, whatever a trainer put around its name."""
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+import torch
+
+from making import peft_tensors, write_by_hand
+from merged_lora.adapters import Adapter
 from merged_lora.errors import AdapterError
 from merged_lora.files.keys import FACTORS, Key, check_outer, parse, renamed
 
@@ -143,3 +149,36 @@ def test_renaming_replaces_beginnings_to_the_letter() -> None:
 def test_a_rename_that_loses_a_module_or_finds_none_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(AdapterError, match=f"rename {old}={new}: {message}"):
         renamed({"model.up": 1, "model.vision.up": 2, "up": 3}, old, new)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda key: "_orig_mod." + key,
+        lambda key: "module." + key,
+        lambda key: key.replace("layers.0.", "layers.0._fsdp_wrapped_module."),
+        lambda key: PEFT + key,
+        lambda key: key.replace(".weight", ".default.weight"),
+    ],
+)
+def test_a_file_with_wrappers_holds_the_same_adapter(tmp_path: Path, spelling: Callable[[str], str]) -> None:
+    tensors = peft_tensors("model.layers.0.q_proj", "model.layers.1.q_proj")
+    plain = write_by_hand(tmp_path / "plain", tensors)
+    wrapped = write_by_hand(tmp_path / "wrapped", {spelling(key): t for key, t in tensors.items()})
+    assert Adapter.load(wrapped).digest == Adapter.load(plain).digest
+
+
+def test_two_keys_that_mean_one_factor_are_refused_by_both_names(tmp_path: Path) -> None:
+    tensors = peft_tensors("model.layers.0.q_proj")
+    twice = {f"_orig_mod.{key}": torch.ones_like(tensor) for key, tensor in tensors.items()}
+    folder = write_by_hand(tmp_path / "adapter", tensors | twice)
+    with pytest.raises(
+        AdapterError, match=r"_orig_mod\.base_model\S+ and base_model\S+ are both lora_[AB]\.weight"
+    ):
+        Adapter.load(folder)
+
+
+def test_a_file_of_a_model_within_another_is_refused(tmp_path: Path) -> None:
+    tensors = {f"thinker.{key}": tensor for key, tensor in peft_tensors("model.layers.0.q_proj").items()}
+    with pytest.raises(AdapterError, match=r"'thinker\.' in front of PEFT's own"):
+        Adapter.load(write_by_hand(tmp_path / "adapter", tensors))

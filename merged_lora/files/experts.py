@@ -1,0 +1,160 @@
+"""Factors of experts, of which PEFT stores those of one parameter in one pair: taken apart, and put together.
+
+A parameter holds the matrices of all experts, such as ``mlp.experts.gate_up_proj``.  For E experts of rank r
+PEFT (``ParamWrapper``) stores A ``[E r, in]``, one expert after the other, and B ``[out, r E]``, in which the
+expert changes fastest.  Taken apart, each is a module: ``model.layers.0.mlp.experts.gate_up_proj[3]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from merged_lora.errors import AdapterError, listed
+from merged_lora.factors import Factors
+
+IN_ORDER = ("gate_up_proj", "down_proj")
+"""Names of parameters in the order in which models of transformers define them.  PEFT wraps the first one
+first, so that it is the innermost."""
+
+_NESTED = re.compile(r"(?P<holder>.+?)(?P<depth>(?:\.base_layer)*)")
+
+
+def parameters_of(folder: Path, modules: Mapping[str, int], targets: Collection[str]) -> dict[str, str]:
+    """The full name of the parameter, for every module of an adapter's file that is one.
+
+    folder:  for messages.
+    modules: rows of A, by the name in the file: ``...experts``, and ``...experts.base_layer`` for what PEFT
+             wrapped before.
+    targets: the configuration's ``target_parameters``.  A name without its holder, as PEFT itself writes it,
+             belongs to those modules that are named ``experts``, or hold another one.
+
+    Raises AdapterError if it is not known which parameter of a holder is which.
+    """
+    nested: dict[str, dict[int, str]] = {}
+    for module in modules:
+        match = _NESTED.fullmatch(module)
+        assert match is not None
+        nested.setdefault(match["holder"], {})[match["depth"].count(".base_layer")] = module
+    found: dict[str, str] = {}
+    for holder, depths in nested.items():
+        short: dict[str, None] = {}
+        for target in targets:
+            owner, _, name = target.rpartition(".")
+            if f".{holder}".endswith(f".{owner}") if owner else _is_holder(holder, depths):
+                short[name] = None
+        if not short:
+            continue
+        ordered = sorted(short, key=lambda name: IN_ORDER.index(name) if name in IN_ORDER else -1)
+        if len(ordered) != len(depths) or (len(ordered) > 1 and not set(ordered) <= set(IN_ORDER)):
+            raise AdapterError(
+                f"{folder}: it is not known which of the parameters {listed(sorted(short))} the "
+                f"{len(depths)} pairs of factors of {holder} belong to"
+            )
+        # The innermost one, of the greatest depth, was wrapped first.
+        found |= {
+            depths[depth]: f"{holder}.{name}"
+            for depth, name in zip(sorted(depths)[::-1], ordered, strict=True)
+        }
+    return found
+
+
+def _is_holder(holder: str, depths: Mapping[int, str]) -> bool:
+    return max(depths) > 0 or holder.rpartition(".")[2] == "experts"
+
+
+def take_apart(
+    folder: Path, parameter: str, rank: int, a: torch.Tensor, b: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Both factors of every expert, by the name of its module.
+
+    folder:    for messages.
+    parameter: its full name.
+    rank:      the rank of one expert.
+    a:         ``[experts * rank, in]``; with as many rows as one expert has, A is shared by all.
+    b:         ``[out, rank * experts]``; likewise with columns.
+
+    Raises AdapterError if the shapes do not fit the rank.
+    """
+    if a.shape[0] % rank or b.shape[1] % rank:
+        raise AdapterError(
+            f"{folder}: {parameter} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, which rank "
+            f"{rank} does not divide into experts"
+        )
+    of_a, of_b = a.shape[0] // rank, b.shape[1] // rank
+    count = max(of_a, of_b)
+    if min(of_a, of_b) not in (1, count):
+        raise AdapterError(f"{folder}: {parameter} has {of_a} experts in lora_A and {of_b} in lora_B")
+    parts_a = a.reshape(of_a, rank, a.shape[1]).expand(count, -1, -1)
+    parts_b = b.reshape(b.shape[0], rank, of_b).permute(2, 0, 1).expand(count, -1, -1)
+    return {f"{parameter}[{i}]": (parts_a[i].contiguous(), parts_b[i].contiguous()) for i in range(count)}
+
+
+def put_together(modules: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The modules as PEFT stores them, with one pair of factors for all experts of a parameter.
+
+    modules: factors by name.
+
+    Experts of lower rank are filled up with zeros.  Raises AdapterError if an expert is missing, or if it is
+    not known how PEFT nests the parameters of a holder.
+    """
+    experts = _experts(modules)
+    stored = {name: factors for name, factors in modules.items() if not name.endswith("]")}
+    holders: dict[str, list[str]] = {}
+    for parameter in experts:
+        holder, _, name = parameter.rpartition(".")
+        holders.setdefault(holder, []).append(name)
+    for holder, names in holders.items():
+        if len(names) > 1 and not set(names) <= set(IN_ORDER):
+            raise AdapterError(f"{holder}: the order of the parameters {listed(sorted(names))} is not known")
+        last_first = sorted(names, key=lambda name: IN_ORDER.index(name) if name in IN_ORDER else 0)[::-1]
+        for depth, name in enumerate(last_first):
+            parameter = f"{holder}.{name}"
+            stored[holder + ".base_layer" * depth] = _joined(parameter, experts[parameter])
+    return stored
+
+
+def described(modules: Mapping[str, Factors]) -> tuple[dict[str, Factors], set[str]]:
+    """One module for all experts of a parameter, of the largest rank and under the parameter's name.
+
+    Returns it with the other modules, and the names of the parameters.
+    """
+    experts = _experts(modules)
+    found = {name: factors for name, factors in modules.items() if not name.endswith("]")}
+    found |= {name: max(each.values(), key=lambda f: f.rank) for name, each in experts.items()}
+    return found, set(experts)
+
+
+def _experts(modules: Mapping[str, Factors]) -> dict[str, dict[int, Factors]]:
+    """The factors of all experts, by the name of their parameter and by number."""
+    experts: dict[str, dict[int, Factors]] = {}
+    for name, factors in modules.items():
+        if name.endswith("]"):  # no other name does, and most adapters have no experts
+            parameter, _, expert = name[:-1].rpartition("[")
+            experts.setdefault(parameter, {})[int(expert)] = factors
+    return experts
+
+
+def _joined(parameter: str, experts: Mapping[int, Factors]) -> Factors:
+    if sorted(experts) != list(range(len(experts))):
+        absent = sorted(set(range(max(experts) + 1)) - set(experts))
+        raise AdapterError(f"{parameter}: the factors of expert {listed(map(str, absent))} are missing")
+    in_order = [experts[i] for i in range(len(experts))]
+    if len({f.scaling for f in in_order}) > 1:
+        raise AdapterError(f"{parameter}: the experts have different scalings, and PEFT stores one")
+    rank = max(f.rank for f in in_order)
+    a = _stacked((f.a for f in in_order), lambda x: (rank, x.shape[1]))
+    b = _stacked((f.b for f in in_order), lambda x: (x.shape[0], rank))
+    return Factors(a.reshape(-1, a.shape[2]), b.permute(1, 2, 0).reshape(b.shape[1], -1), in_order[0].scaling)
+
+
+def _stacked(parts: Iterable[torch.Tensor], shape: Callable[[torch.Tensor], tuple[int, int]]) -> torch.Tensor:
+    """The matrices behind each other, each filled up with zeros to a shape."""
+    filled = []
+    for part in parts:
+        rows, columns = shape(part)
+        filled.append(torch.nn.functional.pad(part, (0, columns - part.shape[1], 0, rows - part.shape[0])))
+    return torch.stack(filled)
