@@ -83,7 +83,7 @@ class Adapter:
         calibration:  whether to read it.
         take:         kinds of parts to keep whole, in ``whole``.
         rename:       new beginnings of module names, by those that they replace.
-        allow_pickle: read pickled weights where there are no others, by ``torch.load`` with ``weights_only``.
+        allow_pickle: read pickled weights if there are no others, by ``torch.load`` with ``weights_only``.
         """
         return _load(path, Choice.of(drop, take, rename), calibration, allow_pickle)[0]
 
@@ -176,10 +176,11 @@ def load_sources(
     take:         for kinds of parts that a merge carries over, the name of the source that they come from;
                   they are left out of the others.
     rename:       new beginnings of module names, by those that they replace, in whichever sources have them.
-    allow_pickle: read pickled weights where there are no others.
+    allow_pickle: read pickled weights if there are no others.
 
     What is named to be dropped, taken or renamed and is in no source is an error, because it is misspelt.
     """
+    Choice.of(drop, (take or {}).keys(), rename)
     taken, drop = dict(take or {}), set(drop)
     for kind, name in taken.items():
         if name not in paths:
@@ -194,7 +195,10 @@ def load_sources(
             raise AdapterError(f"cannot take {kind} from {name!r}: {path} has none")
     unused = [word for word in (*drop - KINDS.keys(), *(rename or {})) if word not in used]
     if unused:
-        raise AdapterError(f"no source has a module that is called {listed(map(repr, sorted(unused)))}")
+        raise AdapterError(
+            f"no source has a module that is called {listed(map(repr, sorted(unused)))}; kinds of parts are "
+            f"{', '.join(KINDS)}"
+        )
     return adapters
 
 

@@ -59,7 +59,7 @@ def calibrate(
                 are fitted to the inputs.  Without it, the inputs are measured on all of them and none is
                 stored.
     drop:       parts to leave out of the adapter, as :meth:`Adapter.load` takes them.
-    allow_pickle: read pickled weights where there are no others.
+    allow_pickle: read pickled weights if there are no others.
     progress:   called with the share of the work that was done since the last call.
 
     Needs transformers, of the extra ``calibrate``.  Logs a warning if there are fewer prompts than asked

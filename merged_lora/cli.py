@@ -194,7 +194,7 @@ def _add_reading(parser: Parser, sources: bool = True) -> None:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read adapter_model.bin where there is nothing else; no code in it is run",
+        help="read adapter_model.bin if there is nothing else; no code in it is run",
     )
     if sources:
         parser.add_argument(

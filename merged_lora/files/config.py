@@ -20,8 +20,8 @@ from .layout import CONFIG_NAME, MAX_ALPHA
 MAX_RANK = 65536
 
 _FIELDS = {
-    "read": "peft_type task_type base_model_name_or_path fan_in_fan_out r rank_pattern lora_alpha alpha_pattern "
-    "use_rslora init_lora_weights modules_to_save target_parameters",
+    "read": "peft_type task_type base_model_name_or_path fan_in_fan_out r rank_pattern lora_alpha "
+    "alpha_pattern use_rslora init_lora_weights modules_to_save target_parameters",
     # They announce tensors, which decide.
     "seen in the tensors": "bias lora_bias trainable_token_indices",
     # They say which modules were trained or how, on which machine and from where.

@@ -1,6 +1,6 @@
 """Adapters of mlx-lm, which stores transposed factors and a plain scale: turned into PEFT's layout.
 
-After ``mlx_lm/tuner/lora.py`` of mlx-lm 0.32: ``y = x W + scale (x lora_a) lora_b``.
+After the class ``LoRALinear`` of mlx-lm 0.32: ``y = x W + scale (x lora_a) lora_b``.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 class Opened:
     """The files of an adapter.
 
-    folder:   where they are.
+    folder:   the folder that holds them.
     config:   what ``adapter_config.json`` says.
     tensors:  by the names in the file.
     metadata: pairs of text in the safetensors file.
@@ -47,7 +47,7 @@ def open_adapter(path: Path, allow_pickle: bool = False) -> Opened:
     """The configuration and the tensors of an adapter; raises AdapterError.
 
     path:         its folder, a folder that holds this folder alone, or one of its files.
-    allow_pickle: read ``adapter_model.bin`` where there is nothing else, by ``torch.load`` with
+    allow_pickle: read ``adapter_model.bin`` if there is nothing else, by ``torch.load`` with
                   ``weights_only=True``, which runs no code of the file.
     """
     folder, weights = find(path)

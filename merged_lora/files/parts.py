@@ -1,4 +1,4 @@
-"""What the tensors of an adapter are that are no factors, and which words of ``--drop`` leave them out."""
+"""What the tensors of an adapter are besides factors, and which words of ``--drop`` leave them out."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _TOKENS = ("trainable_tokens_delta", "trainable_tokens_original")
 
 @dataclass
 class Parts:
-    """The tensors of an adapter that are no factors, sorted out.
+    """The tensors of an adapter besides factors, sorted out.
 
     whole:   those that the result may take over, by the name of their module, and by their own.
     copies:  digests of the copies of base tensors, by name.
@@ -98,7 +98,7 @@ class Choice:
 
 
 def sort_out(others: Mapping[Key, torch.Tensor], announced: Collection[str], choice: Choice) -> Parts:
-    """The tensors that are no factors, by what is to be done with them.
+    """The tensors besides factors, by what is to be done with them.
 
     others:    those tensors.
     announced: the names in ``modules_to_save``.

@@ -55,7 +55,7 @@ def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Cont
 
     path:         its folder, a folder that holds this folder alone, or one of its files.
     choice:       what to do with parts that no merge supports.
-    allow_pickle: read pickled weights where there are no others, without running code.
+    allow_pickle: read pickled weights if there are no others, without running code.
 
     Raises AdapterError, which names the file and the problem.
     """

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from making import SMALL, random_adapter
 from merged_lora import __version__, backends, catalog
@@ -146,14 +147,38 @@ def test_an_output_that_appears_while_merging_is_not_replaced(
 
 def test_drop_leaves_out_what_cannot_be_merged(run: Run, folder: Path) -> None:
     expected = merge("a + b", {"a": "a", "b": "b"}).digest
-    config = json.loads((folder / "a" / "adapter_config.json").read_text())
-    config |= {"modules_to_save": ["lm_head"], "lora_bias": True}
-    (folder / "a" / "adapter_config.json").write_text(json.dumps(config))
+    file = folder / "a" / "adapter_model.safetensors"
+    extra = {f"base_model.model.{name}": torch.ones(2) for name in ("lm_head.weight", "q_proj.lora_B.bias")}
+    save_file(load_file(file) | extra, file)
     code, _, err = run("merge", "a + b", *AB, "--output", "out")
     assert (code, (folder / "out").exists()) == (2, False)
-    assert "can be left out with --drop lora_bias modules_to_save" in err
-    code, _, _ = run("merge", "a + b", *AB, "--output", "out", "--drop", "lora_bias", "modules_to_save")
+    assert "can be left out with --drop heads lora_bias" in err
+    code, _, _ = run("merge", "a + b", *AB, "--output", "out", "--drop", "lora_bias", "heads")
     assert code == 0
+    assert Adapter.load("out").digest == expected
+
+
+def test_a_head_is_taken_from_one_source_and_names_get_a_new_beginning(run: Run, folder: Path) -> None:
+    for name in "ab":
+        file = folder / name / "adapter_model.safetensors"
+        tensors = {key.replace("model.layers", "layers"): value for key, value in load_file(file).items()}
+        head = {"base_model.model.score.weight": torch.full((2, 3), float(ord(name)))}
+        save_file(tensors | head, file)
+    options = ["--take", "heads=b", "--rename", "layers.=model.layers."]
+    code, _, err = run("merge", "a + b", *AB, "--output", "out", *options)
+    assert (code, err) == (0, "")
+    out = load_file(folder / "out" / "adapter_model.safetensors")
+    assert out["base_model.model.score.weight"].tolist() == [[98.0] * 3] * 2
+    assert all(key.startswith("base_model.model.model.layers.") for key in out if "lora_" in key)
+
+
+def test_pickled_weights_are_read_if_that_is_allowed(run: Run, folder: Path) -> None:
+    expected = merge("a + b", {"a": "a", "b": "b"}).digest
+    file = folder / "a" / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "a" / "adapter_model.bin")
+    file.unlink()
+    assert "--allow-pickle" in run("merge", "a + b", *AB, "--output", "out")[2]
+    assert run("merge", "a + b", *AB, "--output", "out", "--allow-pickle")[0] == 0
     assert Adapter.load("out").digest == expected
 
 
@@ -168,7 +193,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a rank in words": (["--rank", "two"], "argument --rank: invalid int value: 'two'"),
     "rank 0": (["--rank", "0"], "the rank limit must be at least 1, got 0"),
     "no such backend": (["--backend", "tpu"], "unknown backend 'tpu'; there are: auto, triton, cpu, numpy"),
-    "no such drop": (["--drop", "dora"], "cannot drop dora; these can be dropped: modules_to_save"),
+    "no such drop": (
+        ["--drop", "dora"],
+        "no source has a module that is called 'dora'; kinds of",
+    ),
+    "no such part to take": (["--take", "biases=a"], "cannot take 'biases' from a source"),
+    "a part of nobody": (["--take", "heads=c"], "cannot take heads from 'c', which is no source"),
+    "a part twice": (["--take", "heads=a", "--take", "heads=b"], '"heads" is given twice'),
+    "half a name": (["--rename", "layers"], "argument --rename: 'layers' is not of the form FROM=TO"),
+    "half a part": (["--take", "heads"], "argument --take: 'heads' is not of the form PART=NAME"),
     "an adapter without a name": (["--adapter", "b"], "argument --adapter: 'b' is not of the form NAME=PATH"),
     "an adapter called like a merge": (
         ["--adapter", "sum(b)=b"],
