@@ -11,11 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import SpecError
-from .recipe import Value
+from .recipe import Parts
 from .strategies import TABLE
-
-Parts = tuple[str, list[tuple[str, float]], list[tuple[str, Value]]]
-"""A strategy, its sources with their weights, and its options."""
 
 USED_BY = {
     "linear": (),

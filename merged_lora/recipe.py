@@ -14,6 +14,8 @@ from .checks import flag, number, one_of, whole_number
 
 Number = int | float
 Value = Number | str | bool | tuple[float, ...]
+Parts = tuple[str, list[tuple[str, float]], list[tuple[str, Value]]]
+"""What a merge is written with: a strategy, its sources with their weights, and its options."""
 
 Space = Literal["factors", "sums", "entries", "core", "outputs"]
 KeepRule = Literal["all", "largest", "middle", "random", "graded", "varied", "important"]
