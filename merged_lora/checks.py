@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+ALL = "*"
+"""The pattern of every module."""
+MAX_PATTERNS = 64
+
 
 def number(value: object) -> float:
     """A finite number; no text, and neither true nor false."""
@@ -56,3 +60,21 @@ def flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
+
+
+def patterns(value: object) -> str:
+    """Patterns of module names in canonical form: sorted, each once, with a space between them."""
+    if not isinstance(value, str):
+        raise ValueError("must be text: patterns of module names with a space between them")
+    found = sorted(set(value.split()))
+    if not found or len(found) > MAX_PATTERNS:
+        raise ValueError(f"must be 1 to {MAX_PATTERNS} patterns of module names with a space between them")
+    if "," in value or not " ".join(found).isprintable():
+        raise ValueError("must be patterns of module names with a space between them, and no comma")
+    return " ".join(found)
+
+
+def modules(value: object) -> str:
+    """As ``patterns``; ``*`` alone if that is among them, because it matches all that others do."""
+    found = patterns(value)
+    return ALL if ALL in found.split() else found

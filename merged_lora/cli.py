@@ -81,6 +81,7 @@ def parser() -> Parser:
     )
     _add_sources(merge)
     merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    _add_choice(merge)
     _add_method(merge)
     merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
     _add_reading(merge)
@@ -130,6 +131,7 @@ def parser() -> Parser:
     )
     _add_sources(check)
     _add_model(check)
+    _add_choice(check)
     _add_method(check)
     check.add_argument("--json", action="store_true", help="print a JSON list")
     _add_reading(check)
@@ -157,6 +159,22 @@ def _add_sources(parser: Parser) -> None:
         dest="adapters",
         help="the PEFT folder of a source, once per source",
     )
+
+
+def _add_choice(parser: Parser) -> None:
+    """Add what says which modules to merge."""
+    for flag, option, what in (
+        ("--only", "modules", "merge these modules alone, such as q_proj, layers.0 or '*.self_attn.*'"),
+        ("--without", "without", "leave these modules out of the merge, such as lm_head"),
+    ):
+        parser.add_argument(
+            flag,
+            metavar="PATTERN",
+            nargs="+",
+            action="extend",
+            default=[],
+            help=f"{what}; the option {option} of a spec",
+        )
 
 
 def _add_method(parser: Parser) -> None:

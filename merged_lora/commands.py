@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -47,7 +47,7 @@ def strategies(arguments: argparse.Namespace) -> int:
 
 def merge(arguments: argparse.Namespace) -> int:
     """Merge adapters and write the result."""
-    spec = _read_spec(arguments.spec)
+    spec = _chosen(_read_spec(arguments.spec), arguments)
     paths = _paths(spec, arguments.adapters)
 
     from tqdm import tqdm
@@ -117,7 +117,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Print which of their answers the sources of a merge keep."""
-    spec = _read_spec(arguments.spec)
+    spec = _chosen(_read_spec(arguments.spec), arguments)
     paths = _paths(spec, arguments.adapters)
 
     from .checking import check
@@ -182,6 +182,12 @@ def _once(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
             raise SpecError(f'"{name[:64]}" is given twice')
         found[name] = value
     return found
+
+
+def _chosen(spec: MergeSpec, arguments: argparse.Namespace) -> MergeSpec:
+    """The merge of the modules that --only and --without leave."""
+    given = {"modules": " ".join(arguments.only), "without": " ".join(arguments.without)}
+    return replace(spec, options=(*spec.options, *((name, value) for name, value in given.items() if value)))
 
 
 def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:

@@ -14,7 +14,8 @@ White space is free, except that a ``-`` between terms has it on both sides:
     weight = number "*"  or a number and white space
     option = word "=" (value | "[" number ("," number)* "]")
     plain  = word ["="] (value | "[" number ([","] number)* "]")
-    value  = number | "true" | "false" | string | word
+    value  = number | "true" | "false" | string | dotted
+    dotted = [A-Za-z_][A-Za-z0-9_.]*
     name   = [A-Za-z0-9_][A-Za-z0-9_./:-]*  or a JSON string in double quotes
 
 A text that may be a plain name with a space in it, such as ``2024 release``, is refused.
@@ -33,7 +34,7 @@ from .strategies import find
 
 BARE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]*")
 CALL = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*\(")
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _UNSIGNED = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NUMBER = re.compile(rf"[+-]?{_UNSIGNED}")
 _WEIGHT = re.compile(rf"({_UNSIGNED})\s*\*\s*")
@@ -184,7 +185,8 @@ class _Parser:
             return int(number[0]) if re.fullmatch(r"[+-]?[0-9]{1,30}", number[0]) else float(number[0])
         word = self.match(_WORD)
         if not word:
-            raise self.expected("a value")
+            other = self.next() not in ("", ")", ",", ";")
+            raise self.expected("a value" + " (in double quotes, unless it is a word or a number)" * other)
         return {"true": True, "True": True, "false": False, "False": False}.get(word[0], word[0])
 
     def unquoted(self, text: str) -> str:

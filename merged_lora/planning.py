@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from .adapters import Adapter, calibrations_of
+from .choosing import chosen
 from .errors import PlanError, UnknownAdapterError, listed
 from .factors import Factors, promoted
-from .files.layout import Header
+from .fitting import check_shapes, header_of, missing_notes
 from .plan import (
     SHARES,
     AgreeingMean,
@@ -64,13 +65,19 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
     for name, adapter in zip(spec.names, sources, strict=True):
         if adapter.nonfinite:
             raise PlanError(f"{name}: {adapter.nonfinite} holds NaN or infinity")
-    planner = _Planner(_Settings.of(spec, sources), sources, limit)
-    header, notes = _header(spec.names, sources)
-    modules = {
-        name: planner.module(name) for name in sorted({name for source in sources for name in source.modules})
-    }
+    names = chosen(
+        {name for source in sources for name in source.modules},
+        str(spec.option("modules")),
+        None if spec.option("without") is None else str(spec.option("without")),
+    )
+    named = dict(zip(spec.names, sources, strict=True))
+    header, notes = header_of(named)
+    if spec.automatic:
+        check_shapes(named, names)  # which lengths of deltas need; otherwise each kind is checked once
+    planner = _Planner(_Settings.of(spec, sources, names), sources, limit)
+    modules = {name: planner.module(name) for name in names}
     counts = planner.model_counts(modules)
-    notes += _missing_notes(spec, sources, len(modules)) + planner.result_notes(modules, counts)
+    notes += missing_notes(named, names) + planner.result_notes(modules, counts)
     return MergePlan(spec, planner.recipe, header, modules, tuple(sources), tuple(notes), counts)
 
 
@@ -123,7 +130,7 @@ class _Settings:
     blend: Blend
 
     @classmethod
-    def of(cls, spec: MergeSpec, sources: Sequence[Adapter]) -> _Settings:
+    def of(cls, spec: MergeSpec, sources: Sequence[Adapter], names: Sequence[str]) -> _Settings:
         strategy = find(spec.strategy)
         rank, t, select, shrink = (spec.option(name) for name in ("rank", "t", "select_topk", "shrink"))
 
@@ -135,7 +142,7 @@ class _Settings:
             recipe=strategy.recipe,
             names=spec.names,
             weights=spec.weights(),
-            auto=auto_weights(sources, strategy.recipe.blend == "sum") if spec.automatic else None,
+            auto=auto_weights(sources, names, strategy.recipe.blend == "sum") if spec.automatic else None,
             scale=float(spec.option("scale")),  # type: ignore[arg-type]
             densities=shares("density", 1.0),
             gammas=shares("gamma", 0.0),
@@ -199,7 +206,7 @@ class _Planner:
         return planned
 
     def _planned(self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]) -> Module:
-        _check_shapes(name, {self._settings.names[i]: f for i, f in zip(present, factors, strict=True)})
+        check_shapes(dict(zip(self._settings.names, self._sources, strict=True)), [name])
         if self.recipe.space == "factors":
             return self._factor_module(name, present, factors)
         if self.recipe.space == "sums":
@@ -448,53 +455,6 @@ def _is_zero(module: Module) -> bool:
         all(not weight or keep.empty for weight, keep in zip(rule.weights, rule.keeps, strict=True))
         for rule in rules
     )
-
-
-def _header(names: Sequence[str], sources: Sequence[Adapter]) -> tuple[Header, list[str]]:
-    headers = [adapter.header for adapter in sources]
-    if len({h.fan_in_fan_out for h in headers}) > 1:
-        raise PlanError("the sources disagree about fan_in_fan_out: they were trained on different layouts")
-    notes = []
-    bases = sorted({h.base_model for h in headers if h.base_model})
-    if len(bases) > 1:
-        notes.append(f"the sources name different base models: {listed(bases)}")
-    _check_copies(dict(zip(names, headers, strict=True)))
-    headed = [source.header for source in sources if source.whole]
-    tasks = {h.task_type for h in headed or headers if h.task_type}
-    return Header(
-        base_model=bases[0] if bases else None,
-        task_type=tasks.pop() if len(tasks) == 1 else None,
-        fan_in_fan_out=headers[0].fan_in_fan_out,
-    ), notes
-
-
-def _check_copies(headers: Mapping[str, Header]) -> None:
-    """Raise PlanError if the sources hold copies of one tensor of the base model that differ."""
-    seen: dict[str, tuple[str, str]] = {}
-    for source, header in headers.items():
-        for name, digest in header.base_copies.items():
-            first, known = seen.setdefault(name, (source, digest))
-            if known != digest:
-                raise PlanError(
-                    f"{first} and {source} hold different copies of {name}, so they were trained on "
-                    "different base models; if that is meant, leave the copies out with --drop base_copies"
-                )
-
-
-def _check_shapes(name: str, factors: Mapping[str, Factors]) -> None:
-    shapes = {source: (f.shape, f.embedding) for source, f in factors.items()}
-    if len(set(shapes.values())) > 1:
-        found = listed(f"{shape} in {source}" for source, (shape, _) in shapes.items())
-        raise PlanError(f"{name} has delta shapes {found}: these adapters belong to different base models")
-
-
-def _missing_notes(spec: MergeSpec, sources: Sequence[Adapter], total: int) -> list[str]:
-    return [
-        f"{total - len(adapter.modules)} of {total} modules are not in {name}; "
-        "they are merged from the other sources"
-        for name, adapter in zip(spec.names, sources, strict=True)
-        if len(adapter.modules) < total
-    ]
 
 
 def _signed_root(value: float) -> float:

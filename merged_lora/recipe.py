@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import flag, number, one_of, whole_number
+from .checks import ALL, flag, modules, number, one_of, patterns, whole_number
 
 Number = int | float
 Value = Number | str | bool | tuple[float, ...]
@@ -174,4 +174,8 @@ WEIGHTS = Option(
     one_of("given", "auto"),
     'with "auto": weights that keep the merge from overshooting, found from the sources alone',
 )
-EVERYWHERE = (WEIGHTS, SCALE, NORMALIZE)
+MODULES = Option(
+    "modules", ALL, modules, "patterns of the modules that are merged, with a space between them"
+)
+WITHOUT = Option("without", None, patterns, "patterns of the modules that are left out")
+EVERYWHERE = (WEIGHTS, SCALE, NORMALIZE, MODULES, WITHOUT)

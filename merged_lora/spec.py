@@ -30,6 +30,11 @@ MAX_SOURCES = 16
 
 CANCELLING_AS_WRITTEN = 1e-12
 """Weights whose sum is at most this share of the sum of their magnitudes add up to 0, except for rounding."""
+LIST_HINTS = {
+    "weights": "; write a source's weight before its name: 0.5*a",
+    **dict.fromkeys(("modules", "without"), '; write all patterns in one text: "q_proj v_proj"'),
+}
+"""What to write instead of a list of values."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +287,7 @@ def _checked_option(strategy: Strategy, name: str, value: object, count: int) ->
         raise SpecError(f"{strategy.name} takes no option {name[:64]!r}; it takes: {taken}{hint}")
     if isinstance(value, list | tuple):
         if not option.per_source:
-            hint = "; write a source's weight before its name: 0.5*a" if name == "weights" else ""
-            raise SpecError(f"{strategy.name}: {name} takes one value, not a list{hint}")
+            raise SpecError(f"{strategy.name}: {name} takes one value, not a list{LIST_HINTS.get(name, '')}")
         if len(value) != count:
             raise SpecError(f"{strategy.name}: {name} has {len(value)} values for {count} sources")
         return tuple(float(_checked_value(strategy, option, item)) for item in value)  # type: ignore[arg-type]

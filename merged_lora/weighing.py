@@ -26,22 +26,24 @@ MAX_CACHED = 64
 """Number of merges whose weights are cached."""
 
 
-def auto_weights(sources: Sequence[Adapter], summed: bool) -> Mapping[str, tuple[float, ...]]:
+def auto_weights(
+    sources: Sequence[Adapter], names: Sequence[str], summed: bool
+) -> Mapping[str, tuple[float, ...]]:
     """The weights of each module, one per source that has it.
 
     With lengths ``n_i`` of the deltas and their mean ``n``, ``w_i = (n / n_i) ** balance``.
 
     sources: the adapters.
+    names:   of the modules.
     summed:  the rule adds deltas up instead of averaging them.  Then all weights are multiplied by one
              factor, so that the sum has the length ``n / N ** SHRINK``; deltas that cancel are not blown up,
              but count as if they were at right angles.
     """
-    key = (tuple(adapter.digest for adapter in sources), summed)
+    key = (tuple(adapter.digest for adapter in sources), tuple(names), summed)
     with _LOCK:
         found = _CACHE.use(key)
     if found is not None:
         return found
-    names = sorted({name for adapter in sources for name in adapter.modules})
     weights = {
         name: _weights([a.modules[name] for a in sources if name in a.modules], summed) for name in names
     }
@@ -50,8 +52,8 @@ def auto_weights(sources: Sequence[Adapter], summed: bool) -> Mapping[str, tuple
     return weights
 
 
-_CACHE: Lru[tuple[tuple[str, ...], bool], Mapping[str, tuple[float, ...]]] = Lru()
-"""Weights by digests and kind of rule; no adapter is kept alive for them."""
+_CACHE: Lru[tuple[tuple[str, ...], tuple[str, ...], bool], Mapping[str, tuple[float, ...]]] = Lru()
+"""Weights by digests, modules and kind of rule; no adapter is kept alive for them."""
 _LOCK = threading.Lock()
 
 

@@ -15,6 +15,7 @@ from merged_lora.spec import parse
 
 SHAPES = {"layers.0.up": (96, 64), "layers.0.down": (64, 96), "layers.1.up": (40, 24)}
 ONE = {"layers.1.up": (40, 24)}
+ALIKE = {"layers.0.up": (40, 24), "layers.1.up": (40, 24)}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,8 @@ def sources() -> dict[str, Adapter]:
         "c": random_adapter(SHAPES, 8, torch.float16, 3),
         "one": random_adapter(ONE, 8, torch.float32, 4),
         "even": random_adapter(SHAPES, 8, torch.bfloat16, 5),
+        "x": random_adapter(ALIKE, 8, torch.bfloat16, 6),
+        "y": random_adapter(ALIKE, 8, torch.bfloat16, 7),
     }
     for f in found["even"].modules.values():
         f.a.fill_(0.5)
@@ -60,6 +63,8 @@ def test_other_weights_on_the_same_sources_use_the_same_thresholds(sources: dict
         ("ties(a, b, density=0.3)", "ties(a, even, density=0.3)"),
         ("ties(a, b, density=0.3)", "ties(a, b, density=[0.3, 1.0])"),
         ("ties(a, b, density=0.00001)", "ties(a, b, density=0.3)"),
+        ("ties(a, b, density=0.3, modules=up)", "ties(a, b, density=0.3, modules=layers.0)"),
+        ("ties(x, y, density=0.3, modules=layers.0)", "ties(x, y, density=0.3, modules=layers.1)"),
     ],
 )
 def test_what_is_known_of_one_merge_is_not_used_for_another(

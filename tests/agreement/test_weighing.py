@@ -84,14 +84,14 @@ def test_rules_that_average_see_deltas_of_one_length(strategy: str) -> None:
 def test_weights_depend_on_nothing_but_the_contents() -> None:
     adapters = sources(1.0, 3.0)
     copies = {name: scaled(adapter, 1.0) for name, adapter in adapters.items()}
-    first = auto_weights(list(adapters.values()), True)
+    first = auto_weights(list(adapters.values()), list(SMALL), True)
     weighing._CACHE.clear()
-    assert auto_weights(list(copies.values()), True) == first
+    assert auto_weights(list(copies.values()), list(SMALL), True) == first
 
 
 def test_weights_that_are_remembered_keep_no_adapter_alive() -> None:
     adapter = sources(1.0)["a"]
-    auto_weights([adapter], True)
+    auto_weights([adapter], list(SMALL), True)
     alive = weakref.ref(adapter)
     del adapter
     gc.collect()
@@ -104,7 +104,7 @@ def test_a_module_of_one_source_and_a_delta_of_zeros() -> None:
     adapters["b"] = Adapter({first: adapters["b"].modules[first]})
     zeros = Factors(torch.zeros(4, 32), torch.zeros(48, 4), 1.0)
     adapters["a"] = Adapter({**adapters["a"].modules, first: zeros})
-    weights = auto_weights([adapters["a"], adapters["b"]], True)
+    weights = auto_weights([adapters["a"], adapters["b"]], list(SMALL), True)
     assert weights[first][1] == pytest.approx(1.0)
     assert {len(w) for name, w in weights.items() if name != first} == {1}
     assert all(w == pytest.approx((1.0,)) for name, w in weights.items() if name != first)

@@ -180,6 +180,14 @@ def test_pickled_weights_are_read_if_that_is_allowed(run: Run, folder: Path) -> 
     assert "--allow-pickle" in run("merge", "a + b", *AB, "--output", "out")[2]
     assert run("merge", "a + b", *AB, "--output", "out", "--allow-pickle")[0] == 0
     assert Adapter.load("out").digest == expected
+def test_only_and_without_choose_the_modules_as_the_spec_does(run: Run, folder: Path) -> None:
+    flags = ("--only", "layers.0", "self_attn", "--without", "k_proj")
+    code, out, err = run("merge", "ties(a, b)", *AB, "--output", "flags", *flags)
+    assert (code, err) == (0, "")
+    assert 'ties(a, b, modules="layers.0 self_attn", without="k_proj"), rank 4, 3 modules' in out
+    run("merge", 'ties(a, b, modules="self_attn layers.0", without=k_proj)', *AB, "--output", "spec")
+    assert Adapter.load("flags").digest == Adapter.load("spec").digest
+    assert Adapter.load("flags").modules.keys() == {name for name in SMALL if "k_proj" not in name}
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -202,6 +210,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a part twice": (["--take", "heads=a", "--take", "heads=b"], '"heads" is given twice'),
     "half a name": (["--rename", "layers"], "argument --rename: 'layers' is not of the form FROM=TO"),
     "half a part": (["--take", "heads"], "argument --take: 'heads' is not of the form PART=NAME"),
+    "a pattern of no module": (
+        ["--only", "q_prj"],
+        "modules (--only): no module of the sources matches 'q_prj'",
+    ),
+    "patterns with a comma": (["--without", "a,b"], "with a space between them, and no comma, got 'a,b'"),
+    "modules twice": (
+        ["merge", "sum(a, b, modules=mlp)", *AB, "--only", "mlp", "--output", "out"],
+        "option 'modules' is given twice",
+    ),
     "an adapter without a name": (["--adapter", "b"], "argument --adapter: 'b' is not of the form NAME=PATH"),
     "an adapter called like a merge": (
         ["--adapter", "sum(b)=b"],

@@ -95,6 +95,16 @@ MEANINGS = {
     "sum(a, normalize=True)": "sum(a, normalize=true)",
     "sum(a, scale=-2)": "sum(a, scale=-2)",
     "sum(a, scale=-0.0)": "sum(a, scale=0)",
+    # patterns of modules are sorted, each once; all modules are the default
+    'ties(a, b, modules="*.self_attn.*")': 'ties(a, b, modules="*.self_attn.*")',
+    'sum(a, modules="  v_proj q_proj  v_proj ")': 'sum(a, modules="q_proj v_proj")',
+    "sum(a, without=lm_head, modules=self_attn)": 'sum(a, modules="self_attn", without="lm_head")',
+    'sum(a, modules="*")': "sum(a)",
+    'sum(a, modules="q_proj *")': "sum(a)",
+    'sum(a, without="*")': 'sum(a, without="*")',
+    "sum(a + b; modules self_attn; without layers.0)": 'sum(a, b, modules="self_attn", without="layers.0")',
+    'sum(a + b; modules "layers.0 lm_head")': 'sum(a, b, modules="layers.0 lm_head")',
+    'sum(a + b; modules "\\u002a.mlp.\\u002a")': 'sum(a, b, modules="*.mlp.*")',
 }
 
 
@@ -170,6 +180,14 @@ NAMES = (BARE | ANY).filter(is_name)
 FINITE = st.floats(-1e30, 1e30, allow_subnormal=False)
 WEIGHTS = st.just(0.0) | FINITE.filter(lambda w: abs(w) >= 1e-30) | st.integers(-5, 5).map(float)
 DENSITIES = st.floats(0, 1, exclude_min=True)
+PATTERNS = st.lists(
+    st.text(
+        st.characters(exclude_categories=["Cc", "Cf", "Cn", "Co", "Cs", "Z"], exclude_characters=","),
+        min_size=1,
+    ),
+    min_size=1,
+    max_size=4,
+).map(" ".join)
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "scale": FINITE,
     "normalize": st.booleans(),
@@ -186,6 +204,8 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "select_topk": st.floats(0, 1, exclude_min=True),
     "scope": st.sampled_from(["module", "model"]),
     "weights": st.sampled_from(["given", "auto"]),
+    "modules": PATTERNS,
+    "without": PATTERNS,
 }
 
 
@@ -227,7 +247,7 @@ def gateway_text(spec: MergeSpec) -> str:
     def value(given: Value) -> str:
         if isinstance(given, tuple):
             return "[" + " ".join(map(repr, given)) + "]"
-        return json.dumps(given)
+        return plain(given) if isinstance(given, str) else json.dumps(given)
 
     parts = [f"{abs(source.weight)!r} {plain(source.name)}" for source in spec.sources]
     signs = ["- " if source.weight < 0 else "+ " for source in spec.sources]
@@ -341,6 +361,13 @@ def test_json_takes_the_field_names_of_lorax() -> None:
     assert from_json(body) == expected
 
 
+@pytest.mark.parametrize("strategy", ["linear", "ties", "dare_linear", "dare_ties"])
+def test_json_takes_patterns_of_modules_with_every_strategy_of_lorax(strategy: str) -> None:
+    body = {"ids": ["a"], "merge_strategy": strategy, "modules": "v_proj q_proj", "without": "layers.0"}
+    expected = parse(f'{strategy}(a, modules="q_proj v_proj", without="layers.0")')
+    assert from_json(body) == from_json(expected.to_json()) == expected
+
+
 @pytest.mark.parametrize(
     "absent", [{}, {"weights": None}, {"weights": []}, {"merge_strategy": None, "scale": None}]
 )
@@ -390,7 +417,10 @@ def test_the_digest_is_the_same_however_the_merge_is_spelled() -> None:
     assert re.fullmatch("[0-9a-f]{32}", expected)
 
 
-@pytest.mark.parametrize("text", ["ties(a, b)", "linear(a, 0.5*b)", "ties(a, 0.5*b, density=0.3)", "ties(a)"])
+@pytest.mark.parametrize(
+    "text",
+    ["ties(a, b)", "linear(a, 0.5*b)", "ties(a, 0.5*b, density=0.3)", "ties(a)", "ties(a, 0.5*b, without=x)"],
+)
 def test_the_digest_changes_with_the_meaning(text: str) -> None:
     assert parse(text).digest(CONTENTS) != parse("ties(a, 0.5*b)").digest(CONTENTS)
 

@@ -20,7 +20,7 @@ REFUSALS = {
     "core-ties(a, b)": "unknown strategy 'core-ties'; did you mean core_ties? There are:",
     "weighted(a, b)": "unknown strategy 'weighted'; there are: sum,",
     "a/b(c)": "unknown strategy 'a/b'; there are: sum,",
-    "knots(a, b, rank=8)": "scale, normalize; its rank is the sum of the sources', or the limit",
+    "knots(a, b, rank=8)": "normalize, modules, without; its rank is the sum of the sources', or the limit",
     "ties(a, b, rank=8)": "ties takes no option 'rank'; it takes: density",
     "ties(a, b, weights=[1, 2])": "not a list; write a source's weight before its name: 0.5*a",
     "ties(a, b, desnity=0.5)": "ties takes no option 'desnity'; it takes: density, majority_sign_method,",
@@ -53,6 +53,13 @@ REFUSALS = {
     "sum(a, b, scale=[1, 2])": "sum: scale takes one value, not a list",
     "ties(a, b, density=[0.3 0.7])": "expected ',' or ']'",
     "ties(a, b, density=[x])": "expected a number, found 'x])'",
+    # patterns of modules
+    'sum(a, modules="")': "sum: modules must be 1 to 64 patterns of module names with a space between them",
+    'sum(a, without="q_proj,v_proj")': "with a space between them, and no comma, got 'q_proj,v_proj'",
+    'sum(a, without="a\\u0000b")': "sum: without must be patterns of module names",
+    "sum(a, modules=3)": "sum: modules must be text: patterns of module names",
+    "sum(a, modules=*.q_proj)": "a value (in double quotes, unless it is a word or a number), found '*.q_",
+    "sum(a, b, modules=[1, 2])": 'not a list; write all patterns in one text: "q_proj v_proj"',
     # the number of sources
     "slerp(a)": "slerp takes exactly 2 sources, got 1",
     "slerp(a, b, c)": "slerp takes exactly 2 sources, got 3",
@@ -238,6 +245,8 @@ def test_every_refusal_is_a_merge_error() -> None:
         ({"ids": ["a"], "merge_strategy": "TIES_SVD"}, "unknown strategy 'TIES_SVD'"),
         ({"ids": ["a"], "scale": {"x": 1}}, "scale must be a number, got {'x': 1}"),
         ({"ids": ["a"], "scale": [1]}, "scale takes one value, not a list"),
+        ({"ids": ["a"], "modules": ["q_proj"]}, "modules takes one value, not a list; write all patterns"),
+        ({"ids": ["a"], "without": " ".join(map(str, range(65)))}, "without must be 1 to 64 patterns"),
         ({"ids": ["a"], "merge_strategy": "ties", "density": [[0.5]]}, "density must be a number, got [0.5]"),
     ],
 )

@@ -73,6 +73,16 @@ def test_all_counts_together_meet_every_module() -> None:
 
 
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
+def test_chosen_modules_merge_alike(strategy: str) -> None:
+    spec = parse(f'{strategy}(a, b, c, modules="q.0 *.2", without="v")')
+    names = [f"{part}.{layer}" for part in "qkv" for layer in range(4)]
+    adapters = {n: random_adapter(dict.fromkeys(names, (24, 40)), seed=i) for i, n in enumerate("abc")}
+    plan = make_plan(spec, adapters)
+    assert list(plan.modules) == ["k.2", "q.0", "q.2"]
+    assert_backends_agree(plan, "triton")
+
+
+@pytest.mark.parametrize("strategy", [strategy.name for strategy in EXACT])
 def test_modules_that_some_sources_lack_merge_alike(strategy: str) -> None:
     assert_backends_agree(make_plan(spec_of(strategy, {}, 4), with_gaps(sources(4, 3))), "triton")
 

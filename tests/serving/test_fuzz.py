@@ -30,6 +30,7 @@ SEEDS = (
     "0.7*sql + 0.3*chat - 0.2*tone",
     'dare_ties("sql", -1e-3*chat, density=[0.3, 0.7], seed=7, majority_sign_method="frequency")',
     "slerp(sql, chat, t=0.25)",
+    'sum(sql, chat, modules="*.self_attn.* layers.0", without="q_proj")',
     "svd(sql, chat, tone, rank=4, normalize=true, scale=2)",
     '{"ids": ["sql", "chat"], "weights": [0.5, 1], "merge_strategy": "linear"}',
 )
@@ -39,6 +40,9 @@ WORDS = (
     "chat",
     "tone",
     "density",
+    "modules",
+    "without",
+    "q_proj",
     "seed",
     "rank",
     "t",

@@ -313,6 +313,26 @@ def test_no_ad_hoc_merges_means_aliases_alone(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_merge_of_some_modules_holds_these_and_nothing_else(tmp_path: Path) -> None:
+    async def run() -> None:
+        merges = worker()
+        gate = gate_with(merges)
+        await two_sources(gate, tmp_path)
+        whole = await gate.ready(parse("ties(a, b)"), ME)
+        for model in ('ties(a, b, modules="*.self_attn.*")', "ties(a + b; modules self_attn)"):
+            spec = gate.asked_for(model, None, lambda name: False)
+            assert spec is not None
+            live = await gate.ready(spec, ME)
+            made = merges.load_merge(live.identity.path)
+            assert made.modules.keys() == {name for name in tiny.MODULES if "self_attn" in name}
+            assert live.facts.modules == len(made.modules)
+            assert live.facts.nbytes == made.nbytes < whole.facts.nbytes
+        with pytest.raises(MergeError, match=r"no module of the sources matches 'self_atn'; near: model\."):
+            await gate.ready(parse("sum(a, modules=self_atn)"), ME)
+
+    asyncio.run(run())
+
+
 def test_long_specs_and_many_sources_are_refused() -> None:
     gate = gate_with(worker(), max_spec_length=40, max_sources=3)
     for model, words in (

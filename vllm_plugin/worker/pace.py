@@ -93,6 +93,7 @@ def too_long(plan: MergePlan, limit: float, pace: Pace, max_rank: int) -> PlanEr
     """
     spec, sources = plan.spec, dict(zip(plan.spec.names, plan.sources, strict=True))
     own = plan.recipe
+    choice = tuple([given for given in spec.options if given[0] in ("modules", "without")])
     alike = sorted(
         (strategy for strategy in TABLE.values() if strategy.name != spec.strategy),
         key=lambda other: (other.recipe.keep, other.recipe.blend) != (own.keep, own.blend),
@@ -100,7 +101,8 @@ def too_long(plan: MergePlan, limit: float, pace: Pace, max_rank: int) -> PlanEr
     faster: list[str] = []
     for strategy in alike:
         try:
-            seconds = pace.seconds(make_plan(MergeSpec(strategy.name, spec.sources), sources, max_rank))
+            other = MergeSpec(strategy.name, spec.sources, choice)
+            seconds = pace.seconds(make_plan(other, sources, max_rank))
         except MergeError:  # it does not take these sources
             continue
         if seconds <= limit:

@@ -1,0 +1,70 @@
+"""Whether the sources of a merge fit together, and what a user should know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .adapters import Adapter
+from .errors import PlanError, listed
+from .files.layout import Header
+
+Sources = Mapping[str, Adapter]
+"""The sources of a merge by name, in the order of its spec."""
+
+
+def header_of(sources: Sources) -> tuple[Header, list[str]]:
+    """The header of the result, and what a user should know of it; raises PlanError."""
+    headers = [adapter.header for adapter in sources.values()]
+    if len({h.fan_in_fan_out for h in headers}) > 1:
+        raise PlanError("the sources disagree about fan_in_fan_out: they were trained on different layouts")
+    notes = []
+    bases = sorted({h.base_model for h in headers if h.base_model})
+    if len(bases) > 1:
+        notes.append(f"the sources name different base models: {listed(bases)}")
+    _check_copies(sources)
+    headed = [adapter.header for adapter in sources.values() if adapter.whole]
+    tasks = {h.task_type for h in headed or headers if h.task_type}
+    return Header(
+        base_model=bases[0] if bases else None,
+        task_type=tasks.pop() if len(tasks) == 1 else None,
+        fan_in_fan_out=headers[0].fan_in_fan_out,
+    ), notes
+
+
+def _check_copies(sources: Sources) -> None:
+    """Raise PlanError if the sources hold copies of one tensor of the base model that differ."""
+    seen: dict[str, tuple[str, str]] = {}
+    for source, adapter in sources.items():
+        for name, digest in adapter.header.base_copies.items():
+            first, known = seen.setdefault(name, (source, digest))
+            if known != digest:
+                raise PlanError(
+                    f"{first} and {source} hold different copies of {name}, so they were trained on "
+                    "different base models; if that is meant, leave the copies out with --drop base_copies"
+                )
+
+
+def check_shapes(sources: Sources, names: Sequence[str]) -> None:
+    """Raise PlanError unless each of these modules has one shape in all sources that have it."""
+    for name in names:
+        found = {s: a.modules[name] for s, a in sources.items() if name in a.modules}
+        shapes = {source: (f.shape, f.embedding) for source, f in found.items()}
+        if len(set(shapes.values())) > 1:
+            shown = listed(f"{shape} in {source}" for source, (shape, _) in shapes.items())
+            raise PlanError(
+                f"{name} has delta shapes {shown}: these adapters belong to different base models"
+            )
+
+
+def missing_notes(sources: Sources, names: Sequence[str]) -> list[str]:
+    """What a user should know of these modules if not all sources have all of them."""
+    notes, total = [], len(names)
+    for source, adapter in sources.items():
+        missing = sum(name not in adapter.modules for name in names)
+        if missing == total:
+            notes.append(f"{source} has none of the chosen modules; it takes no part")
+        elif missing:
+            notes.append(
+                f"{missing} of {total} modules are not in {source}; they are merged from the other sources"
+            )
+    return notes
