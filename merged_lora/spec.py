@@ -25,8 +25,9 @@ from .names import check_characters, checked_name, shortened
 from .recipe import DENSITY, EPSILON, MEANS, Option, Parts, Strategy, Value
 from .strategies import TABLE, find
 
-MAX_TEXT = 2048
-MAX_SOURCES = 16
+MAX_TEXT = 65_536
+"""Characters of a spec: 256 sources with weights and names of 200 characters. A server accepts fewer."""
+MAX_SOURCES = 256
 
 CANCELLING_AS_WRITTEN = 1e-12
 """Weights whose sum is at most this share of the sum of their magnitudes add up to 0, except for rounding."""

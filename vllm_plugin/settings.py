@@ -53,7 +53,7 @@ class Settings:
     max_seconds: float = 600.0
     source_dir: str | None = None
     runtime_aliases: bool = False
-    max_spec_length: int = MAX_TEXT
+    max_spec_length: int = 2048
     max_sources: int = 8
     max_strength: float = 1e6
     max_ad_hoc: int = 256

@@ -190,6 +190,19 @@ def test_only_and_without_choose_the_modules_as_the_spec_does(run: Run, folder: 
     assert Adapter.load("flags").modules.keys() == {name for name in SMALL if "k_proj" not in name}
 
 
+def test_the_command_merges_more_sources_than_a_server_does_by_default(run: Run, folder: Path) -> None:
+    names = [f"adapter-number-{i}" for i in range(100)]
+    flags = [part for i, name in enumerate(names) for part in ("--adapter", f"{name}={'ab'[i % 2]}")]
+    spec = " + ".join(f"0.012345*{name}" for name in names)
+    code, out, err = run("merge", spec, *flags, "--output", "out", "--rank", 8)
+    assert (code, err) == (0, "")
+    assert "rank 8, 4 modules" in out
+    made, sources = Adapter.load("out"), [Adapter.load(name) for name in "ab"]
+    for module in SMALL:
+        expected = 50 * 0.012345 * sum(source.modules[module].delta() for source in sources)
+        assert torch.allclose(made.modules[module].delta(), expected, rtol=1e-5, atol=1e-6)
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no command": ([], "the following arguments are required: COMMAND"),
     "no such command": (["nosuch"], "invalid choice: 'nosuch'"),
