@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from .adapters import Adapter
 from .errors import PlanError, listed
+from .factors import Factors
 from .files.layout import Header
 
 Sources = Mapping[str, Adapter]
 """The sources of a merge by name, in the order of its spec."""
+
+
+HEADS = ("lm_head", "embed_out", "output_layer")
+"""Last parts of the names of linear modules with a row for each token."""
 
 
 def header_of(sources: Sources) -> tuple[Header, list[str]]:
@@ -46,14 +51,26 @@ def _check_copies(sources: Sources) -> None:
 
 def check_shapes(sources: Sources, names: Sequence[str]) -> None:
     """Raise PlanError unless each of these modules has one shape in all sources that have it."""
-    for name in names:
-        found = {s: a.modules[name] for s, a in sources.items() if name in a.modules}
-        shapes = {source: (f.shape, f.embedding) for source, f in found.items()}
-        if len(set(shapes.values())) > 1:
-            shown = listed(f"{shape} in {source}" for source, (shape, _) in shapes.items())
-            raise PlanError(
-                f"{name} has delta shapes {shown}: these adapters belong to different base models"
-            )
+    factors = {name: {s: a.modules[name] for s, a in sources.items() if name in a.modules} for name in names}
+    wrong = {n: own for n, own in factors.items() if len({(f.shape, f.embedding) for f in own.values()}) > 1}
+    if not wrong:
+        return
+    per_token = [name for name, own in wrong.items() if _counts_tokens(name, own)]
+    name = next((name for name in wrong if name not in per_token), min(wrong))
+    shown = listed(f"{f.shape} in {source}" for source, f in wrong[name].items())
+    reason, way_out = "these adapters belong to different base models", ""
+    if len(per_token) == len(wrong):
+        ends = " ".join(sorted({name.rpartition(".")[2] for name in per_token}))
+        reason = f"tokens were added before one of them was trained, or {reason}"
+        way_out = f'; to merge the other modules, leave out these: without="{ends}" (--without {ends})'
+    raise PlanError(f"{name} has delta shapes {shown}: {reason}{way_out}")
+
+
+def _counts_tokens(name: str, factors: Mapping[str, Factors]) -> bool:
+    """Whether a module has a row or a column for each token, and differs in nothing else."""
+    if name.rpartition(".")[2] not in HEADS and not any(f.embedding for f in factors.values()):
+        return False
+    return any(len({f.shape[side] for f in factors.values()}) == 1 for side in (0, 1))
 
 
 def missing_notes(sources: Sources, names: Sequence[str]) -> list[str]:

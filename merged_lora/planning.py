@@ -73,8 +73,8 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
     named = dict(zip(spec.names, sources, strict=True))
     header, notes = header_of(named)
     if spec.automatic:
-        check_shapes(named, names)  # which lengths of deltas need; otherwise each kind is checked once
-    planner = _Planner(_Settings.of(spec, sources, names), sources, limit)
+        check_shapes(named, names)  # before lengths are computed; otherwise each kind of module is checked
+    planner = _Planner(_Settings.of(spec, sources, names), sources, names, limit)
     modules = {name: planner.module(name) for name in names}
     counts = planner.model_counts(modules)
     notes += missing_notes(named, names) + planner.result_notes(modules, counts)
@@ -173,13 +173,17 @@ class _Planner:
 
     settings: of the spec.
     sources:  the adapters in the spec's order.
+    names:    of the modules.
     limit:    largest rank of the result, None for any.
     """
 
-    def __init__(self, settings: _Settings, sources: Sequence[Adapter], limit: int | None) -> None:
+    def __init__(
+        self, settings: _Settings, sources: Sequence[Adapter], names: Sequence[str], limit: int | None
+    ) -> None:
         self.recipe = settings.recipe
         self._settings = settings
         self._sources = sources
+        self._names = names
         self._limit = limit
         self._alike: dict[tuple[object, ...], Module] = {}
         self._depends_on_names = (
@@ -206,7 +210,8 @@ class _Planner:
         return planned
 
     def _planned(self, name: str, present: tuple[int, ...], factors: tuple[Factors, ...]) -> Module:
-        check_shapes(dict(zip(self._settings.names, self._sources, strict=True)), [name])
+        if len({(f.shape, f.embedding) for f in factors}) > 1:
+            check_shapes(dict(zip(self._settings.names, self._sources, strict=True)), self._names)
         if self.recipe.space == "factors":
             return self._factor_module(name, present, factors)
         if self.recipe.space == "sums":

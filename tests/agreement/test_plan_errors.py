@@ -100,6 +100,40 @@ def test_shapes_of_different_base_models_are_refused(strategy: str) -> None:
         make_plan(parse(f"{strategy}(chat, sql)"), pair() | {"sql": other})
 
 
+def with_heads(tokens: int, seed: int, **more: tuple[int, int]) -> Adapter:
+    """An adapter of a model with that many tokens."""
+    heads = {"lm_head": (tokens, 32), "model.embed_tokens": (32, tokens)}
+    return random_adapter(SMALL | heads | more, seed=seed, embeddings=["model.embed_tokens"])
+
+
+@pytest.mark.parametrize("options", ["", ", weights=auto"])
+def test_heads_of_other_vocabularies_are_refused_with_the_reason_and_the_way_out(options: str) -> None:
+    sources = {"sql": with_heads(96, 0), "chat": with_heads(100, 1)}
+    with pytest.raises(PlanError) as caught:
+        make_plan(parse(f"sum(sql, chat{options})"), sources)
+    assert str(caught.value) == (
+        "lm_head has delta shapes (100, 32) in chat, (96, 32) in sql: tokens were added before one of them "
+        "was trained, or these adapters belong to different base models; to merge the other modules, leave out "
+        'these: without="embed_tokens lm_head" (--without embed_tokens lm_head)'
+    )
+    way_out = make_plan(parse(f'sum(sql, chat, without="embed_tokens lm_head"{options})'), sources)
+    assert way_out.modules.keys() == SMALL.keys()
+
+
+def test_other_modules_that_differ_as_well_mean_another_base_model() -> None:
+    sources = {"sql": with_heads(96, 0, q=(8, 8)), "chat": with_heads(100, 1, q=(8, 9))}
+    with pytest.raises(
+        PlanError, match=r"^q has delta .* in sql: these adapters belong to different base models$"
+    ):
+        make_plan(parse("sql + chat"), sources)
+
+
+def test_heads_of_other_widths_mean_another_base_model() -> None:
+    sources = {name: random_adapter({"lm_head": s}) for name, s in {"a": (96, 32), "b": (100, 40)}.items()}
+    with pytest.raises(PlanError, match=r"in b: these adapters belong to different base models$"):
+        make_plan(parse("a + b"), sources)
+
+
 def test_an_embedding_and_a_linear_layer_of_one_shape_are_refused() -> None:
     other = random_adapter(SMALL, embeddings=[Q_PROJ])
     with pytest.raises(PlanError, match="q_proj has delta shapes"):
