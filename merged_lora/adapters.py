@@ -6,8 +6,8 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -114,6 +114,21 @@ class Adapter:
     def moved(self, modules: Mapping[str, Factors]) -> Adapter:
         """The same adapter with its tensors in other memory; the digest is not computed again."""
         return self._twin(modules, self.calibration)
+
+    def renamed(self, modules: Mapping[str, Factors], names: Mapping[str, Sequence[str]]) -> Adapter:
+        """The same adapter under other names of its modules, or with parts of them in their place.
+
+        modules: that it then has.
+        names:   the new names of each old one, also of modules that its calibration alone knows; a name that
+                 is not among them stays.
+
+        The calibration fits it as before.
+        """
+        twin = Adapter(modules, self.header, self.metadata, self.calibration)
+        if not isinstance(self.calibration, Calibration):
+            return twin
+        inputs = {new: x for old, x in self.calibration.inputs.items() for new in names.get(old, (old,))}
+        return twin._twin(modules, replace(self.calibration, inputs=inputs, adapter=twin.digest))
 
     def _twin(self, modules: Mapping[str, Factors], calibration: Calibration | str | None) -> Adapter:
         twin = Adapter(modules, self.header, self.metadata, calibration, self.whole)

@@ -45,6 +45,9 @@ class FolderAdapters:
     def read(self, path: str, options: Mapping[str, Any]) -> Adapter:
         return Adapter.load(path, drop=["modules_to_save"])
 
+    def fit(self, adapter: Adapter) -> Adapter:
+        return adapter
+
     def size(self, model: Adapter) -> int:
         return model.nbytes
 

@@ -25,7 +25,7 @@ from merged_lora import vllm_plugin
 from merged_lora.bench.launcher import ENVIRONMENT, ServerDiedError
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError
-from merged_lora.vllm_plugin.hooks import off, reliance, slots, table, versions
+from merged_lora.vllm_plugin.hooks import names, off, reliance, slots, table, versions
 from merged_lora.vllm_plugin.releases import NEWEST_CPU, TESTED
 from tiny import FLAGS, MAX_RANK, Place
 from vllm_server import Server
@@ -237,13 +237,14 @@ def test_a_class_that_a_later_release_has_lost_fails_like_an_import(
         spec.loader.exec_module(module_from_spec(spec))
 
 
-def test_a_manager_that_knows_no_text_model_alone_looks_for_the_plain_name() -> None:
+def test_the_names_of_a_module_are_those_that_the_manager_looks_for() -> None:
     class Manager:
-        def _get_text_lora_names(self, name: str) -> list[str]:
-            return [f"text.{name}"]
+        def _get_lora_layer_weights(self, lora: Any, name: str) -> Any:
+            if lora.check_lora_name(name) or not lora.check_lora_name(f"text.{name}"):
+                return lora.get_lora(name)
+            return lora.get_lora(f"text.{name}")
 
-    assert slots.names_of(Manager(), "q_proj") == ["q_proj", "text.q_proj"]
-    assert slots.names_of(object(), "q_proj") == ["q_proj"]
+    assert names.names_of(Manager(), "q_proj") == ["q_proj", "text.q_proj"]
 
 
 # Signatures and numbers

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +15,19 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.peft_helper import PEFTHelper
-from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import SlotBackend, StagedMerge
+from merged_lora.calibration import Calibration
 from merged_lora.errors import PlanError, listed
 from merged_lora.factors import Factors
 from merged_lora.files.writing import config_of, tensors_of
 from merged_lora.plan import MergePlan
 from merged_lora.vllm_plugin.worker.makers import outline
 
-from .slots import DeviceSlotWriter, HostSlotWriter, SlotMap, names_of, parts_of
+from .names import names_of, parts_of
+from .slots import DeviceSlotWriter, HostSlotWriter, SlotMap
 from .wrapping import ATTRIBUTE
 
 SHAPES = 64
@@ -103,19 +105,64 @@ def slot_map_of(layers: Any) -> SlotMap:
 
 def _names(layers: Any, modules: Mapping[str, Factors]) -> dict[str, str]:
     """vLLM's name for each module of an adapter."""
-    known: dict[tuple[str, bool], str] = slot_map_of(layers).names
-    mapper = _mapper(layers.model)
-    found = {}
-    for name, factors in modules.items():
-        key = name, factors.embedding
-        if key not in known:
-            known[key] = parse_fine_tuned_lora_name(next(iter(tensors_of({name: factors}))), mapper)[0]
-        found[name] = known[key]
-    return found
+    names = slot_map_of(layers).names
+    return {name: names.theirs(name) for name in modules}
 
 
 def _skips(layers: Any) -> Any:
     return getattr(layers.model, "lora_skip_prefixes", None)
+
+
+def fitted_adapter(layers: Any, adapter: Adapter) -> Adapter:
+    """The adapter with the modules of the model, each under the one name that all adapters get for it.
+
+    So adapters that name a module differently are merged there as they should be.  A module in one piece that
+    vLLM has in several is split.  Raises PlanError if a module is none of the model's that takes LoRA, which
+    vLLM ignores without a word, or if two are the same one.
+    """
+    names = slot_map_of(layers).names
+    modules: dict[str, Factors] = {}
+    origins: dict[str, str] = {}
+    strangers = []
+    for name, factors in adapter.modules.items():
+        fitted = _fitted(layers, name, factors)
+        if not fitted and not names.is_unused(name):
+            strangers.append(name)
+        for new, part in (fitted or {name: factors}).items():
+            if new in modules:
+                raise PlanError(f"{origins[new]} and {name} are one module of the model")
+            modules[new], origins[new] = part, name
+    if strangers:
+        raise PlanError(
+            f"the model has no module {listed(strangers)} that takes LoRA; make a copy of the adapter that "
+            "has none, with merged-lora merge and --without PATTERN"
+        )
+    if modules.keys() == adapter.modules.keys():
+        return adapter
+    known = adapter.calibration.inputs if isinstance(adapter.calibration, Calibration) else {}
+    renamed = {name: names.spellings(name) for name in {**adapter.modules, **known}}
+    return adapter.renamed(modules, {name: new for name, new in renamed.items() if new})
+
+
+def _fitted(layers: Any, name: str, factors: Factors) -> dict[str, Factors]:
+    """The modules of the model that a module of an adapter is, by their names; empty if there are none.
+
+    The parts of a module that is split share A, and each has its rows of B.  Raises PlanError if there are
+    not as many rows as the parts have.
+    """
+    slot_map = slot_map_of(layers)
+    spellings = slot_map.names.spellings(name)
+    if len(spellings) <= 1:
+        return dict.fromkeys(spellings, factors)
+    parts = slot_map.names.parts(name)
+    holder = next(layer for layer, packed in slot_map.packed.items() if packed == parts)
+    outs = [out for out, _ in _shapes(slot_map.layers[holder], len(parts)) or ()]
+    if len(outs) != len(spellings) or sum(outs) != factors.shape[0]:
+        raise PlanError(
+            f"{name} has {factors.shape[0]} rows, which are not those of {listed(spellings)} in the model"
+        )
+    rows = zip(spellings, torch.split_with_sizes(factors.b, outs), strict=True)
+    return {new: replace(factors, b=b.contiguous()) for new, b in rows}
 
 
 def lora_model(manager: Any, number: int, adapter: Adapter, device: str) -> LoRAModel:
@@ -134,16 +181,11 @@ def lora_model(manager: Any, number: int, adapter: Adapter, device: str) -> LoRA
         device=device,
         dtype=manager.lora_config.lora_dtype,
         model_vocab_size=manager.vocab_size,
-        weights_mapper=_mapper(layers.model),
+        weights_mapper=slot_map_of(layers).names.mapper,
         skip_prefixes=_skips(layers),
     )
     check_fit(layers, lora)
     return lora
-
-
-def _mapper(model: Any) -> Any:
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return mapper.get_rename_mapper() if mapper is not None else None
 
 
 def check_fit(layers: Any, lora: LoRAModel) -> None:

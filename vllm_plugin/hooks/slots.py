@@ -21,6 +21,7 @@ from merged_lora.backends import Slot, SlotBackend, StagedMerge
 from merged_lora.errors import PlanError, listed
 from merged_lora.lru import Lru
 
+from .names import ModelNames, names_of, parts_of
 from .versions import named, since
 
 logger = logging.getLogger("vllm.merged_lora")
@@ -82,22 +83,6 @@ class SlotWriter(Protocol):
         ...
 
 
-def parts_of(packed: Mapping[str, list[str]], name: str) -> list[str]:
-    """The full names of the modules that vLLM packs into this one; its own name if it packs none."""
-    return packed.get(name) or [name]
-
-
-def names_of(layers: Any, part: str) -> list[str]:
-    """The names under which vLLM looks for a module in an adapter; the first one found counts.
-
-    Since 0.33, an adapter of the text model alone fits a multimodal one, whose names have a prefix.
-    """
-    # Asked of the manager, not of the release: a build from source may not have the method. If a later
-    # release renames it, its caller _get_lora_layer_weights changes too, which hooks/reliance.py reports.
-    others = getattr(layers, "_get_text_lora_names", None)
-    return [part, *(others(part) if others is not None else ())]
-
-
 class SlotMap:
     """The slots in which the layers of a model keep their adapters.
 
@@ -110,8 +95,7 @@ class SlotMap:
                   the beginnings of A and B of each of their modules.
     left_to_vllm: layers of an unsupported class; vLLM's own activation empties or fills them.
     parts:        all modules of these layers, in order.
-    names:        vLLM's name for each module seen so far, by its name in the adapter and whether it is an
-                  embedding.
+    names:        the names of these modules in adapters.
     used:         for each slot with known content, the rank from which on everything is zero.
     fitting:      shapes of adapters that fit the model.
     packed:       modules that vLLM packs into one, by the name of that one.
@@ -125,7 +109,6 @@ class SlotMap:
         self.left_to_vllm: dict[str, Any] = {}
         self.shards: dict[str, list[tuple[Begin, Begin]]] = {}
         self.parts: dict[str, None] = {}
-        self.names: dict[tuple[str, bool], str] = {}
         self.used: dict[int, int] = {}
         self.fitting: Lru[Hashable, bool] = Lru()
         self.packed: Mapping[str, list[str]] = layers.packed_modules
@@ -147,6 +130,7 @@ class SlotMap:
                     self.shards[name] = begins
             else:
                 self.left_to_vllm[name] = layer
+        self.names = ModelNames(layers)
 
     def check(self, lora: LoRAModel) -> None:
         """Raise PlanError if a merge has modules that no backend can hand to vLLM, such as experts."""

@@ -36,6 +36,7 @@ from .current import current
 from .models import (
     attach_slot_writer,
     check_fit,
+    fitted_adapter,
     host_model,
     largest_adapter,
     lora_model,
@@ -349,13 +350,17 @@ class VllmPlainAdapters:
         check_fit(self._manager._adapter_manager, lora)
         return lora
 
+    def fit(self, adapter: Adapter) -> Adapter:
+        """The adapter with the model's own modules; raises PlanError if it has one that is none of them."""
+        return fitted_adapter(self._manager._adapter_manager, adapter)
+
     def size(self, model: LoRAModel) -> int:
         """Bytes of the tensors of an adapter."""
         return sum(tensor.nbytes for tensor in _tensors(model))
 
     def scalings(self, model: LoRAModel) -> dict[str, float]:
-        """The factor by which vLLM scales each module."""
-        return {name: weights.scaling for name, weights in model.loras.items()}
+        """The factor by which vLLM scales each module of the model."""
+        return {part: weights.scaling for part, weights in self._by_part(model).items()}
 
     def build(self, number: int, adapter: Adapter, scalings: Mapping[str, float]) -> LoRAModel:
         """The adapter as :meth:`read` returns it, under another id; raises PlanError if it would differ.
@@ -367,11 +372,17 @@ class VllmPlainAdapters:
             for name, factors in adapter.modules.items()
         }
         lora = lora_model(self._manager, number, adapter.moved(copies), "cpu")
-        if lora.loras.keys() != scalings.keys():
+        weights = self._by_part(lora)
+        if weights.keys() != scalings.keys():
             raise PlanError("vLLM reads other modules from it")
-        for name, scaling in scalings.items():
-            lora.loras[name].scaling = scaling
+        for part, scaling in scalings.items():
+            weights[part].scaling = scaling
         return lora
+
+    def _by_part(self, model: LoRAModel) -> dict[str, Any]:
+        """What vLLM holds of each module, by the module of the model instead of by a name that vLLM knows."""
+        names = slot_map_of(self._manager._adapter_manager).names
+        return {names.part_of(theirs): weights for theirs, weights in model.loras.items()}
 
     def copy(self, model: LoRAModel, number: int) -> LoRAModel:
         """A copy under another id that shares no tensor."""

@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -33,6 +32,7 @@ from merged_lora.vllm_plugin.rpc import Facts, Pending, Reply, answer
 from .background import Background, Job, OverdueError, Task
 from .makers import Made, Maker, warm_up
 from .pace import Pace, too_long
+from .plain import PlainAdapters
 from .snapshots import Snapshots
 
 logger = logging.getLogger("vllm.merged_lora")
@@ -44,38 +44,6 @@ KEPT = 300.0
 times a second, between two steps, and no step takes as long."""
 OUTPUT_HEAD = "lm_head"
 """Last part of the name of the module that makes logits."""
-
-
-class PlainAdapters(Protocol[Model]):
-    """Plain adapters as vLLM reads and holds them."""
-
-    def find(self, path: str) -> Path:
-        """The folder of the adapter with this path or this name on the hub."""
-        ...
-
-    def read(self, path: str, options: Mapping[str, Any]) -> Model:
-        """The adapter as vLLM reads it from disk; raises MergeError if vLLM refuses it."""
-        ...
-
-    def size(self, model: Model) -> int:
-        """Bytes of the tensors of an adapter."""
-        ...
-
-    def scalings(self, model: Model) -> dict[str, float]:
-        """The factor by which vLLM scales each module."""
-        ...
-
-    def build(self, number: int, adapter: Adapter, scalings: Mapping[str, float]) -> Model:
-        """The adapter as :meth:`read` returns it, under another id; raises PlanError if it would differ."""
-        ...
-
-    def copy(self, model: Model, number: int) -> Model:
-        """A copy under another id that shares no tensor."""
-        ...
-
-    def share(self, model: Model) -> Model:
-        """The same merge in an object of its own, which vLLM may change, with the same tensors."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -375,7 +343,7 @@ class MergeWorker(Generic[Model]):
         """Read an adapter, in the thread that reads."""
         model = self._adapters.read(path, options) if options is not None else None
         try:
-            adapter = self._load(path)
+            adapter = self._adapters.fit(self._load(path))
             if model is not None:  # as the step path will
                 self._adapters.build(1, adapter, self._adapters.scalings(model))
         except (AdapterError, PlanError) as error:
