@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +85,10 @@ class Adapter:
         rename:       new beginnings of module names, by those that they replace.
         allow_pickle: read pickled weights if there are no others, by ``torch.load`` with ``weights_only``.
         """
-        return _load(path, Choice.of(drop, take, rename), calibration, allow_pickle)[0]
+        choice = Choice.of(drop, take, rename)
+        adapter, used = _load(path, choice, calibration, allow_pickle)
+        _check_used(os.fspath(path), choice, used)
+        return adapter
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a PEFT folder, completely or not at all; PEFT 0.21 and vLLM read the same deltas from it.
@@ -208,13 +211,17 @@ def load_sources(
         used |= found
         for kind in sorted(own - found):
             raise AdapterError(f"cannot take {kind} from {name!r}: {path} has none")
-    unused = [word for word in (*drop - KINDS.keys(), *(rename or {})) if word not in used]
+    _check_used(listed(paths), Choice.of(drop, (), rename), used)
+    return adapters
+
+
+def _check_used(where: str, choice: Choice, used: Collection[str]) -> None:
+    """Raise AdapterError if a name that is to be dropped, or a beginning to replace, is in no adapter."""
+    unused = sorted(word for word in {*choice.drop - KINDS.keys(), *choice.rename} if word not in used)
     if unused:
         raise AdapterError(
-            f"no source has a module that is called {listed(map(repr, sorted(unused)))}; kinds of parts are "
-            f"{', '.join(KINDS)}"
+            f"{where}: no module that is called {listed(map(repr, unused))}; parts are {', '.join(KINDS)}"
         )
-    return adapters
 
 
 def _load(

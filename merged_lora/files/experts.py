@@ -23,23 +23,21 @@ first, so that it is the innermost."""
 _NESTED = re.compile(r"(?P<holder>.+?)(?P<depth>(?:\.base_layer)*)")
 
 
-def parameters_of(folder: Path, modules: Mapping[str, int], targets: Collection[str]) -> dict[str, str]:
+def parameters_of(modules: Iterable[str], targets: Collection[str]) -> dict[str, str | None]:
     """The full name of the parameter, for every module of an adapter's file that is one.
 
-    folder:  for messages.
-    modules: rows of A, by the name in the file: ``...experts``, and ``...experts.base_layer`` for what PEFT
-             wrapped before.
+    modules: names in the file: ``...experts``, and ``...experts.base_layer`` for what PEFT wrapped before.
     targets: the configuration's ``target_parameters``.  A name without its holder, as PEFT itself writes it,
              belongs to those modules that are named ``experts``, or hold another one.
 
-    Raises AdapterError if it is not known which parameter of a holder is which.
+    The name is None if it is not known which parameter of a holder is which.
     """
     nested: dict[str, dict[int, str]] = {}
     for module in modules:
         match = _NESTED.fullmatch(module)
         assert match is not None
         nested.setdefault(match["holder"], {})[match["depth"].count(".base_layer")] = module
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     for holder, depths in nested.items():
         short: dict[str, None] = {}
         for target in targets:
@@ -50,10 +48,8 @@ def parameters_of(folder: Path, modules: Mapping[str, int], targets: Collection[
             continue
         ordered = sorted(short, key=lambda name: IN_ORDER.index(name) if name in IN_ORDER else -1)
         if len(ordered) != len(depths) or (len(ordered) > 1 and not set(ordered) <= set(IN_ORDER)):
-            raise AdapterError(
-                f"{folder}: it is not known which of the parameters {listed(sorted(short))} the "
-                f"{len(depths)} pairs of factors of {holder} belong to"
-            )
+            found |= dict.fromkeys(depths.values())
+            continue
         # The innermost one, of the greatest depth, was wrapped first.
         found |= {
             depths[depth]: f"{holder}.{name}"

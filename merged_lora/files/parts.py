@@ -97,11 +97,14 @@ class Choice:
         return key, None
 
 
-def sort_out(others: Mapping[Key, torch.Tensor], announced: Collection[str], choice: Choice) -> Parts:
+def sort_out(
+    others: Mapping[Key, torch.Tensor], announced: Collection[str], biased: bool, choice: Choice
+) -> Parts:
     """The tensors besides factors, by what is to be done with them.
 
     others:    those tensors.
     announced: the names in ``modules_to_save``.
+    biased:    whether biases were trained; otherwise those that PEFT saved are the base model's.
     choice:    what to do with which kind.
     """
     parts = Parts()
@@ -109,7 +112,7 @@ def sort_out(others: Mapping[Key, torch.Tensor], announced: Collection[str], cho
         name = f"{key.module}.{key.role}" if key.module else key.role
         if any(f".{buffer}." in f".{name}." for buffer in _TRAINING):
             continue
-        if key.module.endswith(".base_layer") and key.role in ("weight", "bias"):
+        if key.module.endswith(".base_layer") and key.role in ("weight", *(() if biased else ("bias",))):
             if "base_copies" in choice.drop:
                 parts.used.add("base_copies")
             else:

@@ -64,7 +64,8 @@ def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Cont
     if is_mlx(config):
         config, tensors = as_peft(folder, config, tensors)
     factors, others, renamed = _sorted_keys(folder, tensors, choice)
-    parts = sort_out(others, configuration.names(config, "modules_to_save"), choice)
+    biased = config.get("bias") not in (None, "none")
+    parts = sort_out(others, configuration.names(config, "modules_to_save"), biased, choice)
     _refuse(folder, config, parts)
     modules = _modules(folder, config, factors, parts, choice)
     task = config.get("task_type")
@@ -126,17 +127,17 @@ def _modules(
     parts: Parts,
     choice: Choice,
 ) -> dict[str, Factors]:
-    rows: dict[str, int] = {}
+    seen: set[str] = set()
     for (module, _), sides in sorted(found.items()):
-        if module in rows:
+        if module in seen:
             raise AdapterError(f"{folder}: {module} has both linear and embedding factors")
         if len(sides) < 2:
             raise AdapterError(f"{folder}: {module} has no lora_{'B' if 'A' in sides else 'A'}")
         for side, tensor in sides.items():
             _check_tensor(folder, module, side, tensor)
-        rows[module] = sides["A"].shape[0]
+        seen.add(module)
     targets = configuration.names(config, "target_parameters")
-    parameters = parameters_of(folder, rows, targets)
+    parameters = parameters_of(seen, targets)
     scales = configuration.Scales(folder, config)
     modules: dict[str, Factors] = {}
     for (module, embedding), sides in sorted(found.items()):
@@ -153,6 +154,11 @@ def _modules(
             parts.used.add("target_parameters")
         else:
             parameter = parameters[module]
+            if parameter is None:
+                raise AdapterError(
+                    f"{folder}: it is not known which of the parameters {listed(targets)} the factors of "
+                    f"{module} belong to; leave them out with --drop target_parameters"
+                )
             rank = scales.rank(parameter)
             scaling = scales.scaling(parameter, rank)
             experts = take_apart(folder, parameter, rank, a, b)

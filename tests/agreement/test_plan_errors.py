@@ -113,8 +113,8 @@ def test_heads_of_other_vocabularies_are_refused_with_the_reason_and_the_way_out
         make_plan(parse(f"sum(sql, chat{options})"), sources)
     assert str(caught.value) == (
         "lm_head has delta shapes (100, 32) in chat, (96, 32) in sql: tokens were added before one of them "
-        "was trained, or these adapters belong to different base models; to merge the other modules, leave out "
-        'these: without="embed_tokens lm_head" (--without embed_tokens lm_head)'
+        "was trained, or these adapters belong to different base models; to merge the other modules, leave "
+        'out these: without="embed_tokens lm_head" (--without embed_tokens lm_head)'
     )
     way_out = make_plan(parse(f'sum(sql, chat, without="embed_tokens lm_head"{options})'), sources)
     assert way_out.modules.keys() == SMALL.keys()

@@ -120,8 +120,14 @@ def test_shapes_that_are_of_no_number_of_experts_are_refused(
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["mlp.experts.gate_up_proj"], "which of the parameters gate_up_proj the 2 pairs"),
-        (["mlp.experts.w1", "mlp.experts.w2"], "which of the parameters w1, w2 the 2 pairs"),
+        (
+            ["mlp.experts.gate_up_proj"],
+            "which of the parameters mlp.experts.gate_up_proj the",
+        ),
+        (
+            ["mlp.experts.w1", "mlp.experts.w2"],
+            "which of the parameters mlp.experts.w1, mlp.experts.w2 the",
+        ),
     ],
 )
 def test_parameters_whose_order_is_unknown_are_refused(

@@ -71,10 +71,10 @@ def test_heads_of_two_sources_are_not_merged(sources: dict[str, Path]) -> None:
         ({"take": {"heads": "c"}}, "cannot take heads from 'c', which is no source"),
         ({"take": {"embeddings": "a"}, "drop": ["heads"]}, "cannot take embeddings from 'a': .* has none"),
         ({"take": {"biases": "a"}}, "cannot take 'biases' from a source; it can be one of heads"),
-        ({"drop": ["heads", "nrom"]}, "no source has a module that is called 'nrom'"),
+        ({"drop": ["heads", "nrom"]}, "a, b: no module that is called 'nrom'"),
         (
             {"drop": ["heads"], "rename": {"vision.": "model."}},
-            "no source has a module that is called 'vision.'",
+            "a, b: no module that is called 'vision.'",
         ),
         ({"drop": "heads"}, "drop and take are lists of words"),
     ],

@@ -28,7 +28,7 @@ SHAPES = {
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def llama(tied: bool = False) -> Any:
+def llama(tied: bool = False, biased: bool = False) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -38,6 +38,7 @@ def llama(tied: bool = False) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,
+        attention_bias=biased,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -177,9 +178,10 @@ def test_the_layout_fan_in_fan_out_stays(tmp_path: Path) -> None:
     [
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"modules_to_save": ["lm_head"]}, "heads"),
+        ({"bias": "lora_only"}, "biases"),
+        ({"bias": "all"}, "biases"),
+        ({"trainable_token_indices": [1]}, "tokens"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ],
@@ -188,19 +190,28 @@ def test_the_layout_fan_in_fan_out_stays(tmp_path: Path) -> None:
 def test_what_peft_saves_beyond_factors_is_refused_by_name(
     tmp_path: Path, extra: dict[str, Any], key: str
 ) -> None:
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], **extra))
+    model = peft.get_peft_model(llama(biased=True), peft.LoraConfig(r=4, target_modules=["q_proj"], **extra))
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(AdapterError, match=f"uses what no merge supports: {key}"):
         Adapter.load(tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("key", ["modules_to_save", "lora_bias"])
-def test_dropping_what_peft_saved_leaves_its_deltas(tmp_path: Path, key: str) -> None:
-    value = {"modules_to_save": ["lm_head"], "lora_bias": True}[key]
-    settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, key: value}
-    model = peft.get_peft_model(llama(), peft.LoraConfig(**settings))
+@pytest.mark.parametrize(
+    ("extra", "kind"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "heads"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "biases"),
+        ({"bias": "lora_only"}, "biases"),
+        ({"trainable_token_indices": [1]}, "tokens"),
+    ],
+    ids=str,
+)
+def test_dropping_what_peft_saved_leaves_its_deltas(tmp_path: Path, extra: dict[str, Any], kind: str) -> None:
+    settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **extra}
+    model = peft.get_peft_model(llama(biased=True), peft.LoraConfig(**settings))
     model.save_pretrained(tmp_path / "theirs")
-    assert_deltas_agree(Adapter.load(tmp_path / "theirs", [key]), deltas(model))
+    assert_deltas_agree(Adapter.load(tmp_path / "theirs", [kind]), deltas(model))
 
 
 def test_dropping_target_parameters_leaves_the_deltas_of_modules(tmp_path: Path) -> None:

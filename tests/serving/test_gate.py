@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
+from safetensors.torch import load_file, save_file
 
 import tiny
 from gates import FolderAdapters, captured, gate_with, prepared, register, worker
@@ -180,13 +182,11 @@ def test_an_adapter_that_cannot_be_merged_is_served_and_says_why(tmp_path: Path)
         merges = worker()
         gate = gate_with(merges)
         tiny.make_adapter(1).save(tmp_path / "a")
-        config = tmp_path / "a" / "adapter_config.json"
-        config.write_text(
-            config.read_text().replace('"modules_to_save": null', '"modules_to_save": ["score"]')
-        )
+        weights = tmp_path / "a" / "adapter_model.safetensors"
+        save_file(load_file(weights) | {"base_model.model.score.weight": torch.ones(2, 2)}, weights)
         async with gate.sources.changes:
             await gate.sources.serve("a", await gate.sources.copy(str(tmp_path / "a"), {}))
-        with pytest.raises(MergeError, match=r"'a' is served, but cannot be merged.*modules_to_save"):
+        with pytest.raises(MergeError, match=r"'a' is served, but cannot be merged.*score.weight"):
             await gate.ready(parse("sum(a)"), ME)
         assert merges.load_plain(str(tmp_path / "a"), 5) is not None
 
