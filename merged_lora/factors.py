@@ -43,6 +43,15 @@ class Factors:
         """All but the values: what is planned for a module depends on nothing else of it."""
         return *self.a.shape, *self.b.shape, self.a.dtype, self.b.dtype, self.scaling, self.embedding
 
+    @cached_property
+    def why_zero(self) -> str | None:
+        """Why the delta is zero, as the end of a sentence; None if it is not."""
+        if not self.scaling:
+            return "its scaling is 0 (lora_alpha)"
+        if not self.b.any():
+            return "its B holds nothing but zeros, as before training"
+        return None if self.a.any() else "its A holds nothing but zeros"
+
     @property
     def nbytes(self) -> int:
         """Bytes of both factors."""

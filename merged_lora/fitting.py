@@ -73,6 +73,24 @@ def _counts_tokens(name: str, factors: Mapping[str, Factors]) -> bool:
     return any(len({f.shape[side] for f in factors.values()}) == 1 for side in (0, 1))
 
 
+def zero_notes(sources: Sources, names: Sequence[str]) -> list[str]:
+    """What a user should know of each source whose delta is zero in all of these modules."""
+    # A source that has an effect is known after its first module, as a rule.
+    notes = []
+    for source, adapter in sources.items():
+        reasons: set[str] = set()
+        for name in names:
+            reason = adapter.modules[name].why_zero if name in adapter.modules else None
+            if reason:
+                reasons.add(reason)
+            elif name in adapter.modules:
+                break
+        else:
+            if reasons:
+                notes.append(f"the delta of {source} is zero, because {' or '.join(sorted(reasons))}")
+    return notes
+
+
 def missing_notes(sources: Sources, names: Sequence[str]) -> list[str]:
     """What a user should know of these modules if not all sources have all of them."""
     notes, total = [], len(names)

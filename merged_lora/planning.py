@@ -12,7 +12,7 @@ from .adapters import Adapter, calibrations_of
 from .choosing import chosen
 from .errors import PlanError, UnknownAdapterError, listed
 from .factors import Factors, promoted
-from .fitting import check_shapes, header_of, missing_notes
+from .fitting import check_shapes, header_of, missing_notes, zero_notes
 from .plan import (
     SHARES,
     AgreeingMean,
@@ -77,7 +77,9 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
     planner = _Planner(_Settings.of(spec, sources, names), sources, names, limit)
     modules = {name: planner.module(name) for name in names}
     counts = planner.model_counts(modules)
-    notes += missing_notes(named, names) + planner.result_notes(modules, counts)
+    zeros = zero_notes(named, names)
+    notes += missing_notes(named, names) + zeros
+    notes += planner.result_notes(modules, counts, len(zeros) == len(sources))
     return MergePlan(spec, planner.recipe, header, modules, tuple(sources), tuple(notes), counts)
 
 
@@ -233,13 +235,20 @@ class _Planner:
             int(density * size) for density, size in zip(self._settings.densities, sizes, strict=True)
         )
 
-    def result_notes(self, modules: Mapping[str, Module], counts: tuple[int, ...] | None) -> list[str]:
-        """What a user should know about the result."""
+    def result_notes(
+        self, modules: Mapping[str, Module], counts: tuple[int, ...] | None, from_zeros: bool
+    ) -> list[str]:
+        """What a user should know about the result.
+
+        from_zeros: whether the deltas of all sources are zero.
+        """
         notes, rank = [], self._settings.rank
         largest = max(module.results[0][0][0] for module in modules.values()) if rank is not None else 0
         if rank is not None and largest < rank:
             notes.append(f"rank={rank} is more than there is to keep: the result has rank {largest}")
-        if all(map(_is_zero, modules.values())) or (counts is not None and not any(counts)):
+        if from_zeros:
+            notes.append("the merge is zero, because all its sources are")
+        elif all(map(_is_zero, modules.values())) or (counts is not None and not any(counts)):
             notes.append("the merge is zero: its weights, scale or density leave nothing")
         return notes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from agreement.comparing import merged
 from making import SMALL, random_adapter
 from merged_lora.adapters import Adapter
+from merged_lora.bench.cases import calibrated
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError, PlanError, UnknownAdapterError
+from merged_lora.factors import Factors
 from merged_lora.files.layout import Header
 from merged_lora.planning import make_plan
 from merged_lora.spec import parse
@@ -172,6 +175,56 @@ def test_a_merge_of_nothing_is_noted(spec: str) -> None:
     (note,) = make_plan(parse(spec), pair()).notes
     assert "the merge is zero" in note
     assert not any(f.delta().any() for f in merged(spec, pair()).modules.values())
+
+
+def without_effect(reason: str, names: Collection[str] = tuple(SMALL)) -> Adapter:
+    """An adapter whose delta is zero in these modules."""
+    adapter = random_adapter(SMALL, seed=1)
+    change: dict[str, Callable[[Factors], Factors]] = {
+        "its B holds nothing but zeros, as before training": lambda f: replace(f, b=-0.0 * f.b),
+        "its A holds nothing but zeros": lambda f: replace(f, a=torch.zeros_like(f.a)),
+        "its scaling is 0 (lora_alpha)": lambda f: replace(f, scaling=0.0),
+    }
+    return calibrated(
+        Adapter({name: change[reason](f) if name in names else f for name, f in adapter.modules.items()})
+    )
+
+
+REASONS = (
+    "its B holds nothing but zeros, as before training",
+    "its A holds nothing but zeros",
+    "its scaling is 0 (lora_alpha)",
+)
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("strategy", TABLE)
+def test_a_source_whose_delta_is_zero_is_noted_with_the_reason(strategy: str, reason: str) -> None:
+    sources = pair() | {"sql": without_effect(reason)}
+    for options in ("", ", weights=auto"):
+        notes = make_plan(parse(f"{strategy}(chat, sql{options})"), sources).notes
+        assert f"the delta of sql is zero, because {reason}" in notes
+        assert not [note for note in notes if "the merge is zero" in note]
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_merge_of_such_sources_alone_is_zero_for_that_reason(reason: str) -> None:
+    notes = make_plan(parse("sum(sql)"), {"sql": without_effect(reason)}).notes
+    assert notes == (
+        f"the delta of sql is zero, because {reason}",
+        "the merge is zero, because all its sources are",
+    )
+
+
+def test_a_source_with_an_effect_in_one_module_is_not_called_zero() -> None:
+    first, *others = sorted(SMALL)
+    for idle in (others, [first, *others[1:]]):
+        sources = pair() | {"sql": without_effect(REASONS[0], idle)}
+        assert make_plan(parse("chat + sql"), sources).notes == ()
+    notes = make_plan(
+        parse('sum(chat, sql, without="mlp")'), sources | {"sql": without_effect(REASONS[0], others)}
+    )
+    assert notes.notes == (f"the delta of sql is zero, because {REASONS[0]}",)
 
 
 def test_a_rank_that_there_is_not_is_noted() -> None:
