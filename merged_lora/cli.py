@@ -83,6 +83,11 @@ def parser() -> Parser:
     merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
     _add_choice(merge)
     _add_method(merge)
+    merge.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="the base model that the result names; by default the one that most sources name",
+    )
     merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
     _add_reading(merge)
 

@@ -60,7 +60,7 @@ def merge(arguments: argparse.Namespace) -> int:
     with _terminated_cleanly():
         check_target(arguments.output, arguments.overwrite)
         sources = _load(arguments, paths)
-        planned = plan(spec, sources, arguments.rank)
+        planned = plan(spec, sources, arguments.rank, arguments.base_model)
         # disable=None: a bar is shown only if stderr is a terminal
         bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
         with bar, logging_redirect_tqdm([LOGGER]):

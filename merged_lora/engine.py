@@ -39,38 +39,46 @@ def merge(
     backend: str = "auto",
     rank: int | None = None,
     progress: Progress | None = None,
+    base_model: str | None = None,
 ) -> Adapter:
     """The adapter that a spec names, with scaling 1 in every module.
 
-    spec:     text such as ``ties(0.7*sql, 0.3*chat, density=0.5)``, or a parsed one.
-    adapters: for every source name a PEFT folder or an :class:`Adapter`; further names are ignored.
-    backend:  ``triton``, ``cpu``, ``numpy`` or ``auto``.
-    rank:     largest rank of the result; ``cat`` and strategies on factors refuse to exceed it, all others
-              approximate.
-    progress: called with the number of modules finished since the last call.
+    spec:       text such as ``ties(0.7*sql, 0.3*chat, density=0.5)``, or a parsed one.
+    adapters:   for every source name a PEFT folder or an :class:`Adapter`; further names are ignored.
+    backend:    ``triton``, ``cpu``, ``numpy`` or ``auto``.
+    rank:       largest rank of the result; ``cat`` and strategies on factors refuse to exceed it, all others
+                approximate.
+    progress:   called with the number of modules finished since the last call.
+    base_model: name of the base model in the result's header; by default the one that most sources name.
 
     The factors have the dtype of the sources (promoted if they differ).  The result's metadata hold the spec,
     the digests of the sources and, if the rank was cut, the share of the squared norm that was kept, in total
     and by module; a warning is logged if that is below 90 %.  Raises MergeError.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
-    return run(plan(spec, adapters, rank), backend, progress).adapter
+    return run(plan(spec, adapters, rank, base_model), backend, progress).adapter
 
 
 def plan(
-    spec: MergeSpec, adapters: Mapping[str, str | os.PathLike[str] | Adapter], rank: int | None = None
+    spec: MergeSpec,
+    adapters: Mapping[str, str | os.PathLike[str] | Adapter],
+    rank: int | None = None,
+    base_model: str | None = None,
 ) -> MergePlan:
     """The checked plan of a merge; raises MergeError.
 
-    spec:     the merge.
-    adapters: for every source name a PEFT folder, which is loaded, or an :class:`Adapter`.
-    rank:     largest rank of the result, None for any.
+    spec:       the merge.
+    adapters:   for every source name a PEFT folder, which is loaded, or an :class:`Adapter`.
+    rank:       largest rank of the result, None for any.
+    base_model: name of the base model in the result's header; by default the one that most sources name.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise PlanError(f"the rank limit must be a whole number, got {rank!r}")
     if rank is not None and rank < 1:
         raise PlanError(f"the rank limit must be at least 1, got {rank}")
-    return make_plan(spec, sources_of(spec, adapters), rank)
+    if base_model is not None and not (isinstance(base_model, str) and base_model.strip()):
+        raise PlanError(f"the base model must be a name that is not blank, got {base_model!r}")
+    return make_plan(spec, sources_of(spec, adapters), rank, base_model)
 
 
 def sources_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from .adapters import Adapter
@@ -17,20 +18,28 @@ HEADS = ("lm_head", "embed_out", "output_layer")
 """Last parts of the names of linear modules with a row for each token."""
 
 
-def header_of(sources: Sources) -> tuple[Header, list[str]]:
-    """The header of the result, and what a user should know of it; raises PlanError."""
+def header_of(sources: Sources, base_model: str | None = None) -> tuple[Header, list[str]]:
+    """The header of the result, and what a user should know of it; raises PlanError.
+
+    base_model: the base model that it names; None for the one that most sources name.
+    """
     headers = [adapter.header for adapter in sources.values()]
     if len({h.fan_in_fan_out for h in headers}) > 1:
         raise PlanError("the sources disagree about fan_in_fan_out: they were trained on different layouts")
     notes = []
-    bases = sorted({h.base_model for h in headers if h.base_model})
-    if len(bases) > 1:
-        notes.append(f"the sources name different base models: {listed(bases)}")
+    bases = Counter(h.base_model for h in headers if h.base_model)
+    if bases and base_model is None:
+        base_model = min(bases, key=lambda name: (-bases[name], _is_path(name), name))
+        if len(bases) > 1:
+            notes.append(
+                f"the sources name different base models: {listed(sorted(bases))}; the result takes "
+                f"{base_model}, base_model (--base-model) chooses another"
+            )
     _check_copies(sources)
     headed = [adapter.header for adapter in sources.values() if adapter.whole]
     tasks = {h.task_type for h in headed or headers if h.task_type}
     return Header(
-        base_model=bases[0] if bases else None,
+        base_model=base_model,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         fan_in_fan_out=headers[0].fan_in_fan_out,
     ), notes
@@ -47,6 +56,11 @@ def _check_copies(sources: Sources) -> None:
                     f"{first} and {source} hold different copies of {name}, so they were trained on "
                     "different base models; if that is meant, leave the copies out with --drop base_copies"
                 )
+
+
+def _is_path(name: str) -> bool:
+    """Whether the name of a base model is a path on some disk, and not a name on a hub."""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
 def check_shapes(sources: Sources, names: Sequence[str]) -> None:

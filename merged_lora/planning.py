@@ -52,11 +52,17 @@ CANCELLING = 1e-6
 """Weights whose sum is at most this share of the sum of their magnitudes cannot be divided by it."""
 
 
-def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | None = None) -> MergePlan:
+def make_plan(
+    spec: MergeSpec,
+    adapters: Mapping[str, Adapter],
+    limit: int | None = None,
+    base_model: str | None = None,
+) -> MergePlan:
     """The checked plan of a merge.
 
-    adapters: by source name; further ones are ignored.
-    limit:    largest rank of the result, None for any.
+    adapters:   by source name; further ones are ignored.
+    limit:      largest rank of the result, None for any.
+    base_model: the base model that the result names, None for the one that most sources name.
 
     Raises PlanError or UnknownAdapterError if the merge cannot be done.
     """
@@ -71,7 +77,7 @@ def make_plan(spec: MergeSpec, adapters: Mapping[str, Adapter], limit: int | Non
         None if spec.option("without") is None else str(spec.option("without")),
     )
     named = dict(zip(spec.names, sources, strict=True))
-    header, notes = header_of(named)
+    header, notes = header_of(named, base_model)
     if spec.automatic:
         check_shapes(named, names)  # before lengths are computed; otherwise each kind of module is checked
     planner = _Planner(_Settings.of(spec, sources, names), sources, names, limit)

@@ -149,13 +149,39 @@ def test_layouts_that_differ_are_refused() -> None:
         make_plan(parse("linear(chat, sql)"), pair() | {"sql": other})
 
 
-def test_base_models_of_different_names_are_only_noted() -> None:
-    sources = {
-        name: random_adapter(SMALL, header=Header(base_model=f"org/{name}")) for name in ("chat", "sql")
-    }
-    (note,) = make_plan(parse("linear(chat, sql)"), sources).notes
-    assert "org/chat" in note
-    assert "org/sql" in note
+def of_bases(*bases: str | None) -> dict[str, Adapter]:
+    """Adapters ``a``, ``b``, ... of base models with these names."""
+    named = zip("abcde", bases, strict=False)
+    return {name: random_adapter(SMALL, header=Header(base), seed=ord(name)) for name, base in named}
+
+
+@pytest.mark.parametrize(
+    ("bases", "expected"),
+    [
+        (("org/chat", "org/sql"), "org/chat"),
+        (("org/x", "org/y", "org/y"), "org/y"),  # as most say
+        (("./models/x", "org/x"), "org/x"),  # a name on the hub before a path
+        (("/data/models/x", "C:\\models", "~/x", "org/x"), "org/x"),
+        (("./x", "./x", "org/x"), "./x"),
+        ((None, "./x", "./y"), "./x"),
+    ],
+)
+def test_base_models_of_different_names_are_only_noted(bases: tuple[str | None, ...], expected: str) -> None:
+    sources = of_bases(*bases)
+    plan = make_plan(parse(f"linear({', '.join(sources)})"), sources)
+    (note,) = plan.notes
+    assert plan.header.base_model == expected
+    assert f"the result takes {expected}, base_model (--base-model) chooses another" in note
+    assert all(base in note for base in bases if base)
+    chosen = make_plan(plan.spec, sources, base_model="org/chosen")
+    assert (chosen.header.base_model, chosen.notes) == ("org/chosen", ())
+
+
+def test_one_base_model_is_the_results_and_nothing_to_note() -> None:
+    plan = make_plan(parse("linear(a, b, c)"), of_bases("org/x", None, "org/x"))
+    assert (plan.header.base_model, plan.notes) == ("org/x", ())
+    made = merge("a + b", of_bases(None, None), base_model="org/chosen")
+    assert made.header.base_model == "org/chosen"
 
 
 @pytest.mark.parametrize(
@@ -285,6 +311,7 @@ def test_a_weight_beyond_float32_is_refused(strategy: str) -> None:
         (("sum(a)", {}, "auto", "8"), "the rank limit must be a whole number, got '8'"),
         (("sum(a)", {}, "auto", True), "the rank limit must be a whole number, got True"),
         (("sum(a)", {}, "auto", 2.5), "the rank limit must be a whole number, got 2.5"),
+        (("sum(a)", {}, "auto", None, None, 3), "the base model must be a name that is not blank, got 3"),
     ],
 )
 def test_arguments_of_another_type_are_refused_before_work_begins(

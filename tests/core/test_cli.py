@@ -104,7 +104,8 @@ def test_what_the_user_should_know_is_a_line_each_on_stderr(run: Run, folder: Pa
     assert code == 0
     assert len(out.splitlines()) == 1
     assert err.splitlines() == [
-        "merged-lora: warning: sum(a, less): the sources name different base models: org/base, org/other",
+        "merged-lora: warning: sum(a, less): the sources name different base models: org/base, org/other; "
+        "the result takes org/base, base_model (--base-model) chooses another",
         "merged-lora: warning: sum(a, less): 1 of 4 modules are not in less; "
         "they are merged from the other sources",
     ]
@@ -182,6 +183,15 @@ def test_pickled_weights_are_read_if_that_is_allowed(run: Run, folder: Path) -> 
     assert Adapter.load("out").digest == expected
 
 
+def test_the_base_model_that_is_chosen_is_written(run: Run, folder: Path) -> None:
+    arguments = ("merge", "a + less", *AB[:2], "--adapter", "less=less", "--without", LAST, "--output", "out")
+    code, _, err = run(*arguments, "--base-model", "org/third")
+    assert (code, err) == (0, "")
+    assert (
+        json.loads((folder / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "org/third"
+    )
+
+
 def test_only_and_without_choose_the_modules_as_the_spec_does(run: Run, folder: Path) -> None:
     flags = ("--only", "layers.0", "self_attn", "--without", "k_proj")
     code, out, err = run("merge", "ties(a, b)", *AB, "--output", "flags", *flags)
@@ -225,6 +235,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a part twice": (["--take", "heads=a", "--take", "heads=b"], '"heads" is given twice'),
     "half a name": (["--rename", "layers"], "argument --rename: 'layers' is not of the form FROM=TO"),
     "half a part": (["--take", "heads"], "argument --take: 'heads' is not of the form PART=NAME"),
+    "a blank base model": (["--base-model", " "], "the base model must be a name that is not blank, got ' '"),
     "a pattern of no module": (
         ["--only", "q_prj"],
         "modules (--only): no module of the sources matches 'q_prj'",
