@@ -12,13 +12,19 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 from merged_lora import catalog, cli
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+from formats import page as formats  # noqa: E402
+
+DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- rendered: (.+?) -->\n)(.*?)(<!-- end of rendered -->)", re.DOTALL)
 
 
@@ -33,6 +39,8 @@ def help_of(command: str) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "strategies": catalog.as_markdown,
+    "kinds of adapters": formats.kinds_as_markdown,
+    "architectures": formats.architectures_as_markdown,
     "merged-lora merge": lambda: help_of("merge"),
     "merged-lora calibrate": lambda: help_of("calibrate"),
     "merged-lora check": lambda: help_of("check"),
