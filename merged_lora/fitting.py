@@ -42,6 +42,7 @@ def header_of(sources: Sources, base_model: str | None = None) -> tuple[Header, 
         base_model=base_model,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         fan_in_fan_out=headers[0].fan_in_fan_out,
+        parameters=tuple(sorted({name for h in headers for name in h.parameters})),
     ), notes
 
 

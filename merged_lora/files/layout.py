@@ -20,9 +20,12 @@ class Header:
     task_type:      PEFT's name of the task.
     fan_in_fan_out: whether the base model stores its weights transposed.
     base_copies:    digests of the copies of the base model's tensors in the file, by name.
+    parameters:     modules whose weight PEFT addresses as a parameter (``target_parameters``), since the base
+                    model multiplies with it in a way of its own.  Experts are not named here.
     """
 
     base_model: str | None = None
     task_type: str | None = None
     fan_in_fan_out: bool = False
     base_copies: Mapping[str, str] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()

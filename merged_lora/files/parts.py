@@ -119,6 +119,8 @@ def sort_out(
                 parts.copies[name] = _digest(tensor)
             continue
         kind, module = _kind(key, announced)
+        if biased and key.role == "bias" and replace(key, role="weight") not in others:
+            kind, module = "biases", key.module  # of a head or an embedding too
         words: set[str | None] = {kind, "modules_to_save"} if kind in CARRIED else {kind}
         taking = {word for word in choice.take if word in words}
         dropping = {word for word in choice.drop if word in words or _is_named(word, key)}

@@ -67,13 +67,14 @@ def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Cont
     biased = config.get("bias") not in (None, "none")
     parts = sort_out(others, configuration.names(config, "modules_to_save"), biased, choice)
     _refuse(folder, config, parts)
-    modules = _modules(folder, config, factors, parts, choice)
+    modules, parameters = _modules(folder, config, factors, parts, choice)
     task = config.get("task_type")
     header = Header(
         base_model=_text(config.get("base_model_name_or_path")),
         task_type=None if task in HEADED_TASKS and not parts.whole else _text(task),
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         base_copies=parts.copies,
+        parameters=tuple(sorted(parameters)),
     )
     return Contents(folder, modules, header, opened.metadata, parts.whole, frozenset(parts.used | renamed))
 
@@ -126,7 +127,8 @@ def _modules(
     found: Mapping[tuple[str, bool], Sides],
     parts: Parts,
     choice: Choice,
-) -> dict[str, Factors]:
+) -> tuple[dict[str, Factors], set[str]]:
+    """The factors by module name, and the modules whose weight is a parameter."""
     seen: set[str] = set()
     for (module, _), sides in sorted(found.items()):
         if module in seen:
@@ -140,6 +142,7 @@ def _modules(
     parameters = parameters_of(seen, targets)
     scales = configuration.Scales(folder, config)
     modules: dict[str, Factors] = {}
+    single: set[str] = set()
     for (module, embedding), sides in sorted(found.items()):
         a, b = sides["A"], sides["B"]
         if module not in parameters:
@@ -162,10 +165,14 @@ def _modules(
             rank = scales.rank(parameter)
             scaling = scales.scaling(parameter, rank)
             experts = take_apart(folder, parameter, rank, a, b)
-            modules |= {name: Factors(*pair, scaling) for name, pair in experts.items()}
+            if len(experts) == 1 and parameter == f"{module}.weight":
+                modules[module] = Factors(a, b, scaling)
+                single.add(module)
+            else:
+                modules |= {name: Factors(*pair, scaling) for name, pair in experts.items()}
     if not modules:
         raise AdapterError(f"{folder}: holds no LoRA factors")
-    return dict(sorted(modules.items()))
+    return dict(sorted(modules.items())), single
 
 
 def _check_tensor(folder: Path, module: str, side: str, tensor: torch.Tensor) -> None:

@@ -123,6 +123,9 @@ def config_of(modules: Mapping[str, Factors], header: Header, whole: Iterable[st
     whole:   names of the modules that are saved whole.
     """
     modules, parameters = described(modules)
+    single = {name: f"{name}.weight" for name in header.parameters if name in modules}
+    modules = {single.get(name, name): factors for name, factors in modules.items()}
+    parameters |= set(single.values())
     rank = Counter(f.rank for f in modules.values()).most_common(1)[0][0]
     alphas = {name: _alpha(f) for name, f in modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
