@@ -1,8 +1,7 @@
 """The kinds of adapters, what is to become of each, and what others do with it.
 
 The columns of PEFT and vLLM on the page follow from runs, see ``readers.py``.  What LoRAX and mergekit do was
-read in their sources: in LoRAX's ``server/lorax_server/adapters/lora.py`` and ``utils/merges/strategies.py``,
-and in mergekit's ``common.py`` and ``scripts/extract_lora.py``.
+read in their sources, to which the page has links.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ class Kind:
 FACTORS = "merges `A` and `B` each on its own, if all `r` are equal, at the scaling of the first adapter"
 UNREAD = "does not read the field, and merges"
 SILENT = "leaves them out without a word"
+THROUGH_PEFT = "what PEFT does"
 
 KINDS: dict[str, Kind] = {
     "plain": Kind(
@@ -83,6 +83,12 @@ KINDS: dict[str, Kind] = {
         "A copy (`base_layer.weight`) is not written. Copies that differ between sources are refused.",
         lorax="leaves out factors of embeddings without a word, and merges those of `lm_head`",
     ),
+    "tied": Kind(
+        "factors of a tied embedding and head (`ensure_weight_tying`)",
+        "merged",
+        "As two modules with equal factors.",
+        lorax="leaves out factors of embeddings without a word, and merges those of `lm_head`",
+    ),
     "experts": Kind(
         "fused experts (`target_parameters`)",
         "merged",
@@ -101,6 +107,7 @@ KINDS: dict[str, Kind] = {
         "merged",
         "They differ from LoRA in training alone. What only training needs is left out.",
         lorax=UNREAD,
+        peft="reads it; adds up the factors",
     ),
     "head": Kind(
         "heads that are trained whole (`modules_to_save`; classifiers by `task_type`)",
@@ -108,6 +115,7 @@ KINDS: dict[str, Kind] = {
         "`--take heads=NAME` takes those of one source as they are, `--drop heads` leaves them out.",
         flag="heads",
         lorax=SILENT,
+        vllm="reads it and the heads `score` and `classifier`; refuses others",
     ),
     "whole embedding": Kind(
         "embeddings that are saved whole (`modules_to_save`, `save_embedding_layers`, a resized vocabulary)",
@@ -115,6 +123,7 @@ KINDS: dict[str, Kind] = {
         "Whole matrices are no deltas.",
         flag="embeddings",
         lorax=SILENT,
+        peft="reads it; does not add up with `modules_to_save`, and adds up the factors otherwise",
     ),
     "bias": Kind(
         "biases of the base model (`bias`)",
@@ -144,6 +153,9 @@ KINDS: dict[str, Kind] = {
         "PEFT converts such an adapter (`path_initial_model_for_weight_conversion`).",
         reason="init_lora_weights",
         lorax=UNREAD,
+        peft="reads `pissa` and `olora`, changes the base as in training, and adds up; refuses `corda` "
+        "without its data; `loftq` was not checked",
+        mergekit=THROUGH_PEFT,
     ),
     "lora_ga": Kind(
         "`init_lora_weights`: `lora_ga`",
@@ -225,8 +237,6 @@ KINDS: dict[str, Kind] = {
     ),
 }
 """By name, the kinds that PEFT builds."""
-
-THROUGH_PEFT = "what PEFT does"
 
 ODD_KINDS: dict[str, Kind] = {
     "extracted": Kind(

@@ -20,7 +20,7 @@ def kinds_as_markdown() -> str:
     lines = [HEADER.format(**recorded["releases"])]
     for name, kind in KINDS.items():
         facts = [recorded["rows"][row] for row in ROWS if ROWS[row].kind == name]
-        by_others = _in_peft(kind, facts), _in_vllm(kind, facts), _in_mergekit(facts)
+        by_others = _in_peft(kind, facts), _in_vllm(kind, facts), _in_mergekit(kind, facts)
         lines.append(_line(kind, *by_others))
     for name, kind in ODD_KINDS.items():
         facts = [recorded["odd"][name]]
@@ -83,7 +83,10 @@ def _in_vllm(kind: Kind, facts: Iterable[Mapping[str, Any]]) -> str:
     return _phrases(words, found) if found else "has no LoRA for these"
 
 
-def _in_mergekit(facts: Iterable[Mapping[str, Any]]) -> str:
+def _in_mergekit(kind: Kind, facts: Iterable[Mapping[str, Any]]) -> str:
+    if kind.mergekit != NOT_CHECKED:
+        return kind.mergekit
+
     def words(fact: str) -> str:
         return "has PEFT merge it into the base" if fact == "is merged" else _failed(fact)
 
@@ -95,4 +98,4 @@ def _failed(fact: str) -> str:
 
 
 def _phrases(words: Callable[[str], str], facts: Iterable[str]) -> str:
-    return " or ".join(dict.fromkeys(phrase for phrase in map(words, facts))) or NOT_CHECKED
+    return ", or ".join(dict.fromkeys(map(words, facts))) or NOT_CHECKED

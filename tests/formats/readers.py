@@ -110,7 +110,7 @@ def _said(action: Callable[[], str]) -> str:
     except ImportError as error:
         return f"{NOT_CHECKED}: {error}"
     except Exception as error:  # whatever another project raises is what is recorded
-        first = re.split(r"(?<=\w)\.\s|\n", str(error))[0]
+        first = re.split(r"(?<=\w)\.\s|\n|: [{\[]", str(error))[0]
         first = re.sub(r"/\S*/", "", first)
         return f"{type(error).__name__}: {first[:120]}"
 
@@ -198,7 +198,7 @@ def _vllm_deltas(name: str, weights: Any) -> dict[str, torch.Tensor]:
     parameter = "gate_up_proj" if name.endswith(".base_layer") else "down_proj"
     holder = name.removesuffix(".base_layer")
     experts = a.shape[0] // rank
-    each = torch.einsum("ore,eri->eoi", b.reshape(b.shape[0], rank, experts), a.reshape(experts, rank, -1))
+    each = torch.einsum("brx,xra->xba", b.reshape(b.shape[0], rank, experts), a.reshape(experts, rank, -1))
     return {f"{holder}.{parameter}[{e}]": weights.scaling * delta for e, delta in enumerate(each)}
 
 

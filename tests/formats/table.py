@@ -178,7 +178,7 @@ ROWS: dict[str, Row] = {
         "embedding", "Llama", {"target_modules": ["embed_tokens"]}, model={"tie_word_embeddings": True}
     ),
     "tied embedding, tied factors": Row(
-        "embedding",
+        "tied",
         "Llama",
         {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
         model={"tie_word_embeddings": True},
