@@ -8,14 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .adapters import Adapter
+    from .adapters import Adapter, load_sources
     from .calibrating import calibrate
     from .checking import check
     from .engine import merge
     from .errors import MergeError
     from .spec import MergeSpec, parse
 
-__all__ = ["Adapter", "MergeError", "MergeSpec", "calibrate", "check", "merge", "parse"]
+__all__ = ["Adapter", "MergeError", "MergeSpec", "calibrate", "check", "load_sources", "merge", "parse"]
 __version__ = "0.2.0"  # pyproject.toml reads it from here
 
 _HOMES = {
@@ -24,6 +24,7 @@ _HOMES = {
     "MergeSpec": "spec",
     "calibrate": "calibrating",
     "check": "checking",
+    "load_sources": "adapters",
     "merge": "engine",
     "parse": "spec",
 }

@@ -26,7 +26,7 @@ EMBEDDINGS = (
 """Last parts of the names of embeddings in transformers."""
 
 KINDS: Mapping[str, str] = {
-    "heads": "whole output heads, and their factors' biases",
+    "heads": "whole output heads",
     "embeddings": "whole embeddings",
     "modules_to_save": "whole modules of any kind, heads and embeddings too",
     "biases": "biases of the base model's modules",
