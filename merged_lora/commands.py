@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import catalog
 from .errors import MergeError, SpecError, UnknownAdapterError
+from .grammar import without_star
 from .spec import MergeSpec, from_json, parse
 
 if TYPE_CHECKING:
@@ -195,7 +196,11 @@ def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path
     paths = dict(named)
     for name in spec.names:
         if name not in paths:
-            raise UnknownAdapterError(f"unknown adapter {name!r}; say where it is with --adapter {name}=PATH")
+            term = without_star(name, paths)
+            hint = f"did you mean {term}? Otherwise, " if term else ""
+            raise UnknownAdapterError(
+                f"unknown adapter {name!r}; {hint}say where it is with --adapter {name}=PATH"
+            )
     for name, _ in named:
         if [other for other, _ in named].count(name) > 1:
             raise UsageError(f"--adapter {name}=... is given more than once")

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 
 from .errors import SpecError
 from .recipe import Parts, Value
@@ -39,6 +40,7 @@ _UNSIGNED = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NUMBER = re.compile(rf"[+-]?{_UNSIGNED}")
 _WEIGHT = re.compile(rf"({_UNSIGNED})\s*\*\s*")
 _SPACED_WEIGHT = re.compile(rf'({_UNSIGNED})\s+(?=["A-Za-z0-9_])')
+_UNSTARRED = re.compile(rf"({_UNSIGNED})(.+)", re.DOTALL)
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 _OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=")
 _PLAIN_OPTION = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)(?:\s*=|\s+|(?=["\[]))')
@@ -54,6 +56,15 @@ def parts_of(text: str, may_be_name: bool) -> Parts:
     may_be_name: whether the text may be a plain name, so that white space joins nothing.
     """
     return _Parser(text, may_be_name).parts()
+
+
+def without_star(name: str, known: Collection[str]) -> str | None:
+    """The term that was meant by a name that nothing has, such as ``0.5a``; None unless its end is known.
+
+    known: the names that there are.
+    """
+    weight = _UNSTARRED.fullmatch(name)
+    return f"{weight[1]}*{weight[2]}" if weight and weight[2] in known else None
 
 
 class _Parser:
@@ -109,7 +120,9 @@ class _Parser:
     def sum(self) -> Parts:
         sources = self.terms(self.term())
         if self.skip() < len(self.text):
-            raise self.expected("'+', or '-' with white space around it, between terms")
+            weight = re.match(rf"\s*{_UNSIGNED}\s+[A-Za-z0-9_]", self.text)
+            hint = " (a weight is written 0.5*a)" * bool(weight)
+            raise self.expected(f"'+', or '-' with white space around it, between terms{hint}")
         return "sum", sources, []
 
     def terms(self, first: Term) -> list[Term]:
@@ -156,7 +169,8 @@ class _Parser:
             return self.unquoted(quoted[0])
         bare = self.match(BARE)
         if not bare:
-            raise self.expected("an adapter's name")
+            weight = re.match(rf"{_UNSIGNED}[A-Za-z0-9_]", self.text[self.at :])
+            raise self.expected("an adapter's name" + " (a weight is written 0.5*a)" * bool(weight))
         return bare[0]
 
     def value(self, plain: bool = False) -> Value:

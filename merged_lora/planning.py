@@ -13,6 +13,7 @@ from .choosing import chosen
 from .errors import PlanError, UnknownAdapterError, listed
 from .factors import Factors, promoted
 from .fitting import check_shapes, header_of, missing_notes, zero_notes
+from .grammar import without_star
 from .plan import (
     SHARES,
     AgreeingMean,
@@ -93,8 +94,10 @@ def check_names(spec: MergeSpec, known: Collection[str]) -> None:
     """Raise UnknownAdapterError if the spec names a source that is not known."""
     missing = [name for name in spec.names if name not in known]
     if missing:
+        terms = [term for term in (without_star(name, known) for name in missing) if term]
+        hint = f"did you mean {listed(terms)}? " if terms else ""
         way_out = f"known: {listed(sorted(known))}" if known else "none is known"
-        raise UnknownAdapterError(f"unknown adapter {listed(repr(name) for name in missing)}; {way_out}")
+        raise UnknownAdapterError(f"unknown adapter {listed(map(repr, missing))}; {hint}{way_out}")
 
 
 def amplification(spec: MergeSpec) -> float:

@@ -283,6 +283,27 @@ def test_an_unknown_adapter_is_refused_with_those_that_are_known() -> None:
         merge("linear(sqll, chat)", pair())
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("0.5sql", "did you mean 0.5*sql? "),
+        ("2sql", "did you mean 2*sql? "),
+        ("1e-3sql", "did you mean 1e-3*sql? "),
+        ("0.5-sql", ""),
+        ("0.5json", ""),
+    ],
+)
+def test_a_weight_without_its_star_is_found_in_the_name(name: str, hint: str) -> None:
+    with pytest.raises(UnknownAdapterError) as caught:
+        merge(f"chat + {name}", pair())
+    assert str(caught.value) == f"unknown adapter '{name}'; {hint}known: chat, sql"
+
+
+def test_a_name_that_begins_with_a_number_is_a_name() -> None:
+    sources = {"7b": random_adapter(SMALL), "b": random_adapter(SMALL, seed=1)}
+    assert make_plan(parse("7b + b"), sources).spec.names == ("7b", "b")
+
+
 def test_an_unknown_adapter_is_refused_where_none_is_known() -> None:
     with pytest.raises(UnknownAdapterError, match=r"unknown adapter 'a', 'b'; none is known"):
         merge("linear(a, b)", {})

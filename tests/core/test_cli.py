@@ -235,6 +235,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a part twice": (["--take", "heads=a", "--take", "heads=b"], '"heads" is given twice'),
     "half a name": (["--rename", "layers"], "argument --rename: 'layers' is not of the form FROM=TO"),
     "half a part": (["--take", "heads"], "argument --take: 'heads' is not of the form PART=NAME"),
+    "a weight without a star": (
+        ["merge", "0.5a + 0.5b", *AB, "--output", "out"],
+        "unknown adapter '0.5a'; did you mean 0.5*a? Otherwise, say where it is with --adapter 0.5a=PATH",
+    ),
     "a blank base model": (["--base-model", " "], "the base model must be a name that is not blank, got ' '"),
     "a pattern of no module": (
         ["--only", "q_prj"],

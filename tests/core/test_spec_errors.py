@@ -81,6 +81,9 @@ REFUSALS = {
     "a + - b": "expected an adapter's name, found '- b'",
     "0.5 a": "expected '+'",
     "2024 release": "at character 6 of the spec: expected '+', or '-' with white space around it",
+    "0.5 sql": "between terms (a weight is written 0.5*a), found 'sql'",
+    "ties(.5a, b)": "expected an adapter's name (a weight is written 0.5*a), found '.5a, b)'",
+    "a 5": "white space around it, between terms, found '5'",
     # the spelling without commas and asterisks
     "ties(a + b, c)": "at character 11 of the spec: expected '+', '-' with white space around it, ';' or ')' "
     "(',' does not go with '+' and ';'), found ', c)'",
