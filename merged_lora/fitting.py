@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from .adapters import Adapter
 from .errors import PlanError, listed
 from .factors import Factors
 from .files.layout import Header
+
+ALIKE = 0.5
+"""Cosine above which the A of two sources count as alike.  Random ones are at right angles; trainings with
+one seed begin with the same A."""
 
 Sources = Mapping[str, Adapter]
 """The sources of a merge by name, in the order of its spec."""
@@ -104,6 +110,31 @@ def zero_notes(sources: Sources, names: Sequence[str]) -> list[str]:
             if reasons:
                 notes.append(f"the delta of {source} is zero, because {' or '.join(sorted(reasons))}")
     return notes
+
+
+def cross_term_notes(strategy: str, sources: Sources, names: Sequence[str]) -> list[str]:
+    """What a user should know of a sum of factors whose cross terms count as much as the deltas.
+
+    strategy: adds up A and B, each on its own.
+    sources:  those whose weight is not 0, of equal ranks.
+    names:    of the modules; the first one that two sources have is looked at.
+    """
+    shared = (name for name in names if sum(name in a.modules for a in sources.values()) > 1)
+    module = next(shared, None)
+    if module is None:
+        return []
+    own = {source: a.modules[module].a for source, a in sources.items() if module in a.modules}
+    rows = torch.stack([a.flatten().float() for a in own.values()])  # [sources, rank * in]
+    cosines = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(rows).T
+    cosines.fill_diagonal_(0.0)
+    alike = [source for source, cosine in zip(own, cosines.amax(1).tolist(), strict=True) if cosine > ALIKE]
+    if not alike:
+        return []
+    highest = f"cosine {float(cosines.max()):.2f} in {module}"
+    return [
+        f"the A of {listed(alike)} are alike ({highest}): {strategy} adds A and B apart, which makes up to "
+        f"{len(alike)} times the weighted sum of their deltas; use sum or svd"
+    ]
 
 
 def missing_notes(sources: Sources, names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from .adapters import Adapter, calibrations_of
 from .choosing import chosen
 from .errors import PlanError, UnknownAdapterError, listed
 from .factors import Factors, promoted
-from .fitting import check_shapes, header_of, missing_notes, zero_notes
+from .fitting import check_shapes, cross_term_notes, header_of, missing_notes, zero_notes
 from .grammar import without_star
 from .plan import (
     SHARES,
@@ -84,6 +84,9 @@ def make_plan(
     planner = _Planner(_Settings.of(spec, sources, names), sources, names, limit)
     modules = {name: planner.module(name) for name in names}
     counts = planner.model_counts(modules)
+    if planner.adds_factors:
+        heard = {source.name: named[source.name] for source in spec.sources if source.weight}
+        notes += cross_term_notes(spec.strategy, heard, names)
     zeros = zero_notes(named, names)
     notes += missing_notes(named, names) + zeros
     notes += planner.result_notes(modules, counts, len(zeros) == len(sources))
@@ -205,6 +208,12 @@ class _Planner:
             if self.recipe.space == "outputs"
             else ()
         )
+
+    @property
+    def adds_factors(self) -> bool:
+        """Whether A and B are added up, each with the root of its source's weight."""
+        summed = self.recipe.space == "factors" and self.recipe.blend == "sum"
+        return summed and not self._settings.lorax
 
     def module(self, name: str) -> Module:
         """How one module is merged."""

@@ -211,7 +211,8 @@ def test_the_command_merges_more_sources_than_a_server_does_by_default(run: Run,
     assert "rank 8, 4 modules" in out
     made, sources = Adapter.load("out"), [Adapter.load(name) for name in "ab"]
     for module in SMALL:
-        expected = 50 * 0.012345 * sum((s.modules[module].delta() for s in sources), torch.zeros(()))
+        deltas = [source.modules[module].delta() for source in sources]
+        expected = 50 * 0.012345 * torch.stack(deltas).sum(0)
         assert torch.allclose(made.modules[module].delta(), expected, rtol=1e-5, atol=1e-6)
 
 
