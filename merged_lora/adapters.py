@@ -127,7 +127,7 @@ class Adapter:
 
         The calibration fits it as before.
         """
-        twin = Adapter(modules, self.header, self.metadata, self.calibration)
+        twin = Adapter(modules, self.header, self.metadata, self.calibration, self.whole)
         if not isinstance(self.calibration, Calibration):
             return twin
         inputs = {new: x for old, x in self.calibration.inputs.items() for new in names.get(old, (old,))}

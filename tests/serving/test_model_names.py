@@ -206,14 +206,14 @@ def test_every_spelling_that_a_model_of_vllm_takes_becomes_one_that_it_reads_bac
 ) -> None:
     names = names_of_model(mapper_of(model), part)
     assert [names.parts(spelling) for spelling in spellings] == [[part]] * len(spellings)
-    (one,) = {tuple(names.spellings(spelling)) for spelling in spellings}
-    assert names.parts(*one) == [part]
+    (one,) = {names.spelling(part, spelling) for spelling in spellings}
+    assert names.parts(one) == [part]
 
 
 def test_a_name_that_vllm_would_map_twice_stays_as_the_adapter_has_it() -> None:
     names = names_of_model(WeightsMapper(orig_to_new_substr={".fc1": ".mlp.fc1"}), "layers.0.mlp.fc1")
     assert names.parts("layers.0.mlp.fc1") == []  # vLLM makes layers.0.mlp.mlp.fc1 of it
-    assert names.spellings("layers.0.fc1") == ["layers.0.fc1"]
+    assert names.spelling("layers.0.mlp.fc1", "layers.0.fc1") == "layers.0.fc1"
 
 
 def test_a_pooling_models_modules_go_by_names_without_a_prefix_too(place: Place) -> None:

@@ -26,6 +26,7 @@ from merged_lora.files.writing import config_of, tensors_of
 from merged_lora.plan import MergePlan
 from merged_lora.vllm_plugin.worker.makers import outline
 
+from .experts import completed, expert_of, expert_slots
 from .names import names_of, parts_of
 from .slots import DeviceSlotWriter, HostSlotWriter, SlotMap
 from .wrapping import ATTRIBUTE
@@ -35,15 +36,17 @@ SHAPES = 64
 
 
 def host_model(manager: Any, number: int, adapter: Adapter) -> LoRAModel:
-    """The adapter as vLLM holds it in host memory; raises PlanError if it does not fit the model.
+    """The merge as vLLM holds it in host memory; raises PlanError if it does not fit the model.
 
     If vLLM's slots are in host memory too, a writer that fills all of them at once is attached: that takes
     less time than vLLM's way, layer by layer.
     """
+    layers = manager._adapter_manager
+    adapter = _with_experts(layers, adapter)
     if manager.device.type != "cpu":
         return lora_model(manager, number, adapter, "cpu")
-    layers = manager._adapter_manager
-    if any(factors.embedding for factors in adapter.modules.values()) or _skips(layers):
+    experts = any(expert_of(name) for name in adapter.modules)
+    if experts or any(factors.embedding for factors in adapter.modules.values()) or _skips(layers):
         lora = lora_model(manager, number, adapter, "cpu")
     else:  # the same, without mapping every name again
         named, modules = _names(layers, adapter.modules), adapter.modules.values()
@@ -78,9 +81,20 @@ def slot_model(manager: Any, number: int, plan: MergePlan) -> LoRAModel:
     Raises PlanError if the merge does not fit the model.
     """
     outlines = {name: outline(module) for name, module in plan.modules.items()}
-    lora = lora_model(manager, number, Adapter(outlines, plan.header), "meta")
-    slot_map_of(manager._adapter_manager).check(lora)
+    layers = manager._adapter_manager
+    lora = lora_model(manager, number, _with_experts(layers, Adapter(outlines, plan.header)), "meta")
+    slot_map_of(layers).check(lora)
     return lora
+
+
+def _with_experts(layers: Any, merged: Adapter) -> Adapter:
+    """A merge with the modules of experts as vLLM's layers take them."""
+    slot_map = slot_map_of(layers)
+    if not slot_map.experts:
+        return merged
+    limit = layers.lora_config.max_lora_rank
+    modules = completed(slot_map.experts, slot_map.names, merged.modules, limit)
+    return Adapter(modules, merged.header, merged.metadata)
 
 
 def attach_slot_writer(manager: Any, backend: SlotBackend, lora: LoRAModel, staged: StagedMerge) -> None:
@@ -122,26 +136,27 @@ def fitted_adapter(layers: Any, adapter: Adapter) -> Adapter:
     """
     names = slot_map_of(layers).names
     modules: dict[str, Factors] = {}
-    origins: dict[str, str] = {}
+    origins: dict[str, list[str]] = {}
     strangers = []
     for name, factors in adapter.modules.items():
         fitted = _fitted(layers, name, factors)
         if not fitted and not names.is_unused(name):
-            strangers.append(name)
+            strangers.append(name.partition("[")[0])
         for new, part in (fitted or {name: factors}).items():
             if new in modules:
-                raise PlanError(f"{origins[new]} and {name} are one module of the model")
-            modules[new], origins[new] = part, name
+                (other,) = (old for old, news in origins.items() if new in news)
+                raise PlanError(f"{other} and {name} are one module of the model")
+            modules[new] = part
+            origins.setdefault(name, []).append(new)
     if strangers:
         raise PlanError(
-            f"the model has no module {listed(strangers)} that takes LoRA; make a copy of the adapter that "
-            "has none, with merged-lora merge and --without PATTERN"
+            f"the model has no module {listed(dict.fromkeys(strangers))} that takes LoRA; make a copy of the "
+            "adapter without, with merged-lora merge and --without PATTERN"
         )
     if modules.keys() == adapter.modules.keys():
         return adapter
     known = adapter.calibration.inputs if isinstance(adapter.calibration, Calibration) else {}
-    renamed = {name: names.spellings(name) for name in {**adapter.modules, **known}}
-    return adapter.renamed(modules, {name: new for name, new in renamed.items() if new})
+    return adapter.renamed(modules, {name: _spellings(layers, name) or [name] for name in known} | origins)
 
 
 def _fitted(layers: Any, name: str, factors: Factors) -> dict[str, Factors]:
@@ -150,19 +165,36 @@ def _fitted(layers: Any, name: str, factors: Factors) -> dict[str, Factors]:
     The parts of a module that is split share A, and each has its rows of B.  Raises PlanError if there are
     not as many rows as the parts have.
     """
-    slot_map = slot_map_of(layers)
-    spellings = slot_map.names.spellings(name)
+    spellings = _spellings(layers, name)
     if len(spellings) <= 1:
         return dict.fromkeys(spellings, factors)
-    parts = slot_map.names.parts(name)
-    holder = next(layer for layer, packed in slot_map.packed.items() if packed == parts)
-    outs = [out for out, _ in _shapes(slot_map.layers[holder], len(parts)) or ()]
+    slot_map = slot_map_of(layers)
+    shapes = _shapes(slot_map.layers.get(slot_map.names.module(name) or ""), len(spellings)) or ()
+    outs = [out for out, _ in shapes]
     if len(outs) != len(spellings) or sum(outs) != factors.shape[0]:
         raise PlanError(
             f"{name} has {factors.shape[0]} rows, which are not those of {listed(spellings)} in the model"
         )
     rows = zip(spellings, torch.split_with_sizes(factors.b, outs), strict=True)
     return {new: replace(factors, b=b.contiguous()) for new, b in rows}
+
+
+def _spellings(layers: Any, name: str) -> list[str]:
+    """The names that a module of an adapter gets: its own one, or those of its parts; empty if it is none.
+
+    An expert of a parameter of transformers stays one, also where vLLM has its modules apart.
+    """
+    slot_map = slot_map_of(layers)
+    names, parts = slot_map.names, slot_map.names.parts(name)
+    expert = expert_of(name)
+    if expert is not None:
+        holder = expert[0]
+        slots = expert_slots(slot_map.experts, names, name)
+        return [names.spelling(slots.layer, holder) + name[len(holder) :]] if slots is not None else []
+    if len(parts) == 1:
+        return [names.spelling(parts[0], name)]
+    prefix = name.rpartition(".")[0]
+    return [names.spelling(part, f"{prefix}.{part.rpartition('.')[2]}") for part in parts]
 
 
 def lora_model(manager: Any, number: int, adapter: Adapter, device: str) -> LoRAModel:
@@ -196,7 +228,9 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
     limit: int = layers.lora_config.max_lora_rank
     packed: Mapping[str, list[str]] = layers.packed_modules_mapping
     kinds = {part for kind in layers.supported_lora_modules for part in packed.get(kind) or [kind]}
-    unsupported = sorted(name for name in lora.loras if name.rsplit(".", 1)[-1] not in kinds)
+    if "experts" in layers.supported_lora_modules:
+        kinds |= {"experts", "experts.base_layer"}
+    unsupported = sorted(name for name in lora.loras if _kind(name) not in kinds)
     if unsupported:
         raise PlanError(f"the model has no module {listed(unsupported)} that takes LoRA")
     # Not vLLM's own list, of which a step takes layers out while another thread checks an adapter.
@@ -224,6 +258,12 @@ def check_fit(layers: Any, lora: LoRAModel) -> None:
             given = weights.lora_b.shape[0], weights.lora_a.shape[1]
             if given != (out, width) and not _is_padded(layer, given, (out, width)):
                 raise PlanError(f"{part} has shape {(out, width)} in the model, another one in the adapters")
+
+
+def _kind(name: str) -> str:
+    """The end of a module's name by which vLLM knows whether it takes LoRA."""
+    start = name.find(".experts")
+    return name[start + 1 :] if start >= 0 else name.rpartition(".")[2]
 
 
 def _check_name(layers: Any, lora: LoRAModel, part: str) -> None:
@@ -268,6 +308,8 @@ def largest_adapter(layers: Any) -> tuple[int, int]:
         for name, layer in layers.modules.items()
         for shape in _shapes(layer, len(parts_of(layers.packed_modules, name))) or ()
     ]
+    for slots in slot_map_of(layers).experts.values():
+        shapes += [shape for _, shape in slots.shapes] * slots.count
     return len(shapes), sum(rank * (out + width) for out, width in shapes) * dtype.itemsize
 
 

@@ -53,13 +53,15 @@ class ModelNames:
     def __init__(self, layers: Any) -> None:
         mapper = getattr(layers.model, "hf_to_vllm_mapper", None)
         self.mapper = mapper.get_rename_mapper() if mapper is not None else None
-        packed = {name: parts_of(layers.packed_modules, name) for name in layers.modules}
-        parts = {part: [part] for parts in packed.values() for part in parts}
-        # What a name means: the module that vLLM looks for by it first, or else all that are packed into it.
-        self._meant: dict[str, list[str]] = {**parts}
-        for name, meant in (*parts.items(), *packed.items()):
-            for other in names_of(layers, name):
-                self._meant.setdefault(other, meant)
+        self._parts = {name: parts_of(layers.packed_modules, name) for name in layers.modules}
+        parts = [part for packed in self._parts.values() for part in packed]
+        self._parts |= {part: [part] for part in parts}
+        # Parts first: the name of a layer into which vLLM packs several may be that of one of them.
+        self._modules: dict[str, str] = {}
+        for module in (*parts, *layers.modules):
+            for name in names_of(layers, module):
+                self._modules.setdefault(name, module)
+        self._modules |= {part: part for part in parts}
         skipped = getattr(layers.model, "lora_skip_prefixes", None) or ()
         self._skipped = tuple(f".{prefix}" for prefix in skipped)
         self._unused = tuple(
@@ -74,17 +76,21 @@ class ModelNames:
             self._theirs[name] = parse_fine_tuned_lora_name(f"{PREFIX}{name}.lora_A.weight", self.mapper)[0]
         return self._theirs[name]
 
-    def parts(self, name: str) -> list[str]:
-        """The modules of the model that an adapter means by a name: one, or all that vLLM packs into one.
+    def module(self, name: str) -> str | None:
+        """The module of the model that an adapter means by a name; None if it has none that takes LoRA.
 
-        None at all if the model has no such module that takes LoRA.
+        It is one of ``parts``, or the layer into which vLLM packs several of them.
         """
-        return self._meant.get(self.theirs(name), [])
+        return self._modules.get(self.theirs(name))
+
+    def parts(self, name: str) -> list[str]:
+        """The modules that an adapter means by a name: one, or all that vLLM packs into one, or none."""
+        module = self.module(name)
+        return self._parts[module] if module is not None else []
 
     def part_of(self, theirs: str) -> str:
         """The module of the model that vLLM means by one of its names; that name if there is none."""
-        parts = self._meant.get(theirs, [])
-        return parts[0] if len(parts) == 1 else theirs
+        return self._modules.get(theirs, theirs)
 
     def is_unused(self, name: str) -> bool:
         """Whether a module of an adapter is meant to have no effect in this worker.
@@ -93,30 +99,27 @@ class ModelNames:
         """
         if any(prefix in f".{name}." for prefix in self._skipped):
             return True
-        return not self.parts(name) and f"{self.theirs(name)}.".startswith(self._unused)
+        return self.module(name) is None and f"{self.theirs(name)}.".startswith(self._unused)
 
-    def spellings(self, name: str) -> list[str]:
-        """The one name that all adapters get for each of the modules that an adapter means by a name.
+    def spelling(self, module: str, own: str) -> str:
+        """The one name that all adapters get for a module of the model.
 
-        If vLLM takes none of the names of a module for it, its name in the adapter stays.
+        module: that module.
+        own:    an adapter's name for it, which stays if vLLM takes no other name for this module.
         """
-        prefix, parts = name.rpartition(".")[0], self.parts(name)
-        own = [name] if len(parts) == 1 else [f"{prefix}.{part.rpartition('.')[2]}" for part in parts]
-        return [self._spelling(part) or given for part, given in zip(parts, own, strict=True)]
+        if module not in self._spellings:
+            candidates = sorted(self._candidates(module), key=lambda name: not name.startswith(FIRST))
+            fitting = (name for name in candidates if self.module(name) == module)
+            self._spellings[module] = next(fitting, None)
+        return self._spellings[module] or own
 
-    def _spelling(self, part: str) -> str | None:
-        if part not in self._spellings:
-            candidates = sorted(self._candidates(part), key=lambda name: not name.startswith(FIRST))
-            self._spellings[part] = next((name for name in candidates if self.parts(name) == [part]), None)
-        return self._spellings[part]
-
-    def _candidates(self, part: str) -> Iterator[str]:
+    def _candidates(self, module: str) -> Iterator[str]:
         """vLLM's own name for a module, and those that vLLM would give this name to."""
-        yield part
+        yield module
         prefixes = self.mapper.orig_to_new_prefix if self.mapper is not None else {}
         for theirs, ours in prefixes.items():
-            if f"{part}.".startswith(ours):
-                yield (theirs + f"{part}."[len(ours) :]).removesuffix(".")
+            if f"{module}.".startswith(ours):
+                yield (theirs + f"{module}."[len(ours) :]).removesuffix(".")
 
 
 def _unused_modules(layers: Any) -> Iterator[str]:
@@ -128,5 +131,6 @@ def _unused_modules(layers: Any) -> Iterator[str]:
         elif restricted and name not in layers.modules and not layers._match_target_modules(name):
             prefix, _, last = name.rpartition(".")
             if last in layers.supported_lora_modules:
+                yield name
                 parts = layers.packed_modules_mapping.get(last) or [last]
                 yield from (f"{prefix}.{part}" if prefix else part for part in parts)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from merged_lora.backends import Slot, SlotBackend, StagedMerge
 from merged_lora.errors import PlanError, listed
 from merged_lora.lru import Lru
 
+from .experts import ExpertSlots
 from .names import ModelNames, names_of, parts_of
 from .versions import named, since
 
@@ -96,6 +98,7 @@ class SlotMap:
     left_to_vllm: layers of an unsupported class; vLLM's own activation empties or fills them.
     parts:        all modules of these layers, in order.
     names:        the names of these modules in adapters.
+    experts:      what the layers for experts take, by their name.
     used:         for each slot with known content, the rank from which on everything is zero.
     fitting:      shapes of adapters that fit the model.
     packed:       modules that vLLM packs into one, by the name of that one.
@@ -115,6 +118,7 @@ class SlotMap:
         self.dtype: torch.dtype = layers.lora_config.lora_dtype
         self._slots: dict[int, dict[str, Slot]] = {}
         self._sharded: dict[int, dict[str, Slot]] = {}
+        self._left: frozenset[str] = frozenset()
         self._regions: Lru[tuple[int, tuple[int, ...], int | None], Regions] = Lru()
         self._manager = layers
         for name, layer in self.layers.items():
@@ -130,7 +134,11 @@ class SlotMap:
                     self.shards[name] = begins
             else:
                 self.left_to_vllm[name] = layer
+        left = {part for name in self.left_to_vllm for part in (name, *parts_of(self.packed, name))}
+        self._left = frozenset(name for part in left for name in names_of(layers, part))
         self.names = ModelNames(layers)
+        found = {name: ExpertSlots.of(layers, name) for name in self.layers}
+        self.experts = {name: slots for name, slots in found.items() if slots is not None}
 
     def check(self, lora: LoRAModel) -> None:
         """Raise PlanError if a merge has modules that no backend can hand to vLLM, such as experts."""
@@ -143,9 +151,8 @@ class SlotMap:
 
     def unsupported_modules(self, lora: LoRAModel) -> list[str]:
         """The modules of an adapter that are in layers of an unsupported class."""
-        parts = {part for name in self.left_to_vllm for part in (name, *parts_of(self.packed, name))}
-        inside = tuple(f"{name}." for part in parts for name in names_of(self._manager, part))
-        return sorted(module for module in lora.loras if f"{module}.".startswith(inside))
+        prefixes = {module: accumulate(module.split("."), "{}.{}".format) for module in lora.loras}
+        return sorted(module for module, names in prefixes.items() if not self._left.isdisjoint(names))
 
     def weights_of(self, lora: LoRAModel) -> dict[str, Any]:
         """The weights of each module that an adapter has, before vLLM packs them."""

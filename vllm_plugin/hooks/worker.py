@@ -33,6 +33,7 @@ from merged_lora.vllm_plugin.worker.makers import HostMaker, Maker, SlotMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 
 from .current import current
+from .experts import expert_of
 from .models import (
     attach_slot_writer,
     check_fit,
@@ -377,6 +378,9 @@ class VllmPlainAdapters:
             raise PlanError("vLLM reads other modules from it")
         for part, scaling in scalings.items():
             weights[part].scaling = scaling
+        # As its request says of it, or vLLM would have refused it.
+        layers = self._manager._adapter_manager
+        lora.is_3d_lora_weight = layers._enable_mixed_moe_lora_format and any(map(expert_of, adapter.modules))
         return lora
 
     def _by_part(self, model: LoRAModel) -> dict[str, Any]:
