@@ -24,6 +24,7 @@ from merged_lora.engine import run as engine_run
 from merged_lora.files import parts
 from merged_lora.files.layout import Header
 from merged_lora.plan import MergePlan
+from merged_lora.spec import MergeSpec
 from running import Run, command, environment, started
 
 LAST = list(SMALL)[-1]
@@ -200,6 +201,20 @@ def test_only_and_without_choose_the_modules_as_the_spec_does(run: Run, folder: 
     run("merge", 'ties(a, b, modules="self_attn layers.0", without=k_proj)', *AB, "--output", "spec")
     assert Adapter.load("flags").digest == Adapter.load("spec").digest
     assert Adapter.load("flags").modules.keys() == {name for name in SMALL if "k_proj" not in name}
+
+
+def test_a_check_is_of_the_chosen_modules(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def check(spec: MergeSpec, *_: object, **__: object) -> list[object]:
+        asked.append(str(spec))
+        return []
+
+    monkeypatch.setattr("merged_lora.checking.check", check)
+    assert (
+        run("check", "a + b", *AB, "--model", "m", "--only", "mlp", "q_proj", "--without", "layers.1")[0] == 0
+    )
+    assert asked == ['sum(a, b, modules="mlp q_proj", without="layers.1")']
 
 
 def test_the_command_merges_more_sources_than_a_server_does_by_default(run: Run, folder: Path) -> None:

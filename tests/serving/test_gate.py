@@ -333,6 +333,21 @@ def test_a_merge_of_some_modules_holds_these_and_nothing_else(tmp_path: Path) ->
     asyncio.run(run())
 
 
+def test_what_a_user_should_know_of_a_merge_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        gate = gate_with(worker())
+        await two_sources(gate, tmp_path)
+        await register(gate, "idle", tmp_path, 3, scaling=0.0)
+        for _ in range(3):
+            await gate.ready(parse("sum(a, idle)"), ME)
+
+    asyncio.run(run())
+    words = "sum(a, idle): the delta of idle is zero, because its scaling is 0 (lora_alpha)"
+    assert [record.getMessage() for record in caplog.records].count(words) == 1
+
+
 def test_long_specs_and_many_sources_are_refused() -> None:
     gate = gate_with(worker(), max_spec_length=40, max_sources=3)
     for model, words in (

@@ -137,3 +137,12 @@ def test_a_refusal_names_only_strategies_that_take_these_sources_and_less_time()
     assert "these would do: core_ties (2 s)" in str(error)
     assert "knots" not in str(error)
     assert " ties (" not in str(error)
+
+
+def test_a_refusal_names_strategies_by_what_they_take_for_the_chosen_modules() -> None:
+    class Counting(Pace):
+        def seconds(self, plan: MergePlan) -> float:
+            return 50.0 if plan.spec.strategy == "ties_svd" else float(len(plan.modules))
+
+    made = plan(parse("ties_svd(a, b, modules=up, without=layers.0)"), sources(), 64)
+    assert "these would do: ties (2 s)" in str(too_long(made, 10.0, Counting(), 64))

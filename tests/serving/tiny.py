@@ -66,6 +66,7 @@ SPECS = {
     "merged_ties_svd": "ties_svd(sql, chat, density=0.3)",
     "merged_sce_svd": "sce_svd(sql, chat, select_topk=0.4)",
     "merged_regmean": "regmean(sql, 0.5*tone)",
+    "merged_modules": 'ties(sql, chat, modules="*.self_attn.* down_proj", without="layers.1.mlp")',
 }
 """A merge for every path that a strategy may take, by the name under which its offline twin is served."""
 
