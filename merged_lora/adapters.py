@@ -90,17 +90,25 @@ class Adapter:
         _check_used(os.fspath(path), choice, used)
         return adapter
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write a PEFT folder, completely or not at all; PEFT 0.21 and vLLM read the same deltas from it.
+    def save(
+        self, path: str | os.PathLike[str], overwrite: bool = False, *, keep_ranks: bool = False
+    ) -> None:
+        """Write a PEFT folder, completely or not at all, from which readers get the same deltas.
 
-        path:      the folder.
-        overwrite: replace an adapter folder that is there already.
+        If modules differ in rank, all are written with the largest, filled up with zeros: readers that know
+        one rank and one alpha then scale every module right. :meth:`load` reads each with its own rank again.
+
+        path:       the folder.
+        overwrite:  replace an adapter folder that is there already.
+        keep_ranks: write each module with its own rank, which makes a smaller file for PEFT and recent vLLM.
 
         Raises AdapterError.
         """
         if "\0" in os.fspath(path):
             raise AdapterError("an adapter's path holds a NUL character")
-        write_folder(Path(path), self.modules, self.header, self.metadata, overwrite, self.whole)
+        write_folder(
+            Path(path), self.modules, self.header, self.metadata, overwrite, self.whole, keep_ranks
+        )
 
     def calibrated(self, file: Path) -> Adapter:
         """The same adapter with the calibration in a file, or with the reason why that does not fit."""

@@ -89,6 +89,12 @@ def parser() -> Parser:
         help="the base model that the result names; by default the one that most sources name",
     )
     merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
+    merge.add_argument(
+        "--keep-ranks",
+        action="store_true",
+        help="if modules differ in rank, do not pad them with zeros to the largest; the file is smaller, "
+        "and not every program reads it right",
+    )
     _add_reading(merge)
 
     calibrate = added.add_parser(

@@ -66,7 +66,7 @@ def merge(arguments: argparse.Namespace) -> int:
         bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
         with bar, logging_redirect_tqdm([LOGGER]):
             made = run(planned, arguments.backend, bar.update)
-        made.adapter.save(arguments.output, arguments.overwrite)
+        made.adapter.save(arguments.output, arguments.overwrite, keep_ranks=arguments.keep_ranks)
 
     parts = [
         str(spec),

@@ -11,6 +11,9 @@ INDEX_NAME = "adapter_model.safetensors.index.json"
 PREFIX = "base_model.model."
 MAX_ALPHA = 1e30
 
+RANKS_KEY = "merged_lora.ranks"
+"""Key in the safetensors metadata: the ranks that modules had before they were padded to one."""
+
 
 @dataclass(frozen=True)
 class Header:

@@ -19,9 +19,10 @@ from merged_lora.factors import DTYPES, Factors
 from . import config as configuration
 from .experts import parameters_of, take_apart
 from .keys import FACTORS, Key, check_outer, parse
-from .layout import CONFIG_NAME, Header
+from .layout import CONFIG_NAME, RANKS_KEY, Header
 from .mlx import as_peft, is_mlx
 from .opening import open_adapter
+from .padding import unpadded
 from .parts import KINDS, Choice, Parts, sort_out
 
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -68,6 +69,12 @@ def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Cont
     parts = sort_out(others, configuration.names(config, "modules_to_save"), biased, choice)
     _refuse(folder, config, parts)
     modules, parameters = _modules(folder, config, factors, parts, choice)
+    metadata = dict(opened.metadata)
+    if (ranks := metadata.pop(RANKS_KEY, None)) is not None:
+        try:
+            modules = unpadded(modules, ranks)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {RANKS_KEY} in its metadata: {error}") from None
     task = config.get("task_type")
     header = Header(
         base_model=_text(config.get("base_model_name_or_path")),
@@ -76,7 +83,7 @@ def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Cont
         base_copies=parts.copies,
         parameters=tuple(sorted(parameters)),
     )
-    return Contents(folder, modules, header, opened.metadata, parts.whole, frozenset(parts.used | renamed))
+    return Contents(folder, modules, header, metadata, parts.whole, frozenset(parts.used | renamed))
 
 
 def _sorted_keys(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -20,7 +19,9 @@ from merged_lora.errors import AdapterError, listed
 from merged_lora.factors import Factors
 
 from .experts import described, put_together
-from .layout import CONFIG_NAME, INDEX_NAME, PREFIX, WEIGHTS_NAME, Header
+from .layout import CONFIG_NAME, INDEX_NAME, PREFIX, RANKS_KEY, WEIGHTS_NAME, Header
+from .padding import padded, ranks_before
+from .patterns import patterns_of
 
 
 def write_folder(
@@ -30,21 +31,26 @@ def write_folder(
     metadata: Mapping[str, str],
     overwrite: bool = False,
     whole: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    keep_ranks: bool = False,
 ) -> None:
     """Write a PEFT folder: afterwards it is complete, or not there at all.
 
-    folder:    the folder.
-    modules:   factors by module name.
-    header:    what the configuration says besides ranks and scalings.
-    metadata:  pairs of text for the safetensors file.
-    overwrite: replace an adapter folder, and nothing else, that is there already.
-    whole:     whole tensors, by the name of the module in ``modules_to_save`` and by their own.
+    folder:     the folder.
+    modules:    factors by module name.
+    header:     what the configuration says besides ranks and scalings.
+    metadata:   pairs of text for the safetensors file.
+    overwrite:  replace an adapter folder, and nothing else, that is there already.
+    whole:      whole tensors, by the name of the module in ``modules_to_save`` and by their own.
+    keep_ranks: write modules of several ranks as they are, instead of padding them with zeros to the largest.
 
     A process that is killed between the two renames of an overwrite leaves the old adapter in a hidden folder
     beside the new one.  Raises AdapterError.
     """
     folder = folder.absolute()
     check_target(folder, overwrite)
+    if not keep_ranks and len({f.rank for f in modules.values()}) > 1:
+        metadata = {**metadata, RANKS_KEY: ranks_before(modules)}
+        modules = padded(modules)
     try:
         if overwrite and folder.is_symlink():
             folder = folder.resolve()
@@ -126,9 +132,10 @@ def config_of(modules: Mapping[str, Factors], header: Header, whole: Iterable[st
     single = {name: f"{name}.weight" for name in header.parameters if name in modules}
     modules = {single.get(name, name): factors for name, factors in modules.items()}
     parameters |= set(single.values())
-    rank = Counter(f.rank for f in modules.values()).most_common(1)[0][0]
+    ranks = {name: f.rank for name, f in modules.items()}
     alphas = {name: _alpha(f) for name, f in modules.items()}
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    # What most modules have, so that a reader that knows no patterns scales most of them right.
+    rank, alpha = Counter((ranks[name], alphas[name]) for name in modules).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "task_type": header.task_type,
@@ -137,8 +144,8 @@ def config_of(modules: Mapping[str, Factors], header: Header, whole: Iterable[st
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(modules.keys() - parameters),
-        "rank_pattern": {f"^{re.escape(n)}": f.rank for n, f in modules.items() if f.rank != rank},
-        "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
+        "rank_pattern": patterns_of(ranks, rank),
+        "alpha_pattern": patterns_of(alphas, alpha),
         "use_rslora": False,
         "use_dora": False,
         "lora_dropout": 0.0,
