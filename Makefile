@@ -6,7 +6,7 @@ MINUTES ?= 30
 NEWEST_VLLM := $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('vllm_plugin/releases.py')['TESTED'][-1])")
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo releases oldest-triton tritons clients check test style types fast lint bench docs soak clean
+.PHONY: help install model demo releases oldest-triton tritons clients readers check test style types fast lint bench docs soak clean
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -55,6 +55,9 @@ tritons: install  ## the other releases of Triton that make soak tests the kerne
 clients: install  ## other projects' clients, with which make soak asks a server
 	@$(PYTHON) tools/clients.py
 
+readers: install  ## other releases of PEFT, and Diffusers, in which make soak reads what we write
+	@$(PYTHON) tools/readers.py
+
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu
 
@@ -62,7 +65,7 @@ docs: install  ## build/site, the documentation
 	@$(PY) tools/render_pages.py
 	@$(PY) -m mkdocs build --strict --quiet
 
-soak: model tritons clients  ## the long tests, then random load on a real server; MINUTES=30
+soak: model tritons clients readers  ## the long tests, then random load on a real server; MINUTES=30
 	@$(PYTHON) tools/install.py --vllm all
 	@$(PY) -m pytest -m soak
 	@for vllm in .venv/vllm-*; do PYTHONPATH=$(CURDIR)/$$vllm $(PY) -m pytest tests/serving || exit 1; done

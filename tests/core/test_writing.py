@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from merged_lora.engine import merge
 from merged_lora.errors import AdapterError
 from merged_lora.files.layout import CONFIG_NAME, RANKS_KEY, WEIGHTS_NAME
 from merged_lora.files.patterns import patterns_of
-from reading_back import Shapes, assert_deltas, in_peft
+from readers import RELEASES, folder_of
+from reading_back import Shapes, assert_deltas, deltas_in, in_peft
 from running import Run
 
 RANKS = {name: rank for rank, name in enumerate(SMALL, start=3)}
@@ -236,6 +238,14 @@ def test_names_that_no_other_ends_in_are_their_own_keys() -> None:
 # Readers
 
 
+def reader(name: str, release: str) -> Path:
+    """The folder of a release that ``tools/readers.py`` installs.  Skips the test if it is not there."""
+    folder = folder_of(Path(sys.prefix), name, release)
+    if not folder.is_dir():
+        pytest.skip(f"{name} {release} is not installed: make readers")
+    return folder
+
+
 @pytest.mark.parametrize("keep_ranks", [False, True])
 @pytest.mark.parametrize("scalings", [False, True])
 def test_peft_reads_modules_whose_names_end_in_each_other(
@@ -245,3 +255,28 @@ def test_peft_reads_modules_whose_names_end_in_each_other(
     adapter.save(tmp_path / "a", keep_ranks=keep_ranks)
     assert_deltas(in_peft(tmp_path / "a", SUFFIXES), adapter.modules)
     assert Adapter.load(tmp_path / "a").digest == adapter.digest
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("release", [release for name, release in RELEASES if name == "peft"])
+def test_every_release_of_peft_reads_a_merge_and_an_adapter_of_any_scalings(
+    tmp_path: Path, release: str
+) -> None:
+    folder = reader("peft", release)
+    expected: dict[Path, Adapter] = {}
+    for name, adapter in {"merge": mixed_merge(), "scaled": of_suffixes(scalings=True)}.items():
+        for keep_ranks in (False, True):
+            adapter.save(tmp_path / f"{name}-{keep_ranks}", keep_ranks=keep_ranks)
+            expected[tmp_path / f"{name}-{keep_ranks}"] = adapter
+    found = deltas_in("peft", list(expected), {**SMALL, **SUFFIXES}, tmp_path, folder)
+    for deltas, adapter in zip(found, expected.values(), strict=True):
+        assert_deltas(deltas, adapter.modules)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("release", [release for name, release in RELEASES if name == "diffusers"])
+def test_diffusers_reads_a_merge(tmp_path: Path, release: str) -> None:
+    folder, merged = reader("diffusers", release), mixed_merge()
+    merged.save(tmp_path / "merge")
+    (found,) = deltas_in("diffusers", [tmp_path / "merge"], SMALL, tmp_path, folder)
+    assert_deltas(found, merged.modules)
