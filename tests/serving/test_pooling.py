@@ -1,14 +1,20 @@
-"""A merge works for the embeddings of a pooling model as well."""
+"""A merge works for pooling models as well: for embeddings, and with a classifier's head."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
+import tiny
+from merged_lora.adapters import load_sources
 from merged_lora.engine import merge
 from tiny import FLAGS, MAX_RANK, SPECS, Place
 from vllm_server import Server
@@ -50,6 +56,42 @@ def test_an_embedding_of_a_merge_is_that_of_its_offline_twin(place: Place, tmp_p
         sent = server.send("/v1/embeddings", {"model": SPECS["merged_ties"], "input": "hello"})
         assert re.fullmatch(r'"[0-9a-f]{32}";new=0;ms=[0-9.]+', sent.headers["merged-lora"])
         assert_merges_need_the_key_everywhere(server)
+
+
+def test_a_head_that_a_merge_took_from_one_source_is_served_as_peft_reads_it(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "plain")
+    config = Qwen3Config.from_pretrained(folder)
+    config.num_labels, config.pad_token_id = 3, 0
+    make: Any = Qwen3ForSequenceClassification
+    torch.manual_seed(0)
+    make(config).save_pretrained(tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    sources = {name: tmp_path / name for name in ("a", "b")}
+    for seed, path in enumerate(sources.values()):
+        torch.manual_seed(seed)
+        targets = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        trained: Any = get_peft_model(make.from_pretrained(tmp_path / "model"), targets)
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.data.normal_(0, 0.3)
+        trained.save_pretrained(path)
+    taken = tmp_path / "taken"
+    merge("sum(0.5*a, 0.5*b)", load_sources(sources, take={"heads": "a"}), rank=MAX_RANK).save(taken)
+    prompt = [5, 11, 40, 90]
+    merged: Any = PeftModel.from_pretrained(make.from_pretrained(tmp_path / "model"), taken)
+    expected = merged(torch.tensor([prompt])).logits.softmax(-1)[0].tolist()
+    with Server(
+        tmp_path / "model",
+        *(*FLAGS, "--runner", "pooling", "--enable-merged-lora", "--max-lora-rank", str(MAX_RANK)),
+        *("--lora-modules", *(f"{name}={path}" for name, path in {**sources, "taken": taken}.items())),
+        log=tmp_path / "server.log",
+    ) as server:
+        status, reply = server.post("/classify", {"model": "taken", "input": prompt})
+        assert status == 200, reply
+        assert reply["data"][0]["probs"] == pytest.approx(expected, abs=1e-5)
+        status, reply = server.post("/classify", {"model": "sum(a, b)", "input": prompt})
+        assert (status, "score.weight" in reply["error"]["message"]) == (400, True)
 
 
 def assert_merges_need_the_key_everywhere(server: Server) -> None:

@@ -46,7 +46,7 @@ class ExpertSlots:
 
     @classmethod
     def of(cls, layers: Any, name: str) -> ExpertSlots | None:
-        """Those of a layer of one of vLLM's managers; None if it has no experts, or keeps factors for all."""
+        """What a layer of one of vLLM's managers takes; None if it has no experts, or shares their factors."""
         layer = layers.modules[name]
         if not isinstance(layer, FusedMoEWithLoRA) or layer.enable_moe_shared_loras:
             return None
@@ -149,7 +149,7 @@ def completed(
 
 
 def _filled(slots: ExpertSlots, given: Mapping[str, Factors], limit: int) -> dict[str, Factors]:
-    """All modules of all experts of a layer: one rank for each kind of them, zeros where none is given."""
+    """All modules of all experts of a layer, of one rank for each kind of them, and zero if not given."""
     like = next(iter(given.values()))
     filled: dict[str, Factors] = {}
     for i, (parameter, (out, width)) in enumerate(slots.shapes):
