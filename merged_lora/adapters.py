@@ -16,6 +16,7 @@ import torch
 from .calibration import CALIBRATION_NAME, Calibration, read_calibration
 from .errors import AdapterError, CalibrationError, listed
 from .factors import DTYPES, Factors
+from .fetching.opening import local_folder
 from .files.layout import MAX_ALPHA, Header
 from .files.parts import KINDS, Choice
 from .files.reading import read_adapter
@@ -72,12 +73,13 @@ class Adapter:
         rename: Mapping[str, str] | None = None,
         allow_pickle: bool = False,
     ) -> Adapter:
-        """The adapter in a PEFT folder, read into memory as a whole and checked; raises AdapterError.
+        """The adapter in a PEFT folder, read into memory as a whole and checked; raises MergeError.
 
         A calibration in the folder is read too.  One that does not fit the adapter is a warning here, and an
         error in every merge that needs it.
 
-        path:         the folder, a folder that holds this folder alone, or one of its files.
+        path:         the folder, a folder that holds this folder alone, or one of its files; or a location
+                      that it is fetched from, such as ``hf:org/repo`` or ``s3://bucket/folder``.
         drop:         parts to leave out instead of refusing the adapter: kinds (``files.parts.KINDS``, for
                       instance ``heads``), and names or patterns of modules that were saved whole.
         calibration:  whether to read it.
@@ -195,7 +197,7 @@ def load_sources(
     rename: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
 ) -> dict[str, Adapter]:
-    """The adapters of a merge by name, read alike; raises AdapterError.
+    """The adapters of a merge by name, read alike; raises MergeError.
 
     paths:        where each is, as :meth:`Adapter.load` takes it.
     drop:         parts to leave out of all of them.
@@ -238,13 +240,17 @@ def _load(
     """An adapter, and the words of the choice that had an effect."""
     if "\0" in os.fspath(path):
         raise AdapterError("an adapter's path holds a NUL character")
-    contents = read_adapter(Path(path), choice, allow_pickle)
-    adapter = Adapter(contents.modules, contents.header, contents.metadata, None, contents.whole)
-    if adapter.nonfinite:
-        raise AdapterError(f"{path}: {adapter.nonfinite} holds NaN or infinity")
-    file = contents.folder / CALIBRATION_NAME
-    beside = calibration and os.path.lexists(file)
-    return adapter.calibrated(file) if beside else adapter, contents.used
+    with local_folder(path) as folder:
+        try:
+            contents = read_adapter(folder, choice, allow_pickle)
+        except AdapterError as error:  # a folder of a cache says nothing to a user
+            raise AdapterError(str(error).replace(str(folder), str(path))) from None
+        adapter = Adapter(contents.modules, contents.header, contents.metadata, None, contents.whole)
+        if adapter.nonfinite:
+            raise AdapterError(f"{path}: {adapter.nonfinite} holds NaN or infinity")
+        file = contents.folder / CALIBRATION_NAME
+        beside = calibration and os.path.lexists(file)
+        return adapter.calibrated(file) if beside else adapter, contents.used
 
 
 def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -17,7 +17,8 @@ from typing import NoReturn
 
 from . import __version__, commands
 from .commands import LOGGER, UsageError, printable
-from .errors import MergeError, SpecError
+from .errors import MergeError
+from .locations import Location, locate
 from .spec import check_own_name
 
 PROG = "merged-lora"
@@ -107,7 +108,7 @@ def parser() -> Parser:
     )
     _add_model(calibrate)
     calibrate.add_argument(
-        "--adapter", metavar="NAME=PATH", type=_named_path, required=True, help="PEFT folder of the adapter"
+        "--adapter", metavar="NAME=PATH", type=_named_folder, required=True, help="PEFT folder of the adapter"
     )
     calibrate.add_argument(
         "--prompts",
@@ -163,12 +164,13 @@ def _add_sources(parser: Parser) -> None:
     )
     parser.add_argument(
         "--adapter",
-        metavar="NAME=PATH",
-        type=_named_path,
+        metavar="NAME=LOCATION",
+        type=_named_location,
         action="append",
         required=True,
         dest="adapters",
-        help="the PEFT folder of a source, once per source",
+        help="where a source is, once per source: a PEFT folder, hf:org/repo[@revision][/folder], "
+        "s3://bucket/folder, gs://bucket/folder or https://host/folder",
     )
 
 
@@ -259,15 +261,25 @@ def _renaming(text: str) -> tuple[str, str]:
     return old, new
 
 
-def _named_path(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
+def _named_location(text: str) -> tuple[str, Path | str]:
+    name, equals, place = text.partition("=")
+    if not (name and equals and place):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=PATH")
     try:
         check_own_name(name)
-    except SpecError as error:
+        found = locate(place)
+    except MergeError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return name, Path(path)
+    return name, str(found) if isinstance(found, Location) else found
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, place = _named_location(text)
+    if isinstance(place, str):
+        raise argparse.ArgumentTypeError(
+            f"a calibration is written into the adapter's folder, and {place} is none here; give a copy of it"
+        )
+    return name, place
 
 
 @contextmanager

@@ -191,8 +191,8 @@ def _chosen(spec: MergeSpec, arguments: argparse.Namespace) -> MergeSpec:
     return replace(spec, options=(*spec.options, *((name, value) for name, value in given.items() if value)))
 
 
-def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
-    """The folder of each source; raises MergeError unless every source, and nothing else, is given once."""
+def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path | str]]) -> dict[str, Path | str]:
+    """The place of each source; raises MergeError unless every source, and nothing else, is given once."""
     paths = dict(named)
     for name in spec.names:
         if name not in paths:
@@ -209,7 +209,7 @@ def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path]]) -> dict[str, Path
     return paths
 
 
-def _load(arguments: argparse.Namespace, paths: Mapping[str, Path]) -> dict[str, Adapter]:
+def _load(arguments: argparse.Namespace, paths: Mapping[str, Path | str]) -> dict[str, Adapter]:
     """The sources, read as the options say."""
     from .adapters import load_sources
 

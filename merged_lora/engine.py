@@ -44,7 +44,8 @@ def merge(
     """The adapter that a spec names, with scaling 1 in every module.
 
     spec:       text such as ``ties(0.7*sql, 0.3*chat, density=0.5)``, or a parsed one.
-    adapters:   for every source name a PEFT folder or an :class:`Adapter`; further names are ignored.
+    adapters:   for every source name a PEFT folder, a location such as ``hf:org/repo``, or an
+                :class:`Adapter`; further names are ignored.
     backend:    ``triton``, ``cpu``, ``numpy`` or ``auto``.
     rank:       largest rank of the result; ``cat`` and strategies on factors refuse to exceed it, all others
                 approximate.

@@ -26,6 +26,18 @@ class AdapterError(MergeError):
     """An adapter's files are missing, damaged or contradictory, or use what no merge supports."""
 
 
+class FetchError(MergeError):
+    """An adapter could not be fetched from where it is kept; a later attempt may succeed."""
+
+
+class NotFoundError(MergeError):
+    """There is no adapter where one should be fetched from."""
+
+
+class ForbiddenError(MergeError):
+    """An adapter may not be fetched: it is kept from us, or the operator allows no such source."""
+
+
 class CalibrationError(MergeError):
     """A calibration is missing, damaged, or made for another adapter, or cannot be made as asked."""
 

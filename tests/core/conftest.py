@@ -1,5 +1,6 @@
 """Settings of the property tests in this folder, and its fixtures."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from hypothesis import settings
 
 import tiny
 from calibrations import TEXTS, write
+from fetched import KINDS, Site, gs_site, hf_site, https_site, own_caches, s3_site
+from making import SMALL, random_adapter
 from merged_lora.cli import main
 from merged_lora.language_model import LanguageModel
 from running import Run
@@ -39,3 +42,47 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.make_adapter(seed=1).save("a")
     write("prompts.jsonl", [{"prompt": text} for text in TEXTS])
     return tmp_path
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of fetched adapters, of this test alone."""
+    return own_caches(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def https(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    with https_site(tmp_path, monkeypatch) as site:
+        yield site
+
+
+@pytest.fixture
+def s3(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    with s3_site(monkeypatch) as site:
+        yield site
+
+
+@pytest.fixture
+def gs(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    with gs_site(monkeypatch) as site:
+        yield site
+
+
+@pytest.fixture
+def hf(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    with hf_site(monkeypatch) as site:
+        yield site
+
+
+@pytest.fixture(params=KINDS)
+def site(request: pytest.FixtureRequest) -> Site:
+    """Each kind of server, one after the other."""
+    found: Site = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """The folder of an adapter."""
+    random_adapter(SMALL, seed=1).save(tmp_path / "adapter")
+    return tmp_path / "adapter"

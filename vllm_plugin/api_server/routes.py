@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
+from merged_lora.errors import (
+    FetchError,
+    ForbiddenError,
+    MergeError,
+    NotFoundError,
+    SpecError,
+    UnknownAdapterError,
+)
 from merged_lora.spec import MergeSpec, from_json, parse
 from merged_lora.vllm_plugin.rpc import CacheFullError
 from merged_lora.vllm_plugin.settings import CHECK
@@ -41,7 +48,11 @@ def status_of(error: MergeError) -> tuple[HTTPStatus, str]:
         return HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
     if isinstance(error, KeyMissingError):
         return HTTPStatus.UNAUTHORIZED, "AuthenticationError"
-    if isinstance(error, UnknownAdapterError):
+    if isinstance(error, FetchError):
+        return HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
+    if isinstance(error, ForbiddenError):
+        return HTTPStatus.FORBIDDEN, "PermissionDeniedError"
+    if isinstance(error, UnknownAdapterError | NotFoundError):
         return HTTPStatus.NOT_FOUND, "NotFoundError"
     return HTTPStatus.BAD_REQUEST, "BadRequestError"
 
