@@ -6,15 +6,12 @@ Pure work on text: knows nothing of tensors, of files or of configurations.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
-from merged_lora.errors import AdapterError, listed
+from merged_lora.errors import AdapterError
 
 from .layout import PREFIX
-
-T = TypeVar("T")
 
 FACTORS = {
     "lora_A.weight": ("A", False),
@@ -67,29 +64,6 @@ def parse(key: str) -> Key:
         module, _, role = name.rpartition(".")
         return Key(module, role, outer)
     return Key(match["module"] or "", ".".join(filter(None, (match["part"], match["leaf"]))), outer)
-
-
-def renamed(named: Mapping[str, T], old: str, new: str) -> dict[str, T]:
-    """The same values under names whose beginning is replaced.
-
-    named: values by module name.
-    old:   the beginning to replace, to the letter.  Names that begin otherwise stay.
-    new:   what replaces it, possibly nothing.
-
-    Raises AdapterError if no name begins so, if nothing is left of one, or if two would be the same.
-    """
-    rename = f"rename {old}={new}"
-    if not any(name.startswith(old) for name in named):
-        raise AdapterError(f"{rename}: no module's name begins so, there are {listed(named, 3)}")
-    made: dict[str, T] = {}
-    for name, value in named.items():
-        target = new + name[len(old) :] if name.startswith(old) else name
-        if not target:
-            raise AdapterError(f"{rename}: nothing is left of {name}")
-        if target in made:
-            raise AdapterError(f"{rename}: two modules would be {target}")
-        made[target] = value
-    return made
 
 
 def check_outer(modules: Collection[str], outer: Iterable[str]) -> None:
