@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,8 @@ from .files.reading import read_adapter
 from .files.writing import write_folder
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +135,27 @@ class Adapter:
         """The same adapter under other names of its modules, or with parts of them in their place.
 
         modules: that it then has.
-        names:   the new names of each old one, also of modules that its calibration alone knows; a name that
-                 is not among them stays.
+        names:   the new names of each old one, also of modules that its calibration alone knows and of whole
+                 tensors; a name that is not among them stays.
 
-        The calibration fits it as before.
+        The calibration fits it as before, and the digest stays that of what was read.
         """
-        twin = Adapter(modules, self.header, self.metadata, self.calibration, self.whole)
-        if not isinstance(self.calibration, Calibration):
-            return twin
-        inputs = {new: x for old, x in self.calibration.inputs.items() for new in names.get(old, (old,))}
-        return twin._twin(modules, replace(self.calibration, inputs=inputs, adapter=twin.digest))
+
+        def under_new_names(named: Mapping[str, T]) -> dict[str, T]:
+            return {new: value for old, value in named.items() for new in names.get(old, (old,))}
+
+        calibration = self.calibration
+        if isinstance(calibration, Calibration):
+            calibration = replace(calibration, inputs=under_new_names(calibration.inputs))
+        header = replace(
+            self.header,
+            base_copies=under_new_names(self.header.base_copies),
+            parameters=tuple(under_new_names(dict.fromkeys(self.header.parameters))),
+        )
+        whole = {module: under_new_names(tensors) for module, tensors in self.whole.items()}
+        twin = Adapter(modules, header, self.metadata, calibration, whole)
+        vars(twin)["digest"] = self.digest
+        return twin
 
     def _twin(self, modules: Mapping[str, Factors], calibration: Calibration | str | None) -> Adapter:
         twin = Adapter(modules, self.header, self.metadata, calibration, self.whole)

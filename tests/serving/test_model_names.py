@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +78,10 @@ def respelled(adapter: Adapter, old: str, new: str) -> Adapter:
     """The same adapter, as it would have been trained with another class of the same model."""
     names = {name: name.replace(old, new, 1) for name in adapter.modules}
     modules = {names[name]: factors for name, factors in adapter.modules.items()}
-    return adapter.renamed(modules, {name: [new] for name, new in names.items()})
+    twin = adapter.renamed(modules, {name: [new] for name, new in names.items()})
+    assert isinstance(twin.calibration, Calibration)
+    made_there = replace(twin.calibration, adapter=Adapter(modules).digest)
+    return replace(twin, calibration=made_there)
 
 
 def assert_refused(reply: Mapping[str, Any], *words: str) -> None:
