@@ -111,9 +111,7 @@ class Adapter:
         """
         if "\0" in os.fspath(path):
             raise AdapterError("an adapter's path holds a NUL character")
-        write_folder(
-            Path(path), self.modules, self.header, self.metadata, overwrite, self.whole, keep_ranks
-        )
+        write_folder(Path(path), self.modules, self.header, self.metadata, overwrite, self.whole, keep_ranks)
 
     def calibrated(self, file: Path) -> Adapter:
         """The same adapter with the calibration in a file, or with the reason why that does not fit."""

@@ -46,7 +46,7 @@ class ExpertSlots:
 
     @classmethod
     def of(cls, layers: Any, name: str) -> ExpertSlots | None:
-        """What a layer of one of vLLM's managers takes; None if it has no experts, or shares their factors."""
+        """What a layer of one of vLLM's managers takes; None if it has no experts of their own factors."""
         layer = layers.modules[name]
         if not isinstance(layer, FusedMoEWithLoRA) or layer.enable_moe_shared_loras:
             return None
