@@ -34,6 +34,14 @@ def chosen(names: Collection[str], modules: str, without: str | None) -> list[st
     return sorted(left)
 
 
+def is_chosen(name: str, modules: str, without: str | None) -> bool:
+    """Whether a module takes part; the patterns are those of :func:`chosen`."""
+    wanted, unwanted = (
+        any(_matcher(pattern)(name) for pattern in patterns.split()) for patterns in (modules, without or "")
+    )
+    return (modules == ALL or wanted) and not unwanted
+
+
 def _matched(names: Collection[str], option: str, patterns: str) -> set[str]:
     found: set[str] = set()
     for pattern in patterns.split():

@@ -12,7 +12,9 @@ import torch
 
 from . import __version__
 from .adapters import Adapter
+from .alignment import align
 from .backends import Progress, Result, load_backend, no_progress
+from .choosing import is_chosen
 from .errors import AdapterError, PlanError, SpecError, listed
 from .plan import MergePlan, overflow
 from .planning import check_names, make_plan
@@ -85,7 +87,7 @@ def plan(
 def sources_of(
     spec: MergeSpec, adapters: Mapping[str, str | os.PathLike[str] | Adapter]
 ) -> dict[str, Adapter]:
-    """The sources of a merge by name, loaded; raises MergeError.
+    """The sources of a merge by name, loaded, under names of modules that agree; raises MergeError.
 
     spec:     the merge.
     adapters: for every source name a PEFT folder, which is loaded, or an :class:`Adapter`.
@@ -98,7 +100,9 @@ def sources_of(
         check_own_name(name)
     check_names(spec, adapters)
     given = {name: adapters[name] for name in spec.names}
-    return {n: value if isinstance(value, Adapter) else Adapter.load(value) for n, value in given.items()}
+    sources = {n: v if isinstance(v, Adapter) else Adapter.load(v) for n, v in given.items()}
+    modules, without = str(spec.option("modules")), spec.option("without")
+    return align(sources, lambda name: is_chosen(name, modules, None if without is None else str(without)))
 
 
 def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None) -> Merged:

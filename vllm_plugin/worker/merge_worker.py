@@ -23,8 +23,8 @@ import torch
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Progress
-from merged_lora.engine import plan
 from merged_lora.errors import AdapterError, CalibrationError, PlanError, UnknownAdapterError
+from merged_lora.planning import make_plan
 from merged_lora.replay import exchanges_of
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
 from merged_lora.vllm_plugin.rpc import Facts, Pending, Reply, answer
@@ -290,7 +290,7 @@ class MergeWorker(Generic[Model]):
         if ready is not None:
             return self._adapters.share(ready.model)
         logger.warning("made again within a step: %s; nobody had asked for it to stay", identity.spec)
-        planned = plan(identity.spec, self._sources(identity), self._max_rank)
+        planned = make_plan(identity.spec, self._sources(identity), self._max_rank)
         return self.maker.make(identity.number, planned).model
 
     def load_plain(self, path: str, number: int) -> Model | None:
@@ -407,13 +407,13 @@ class MergeWorker(Generic[Model]):
         """The plan of a merge and its size, in the thread that merges."""
         spec = identity.spec
         # Weights that have to be found take time, and change no size.
-        sized = plan(spec.without("weights") if spec.automatic else spec, sources, self._max_rank)
+        sized = make_plan(spec.without("weights") if spec.automatic else spec, sources, self._max_rank)
         seconds = self.pace.seconds(sized)
         if seconds > self._seconds:
             raise too_long(sized, self._seconds, self.pace, self._max_rank)
 
         def make(progress: Progress) -> Made[Model]:
-            planned = plan(spec, sources, self._max_rank) if spec.automatic else sized
+            planned = make_plan(spec, sources, self._max_rank) if spec.automatic else sized
             return self.maker.make(identity.number, planned, progress)
 
         task = Task(seconds, len(sized.modules), make, self._seconds)

@@ -1,0 +1,290 @@
+"""Sources of one merge under names that agree, where classes of models name the same modules differently.
+
+Knows nothing of strategies or of files.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations, permutations, product
+from typing import NamedTuple
+
+from .adapters import Adapter
+from .calibration import Calibration
+from .errors import PlanError, listed
+from .projections import place, split_projections
+
+logger = logging.getLogger(__name__)
+
+
+Rewrite = Callable[[str], str | None]
+"""From a module's name to that in another class, or None if that class has no place for it."""
+
+
+Layers = list[set[str]]
+"""What layers are called (``model.layers``): the main ones, those of towers, and modules outside layers.
+
+In this order they show a class: towers and heads may have the same names in classes that differ otherwise.
+"""
+
+
+class Spelling(NamedTuple):
+    """How the names of a class's parts begin; None if the class lacks the part.
+
+    text: the layers and the embedding of the language model.
+    head: its head.
+    rest: all other parts, such as the vision tower.
+    """
+
+    text: str
+    head: str | None
+    rest: str | None
+
+
+SPELLINGS = (
+    Spelling("model.language_model.", "", "model."),  # text and images, since transformers 4.52
+    Spelling("language_model.model.", "language_model.", ""),  # before that, and in vLLM
+    Spelling("model.", "", ""),  # text alone; Qwen2-VL before transformers 4.52
+    Spelling("language_model.", None, ""),  # text and images without a head
+    Spelling("thinker.model.", "thinker.", "thinker."),  # Qwen's Omni as a whole
+    Spelling("model.text_model.", "", "model."),  # Emu3, since transformers 4.52
+    Spelling("text_model.model.", "text_model.", ""),  # before that
+    Spelling("backbone.", "", None),  # Mamba, Nemotron-H
+    Spelling("", None, None),  # text alone without a head
+)
+
+_TEXT = frozenset(("layers", "embed_tokens"))
+_HEAD = frozenset(("lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "cls", "embed_out"))
+_REST = (
+    "audio_encoder", "audio_tower", "connector", "embed_audio", "embed_vision", "image_tower",
+    "mm_projector", "multi_modal_projector", "projector", "video_tower", "vision_embed_tokens",
+    "vision_encoder", "vision_model", "vision_tower", "visual", "vqmodel",
+)  # fmt: skip
+
+BASES = (
+    "albert", "backbone", "beit", "bert", "clip", "deberta", "deit", "dinov2", "distilbert", "electra",
+    "encoder_decoder", "gpt_neox", "hubert", "led", "longformer", "mobilebert", "model", "mpnet",
+    "rembert", "roberta", "rwkv", "siglip", "splinter", "swin", "swinv2", "text_model", "transformer",
+    "vision_model", "vit", "vivit", "wav2vec2", "wavlm",
+)  # fmt: skip
+"""What classes with a head call the model without one (``base_model_prefix`` in transformers)."""
+
+_VIT = (
+    ("encoder.layer", "layers"),
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
+"""Names within vision transformers, before and since transformers 5."""
+
+_SIBLINGS = (
+    "audio_tower", "decoder", "encoder", "image_encoder", "language_model", "talker", "text_encoder",
+    "text_encoder_2", "text_encoder_3", "text_model", "thinker", "transformer", "unet", "vision_model",
+    "vision_tower", "visual",
+)  # fmt: skip
+"""Parts that one model has beside each other, and whose modules may well have the same names."""
+
+_STACK = re.compile(r"(?P<front>(?:.*?\.)??)(?P<layers>[^.]+)\.\d+\..+")
+"""A module in a numbered layer: what the name begins with, and the name of the layers."""
+
+
+def align(
+    sources: Mapping[str, Adapter], chosen: Callable[[str], bool] = lambda _: True
+) -> dict[str, Adapter]:
+    """The sources under names that agree; those that agree already stay as they are.
+
+    Sources that share no layers, and would share some under the names of another class, get the names that
+    most sources have, or those of the first source.  A class without the parts that a source adapts is not
+    taken.  Projections that are fused in one source and apart in another are split.  What was done is logged
+    as a warning.  Digests stay those of what was read.
+
+    sources: by name.
+    chosen:  whether a module takes part in the merge; one that does not need not be split.
+
+    Raises PlanError if two sources share no module and differ by an unknown prefix, or if fused projections
+    cannot be split exactly.
+    """
+    aligned = dict(sources)
+    if len(aligned) > 1:
+        while (step := _one_step(aligned)) is not None:
+            aligned = step
+        aligned = split_projections(aligned, chosen)
+        _check_prefixes(aligned)
+    return aligned
+
+
+def _one_step(sources: Mapping[str, Adapter]) -> dict[str, Adapter] | None:
+    """The sources after those of one group got the names of another; None if there is nothing to do."""
+    groups = sorted(_groups(sources), key=len, reverse=True)  # stable: among equals the first source decides
+    for reference, others in permutations(groups, 2):
+        rewrite = _fitting([sources[n] for n in others], [sources[n] for n in reference])
+        if rewrite is not None:
+            return {n: _renamed(n, a, rewrite, reference) if n in others else a for n, a in sources.items()}
+    return None
+
+
+def _groups(sources: Mapping[str, Adapter]) -> list[list[str]]:
+    """The sources in groups: those of one agree on names, directly or by way of others."""
+    groups = [([name], _layers(adapter.modules)) for name, adapter in sources.items()]
+    while pair := next((p for p in combinations(groups, 2) if _agree(p[0][1], p[1][1])), None):
+        (names, layers), (more, theirs) = pair
+        joined = (
+            sorted(names + more, key=list(sources).index),
+            [a | b for a, b in zip(layers, theirs, strict=True)],
+        )
+        groups[groups.index(pair[0])] = joined
+        groups.remove(pair[1])
+    return [names for names, _ in groups]
+
+
+def _layers(names: Iterable[str]) -> Layers:
+    found: Layers = [set(), set(), set()]
+    for name in names:
+        match = _STACK.fullmatch(name)
+        layers = match["front"] + match["layers"] if match else name
+        found[2 if match is None else 1 if _has_rest([layers]) else 0].add(layers)
+    return found
+
+
+def _agree(one: Layers, two: Layers) -> bool:
+    """Whether the first kind of layers that both have is called the same in both."""
+    return next((not a.isdisjoint(b) for a, b in zip(one, two, strict=True) if a and b), False)
+
+
+def _fitting(adapters: Sequence[Adapter], reference: Sequence[Adapter]) -> Rewrite | None:
+    """How the names of adapters become those of the reference's class; None if no known class fits.
+
+    It fits if all names have a place there, layers are shared, and shared modules have the same shapes.
+    """
+    shapes = {name: f.shape for adapter in adapters for name, f in adapter.modules.items()}
+    wanted = {name: f.shape for adapter in reference for name, f in adapter.modules.items()}
+    if _has_rest(shapes) and not _has_rest(wanted):
+        return None
+    layers, places = _layers(wanted), dict(place(*each) for each in wanted.items())
+    for rewrite in _rewrites():
+        made = {name: new for name in shapes if (new := rewrite(name)) is not None}
+        if len(set(made.values())) < len(shapes) or not _agree(_layers(made.values()), layers):
+            continue
+        here = dict(place(made[name], shape) for name, shape in shapes.items())
+        if all(here[each] == places[each] for each in here.keys() & places.keys()):
+            return rewrite
+    return None
+
+
+def _has_rest(names: Iterable[str]) -> bool:
+    return any(not set(_REST).isdisjoint(name.split(".")) for name in names)
+
+
+def _rewrites() -> Iterator[Rewrite]:
+    """From the names of one class to those of another, for all classes that are known."""
+    for old, new in permutations(SPELLINGS, 2):
+        yield partial(_respelled, old, new)
+    for base in BASES:
+        yield partial(_below, base + ".")
+        yield partial(_above, base + ".")
+    yield partial(_substituted, _VIT)
+    yield partial(_substituted, tuple((new, old) for old, new in _VIT))
+
+
+def _respelled(old: Spelling, new: Spelling, name: str) -> str | None:
+    for before, after, parts in zip(old, new, (_TEXT, _HEAD, _REST), strict=True):
+        if before is not None and name.startswith(before):
+            rest = name[len(before) :]
+            if rest.partition(".")[0] in parts:
+                return None if after is None else after + rest
+    return None
+
+
+def _below(base: str, name: str) -> str | None:
+    return name if name.partition(".")[0] in _HEAD else base + name
+
+
+def _above(base: str, name: str) -> str | None:
+    return name[len(base) :] if name.startswith(base) else None
+
+
+def _substituted(pairs: Iterable[tuple[str, str]], name: str) -> str:
+    for old, new in pairs:
+        name = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, name)
+    return name
+
+
+def _renamed(name: str, adapter: Adapter, rewrite: Rewrite, reference: Sequence[str]) -> Adapter:
+    """The adapter of that name with other names of modules, also in its calibration and its header."""
+    modules = {_rewritten(module, rewrite): factors for module, factors in adapter.modules.items()}
+    old, new = next(
+        (pair for pair in zip(adapter.modules, modules, strict=True) if pair[0] != pair[1]), ("", "")
+    )
+    if not old:
+        return adapter
+    logger.warning(
+        "%s: %s is taken for %s, as in %s, and so are all like it", name, old, new, listed(reference)
+    )
+    known = adapter.calibration.inputs if isinstance(adapter.calibration, Calibration) else ()
+    header, whole = adapter.header, adapter.whole.values()
+    others = (
+        *known,
+        *header.parameters,
+        *header.base_copies,
+        *(name for tensors in whole for name in tensors),
+    )
+    names = {module: (_rewritten(module, rewrite),) for module in (*adapter.modules, *others)}
+    return adapter.renamed(modules, names)
+
+
+def _rewritten(module: str, rewrite: Rewrite) -> str:
+    new = rewrite(module)
+    return module if new is None else new
+
+
+def _check_prefixes(sources: Mapping[str, Adapter]) -> None:
+    """Raise PlanError if sources share no module, and would if their names began otherwise."""
+    fronts = {name: _fronts(adapter) for name, adapter in sources.items()}
+    for (one, ones), (two, twos) in combinations(fronts.items(), 2):
+        if not sources[one].modules.keys().isdisjoint(sources[two].modules):
+            continue
+        for here, there in product(ones, twos):
+            if any(here in each and there in each for each in fronts.values()):
+                continue  # one source has both, so they are two parts of the model
+            shared = ones[here].keys() & twos[there].keys()
+            if here == there or not shared or any(ones[here][each] != twos[there][each] for each in shared):
+                continue
+            new, old = _difference(here, there)
+            if _are_siblings(old, new):
+                continue
+            if new.startswith(old):  # or else names of the other source would be renamed, too
+                new, old = old, new
+            example = there + min(shared)
+            raise PlanError(
+                f"{one} and {two} share no module, but {len(shared)} would be the same, such as {example} of "
+                f"{two}, if names began with {new!r} instead of {old!r}; if they mean the same modules, "
+                f"merge with --rename {old}={new}"
+            )
+
+
+def _fronts(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
+    """For every beginning of names, up to the layers, what follows it with the shapes of its modules."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, factors in adapter.modules.items():
+        if match := _STACK.fullmatch(name):
+            found.setdefault(match["front"], {})[name[match.end("front") :]] = factors.shape
+    return found
+
+
+def _difference(one: str, two: str) -> tuple[str, str]:
+    """Two beginnings without the parts that they end with alike."""
+    ones, twos = one.split("."), two.split(".")
+    while len(ones) > 1 and len(twos) > 1 and ones[-2:] == twos[-2:]:
+        del ones[-2], twos[-2]
+    return ".".join(ones), ".".join(twos)
+
+
+def _are_siblings(one: str, two: str) -> bool:
+    ones, twos = (set(_SIBLINGS).intersection(each.split(".")) for each in (one, two))
+    return bool(ones and twos and ones != twos)
