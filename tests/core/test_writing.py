@@ -104,6 +104,13 @@ def test_several_ranks_reload_bit_for_bit(tmp_path: Path, keep_ranks: bool) -> N
     assert all(f.a.is_contiguous() and f.b.is_contiguous() for f in loaded.modules.values())
 
 
+def test_experts_of_several_ranks_reload_bit_for_bit_from_the_pair_that_they_share(tmp_path: Path) -> None:
+    ranks = {f"model.layers.0.mlp.experts.down_proj[{expert}]": 2 + expert for expert in range(3)}
+    adapter = random_adapter(dict.fromkeys(ranks, (8, 6)), ranks)
+    adapter.save(tmp_path / "a")
+    assert Adapter.load(tmp_path / "a").digest == adapter.digest
+
+
 def test_a_saved_merge_merges_like_the_merge_in_memory(tmp_path: Path) -> None:
     first, other = mixed_merge(), random_adapter(SMALL, 2, seed=3)
     first.save(tmp_path / "first")
