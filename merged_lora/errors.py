@@ -27,7 +27,9 @@ class AdapterError(MergeError):
 
 
 class FetchError(MergeError):
-    """An adapter could not be fetched from where it is kept; a later attempt may succeed."""
+    """An adapter could not be fetched from where it is kept; an attempt after ``seconds`` may succeed."""
+
+    seconds = 10
 
 
 class NotFoundError(MergeError):

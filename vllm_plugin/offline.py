@@ -8,13 +8,16 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from vllm.lora.request import LoRARequest
 
+from merged_lora.fetching.opening import local_folder
 from merged_lora.lru import Lru
 from merged_lora.planning import check_names
 from merged_lora.spec import MergeSpec, check_own_name, parse
+from merged_lora.vllm_plugin.api_server.fetched import is_location
 from merged_lora.vllm_plugin.api_server.workers import pause
 from merged_lora.vllm_plugin.hooks.api_server import lora_request
 
@@ -39,7 +42,8 @@ def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, 
 
     llm:      a ``vllm.LLM`` made with ``additional_config={"merged_lora": {"enable": True}}``.
     spec:     such as ``ties(0.7*sql, 0.3*chat, density=0.5)``.
-    adapters: a folder, or a name on the hub, for every source of the spec.
+    adapters: a folder, a name on the hub, or a location such as ``s3://bucket/folder`` for every source of
+              the spec.
 
     Every worker makes the merge before this returns, from copies of the adapters that stay in memory.  The
     merges asked for last stay ready, within ``"ready_gib"``; the use of an older one makes it again, and the
@@ -51,7 +55,9 @@ def merged_lora_request(llm: Any, spec: str | MergeSpec, adapters: Mapping[str, 
     check_names(spec, adapters)
     contents, largest = [], 0
     for name in spec.names:
-        reply = _finished(llm, CAPTURE, OWNER, None, str(adapters[name]), None)
+        place = str(adapters[name])
+        with local_folder(place) if is_location(place) else nullcontext(place) as folder:
+            reply = _finished(llm, CAPTURE, OWNER, None, str(folder), None)
         contents.append(reply["key"])
         largest = reply["largest"]
     identity = MergeIdentity(spec, tuple(contents))

@@ -15,6 +15,7 @@ from typing import Any
 from merged_lora import checks
 from merged_lora.backends import MODULES
 from merged_lora.errors import MergeError, SpecError
+from merged_lora.locations import Pattern
 from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, check_own_name, parse
 
 KEY = "merged_lora"
@@ -52,6 +53,8 @@ class Settings:
     threads: int | None = None
     max_seconds: float = 600.0
     source_dir: str | None = None
+    allow: tuple[str, ...] = ()
+    fetch_seconds: float = 30.0
     runtime_aliases: bool = False
     max_spec_length: int = 2048
     max_sources: int = 8
@@ -111,6 +114,7 @@ class Flag:
     check:   returns a value in canonical form, or raises ValueError, whose message starts with "must be".
     help:    what the command line says about it.
     metavar: its value in the command line's help; None for a flag without a value.
+    several: whether the command line takes several values, which are checked one by one and all together.
     workers: whether the engine's workers need it, and not only the API servers.
     """
 
@@ -119,6 +123,7 @@ class Flag:
     help: str
     metavar: str | None = None
     workers: bool = False
+    several: bool = False
 
     @property
     def option(self) -> str:
@@ -207,6 +212,15 @@ def _folder(value: object) -> str:
     return str(Path(value).resolve())
 
 
+def _patterns(value: object) -> tuple[str, ...]:
+    """Patterns of locations: one, or several in a list, as a command line or a configuration has them."""
+    if isinstance(value, str):
+        return (Pattern(value).text,)
+    if not isinstance(value, list | tuple):
+        raise ValueError("must be patterns of locations, such as hf:org/*")
+    return tuple(dict.fromkeys(text for each in value for text in _patterns(each)))
+
+
 _gib = _number(lambda gib: gib > 0, "must be a number of GiB above 0")
 
 FLAGS = (
@@ -263,6 +277,21 @@ FLAGS = (
         _folder,
         "A folder of adapter folders; a merge may name each of them as a source, without a restart.",
         "DIR",
+    ),
+    Flag(
+        "allow",
+        _patterns,
+        "Locations that a merge may name as sources, which are then fetched: hf:org/*, "
+        "s3://bucket/adapters/*, gs://bucket/*, https://host/adapters/*, or one location. None by default.",
+        "PATTERN",
+        several=True,
+    ),
+    Flag(
+        "fetch_seconds",
+        _number(lambda seconds: seconds >= 0, "must be a number of seconds from 0"),
+        "Longest time that a request waits for a source that is fetched; then it gets status 503, and the "
+        f"fetch goes on. {Settings.fetch_seconds:g} by default.",
+        "SECONDS",
     ),
     Flag(
         "runtime_aliases",

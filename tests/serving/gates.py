@@ -194,7 +194,7 @@ def gate_with(
     workers = workers_with([merges] if isinstance(merges, MergeWorker) else merges, calls)
     replays = Replays(workers, rate or kept, LONGEST, metrics)
     given = Settings(enable=True, **{"aliases": {"mix": parse("ties(a, b)")}, **settings})
-    return MergeGate(given, Sources(workers, metrics, given.source_dir), workers, replays, metrics)
+    return MergeGate(given, Sources(workers, metrics, given), workers, replays, metrics)
 
 
 async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: Any) -> None:

@@ -73,6 +73,12 @@ def test_a_size_that_is_none_is_refused_where_it_is_read(value: str) -> None:
         ("source-dir", "/nope", "must be a folder that exists, got '/nope'"),
         ("max-sources", "999", "must be a whole number from 1 to 256, got '999'"),
         ("max-sources", "2.5", "must be a whole number from 1 to 256, got '2.5'"),
+        (
+            "allow",
+            "s3://*",
+            "must be a location, such as hf:org/repo, or the beginning of one with a * behind its last "
+            "slash, such as hf:org/*, s3://bucket/adapters/* or https://host/*, got 's3://*'",
+        ),
         ("vllm", "all", 'must be "any" or "tested", got \'all\''),
         ("modules", "mix", "must be NAME=SPEC, got 'mix'"),
     ],
@@ -91,6 +97,16 @@ def test_what_was_said_once_is_not_said_again_in_another_process() -> None:
         command_line.wrap_from_cli_args(lambda cls, args: args)(None, args)
     settings = Settings.of(args.additional_config)
     assert (list(settings.aliases), settings.max_sources) == (["mix"], 3)
+
+
+def test_several_patterns_are_allowed_together_and_are_an_affair_of_api_servers() -> None:
+    patterns = ("hf:org/*", "s3://bucket/x/*", "hf:org/*")
+    config = configured("--enable-merged-lora", "--merged-lora-allow", *patterns)
+    assert Settings.of(config).allow == patterns[:2]
+    assert Settings.of({"merged_lora": {"allow": list(patterns)}}).allow == patterns[:2]
+    assert Settings.of(config).to_config(api_server=False) == {"enable": True}
+    with pytest.raises(MergeError, match='"allow" must be patterns'):
+        Settings.of({"merged_lora": {"allow": 7}})
 
 
 def test_replays_are_an_affair_of_api_servers() -> None:
@@ -117,7 +133,7 @@ def test_every_flag_says_its_default() -> None:
     for flag in FLAGS:
         value = getattr(defaults, flag.key)
         assert flag.default == value
-        if value not in (None, False):
+        if value not in (None, False, ()):
             written = f"{value:.0f}" if isinstance(value, float) else str(value)
             assert re.search(rf"\b{written}\b", flag.help), flag.key
 

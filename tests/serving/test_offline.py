@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fetched import https_site, own_caches
 from making import random_adapter
 from merged_lora.bench.launcher import ENVIRONMENT
 from tiny import Place
@@ -48,8 +49,19 @@ if __name__ == "__main__":
 """
 
 
-def test_an_offline_merge_equals_the_served_one(server: Server, place: Place, tmp_path: Path) -> None:
-    paths = dict(place.adapters)
+def test_an_offline_merge_equals_the_served_one(
+    server: Server, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_caches(tmp_path, monkeypatch)
+    with https_site(tmp_path, monkeypatch) as site:
+        run_offline(
+            server, {**place.adapters, "chat": site.put("chat", place.adapters["chat"])}, place, tmp_path
+        )
+
+
+def run_offline(server: Server, places: dict[str, Path | str], place: Place, tmp_path: Path) -> None:
+    """Merge adapters, of which one is fetched, and compare with the server's merge."""
+    paths = dict(places)
     for name, modules in (("narrow", {QUERY: (64, 32)}), ("stranger", {"model.layers.0.mixer": (64, 64)})):
         paths[name] = tmp_path / name
         random_adapter(modules, 8, torch.bfloat16).save(paths[name])

@@ -138,7 +138,7 @@ class MergeGate:
             try:
                 self._check_alias(alias, reserved)
                 check_limits(spec, self._settings)
-                await self.sources.refresh(spec.names, lease)
+                await self.sources.refresh(spec.names, lease, patient=True)
                 self.identify(spec)
             except MergeError as error:
                 raise MergeError(f"--merged-lora-modules {alias}: {error}") from None

@@ -134,6 +134,10 @@ def report(gate: MergeGate) -> dict[str, Any]:
             }
             for name, c in sorted(gate.sources.components.items())
         ],
+        "fetching": [
+            {"location": str(fetch.location), "bytes": fetch.nbytes}
+            for fetch in gate.sources.fetches.under_way
+        ],
         "bytes_held": gate.sources.held,
         "bytes_ready": gate.ready_bytes,
     }
@@ -241,5 +245,5 @@ async def _spec(request: Request) -> MergeSpec:
 def _refused(error: MergeError) -> JSONResponse:
     status, kind = status_of(error)
     content: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": status.value}
-    headers = {"Retry-After": str(error.seconds)} if isinstance(error, BusyError) else None
+    headers = {"Retry-After": str(error.seconds)} if isinstance(error, BusyError | FetchError) else None
     return JSONResponse({"error": content}, status.value, headers)

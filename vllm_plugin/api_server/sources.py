@@ -8,16 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merged_lora.errors import AdapterError, MergeError
 from merged_lora.files.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from merged_lora.locations import parse
 from merged_lora.lru import Lru
 from merged_lora.vllm_plugin.rpc import CacheFullError, Reply, raise_failure
+from merged_lora.vllm_plugin.settings import Settings
 
+from .fetched import Fetches, is_location
 from .metrics import Metrics
 from .workers import Workers
 
@@ -50,19 +54,20 @@ class Sources:
 
     workers: hold the copies.
     metrics: counts evictions and bytes.
-    folder:  ``--merged-lora-source-dir``, resolved; None if there is none.
+    settings: with the folder of sources, and the locations from which others are fetched.
 
     Adapters change under the lock ``changes``, so that vLLM's list and this one agree.  ``held`` is the bytes
     of all copies over all ranks, ``largest`` those of the largest merge that the model allows in a worker.
     """
 
-    def __init__(self, workers: Workers, metrics: Metrics, folder: str | None = None) -> None:
+    def __init__(self, workers: Workers, metrics: Metrics, settings: Settings) -> None:
         self.changes = asyncio.Lock()
         self.held = 0
         self.largest = 0
         self._metrics = metrics
         self._workers = workers
-        self._folder = Path(folder) if folder is not None else None
+        self.fetches: Fetches[Component] = Fetches(settings, self._take)
+        self._folder = Path(settings.source_dir) if settings.source_dir is not None else None
         self._components: Lru[str, Component] = Lru()
         self._leases: dict[int, tuple[str, ...]] = {}  # shrinks whenever a request dies: iterate over a copy
         self._next_lease = 0
@@ -96,19 +101,23 @@ class Sources:
         self._components.pop(name, None)
         await self.trim()
 
-    # Adapters in the folder
+    # Adapters in the folder, and those that are fetched
 
-    async def refresh(self, names: Iterable[str], request: object) -> None:
-        """Read the adapters of the folder that are named and are new or have changed.
+    async def refresh(self, names: Iterable[str], request: object, patient: bool = False) -> None:
+        """Read the adapters that are named, if they are elsewhere or in the folder, and new or changed.
 
-        names:   names of sources; those that are not in the folder are left alone.
+        names:   names of sources; those of other adapters are left alone.
         request: the copies are leased to it; see :meth:`lease`.
+        patient: wait for what is fetched as long as it takes.
 
         If a folder vanishes or cannot be read any more, its copy stays and that is logged; if there is no
-        copy, the reason is stored with the name.  Raises CacheFullError.
+        copy, the reason is stored with the name.  Raises CacheFullError; if a source cannot be fetched, or
+        not soon, FetchError, NotFoundError or ForbiddenError.
         """
-        for name in names if self._folder is not None else ():
-            if name in self._components and self._components[name].served:
+        own = [name for name in names if name not in self._components or not self._components[name].served]
+        await self._fetch([name for name in own if is_location(name)], request, patient)
+        for name in own if self._folder is not None else ():
+            if is_location(name):
                 continue
             found = await asyncio.to_thread(self._find, name)
             component = self._components.get(name)
@@ -128,6 +137,49 @@ class Sources:
                         component = self._components[name] = await self._read(name, path, stamp, component)
                         await self.trim()
             self._lease(component, request)
+
+    async def _fetch(self, names: Iterable[str], request: object, patient: bool) -> None:
+        """Fetch the sources that are new; those that are known are looked for again meanwhile."""
+        coming = []
+        for name in names:
+            self.fetches.allowed(name)
+            component = self._components.get(name)
+            if component is None:
+                coming.append(self.fetches.begin(name))
+                continue
+            self._lease(component, request)
+            if not self.fetches.is_fresh(name):
+                with suppress(MergeError):  # which is logged, and the copy stays
+                    self.fetches.begin(name)
+        until = None if patient else self.fetches.deadline()
+        for fetch in coming:
+            self._lease(await self.fetches.wait(fetch, until), request)
+
+    async def _take(self, name: str, folder: Path) -> Component:
+        """The source that was fetched into a folder, read anew if it is another than before."""
+        stamp = await asyncio.to_thread(_stamp, _files(folder))
+        async with self.changes:
+            component = self._components.get(name)
+            if component is None or (not component.served and component.stamp != stamp):
+                component = self._components[name] = await self._read(name, str(folder), stamp, component)
+                await self.trim()
+        # Whoever waits for it takes a lease when its turn comes; until then, this one keeps the copy.
+        self._lease(component, asyncio.current_task())
+        return component
+
+    @asynccontextmanager
+    async def folder_of(self, path: str, trusted: bool) -> AsyncIterator[str]:
+        """The folder of an adapter that vLLM is about to load, fetched if need be; raises MergeError.
+
+        path:    the folder, or a location with its scheme; anything else is vLLM's own business.
+        trusted: whether the operator named it; otherwise it must be allowed.
+        """
+        if not is_location(path):
+            yield path
+            return
+        location = parse(path) if trusted else self.fetches.allowed(path)
+        async with self.fetches.folder(location) as folder:
+            yield str(folder)
 
     async def _read(self, name: str, path: str, stamp: Stamp, component: Component | None) -> Component:
         try:
@@ -152,13 +204,11 @@ class Sources:
             folder = (self._folder / name).resolve()
             if not folder.is_relative_to(self._folder) or not (folder / CONFIG_NAME).is_file():
                 return None
-            files = [folder / CONFIG_NAME, folder / WEIGHTS_NAME, folder / INDEX_NAME]
-            files += sorted(folder.glob("*.safetensors"))
-            found = [file for file in dict.fromkeys(files) if file.exists()]
+            found = _files(folder)
             outside = [file.name for file in found if not file.resolve().is_relative_to(self._folder)]
             if outside:
                 raise AdapterError(f"{name!r}: {outside[0]} is a link out of the folder of sources")
-            return str(folder), tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, found))
+            return str(folder), _stamp(found)
         except (OSError, RuntimeError):
             # A name too long for the file system, files that vanish in the meantime, a circle of links.
             return None
@@ -228,3 +278,14 @@ class Sources:
     def _needed(self) -> list[str]:
         needed = {component.key for component in self._components.values() if component.key is not None}
         return sorted(needed.union(*list(self._leases.values())))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of the adapter in a folder."""
+    named = (folder / CONFIG_NAME, folder / WEIGHTS_NAME, folder / INDEX_NAME)
+    files = dict.fromkeys([*named, *sorted(folder.glob("*.safetensors"))])
+    return [file for file in files if file.exists()]
+
+
+def _stamp(files: Iterable[Path]) -> Stamp:
+    return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, files))

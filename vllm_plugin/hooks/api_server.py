@@ -29,7 +29,7 @@ from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from merged_lora.errors import CalibrationError, MergeError
+from merged_lora.errors import CalibrationError, FetchError, MergeError
 from merged_lora.replay import Replayed
 from merged_lora.spec import MergeSpec, check_own_name
 from merged_lora.vllm_plugin.api_server.exchange import Exchanges, add_header, check_key, has_key, name_merge
@@ -83,6 +83,8 @@ class Served:
         return self.request() is request or (request.model == model and _body(request) in (None, body))
 
 
+_starting: ContextVar[bool] = ContextVar("merged_lora_starting", default=False)
+"""Whether an adapter is loaded because the operator's command line names it."""
 _served: ContextVar[Served | None] = ContextVar("merged_lora_served", default=None)
 
 
@@ -106,7 +108,7 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
 
         settings, config = current.settings, engine_client.vllm_config
         workers = Workers(functools.partial(_on_every_worker, engine_client))
-        sources = Sources(workers, metrics(), settings.source_dir)
+        sources = Sources(workers, metrics(), settings)
         replays = Replays(
             workers,
             functools.partial(rate, engine_client),
@@ -189,10 +191,14 @@ def wrap_init_static_loras(original: Callable[..., Awaitable[None]]) -> Callable
 
     @functools.wraps(original)
     async def init_static_loras(self: Any) -> None:
-        await original(self)
-        gate = _gate(self)
+        gate, starting = _gate(self), _starting.set(True)
+        try:
+            await original(self)
+        finally:
+            _starting.reset(starting)
         if gate is not None:
             try:
+                gate.sources.fetches.check_drivers()
                 await gate.check_aliases(_base_names(self))
             except MergeError as error:
                 raise ValueError(str(error)) from None
@@ -221,23 +227,36 @@ def wrap_load_lora_adapter(original: Callable[..., Awaitable[Any]]) -> Callable[
             return _refusal(error, "lora_name")
         if request.lora_name in gate.aliases:
             return _refusal(MergeError(f"{request.lora_name!r} is the name of a merge"), "lora_name")
-        async with gate.sources.changes:
-            refused = await self._check_load_lora_adapter_request(request)
-            if refused is not None:
-                return refused
-            options = {"is_3d_lora_weight": request.is_3d_lora_weight}
-            try:
-                copy = await gate.sources.copy(request.lora_path, options)
-            except MergeError as error:
-                return _refusal(error, "lora_path")
-            result = await original(self, request, base_model_name)
-            if isinstance(result, ErrorResponse):
-                await gate.sources.trim()
-            else:
-                await gate.sources.serve(request.lora_name, copy)
-        return result
+        try:
+            async with gate.sources.folder_of(request.lora_path, trusted=_starting.get()) as folder:
+                request.lora_path = folder  # vLLM's own reader knows no other place than a folder and the hub
+                return await _load(gate, functools.partial(original, self), self, request, base_model_name)
+        except MergeError as error:
+            return _refusal(error, "lora_path")
 
     return load_lora_adapter
+
+
+async def _load(
+    gate: MergeGate,
+    original: Callable[..., Awaitable[Any]],
+    models: Any,
+    request: Any,
+    base_model_name: str | None,
+) -> Any:
+    """vLLM's own reply about an adapter that it loads, and that is copied before; raises MergeError."""
+    async with gate.sources.changes:
+        refused = await models._check_load_lora_adapter_request(request)
+        if refused is not None:
+            return refused
+        options = {"is_3d_lora_weight": request.is_3d_lora_weight}
+        copy = await gate.sources.copy(request.lora_path, options)
+        result = await original(request, base_model_name)
+        if isinstance(result, ErrorResponse):
+            await gate.sources.trim()
+        else:
+            await gate.sources.serve(request.lora_name, copy)
+    return result
 
 
 def wrap_unload_lora_adapter(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -285,7 +304,7 @@ def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
                 identity = live.identity
                 name_merge(identity.digest, live.made >= came, live.facts.seconds)
         except MergeError as error:
-            if isinstance(error, BusyError):
+            if isinstance(error, BusyError | FetchError):
                 add_header("retry-after", str(error.seconds))
             param = "model" if _body(request) is None else FIELD
             refusal = _refusal(error, error.field if isinstance(error, FieldError) else param)

@@ -52,8 +52,9 @@ def wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             if flag.metavar is None:
                 group.add_argument(flag.option, action="store_const", const=True, help=flag.help)
             else:
+                several: dict[str, Any] = {"nargs": "+"} if flag.several else {}
                 group.add_argument(
-                    flag.option, type=_checked(flag.read), metavar=flag.metavar, help=flag.help
+                    flag.option, type=_checked(flag.read), metavar=flag.metavar, help=flag.help, **several
                 )
         return parser
 
@@ -73,7 +74,12 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def given_flags(args: Any) -> dict[str, Any]:
     """The values of the flags that were given, except ``--enable-merged-lora``, by key."""
     values = {key: getattr(args, f"merged_lora_{key}", None) for key in ("modules", *(f.key for f in FLAGS))}
-    return {key: value for key, value in values.items() if value is not None}
+    several = {flag.key: flag for flag in FLAGS if flag.several}
+    return {
+        key: several[key].read(value) if key in several else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
