@@ -1,6 +1,7 @@
 """Adapters of a mixture's experts in vLLM's own slots for experts, without its kernels.
 
-vLLM's CPU build constructs these layers and fills their slots, but cannot run them; see docs/serving.md.
+vLLM's CPU build constructs these layers and fills their slots, but cannot run them.  For a server see
+``test_served_experts.py``.
 """
 
 from __future__ import annotations
