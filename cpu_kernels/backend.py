@@ -111,7 +111,7 @@ class _Merge:
         factors = {name: m for name, m in self._plan.modules.items() if isinstance(m, FactorModule)}
         jobs = [job for m in factors.values() for job in (m.a, m.b)]
         # The inputs of the jobs: the chosen modules of the sources.
-        inputs = (tuple(self._plan.digests.values()), tuple(factors))
+        inputs = (tuple(source.key for source in self._plan.sources), tuple(factors))
         merged = combine(self._pool, self._room, jobs, _halved(self._progress), self._known, inputs)
         for (name, module), a, b in zip(factors.items(), merged[::2], merged[1::2], strict=True):
             self._modules[name] = Factors(a, b, 1.0, module.embedding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -153,11 +154,14 @@ class Adapter:
         whole = {module: under_new_names(tensors) for module, tensors in self.whole.items()}
         twin = Adapter(modules, header, self.metadata, calibration, whole)
         vars(twin)["digest"] = self.digest
+        text = self.key + json.dumps([[name, *f.shape] for name, f in modules.items()])
+        vars(twin)["key"] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return twin
 
     def _twin(self, modules: Mapping[str, Factors], calibration: Calibration | str | None) -> Adapter:
         twin = Adapter(modules, self.header, self.metadata, calibration, self.whole)
-        vars(twin).update({name: vars(self)[name] for name in ("digest", "nonfinite") if name in vars(self)})
+        known = ("digest", "key", "nonfinite")
+        vars(twin).update({name: vars(self)[name] for name in known if name in vars(self)})
         return twin
 
     @cached_property
@@ -170,6 +174,11 @@ class Adapter:
                 h.update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
                 h.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return h.hexdigest()
+
+    @cached_property
+    def key(self) -> str:
+        """The digest of what was read, or another text if modules were renamed: for what is kept of an adapter."""
+        return self.digest
 
     @property
     def identity(self) -> str:

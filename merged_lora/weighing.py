@@ -39,7 +39,7 @@ def auto_weights(
              factor, so that the sum has the length ``n / N ** SHRINK``; deltas that cancel are not blown up,
              but count as if they were at right angles.
     """
-    key = (tuple(adapter.digest for adapter in sources), tuple(names), summed)
+    key = (tuple(adapter.key for adapter in sources), tuple(names), summed)
     with _LOCK:
         found = _CACHE.use(key)
     if found is not None:

@@ -113,7 +113,7 @@ class DeviceSources:
         self._device = device
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
         self._reserved: str | None = None
-        self._residents: Lru[str, Resident] = Lru()  # by content digest
+        self._residents: Lru[str, Resident] = Lru()  # by key of the adapter
         self._packed: weakref.WeakKeyDictionary[Adapter, Packed] = weakref.WeakKeyDictionary()
         self._packing = threading.Lock()
 
@@ -152,7 +152,7 @@ class DeviceSources:
 
         Raises PlanError if they need more than the reserved budget.
         """
-        needed = {adapter.digest: self.pack(adapter) for adapter in adapters}
+        needed = {adapter.key: self.pack(adapter) for adapter in adapters}
         total = sum(packed.host.numel() for packed in needed.values())
         if total > self._arena.numel():
             if self._reserved is not None:
@@ -164,17 +164,17 @@ class DeviceSources:
                     "reserve more (vllm serve: --merged-lora-gpu-gib)"
                 )
             self._renew(max(total, UNRESERVED))
-        for digest in needed:  # not a set, whose order depends on the hash seed
-            self._residents.use(digest)
-        missing = {digest: packed for digest, packed in needed.items() if digest not in self._residents}
-        if not all(self._place(digest, packed, needed) for digest, packed in missing.items()):
+        for key in needed:  # not a set, whose order depends on the hash seed
+            self._residents.use(key)
+        missing = {key: packed for key, packed in needed.items() if key not in self._residents}
+        if not all(self._place(key, packed, needed) for key, packed in missing.items()):
             # There is enough room, but it is fragmented: start over, one adapter after the other.
             self._residents.clear()
-            for digest, packed in needed.items():
-                self._place(digest, packed, needed)
-        return [self._residents[adapter.digest] for adapter in adapters]
+            for key, packed in needed.items():
+                self._place(key, packed, needed)
+        return [self._residents[adapter.key] for adapter in adapters]
 
-    def _place(self, digest: str, packed: Packed, wanted: Collection[str]) -> bool:
+    def _place(self, key: str, packed: Packed, wanted: Collection[str]) -> bool:
         """Upload one adapter into the first gap; returns False if there is none.
 
         Evicts adapters that are not wanted, least recently used first, until there is a gap.
@@ -187,7 +187,7 @@ class DeviceSources:
             del self._residents[evictable.pop(0)]
         buffer = self._arena[start : start + size]
         buffer.copy_(packed.host, non_blocking=True)
-        self._residents[digest] = Resident(packed, buffer, start)
+        self._residents[key] = Resident(packed, buffer, start)
         return True
 
     def _gap(self, size: int) -> int | None:

@@ -101,6 +101,17 @@ def test_an_adapter_that_is_there_is_not_uploaded_again() -> None:
     assert after is before
 
 
+def test_an_adapter_under_other_names_is_another_one_on_the_device() -> None:
+    sources, first = budget_for(2), adapter(0)
+    names = {"x.q": ("y.q",), "y.q": ("x.q",)}
+    swapped = {new: first.modules[old] for old, (new,) in names.items()}
+    other = first.renamed({**first.modules, **swapped}, names)
+    assert other.digest == first.digest
+    (plain,), (renamed,) = sources.load([first]), sources.load([other])
+    assert torch.equal(stored(plain, ["x.q"], 0)[0], stored(renamed, ["y.q"], 0)[0])
+    assert not torch.equal(stored(plain, ["x.q"], 0)[0], stored(renamed, ["x.q"], 0)[0])
+
+
 def test_the_sources_of_one_merge_never_evict_each_other() -> None:
     sources = budget_for(2)
     for pair in ([adapter(1), adapter(2)], [adapter(2), adapter(3)], [adapter(4), adapter(5)]):
