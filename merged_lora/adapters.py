@@ -177,7 +177,7 @@ class Adapter:
 
     @cached_property
     def key(self) -> str:
-        """The digest of what was read, or another text if modules were renamed: for what is kept of an adapter."""
+        """The digest of what was read, or another text if its modules were renamed since."""
         return self.digest
 
     @property
