@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -246,13 +247,16 @@ def load_sources(
     return adapters
 
 
-def _check_used(where: str, choice: Choice, used: Collection[str]) -> None:
+def _check_used(where: str, choice: Choice, used: AbstractSet[str]) -> None:
     """Raise AdapterError if a name that is to be dropped, or a beginning to replace, is in no adapter."""
-    unused = sorted(word for word in {*choice.drop - KINDS.keys(), *choice.rename} if word not in used)
+    unused = sorted(choice.drop - KINDS.keys() - used)
     if unused:
         raise AdapterError(
             f"{where}: no module that is called {listed(map(repr, unused))}; parts are {', '.join(KINDS)}"
         )
+    unused = sorted(choice.rename.keys() - used)
+    if unused:
+        raise AdapterError(f"{where}: no module whose name begins with {listed(map(repr, unused))}")
 
 
 def _load(

@@ -187,8 +187,9 @@ def _once(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
 
 def _chosen(spec: MergeSpec, arguments: argparse.Namespace) -> MergeSpec:
     """The merge of the modules that --only and --without leave."""
-    given = {"modules": " ".join(arguments.only), "without": " ".join(arguments.without)}
-    return replace(spec, options=(*spec.options, *((name, value) for name, value in given.items() if value)))
+    given = {"modules": arguments.only, "without": arguments.without}
+    options = [(name, " ".join(patterns)) for name, patterns in given.items() if patterns]
+    return replace(spec, options=(*spec.options, *options))
 
 
 def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path | str]]) -> dict[str, Path | str]:

@@ -141,6 +141,14 @@ def _whole(plan: MergePlan) -> dict[str, Mapping[str, torch.Tensor]]:
         if twice:
             raise PlanError(f"two sources have {listed(twice)} as a whole; take it from one of them")
         taken |= source.whole
+    both = sorted(
+        {name.rpartition(".")[0] for named in taken.values() for name in named} & plan.modules.keys()
+    )
+    if both:
+        raise PlanError(
+            f"{listed(both)} is taken whole from one source and has factors in another; leave the factors "
+            f'out with without="{" ".join(both)}" (--without {" ".join(both)})'
+        )
     return taken
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -48,6 +48,7 @@ def header_of(sources: Sources, base_model: str | None = None) -> tuple[Header, 
         base_model=base_model,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         fan_in_fan_out=headers[0].fan_in_fan_out,
+        auto_mapping=headers[0].auto_mapping if len({repr(h.auto_mapping) for h in headers}) == 1 else None,
         parameters=tuple(sorted({name for h in headers for name in h.parameters})),
     ), notes
 
@@ -63,6 +64,32 @@ def _check_copies(sources: Sources) -> None:
                     f"{first} and {source} hold different copies of {name}, so they were trained on "
                     "different base models; if that is meant, leave the copies out with --drop base_copies"
                 )
+
+
+def check_experts(sources: Sources, names: Collection[str]) -> None:
+    """Raise PlanError if the sources have different numbers of experts, or some experts alone are chosen.
+
+    names: of the modules that are merged.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for source, adapter in sources.items():
+        for parameter, count in _experts(adapter.modules).items():
+            counts.setdefault(parameter, {})[source] = count
+    chosen = _experts(names)
+    for parameter, found in counts.items():
+        if len(set(found.values())) > 1:
+            each = listed(f"{count} in {source}" for source, count in found.items())
+            raise PlanError(f"{parameter} has different numbers of experts: {each}")
+        if chosen[parameter] not in (0, *found.values()):
+            raise PlanError(
+                f"{parameter} is chosen for some experts alone; PEFT keeps those of one parameter together, "
+                "so choose all of them or none"
+            )
+
+
+def _experts(names: Iterable[str]) -> Counter[str]:
+    """The number of experts of each parameter among modules."""
+    return Counter(name.rpartition("[")[0] for name in names if name.endswith("]"))
 
 
 def _is_path(name: str) -> bool:

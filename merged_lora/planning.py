@@ -12,7 +12,14 @@ from .adapters import Adapter, calibrations_of
 from .choosing import chosen
 from .errors import PlanError, UnknownAdapterError, listed
 from .factors import Factors, promoted
-from .fitting import check_shapes, cross_term_notes, header_of, missing_notes, zero_notes
+from .fitting import (
+    check_experts,
+    check_shapes,
+    cross_term_notes,
+    header_of,
+    missing_notes,
+    zero_notes,
+)
 from .grammar import without_star
 from .plan import (
     SHARES,
@@ -79,6 +86,7 @@ def make_plan(
     )
     named = dict(zip(spec.names, sources, strict=True))
     header, notes = header_of(named, base_model)
+    check_experts(named, names)
     if spec.automatic:
         check_shapes(named, names)  # before lengths are computed; otherwise each kind of module is checked
     planner = _Planner(_Settings.of(spec, sources, names), sources, names, limit)

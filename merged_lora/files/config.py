@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ MAX_RANK = 65536
 
 _FIELDS = {
     "read": "peft_type task_type base_model_name_or_path fan_in_fan_out r rank_pattern lora_alpha "
-    "alpha_pattern use_rslora init_lora_weights modules_to_save target_parameters",
+    "alpha_pattern use_rslora init_lora_weights modules_to_save target_parameters auto_mapping",
     # They announce tensors, which decide.
     "seen in the tensors": "bias lora_bias trainable_token_indices",
     # They say which modules were trained or how, on which machine and from where.
     "ignored": "target_modules exclude_modules layers_to_transform layers_pattern lora_dropout loftq_config "
     "eva_config corda_config lora_ga_config velora_config monteclora_config runtime_config megatron_core "
-    "qalora_group_size ensure_weight_tying revision auto_mapping inference_mode peft_version",
+    "qalora_group_size ensure_weight_tying revision inference_mode peft_version",
     # With these the factors are not all that the adapter does.
     "refused": "use_dora layer_replication use_qalora use_bdlora alora_invocation_tokens "
     "alora_invocation_string invocation_string megatron_config arrow_config kasa_config",
@@ -44,6 +44,8 @@ _VARIANT = re.compile(r"(?s)use_.*|.*_config")
 """Fields of this form switch variants of LoRA on, by PEFT's habit; other programs add fields of their own."""
 _EXPENSIVE = re.compile(r"\)[*+{]")  # a repeated group can take exponential time
 MAX_PATTERN = 4096
+MAX_REPETITIONS = 2
+"""A match takes a time that grows with the length of a name to this power."""
 
 
 def refused_fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
@@ -76,11 +78,11 @@ def refused_fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def names(config: Mapping[str, Any], key: str) -> list[str]:
+def names(folder: Path, config: Mapping[str, Any], key: str) -> list[str]:
     """A list of names in the configuration, empty if there is none; raises AdapterError."""
     found = config.get(key) or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise AdapterError(f"{key} in {CONFIG_NAME} is not a list of names")
+        raise AdapterError(f"{folder}: {key} in {CONFIG_NAME} is not a list of names")
     return found
 
 
@@ -98,33 +100,36 @@ class Scales:
         self._config = config
         self._patterns = {field: self._compiled(field) for field in ("rank_pattern", "alpha_pattern")}
 
-    def rank(self, module: str) -> int:
-        """The rank of a module; raises AdapterError unless it is a whole number from 1 to MAX_RANK."""
-        rank = self._value("rank_pattern", "r", module)
+    def rank(self, names: Sequence[str]) -> int:
+        """The rank of a module; raises AdapterError unless it is a whole number from 1 to MAX_RANK.
+
+        names: the module's name, and others that patterns may mean it by.
+        """
+        rank = self._value("rank_pattern", "r", names)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
             raise AdapterError(
-                f"{self._folder}: rank {reprlib.repr(rank)} of {module} is not a whole number from 1 to "
+                f"{self._folder}: rank {reprlib.repr(rank)} of {names[0]} is not a whole number from 1 to "
                 f"{MAX_RANK}"
             )
         return rank
 
-    def scaling(self, module: str, rank: int) -> float:
+    def scaling(self, names: Sequence[str], rank: int) -> float:
         """The factor of a module's product; raises AdapterError unless alpha is a number of sensible size."""
-        alpha = self._value("alpha_pattern", "lora_alpha", module)
+        alpha = self._value("alpha_pattern", "lora_alpha", names)
         if (
             isinstance(alpha, bool)
             or not isinstance(alpha, int | float)
             or not abs(alpha) <= MAX_ALPHA  # written this way round so that NaN is rejected too
         ):
             raise AdapterError(
-                f"{self._folder}: lora_alpha {reprlib.repr(alpha)} of {module} is not a number of size up to "
-                f"{MAX_ALPHA:g}"
+                f"{self._folder}: lora_alpha {reprlib.repr(alpha)} of {names[0]} is not a number of size up "
+                f"to {MAX_ALPHA:g}"
             )
         return alpha / math.sqrt(rank) if self._config.get("use_rslora") is True else alpha / rank
 
-    def _value(self, field: str, otherwise: str, module: str) -> Any:
+    def _value(self, field: str, otherwise: str, names: Sequence[str]) -> Any:
         for pattern, value in self._patterns[field]:
-            if pattern.match(module):
+            if any(_ends_with(name, pattern) for name in names):
                 return self._config.get(otherwise) if value is None else value
         return self._config.get(otherwise)
 
@@ -134,17 +139,28 @@ class Scales:
             raise AdapterError(f"{self._folder}: {field} is not an object")
         made = []
         for key, value in patterns.items():
-            if len(key) > MAX_PATTERN or _EXPENSIVE.search(key) or len(re.findall(r"[*+{]", key)) > 4:
+            if len(key) > MAX_PATTERN or _EXPENSIVE.search(key) or _repetitions(key) > MAX_REPETITIONS:
                 raise AdapterError(
                     f"{self._folder}: {field} holds {key[:64]!r}, which could take forever to match"
                 )
             try:
-                made.append((re.compile(rf"(?:.*\.)?(?:{key})$"), value))
+                made.append((re.compile(f"(?:{key})"), value))
             except (re.error, RecursionError, OverflowError):  # what re raises for a malformed pattern
                 raise AdapterError(
                     f"{self._folder}: {field} holds {key[:64]!r}, which is not a regular expression"
                 ) from None
         return made
+
+
+def _ends_with(name: str, pattern: re.Pattern[str]) -> bool:
+    """Whether a pattern means a module by PEFT's rule: all of its name, or its end from a dot on."""
+    starts = [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
+    return any(pattern.fullmatch(name, start) for start in starts)
+
+
+def _repetitions(pattern: str) -> int:
+    """How many parts of a pattern may match any number of characters; several optional ones count as one."""
+    return len(re.findall(r"[*+{]", pattern)) + len(re.findall(r"(?<![*+?}])\?", pattern)) // 4
 
 
 def refuse(folder: Path, found: Collection[str], droppable: Collection[str]) -> None:

@@ -108,8 +108,10 @@ def put_together(modules: Mapping[str, Factors]) -> dict[str, Factors]:
             raise AdapterError(f"{holder}: the order of the parameters {listed(sorted(names))} is not known")
         last_first = sorted(names, key=lambda name: IN_ORDER.index(name) if name in IN_ORDER else 0)[::-1]
         for depth, name in enumerate(last_first):
-            parameter = f"{holder}.{name}"
-            stored[holder + ".base_layer" * depth] = _joined(parameter, experts[parameter])
+            parameter, place = f"{holder}.{name}", holder + ".base_layer" * depth
+            if place in stored:
+                raise AdapterError(f"{place} would be both a module and the parameter {parameter}")
+            stored[place] = _joined(parameter, experts[parameter])
     return stored
 
 

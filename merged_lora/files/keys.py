@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from merged_lora.errors import AdapterError
 
@@ -46,11 +46,13 @@ class Key:
     role:   what the tensor is to the module, as PEFT's files write it: one of :data:`FACTORS`, or another,
             such as ``lora_A.bias``, ``lora_magnitude_vector.weight``, ``weight`` of a module saved whole.
     outer:  text in front of PEFT's own ``base_model.model.`` other than wrappers, such as ``thinker.``.
+    owner:  the adapter's own name (``default`` in ``lora_A.default.weight``); empty if the key has none.
     """
 
     module: str
     role: str
     outer: str = ""
+    owner: str = field(default="", compare=False)
 
 
 def parse(key: str) -> Key:
@@ -63,7 +65,8 @@ def parse(key: str) -> Key:
     if match is None:
         module, _, role = name.rpartition(".")
         return Key(module, role, outer)
-    return Key(match["module"] or "", ".".join(filter(None, (match["part"], match["leaf"]))), outer)
+    role = ".".join(filter(None, (match["part"], match["leaf"])))
+    return Key(match["module"] or "", role, outer, match["adapter"] or "")
 
 
 def check_outer(modules: Collection[str], outer: Iterable[str]) -> None:

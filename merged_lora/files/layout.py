@@ -21,6 +21,7 @@ class Header:
 
     base_model:     name of the base model.
     task_type:      PEFT's name of the task.
+    auto_mapping:   class of the base model and its library, as PEFT names them if it knows no task.
     fan_in_fan_out: whether the base model stores its weights transposed.
     base_copies:    digests of the copies of the base model's tensors in the file, by name.
     parameters:     modules whose weight PEFT addresses as a parameter (``target_parameters``), since the base
@@ -31,4 +32,5 @@ class Header:
     task_type: str | None = None
     fan_in_fan_out: bool = False
     base_copies: Mapping[str, str] = field(default_factory=dict)
+    auto_mapping: Mapping[str, str] | None = None
     parameters: tuple[str, ...] = ()

@@ -57,6 +57,8 @@ def as_peft(
         match = _NAME.fullmatch(name)
         assert match is not None
         side = match["side"].upper()
+        if tensor.ndim not in (2, 3):
+            raise AdapterError(f"{folder}: {name} has shape {tuple(tensor.shape)}, not a matrix")
         for module, factor in _modules(match["module"], tensor):
             embedding = module.rpartition(".")[2] in _EMBEDDING
             suffix = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"

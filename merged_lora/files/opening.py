@@ -183,4 +183,8 @@ def _read_pickle(file: Path, allow: bool) -> tuple[dict[str, torch.Tensor], dict
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise AdapterError(f"{file}: holds {reprlib.repr(type(tensors).__name__)}, not tensors by name")
-    return {name: tensor.detach() for name, tensor in tensors.items()}, {}
+    unfit = sorted(n for n, t in tensors.items() if t.layout != torch.strided or t.device.type != "cpu")
+    if unfit:
+        raise AdapterError(f"{file}: {listed(unfit)} is not stored as a plain tensor")
+    plain = {n: t.detach().resolve_conj().resolve_neg().contiguous() for n, t in tensors.items()}
+    return plain, {}

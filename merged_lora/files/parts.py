@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from merged_lora.errors import AdapterError
+from merged_lora.errors import AdapterError, listed
 
 from .keys import Key
 
@@ -89,13 +89,6 @@ class Choice:
                 )
         return made
 
-    def renamed(self, key: Key) -> tuple[Key, str | None]:
-        """A key under its new name, and the beginning that was replaced, if any was."""
-        for old, new in self.rename.items():
-            if key.module.startswith(old):
-                return replace(key, module=new + key.module[len(old) :]), old
-        return key, None
-
 
 def sort_out(
     others: Mapping[Key, torch.Tensor], announced: Collection[str], biased: bool, choice: Choice
@@ -124,6 +117,11 @@ def sort_out(
         words: set[str | None] = {kind, "modules_to_save"} if kind in CARRIED else {kind}
         taking = {word for word in choice.take if word in words}
         dropping = {word for word in choice.drop if word in words or _is_named(word, key)}
+        if taking and dropping:
+            raise AdapterError(
+                f"{name} is to be both taken ({listed(sorted(taking))}) and dropped "
+                f"({listed(sorted(dropping))})"
+            )
         if taking:
             parts.used |= taking
             parts.whole.setdefault(module, {})[name] = tensor

@@ -7,9 +7,9 @@ Nothing is unpickled unless that is allowed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,7 +19,7 @@ from merged_lora.factors import DTYPES, Factors
 from . import config as configuration
 from .experts import parameters_of, take_apart
 from .keys import FACTORS, Key, check_outer, parse
-from .layout import CONFIG_NAME, RANKS_KEY, Header
+from .layout import CONFIG_NAME, PREFIX, RANKS_KEY, Header
 from .mlx import as_peft, is_mlx
 from .opening import open_adapter
 from .padding import unpadded
@@ -28,7 +28,11 @@ from .parts import KINDS, Choice, Parts, sort_out
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks whose adapters PEFT loads only with a head."""
 
+MAX_NAME = 256
+"""Characters of the name of a module; patterns take a time that grows with it."""
+
 Sides = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,22 @@ class Contents:
     used: frozenset[str]
 
 
+@dataclass(frozen=True, eq=False)
+class _Tensors:
+    """The tensors of a file, sorted by their names.
+
+    factors: by module, and whether it is an embedding.
+    others:  all others.
+    written: for each module with factors its name as the file writes it.
+    outer:   texts in front of PEFT's own prefix; see :class:`Key`.
+    """
+
+    factors: dict[tuple[str, bool], Sides]
+    others: dict[Key, torch.Tensor]
+    written: dict[str, str]
+    outer: set[str]
+
+
 def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Contents:
     """An adapter, read into memory and checked.
 
@@ -64,11 +84,11 @@ def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Cont
     folder, config, tensors = opened.folder, opened.config, opened.tensors
     if is_mlx(config):
         config, tensors = as_peft(folder, config, tensors)
-    factors, others, renamed = _sorted_keys(folder, tensors, choice)
+    found = _sorted_keys(folder, tensors)
     biased = config.get("bias") not in (None, "none")
-    parts = sort_out(others, configuration.names(config, "modules_to_save"), biased, choice)
+    parts = sort_out(found.others, configuration.names(folder, config, "modules_to_save"), biased, choice)
     _refuse(folder, config, parts)
-    modules, parameters = _modules(folder, config, factors, parts, choice)
+    modules, parameters = _modules(folder, config, found, parts, choice)
     metadata = dict(opened.metadata)
     if (ranks := metadata.pop(RANKS_KEY, None)) is not None:
         try:
@@ -81,34 +101,81 @@ def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Cont
         task_type=None if task in HEADED_TASKS and not parts.whole else _text(task),
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         base_copies=parts.copies,
+        auto_mapping=_auto_mapping(config, parts),
         parameters=tuple(sorted(parameters)),
     )
-    return Contents(folder, modules, header, metadata, parts.whole, frozenset(parts.used | renamed))
+    contents = _renamed(
+        Contents(folder, modules, header, metadata, parts.whole, frozenset(parts.used)), choice.rename
+    )
+    check_outer(list(contents.modules), found.outer)
+    return contents
 
 
-def _sorted_keys(
-    folder: Path, tensors: Mapping[str, torch.Tensor], choice: Choice
-) -> tuple[dict[tuple[str, bool], Sides], dict[Key, torch.Tensor], set[str]]:
-    """The factors by module and kind, the other tensors, and the beginnings of names that were replaced."""
-    factors: dict[tuple[str, bool], Sides] = {}
-    others: dict[Key, torch.Tensor] = {}
+def _renamed(contents: Contents, rename: Mapping[str, str]) -> Contents:
+    """The same with new beginnings of names; raises AdapterError if two modules would have one name.
+
+    The configuration speaks of the names in the file, so this comes after all that it says.
+    """
+    used = set(contents.used)
+
+    def new(name: str) -> str:
+        for old, beginning in rename.items():
+            if name.startswith(old):
+                used.add(old)
+                return beginning + name[len(old) :]
+        return name
+
+    def under_new_names(named: Mapping[str, T]) -> dict[str, T]:
+        made: dict[str, T] = {}
+        for name, value in named.items():
+            if new(name) in made or not new(name):
+                raise AdapterError(
+                    f"{contents.folder}: two modules would be called {new(name)!r}, or one nothing"
+                )
+            made[new(name)] = value
+        return made
+
+    if not rename:
+        return contents
+    header = contents.header
+    return replace(
+        contents,
+        modules=dict(sorted(under_new_names(contents.modules).items())),
+        header=replace(
+            header,
+            base_copies=under_new_names(header.base_copies),
+            parameters=tuple(sorted(map(new, header.parameters))),
+        ),
+        whole={name: under_new_names(tensors) for name, tensors in contents.whole.items()},
+        used=frozenset(used),
+    )
+
+
+def _sorted_keys(folder: Path, tensors: Mapping[str, torch.Tensor]) -> _Tensors:
+    found = _Tensors({}, {}, {}, set())
     origin: dict[tuple[str, str], str] = {}
-    renamed, outer = set[str](), set[str]()
+    owners: set[str] = set()
     for name, tensor in tensors.items():
-        key, old = choice.renamed(parse(name))
-        renamed |= {old} if old is not None else set()
+        key = parse(name)
         first = origin.setdefault((key.module, key.role), name)
         if first != name:
             both = " and ".join(sorted((first, name)))
             raise AdapterError(f"{folder}: {both} are both {key.role} of {key.module}")
         if key.role not in FACTORS or not key.module:
-            others[key] = tensor
+            found.others[key] = tensor
             continue
+        if len(key.module) > MAX_NAME or not key.module.isprintable() or set("[]") & set(key.module):
+            raise AdapterError(f"{folder}: {key.module[:64]!r} cannot be the name of a module")
+        owners.add(key.owner)
+        found.written[key.module] = name[: name.rindex(".lora_")].removeprefix(PREFIX)
         side, embedding = FACTORS[key.role]
-        factors.setdefault((key.module, embedding), {})[side] = tensor
-        outer.add(key.outer)
-    check_outer([module for module, _ in factors], outer)
-    return factors, others, renamed
+        found.factors.setdefault((key.module, embedding), {})[side] = tensor
+        found.outer.add(key.outer)
+    if len(owners - {""}) > 1:
+        raise AdapterError(
+            f"{folder}: holds the adapters {listed(sorted(owners))} in one file; save each by itself"
+        )
+    return found
 
 
 def _refuse(folder: Path, config: Mapping[str, Any], parts: Parts) -> None:
@@ -131,13 +198,13 @@ def _refuse(folder: Path, config: Mapping[str, Any], parts: Parts) -> None:
 def _modules(
     folder: Path,
     config: Mapping[str, Any],
-    found: Mapping[tuple[str, bool], Sides],
+    tensors: _Tensors,
     parts: Parts,
     choice: Choice,
 ) -> tuple[dict[str, Factors], set[str]]:
     """The factors by module name, and the modules whose weight is a parameter."""
     seen: set[str] = set()
-    for (module, _), sides in sorted(found.items()):
+    for (module, _), sides in sorted(tensors.factors.items()):
         if module in seen:
             raise AdapterError(f"{folder}: {module} has both linear and embedding factors")
         if len(sides) < 2:
@@ -145,21 +212,27 @@ def _modules(
         for side, tensor in sides.items():
             _check_tensor(folder, module, side, tensor)
         seen.add(module)
-    targets = configuration.names(config, "target_parameters")
+    targets = configuration.names(folder, config, "target_parameters")
     parameters = parameters_of(seen, targets)
     scales = configuration.Scales(folder, config)
     modules: dict[str, Factors] = {}
     single: set[str] = set()
-    for (module, embedding), sides in sorted(found.items()):
+    for (module, embedding), sides in sorted(tensors.factors.items()):
         a, b = sides["A"], sides["B"]
         if module not in parameters:
-            rank = scales.rank(module)
+            if module.endswith(".base_layer"):
+                raise AdapterError(
+                    f"{folder}: {module} was wrapped by another LoRA adapter, so its factors are not all; "
+                    f"{CONFIG_NAME} does not name it in target_parameters"
+                )
+            names = module, tensors.written[module]
+            rank = scales.rank(names)
             if (a.shape[0], b.shape[1]) != (rank, rank):
                 raise AdapterError(
                     f"{folder}: {module} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, "
                     f"but {CONFIG_NAME} says rank {rank}"
                 )
-            modules[module] = Factors(a, b, scales.scaling(module, rank), embedding)
+            modules[module] = Factors(a, b, scales.scaling(names, rank), embedding)
         elif "target_parameters" in choice.drop:
             parts.used.add("target_parameters")
         else:
@@ -169,8 +242,8 @@ def _modules(
                     f"{folder}: it is not known which of the parameters {listed(targets)} the factors of "
                     f"{module} belong to; leave them out with --drop target_parameters"
                 )
-            rank = scales.rank(parameter)
-            scaling = scales.scaling(parameter, rank)
+            rank = scales.rank((parameter,))
+            scaling = scales.scaling((parameter,), rank)
             experts = take_apart(folder, parameter, rank, a, b)
             if len(experts) == 1 and parameter == f"{module}.weight":
                 modules[module] = Factors(a, b, scaling)
@@ -189,6 +262,14 @@ def _check_tensor(folder: Path, module: str, side: str, tensor: torch.Tensor) ->
         )
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise AdapterError(f"{folder}: {module} lora_{side} has shape {tuple(tensor.shape)}, not a matrix")
+
+
+def _auto_mapping(config: Mapping[str, Any], parts: Parts) -> dict[str, str] | None:
+    """The class of the base model, unless it has a head that was left out."""
+    found = config.get("auto_mapping")
+    named = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    left_out = parts.used & {"heads", "modules_to_save"} and not parts.whole
+    return found if named and not left_out else None
 
 
 def _text(value: object) -> str | None:

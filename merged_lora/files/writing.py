@@ -139,6 +139,7 @@ def config_of(modules: Mapping[str, Factors], header: Header, whole: Iterable[st
     return {
         "peft_type": "LORA",
         "task_type": header.task_type,
+        "auto_mapping": header.auto_mapping,
         "base_model_name_or_path": header.base_model,
         "inference_mode": True,
         "r": rank,

@@ -9,7 +9,7 @@ import torch
 from making import peft_tensors, write_by_hand
 from merged_lora import merge
 from merged_lora.adapters import Adapter
-from merged_lora.errors import AdapterError
+from merged_lora.errors import AdapterError, PlanError
 from merged_lora.factors import Factors
 from merged_lora.files.experts import put_together, take_apart
 from merged_lora.files.parts import Choice
@@ -146,6 +146,28 @@ def test_what_is_not_whole_cannot_be_stored() -> None:
         put_together({"m.w[0]": one, "m.w[1]": other})
     with pytest.raises(AdapterError, match=r"m: the order of the parameters v, w is not known"):
         put_together({"m.w[0]": one, "m.v[0]": one})
+
+
+def test_experts_of_one_parameter_are_chosen_together(tmp_path: Path) -> None:
+    sources = {"a": write(tmp_path / "a", 1), "b": write(tmp_path / "b", 2)}
+    with pytest.raises(PlanError, match="gate_up_proj is chosen for some experts alone"):
+        merge('sum(a, b, without="gate_up_proj[2]")', sources)
+    kept = merge("sum(a, b, without=gate_up_proj)", sources).modules
+    assert kept.keys() == {"model.layers.0.q_proj", *(f"{HOLDER}.down_proj[{i}]" for i in range(E))}
+
+
+def test_sources_of_unequal_numbers_of_experts_are_refused(tmp_path: Path) -> None:
+    a, b = pair(1, experts=E + 1)
+    tensors = {f"base_model.model.{HOLDER}.lora_{side}.weight": x for side, x in (("A", a), ("B", b))}
+    more = write_by_hand(tmp_path / "b", tensors, r=R, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(PlanError, match=r"down_proj has different numbers of experts: 3 in a, 4 in b"):
+        merge("sum(a, b)", {"a": write(tmp_path / "a", 1), "b": more})
+
+
+def test_a_module_is_never_overwritten_by_a_parameter() -> None:
+    one = Factors(torch.ones(R, IN), torch.ones(OUT, R))
+    with pytest.raises(AdapterError, match=f"{HOLDER} would be both a module and the parameter"):
+        put_together({f"{HOLDER}.down_proj[0]": one, HOLDER: one})
 
 
 def test_experts_that_are_modules_of_the_base_model_stay_as_they_are(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_a_saved_adapter_is_one_of_peft(tmp_path: Path) -> None:
         ({}, {"lora_parameters": {"rank": 4}}, "mlx-lm whose scale is None, not a number"),
         ({}, {"lora_parameters": {"scale": True}}, "mlx-lm whose scale is True, not a number"),
         ({"model.layers.0.mlp.up_proj.m": drawn(80)}, {}, "of mlx-lm are not LoRA factors: .*up_proj.m"),
+        ({"x.lora_a": torch.tensor(1.0)}, {}, r"x.lora_a has shape \(\), not a matrix"),
         ({"x.lora_a": drawn(2, 3, 4)}, {}, "x lora_A has shape|x has no lora_B"),
     ],
 )

@@ -98,6 +98,29 @@ def test_a_pickle_of_something_else_than_tensors_is_refused(folder: Path, conten
         Adapter.load(folder, allow_pickle=True)
 
 
+@pytest.mark.parametrize("odd", ["transposed", "negative"])
+def test_pickled_views_are_read_as_plain_tensors(folder: Path, digest: str, odd: str) -> None:
+    (folder / WEIGHTS).unlink()
+
+    def view(tensor: torch.Tensor) -> torch.Tensor:
+        if odd == "transposed":
+            return tensor.T.contiguous().T
+        return torch.complex(tensor, -tensor).conj().imag
+
+    torch.save({key: view(tensor) for key, tensor in TENSORS.items()}, folder / "adapter_model.bin")
+    loaded = Adapter.load(folder, allow_pickle=True)
+    assert loaded.digest == digest
+    assert all(f.a.is_contiguous() and f.b.is_contiguous() for f in loaded.modules.values())
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(4, 8).to_sparse(), torch.ones(4, 8, device="meta")], ids=str)
+def test_pickled_tensors_that_are_not_plain_are_refused(folder: Path, tensor: torch.Tensor) -> None:
+    (folder / WEIGHTS).unlink()
+    torch.save(TENSORS | {"x.lora_A.weight": tensor}, folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"x.lora_A.weight is not stored as a plain tensor"):
+        Adapter.load(folder, allow_pickle=True)
+
+
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "adapter_model.bin"])
 def test_a_pointer_of_git_lfs_says_how_to_get_the_file(folder: Path, name: str) -> None:
     if name.endswith("bin"):
@@ -105,6 +128,14 @@ def test_a_pointer_of_git_lfs_says_how_to_get_the_file(folder: Path, name: str) 
     (folder / name).write_text(POINTER)
     with pytest.raises(AdapterError, match=f"{name}: a pointer of git-lfs, .* run: git lfs pull"):
         Adapter.load(folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize("pattern", [".*.*.*x", "a?" * 12 + "a" * 12, "(?:a|a)*b", "a{1,}b{2,}c{3,}"])
+def test_a_pattern_that_could_take_forever_is_refused(folder: Path, pattern: str) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"alpha_pattern": {pattern: 4}}))
+    with pytest.raises(AdapterError, match="which could take forever to match"):
+        Adapter.load(folder)
 
 
 def test_a_pattern_may_be_as_long_as_many_names(folder: Path, digest: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from making import peft_tensors, write_by_hand
+from making import peft_tensors, random_adapter, write_by_hand
 from merged_lora import merge
 from merged_lora.adapters import Adapter, load_sources
 from merged_lora.errors import AdapterError, PlanError
@@ -54,6 +54,23 @@ def test_without_a_head_no_task_is_written_for_which_peft_expects_one(sources: d
     assert merge("sum(a, b)", load_sources(sources, drop=["heads"])).header.task_type is None
 
 
+MAPPING = {"base_model_class": "LlamaForX", "parent_library": "transformers.models.llama.modeling_llama"}
+
+
+def test_the_class_of_the_base_model_is_written_if_the_sources_agree(tmp_path: Path) -> None:
+    paths = {n: write_by_hand(tmp_path / n, peft_tensors(NAME), auto_mapping=MAPPING) for n in "ab"}
+    paths["c"] = write_by_hand(tmp_path / "c", peft_tensors(NAME), auto_mapping={"base_model_class": "Other"})
+    merge("sum(a, b)", paths).save(tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["auto_mapping"] == MAPPING
+    assert merge("sum(a, b, c)", paths).header.auto_mapping is None
+
+
+def test_without_a_head_no_class_is_written_that_has_one(tmp_path: Path) -> None:
+    folder = headed(tmp_path / "a", 1.0, task_type=None, auto_mapping=MAPPING)
+    assert Adapter.load(folder, ["heads"]).header.auto_mapping is None
+    assert Adapter.load(folder, take=["heads"]).header.auto_mapping == MAPPING
+
+
 def test_other_tasks_are_kept_without_a_head(tmp_path: Path) -> None:
     folder = headed(tmp_path / "a", 1.0, task_type="CAUSAL_LM")
     assert Adapter.load(folder, ["heads"]).header.task_type == "CAUSAL_LM"
@@ -74,8 +91,10 @@ def test_heads_of_two_sources_are_not_merged(sources: dict[str, Path]) -> None:
         ({"drop": ["heads", "nrom"]}, "a, b: no module that is called 'nrom'"),
         (
             {"drop": ["heads"], "rename": {"vision.": "model."}},
-            "a, b: no module that is called 'vision.'",
+            "a, b: no module whose name begins with 'vision.'",
         ),
+        ({"take": {"heads": "a"}, "drop": ["heads"]}, r"to be both taken \(heads\) and dropped \(heads\)"),
+        ({"take": {"heads": "a"}, "drop": ["score"]}, r"to be both taken \(heads\) and dropped \(score\)"),
         ({"drop": "heads"}, "drop and take are lists of words"),
     ],
 )
@@ -103,9 +122,67 @@ def test_names_are_given_a_new_beginning_before_anything_else(tmp_path: Path) ->
     assert list(renamed.modules) == [NAME]
 
 
+def test_a_configuration_speaks_of_the_names_in_the_file(tmp_path: Path) -> None:
+    names = [f"foo.layers.{i}.q_proj" for i in range(2)]
+    tensors = peft_tensors(names[0]) | peft_tensors(names[1], rank=2)
+    patterns = {"alpha_pattern": {names[0]: 400}, "rank_pattern": {f"^{names[1]}": 2}}
+    folder = write_by_hand(tmp_path / "a", tensors, **patterns)
+    modules = Adapter.load(folder, rename={"foo.": "model."}).modules
+    assert {name: (f.rank, f.scaling) for name, f in modules.items()} == {
+        "model.layers.0.q_proj": (4, 100.0),
+        "model.layers.1.q_proj": (2, 4.0),
+    }
+
+
+def test_padding_of_renamed_modules_is_taken_away(tmp_path: Path) -> None:
+    shapes = {"foo.layers.0.q_proj": (8, 8), "foo.layers.1.q_proj": (8, 8)}
+    random_adapter(shapes, dict(zip(shapes, (4, 2), strict=True))).save(tmp_path / "a")
+    modules = Adapter.load(tmp_path / "a", rename={"foo.": "model."}).modules
+    assert [f.rank for f in modules.values()] == [4, 2]
+
+
+def test_a_pattern_may_name_a_module_with_its_wrapper(tmp_path: Path) -> None:
+    tensors = {
+        key.replace("model.layers", "_orig_mod.model.layers"): t for key, t in peft_tensors(NAME).items()
+    }
+    pattern = {"_orig_mod.model.layers.0.q_proj": 400}
+    (factors,) = Adapter.load(write_by_hand(tmp_path / "a", tensors, alpha_pattern=pattern)).modules.values()
+    assert factors.scaling == 100.0
+
+
+def test_factors_of_two_adapters_are_no_pair(tmp_path: Path) -> None:
+    owners = {"lora_A": "lora_A.sql", "lora_B": "lora_B.chat"}
+    tensors = peft_tensors(NAME)
+    for side, owner in owners.items():
+        tensors = {key.replace(side, owner): tensor for key, tensor in tensors.items()}
+    with pytest.raises(AdapterError, match="holds the adapters chat, sql in one file; save each by itself"):
+        Adapter.load(write_by_hand(tmp_path / "a", tensors))
+
+
+@pytest.mark.parametrize("name", ["model.x[0]", "model.x[a]", "model." + "x" * 300])
+def test_a_name_that_no_module_has_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AdapterError, match="cannot be the name of a module"):
+        Adapter.load(write_by_hand(tmp_path / "a", peft_tensors(name)))
+
+
+def test_factors_within_another_adapter_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"q_proj.base_layer was wrapped by another LoRA adapter"):
+        Adapter.load(write_by_hand(tmp_path / "a", peft_tensors(f"{NAME}.base_layer")))
+
+
+def test_a_head_that_is_taken_whole_has_no_factors_beside_it(tmp_path: Path) -> None:
+    one = headed(tmp_path / "a", 1.0, "base_model.model.lm_head.weight")
+    two = write_by_hand(tmp_path / "b", peft_tensors(NAME, "lm_head"))
+    sources = load_sources({"a": one, "b": two}, take={"heads": "a"})
+    with pytest.raises(PlanError, match=r"lm_head is taken whole .* \(--without lm_head\)"):
+        merge("sum(a, b)", sources)
+    merged = merge("sum(a, b, without=lm_head)", sources)
+    assert (list(merged.modules), list(merged.whole)) == ([NAME], ["lm_head"])
+
+
 def test_two_modules_that_would_get_one_name_are_refused(tmp_path: Path) -> None:
     folder = write_by_hand(tmp_path / "a", peft_tensors(NAME, "vision.layers.0.q_proj"))
-    with pytest.raises(AdapterError, match=r"are both lora_[AB].weight of model.layers.0.q_proj"):
+    with pytest.raises(AdapterError, match=r"two modules would be called 'model.layers.0.q_proj'"):
         Adapter.load(folder, rename={"vision.": "model."})
 
 

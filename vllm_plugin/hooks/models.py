@@ -137,21 +137,21 @@ def fitted_adapter(layers: Any, adapter: Adapter) -> Adapter:
     names = slot_map_of(layers).names
     modules: dict[str, Factors] = {}
     origins: dict[str, list[str]] = {}
-    strangers = []
+    unsupported = []
     for name, factors in adapter.modules.items():
         fitted = _fitted(layers, name, factors)
         if not fitted and not names.is_unused(name):
-            strangers.append(name.partition("[")[0])
+            unsupported.append(name.partition("[")[0])
         for new, part in (fitted or {name: factors}).items():
             if new in modules:
                 (other,) = (old for old, news in origins.items() if new in news)
                 raise PlanError(f"{other} and {name} are one module of the model")
             modules[new] = part
             origins.setdefault(name, []).append(new)
-    if strangers:
+    if unsupported:
         raise PlanError(
-            f"the model has no module {listed(dict.fromkeys(strangers))} that takes LoRA; make a copy of the "
-            "adapter without, with merged-lora merge and --without PATTERN"
+            f"the model has no module {listed(dict.fromkeys(unsupported))} that takes LoRA; make a copy of "
+            "the adapter without, with merged-lora merge and --without PATTERN"
         )
     if modules.keys() == adapter.modules.keys():
         return adapter
