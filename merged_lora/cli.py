@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__, commands
 from .commands import LOGGER, UsageError, printable
@@ -72,6 +72,15 @@ def parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    _add_merge(added)
+    _add_calibrate(added)
+    _add_check(added)
+    _add_strategies(added)
+    return parser
+
+
+def _add_merge(added: Any) -> None:
+    """Add the command ``merge``."""
     merge = added.add_parser(
         "merge",
         help="merge adapters into a new one",
@@ -98,6 +107,9 @@ def parser() -> Parser:
     )
     _add_reading(merge)
 
+
+def _add_calibrate(added: Any) -> None:
+    """Add the command ``calibrate``."""
     calibrate = added.add_parser(
         "calibrate",
         help="measure an adapter's inputs, for merges by regmean and for checks",
@@ -134,6 +146,9 @@ def parser() -> Parser:
     )
     _add_reading(calibrate, sources=False)
 
+
+def _add_check(added: Any) -> None:
+    """Add the command ``check``."""
     check = added.add_parser(
         "check",
         help="see which of their own answers the sources of a merge keep",
@@ -148,11 +163,13 @@ def parser() -> Parser:
     check.add_argument("--json", action="store_true", help="print a JSON list")
     _add_reading(check)
 
+
+def _add_strategies(added: Any) -> None:
+    """Add the command ``strategies``."""
     strategies = added.add_parser("strategies", help="show the table of strategies", allow_abbrev=False)
     form = strategies.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as a JSON list")
     form.add_argument("--markdown", action="store_true", help="as the tables in docs/strategies.md")
-    return parser
 
 
 def _add_sources(parser: Parser) -> None:
