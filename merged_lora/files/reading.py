@@ -17,7 +17,7 @@ from merged_lora.errors import AdapterError, listed
 from merged_lora.factors import DTYPES, Factors
 
 from . import config as configuration
-from .experts import parameters_of, take_apart
+from .experts import check_counts, parameters_of, take_apart, unstack
 from .keys import FACTORS, Key, check_outer, parse
 from .layout import CONFIG_NAME, PREFIX, RANKS_KEY, Header
 from .mlx import as_peft, is_mlx
@@ -203,64 +203,85 @@ def _modules(
     choice: Choice,
 ) -> tuple[dict[str, Factors], set[str]]:
     """The factors by module name, and the modules whose weight is a parameter."""
-    seen: set[str] = set()
-    for (module, _), sides in sorted(tensors.factors.items()):
-        if module in seen:
-            raise AdapterError(f"{folder}: {module} has both linear and embedding factors")
-        if len(sides) < 2:
-            raise AdapterError(f"{folder}: {module} has no lora_{'B' if 'A' in sides else 'A'}")
-        for side, tensor in sides.items():
-            _check_tensor(folder, module, side, tensor)
-        seen.add(module)
+    stacks = _stacks(folder, tensors)
     targets = configuration.names(folder, config, "target_parameters")
-    parameters = parameters_of(seen, targets)
+    parameters = parameters_of({module for module, _ in tensors.factors} - stacks, targets)
     scales = configuration.Scales(folder, config)
     modules: dict[str, Factors] = {}
     single: set[str] = set()
+    counts: dict[str, int] = {}
     for (module, embedding), sides in sorted(tensors.factors.items()):
         a, b = sides["A"], sides["B"]
-        if module not in parameters:
-            if module.endswith(".base_layer"):
-                raise AdapterError(
-                    f"{folder}: {module} was wrapped by another LoRA adapter, so its factors are not all; "
-                    f"{CONFIG_NAME} does not name it in target_parameters"
-                )
-            names = module, tensors.written[module]
-            rank = scales.rank(names)
-            if (a.shape[0], b.shape[1]) != (rank, rank):
-                raise AdapterError(
-                    f"{folder}: {module} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, "
-                    f"but {CONFIG_NAME} says rank {rank}"
-                )
-            modules[module] = Factors(a, b, scales.scaling(names, rank), embedding)
-        elif "target_parameters" in choice.drop:
+        if module in parameters and "target_parameters" in choice.drop:
             parts.used.add("target_parameters")
+            continue
+        parameter = parameters.get(module)
+        if module in parameters and parameter is None:
+            raise AdapterError(
+                f"{folder}: it is not known which of the parameters {listed(targets)} the factors of "
+                f"{module} belong to; leave them out with --drop target_parameters"
+            )
+        names = (parameter,) if parameter is not None else (module, tensors.written[module])
+        rank = scales.rank(names)
+        scaling = scales.scaling(names, rank)
+        if module in stacks:
+            experts = unstack(folder, module, rank, a, b)
+            counts[module] = len(experts)
+        elif parameter is None:
+            _check_module(folder, module, rank, a, b)
+            experts = {module: (a, b)}
         else:
-            parameter = parameters[module]
-            if parameter is None:
-                raise AdapterError(
-                    f"{folder}: it is not known which of the parameters {listed(targets)} the factors of "
-                    f"{module} belong to; leave them out with --drop target_parameters"
-                )
-            rank = scales.rank((parameter,))
-            scaling = scales.scaling((parameter,), rank)
             experts = take_apart(folder, parameter, rank, a, b)
             if len(experts) == 1 and parameter == f"{module}.weight":
-                modules[module] = Factors(a, b, scaling)
+                experts = {module: (a, b)}
                 single.add(module)
-            else:
-                modules |= {name: Factors(*pair, scaling) for name, pair in experts.items()}
+        new = {name: Factors(*pair, scaling, embedding) for name, pair in experts.items()}
+        if twice := sorted(new.keys() & modules.keys()):
+            raise AdapterError(f"{folder}: {twice[0]} is in two pairs of factors")
+        modules |= new
+    check_counts(folder, counts)
     if not modules:
         raise AdapterError(f"{folder}: holds no LoRA factors")
     return dict(sorted(modules.items())), single
 
 
-def _check_tensor(folder: Path, module: str, side: str, tensor: torch.Tensor) -> None:
+def _stacks(folder: Path, tensors: _Tensors) -> set[str]:
+    """The modules whose factors are stacks of matrices; raises AdapterError if some are not a pair."""
+    seen: set[str] = set()
+    stacks: set[str] = set()
+    for (module, embedding), sides in sorted(tensors.factors.items()):
+        if module in seen:
+            raise AdapterError(f"{folder}: {module} has both linear and embedding factors")
+        if len(sides) < 2:
+            raise AdapterError(f"{folder}: {module} has no lora_{'B' if 'A' in sides else 'A'}")
+        stacked = not embedding and all(tensor.ndim == 3 for tensor in sides.values())
+        for side, tensor in sides.items():
+            _check_tensor(folder, module, side, tensor, stacked)
+        seen.add(module)
+        if stacked:
+            stacks.add(module)
+    return stacks
+
+
+def _check_module(folder: Path, module: str, rank: int, a: torch.Tensor, b: torch.Tensor) -> None:
+    if module.endswith(".base_layer"):
+        raise AdapterError(
+            f"{folder}: {module} was wrapped by another LoRA adapter, so its factors are not all; "
+            f"{CONFIG_NAME} does not name it in target_parameters"
+        )
+    if (a.shape[0], b.shape[1]) != (rank, rank):
+        raise AdapterError(
+            f"{folder}: {module} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, "
+            f"but {CONFIG_NAME} says rank {rank}"
+        )
+
+
+def _check_tensor(folder: Path, module: str, side: str, tensor: torch.Tensor, stacked: bool) -> None:
     if tensor.dtype not in DTYPES:
         raise AdapterError(
             f"{folder}: {module} lora_{side} is {tensor.dtype}, only fp32, fp16 and bf16 are merged"
         )
-    if tensor.ndim != 2 or 0 in tensor.shape:
+    if tensor.ndim != (3 if stacked else 2) or 0 in tensor.shape:
         raise AdapterError(f"{folder}: {module} lora_{side} has shape {tuple(tensor.shape)}, not a matrix")
 
 

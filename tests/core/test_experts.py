@@ -1,9 +1,11 @@
-"""Factors of experts: taken apart and put together as PEFT's ``ParamWrapper`` multiplies them."""
+"""Factors of experts: taken apart and put together, as PEFT's ``ParamWrapper`` has them and as stacks."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from making import peft_tensors, write_by_hand
@@ -11,7 +13,7 @@ from merged_lora import merge
 from merged_lora.adapters import Adapter
 from merged_lora.errors import AdapterError, PlanError
 from merged_lora.factors import Factors
-from merged_lora.files.experts import put_together, take_apart
+from merged_lora.files.experts import KEEPING, put_together, take_apart
 from merged_lora.files.parts import Choice
 from merged_lora.files.reading import read_adapter
 
@@ -177,3 +179,117 @@ def test_experts_that_are_modules_of_the_base_model_stay_as_they_are(tmp_path: P
     assert adapter.modules.keys() == set(names)
     adapter.save(tmp_path / "b")
     assert read_adapter(tmp_path / "b", Choice()).modules.keys() == set(names)
+
+
+# Stacks, of which all experts share a factor
+
+STACKS = {"w1": ((1, R, IN), (E, OUT, R)), "w2": ((E, R, OUT), (1, IN, R)), "w3": ((1, R, IN), (E, OUT, R))}
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def stacks(seed: int, shapes: Shapes = STACKS) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"base_model.model.{HOLDER}.{name}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for name, pair in shapes.items()
+        for side, shape in zip("AB", pair, strict=True)
+    }
+
+
+def write_stacks(folder: Path, seed: int = 1, shapes: Shapes = STACKS, **config: object) -> Path:
+    return write_by_hand(folder, stacks(seed, shapes), **{"r": R, "lora_alpha": 2 * R, **config})
+
+
+def test_every_expert_of_a_stack_is_a_module_with_its_own_delta(tmp_path: Path) -> None:
+    modules = Adapter.load(write_stacks(tmp_path / "a", alpha_pattern={"w3": R})).modules
+    assert modules.keys() == {f"{HOLDER}.{name}[{i}]" for name in STACKS for i in range(E)}
+    found = stacks(1)
+    for name in STACKS:
+        a, b = (found[f"base_model.model.{HOLDER}.{name}.lora_{side}.weight"].double() for side in "AB")
+        expected = (1 if name == "w3" else 2) * (b @ a)
+        for i in range(E):
+            assert torch.equal(modules[f"{HOLDER}.{name}[{i}]"].delta(), expected[i])
+
+
+def test_a_shared_factor_is_in_memory_once(tmp_path: Path) -> None:
+    modules = Adapter.load(write_stacks(tmp_path / "a")).modules
+    assert len({modules[f"{HOLDER}.w1[{i}]"].a.data_ptr() for i in range(E)}) == 1
+    assert len({modules[f"{HOLDER}.w2[{i}]"].b.data_ptr() for i in range(E)}) == 1
+
+
+def test_a_saved_adapter_of_stacks_is_the_file_that_it_was_read_from(tmp_path: Path) -> None:
+    shapes = {**STACKS, "w2": ((E, R + 1, OUT), (1, IN, R + 1))}
+    patterns = {"rank_pattern": {"w2": R + 1}, "alpha_pattern": {"w2": 7}}
+    adapter = Adapter.load(write_stacks(tmp_path / "a", 1, shapes, **patterns))
+    for keep_ranks in (True, False):
+        adapter.save(tmp_path / "b", overwrite=True, keep_ranks=keep_ranks)
+        assert Adapter.load(tmp_path / "b").digest == adapter.digest
+    adapter.save(tmp_path / "b", overwrite=True, keep_ranks=True)
+    written = safetensors.torch.load_file(tmp_path / "b" / "adapter_model.safetensors")
+    read = stacks(1, shapes)
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[name], read[name]) for name in read)
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"{HOLDER}.{name}" for name in STACKS]
+    assert "target_parameters" not in config
+
+
+def test_only_the_factors_that_vllm_shares_are_written_once(tmp_path: Path) -> None:
+    """It takes one A of w1 and w3 and one B of w2, and all others by expert, also if they are equal."""
+    equal = {name: tensor[:1].expand(E, -1, -1).contiguous() for name, tensor in stacks(1).items()}
+    Adapter.load(write_by_hand(tmp_path / "a", equal, r=R)).save(tmp_path / "b")
+    written = safetensors.torch.load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert {name: t.shape for name, t in written.items()} == {n: t.shape for n, t in stacks(1).items()}
+
+
+@pytest.mark.parametrize("strategy", ["sum", *KEEPING])
+def test_a_merge_of_sources_that_share_factors_shares_them(tmp_path: Path, strategy: str) -> None:
+    sources = {name: write_stacks(tmp_path / name, seed) for seed, name in enumerate("ab")}
+    merged = merge(f"{strategy}(0.5*a, -2*b)", sources, backend="cpu")
+    merged.save(tmp_path / "merged")
+    assert Adapter.load(tmp_path / "merged").digest == merged.digest
+    written = safetensors.torch.load_file(tmp_path / "merged" / "adapter_model.safetensors")
+    assert [len(written[name]) for name in sorted(written)] == [1, E, E, 1, 1, E]
+
+
+def test_experts_that_share_nothing_cannot_be_stored_as_stacks(tmp_path: Path) -> None:
+    """vLLM takes the factor of the first expert for all."""
+    shapes = {**STACKS, "w1": ((E, R, IN), (E, OUT, R))}
+    adapter = Adapter.load(write_stacks(tmp_path / "a", 1, shapes))
+    with pytest.raises(AdapterError, match=r"experts\.w1: each expert has its own lora_A.*of cat, linear"):
+        adapter.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_experts_in_two_forms_cannot_be_stored_together(tmp_path: Path) -> None:
+    both = Adapter(
+        {
+            **Adapter.load(write(tmp_path / "a", 1)).modules,
+            **Adapter.load(write_stacks(tmp_path / "b")).modules,
+        }
+    )
+    with pytest.raises(AdapterError, match=r"w1, w2, w3 are experts in two forms"):
+        both.save(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"w1": ((1, R + 1, IN), (E, OUT, R + 1))}, "but adapter_config.json says rank 2"),
+        ({"w1": ((1, R, IN), (E, OUT, R + 1))}, "but adapter_config.json says rank 2"),
+        ({"w1": ((2, R, IN), (E, OUT, R))}, "has 2 experts in lora_A and 3 in lora_B"),
+        ({"w2": ((1, R, OUT), (1, IN, R))}, r"w1 has 3 experts, and .*w2 has 1"),
+        ({"w3": ((R, IN), (E, OUT, R))}, r"w3 lora_B has shape \(3, 7, 2\), not a matrix"),
+        ({"w3": ((1, R, IN), (0, OUT, R))}, r"w3 lora_B has shape \(0, 7, 2\), not a matrix"),
+    ],
+)
+def test_stacks_that_do_not_fit_are_refused(tmp_path: Path, shapes: Shapes, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        Adapter.load(write_stacks(tmp_path / "a", 1, {**STACKS, **shapes}))
+
+
+def test_an_expert_that_is_in_a_file_twice_is_refused(tmp_path: Path) -> None:
+    tensors = stored(HOLDER, 1) | stacks(1, {"down_proj": ((E, R, IN), (E, OUT, R))})
+    folder = write_by_hand(tmp_path / "a", tensors, r=R, target_parameters=["experts.down_proj"])
+    with pytest.raises(AdapterError, match=r"down_proj\[0\] is in two pairs"):
+        Adapter.load(folder)
