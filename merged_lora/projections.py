@@ -33,11 +33,12 @@ _PLACES = {part: whole for whole, ways in reversed(_ALL.items()) for parts in wa
 _PLACES |= {whole: _PLACES[ways[0][0]] for whole, ways in _ALL.items()}
 
 _FUSED_EXPERT = re.compile(
-    r"(?P<layer>.*)\.experts\.(?P<parameter>gate_up_proj|down_proj)\[(?P<number>\d+)\]"
+    r"(?P<layer>.*)\.experts\.(?P<parameter>gate_up_proj|down_proj|w[123])\[(?P<number>\d+)\]"
 )
 _EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w[123])")
-_EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_EXPERT_PARTS |= {stack: (part,) for part, stack in _MIXTRAL.items()}
 _OLD_LAYER, _NEW_LAYER = "block_sparse_moe", "mlp"
 """What Mixtral called the layer of its experts before and since transformers 5."""
 
@@ -75,11 +76,11 @@ def place(name: str, shape: tuple[int, int]) -> tuple[str, tuple[int, ...]]:
     shape: ``(out, in)`` of its delta.
     """
     if match := _EXPERT.fullmatch(name):
-        part = next((part for part, old in _MIXTRAL.items() if old == match["part"]), match["part"])
-        parameter = "down_proj" if part == "down_proj" else "gate_up_proj"
+        parameter = "down_proj" if match["part"] in ("down_proj", "w2") else "gate_up_proj"
         return f"{_new_layer(match['layer'])}.experts.{parameter}[{match['number']}]", shape[1:]
-    if _FUSED_EXPERT.fullmatch(name):
-        return name, shape[1:]
+    if match := _FUSED_EXPERT.fullmatch(name):
+        parameter = "down_proj" if match["parameter"] in ("down_proj", "w2") else "gate_up_proj"
+        return f"{match['layer']}.experts.{parameter}[{match['number']}]", shape[1:]
     parent, _, leaf = name.rpartition(".")
     return (f"{parent}.{_PLACES[leaf]}", shape[1:]) if leaf in _PLACES else (name, shape)
 
@@ -152,20 +153,28 @@ def _parts(
 
 
 def _of_experts(sources: Mapping[str, Adapter]) -> Iterator[tuple[str, str, Parts | PlanError]]:
-    """Source, module and parts of every expert in a fused parameter that is modules of another source.
+    """Source, module and parts of every expert in a parameter that is modules of another source.
 
+    Experts of stacks (``experts.w1[3]``) become modules apart (``experts.3.w1``) if a source has such.
     If parts are not known for certain, the error that says why is in their place.
     """
     whole: dict[str, dict[str, list[re.Match[str]]]] = defaultdict(lambda: defaultdict(list))
     apart: dict[str, dict[str, re.Match[str]]] = defaultdict(dict)
+    stacked: dict[str, dict[str, re.Match[str]]] = defaultdict(dict)
     for name, adapter in sources.items():
         for module in adapter.modules:
             if match := _FUSED_EXPERT.fullmatch(module):
-                whole[_unnumbered(_new_layer(match["layer"]))][name].append(match)
+                layers = _unnumbered(_new_layer(match["layer"]))
+                whole[layers][name].append(match)
+                if match["parameter"] in _MIXTRAL.values():
+                    stacked[layers].setdefault(name, match)
             elif match := _EXPERT.fullmatch(module):
                 apart[_unnumbered(_new_layer(match["layer"]))].setdefault(name, match)
     for layers, fused in whole.items():
         others = apart.get(layers, {})
+        if not others:
+            others = stacked.get(layers, {})
+            fused = {name: matches for name, matches in fused.items() if name not in others}
         if not others or not fused.keys().isdisjoint(others):
             continue
         like = next(iter(others.values()))
@@ -182,14 +191,20 @@ def _of_experts(sources: Mapping[str, Adapter]) -> Iterator[tuple[str, str, Part
                     reason = "it has an odd number of rows" if odd else "gate and up have its rows in turn"
                     yield name, match.string, _unsplit(name, match.string, parts, others, ValueError(reason))
                     continue
-                inner = [_MIXTRAL[part] if like["part"] in _MIXTRAL.values() else part for part in parts]
-                names = [f"{layer}.experts.{match['number']}.{part}" for part in inner]
+                names = [f"{layer}.experts.{_as_in(like, part, match['number'])}" for part in parts]
                 yield name, match.string, _one_after_the_other(names, [rows] * len(parts))
                 holders.add((match["layer"], layer))
             for old, new in holders:
                 for module in sources[name].modules:  # the router, whose layer has another name too
                     if old != new and module.startswith(f"{old}.") and not _FUSED_EXPERT.fullmatch(module):
                         yield name, module, {new + module.removeprefix(old): slice(None)}
+
+
+def _as_in(like: re.Match[str], part: str, number: str) -> str:
+    """The end of a name for a part of an expert, in the form of a module of another source."""
+    if like.re is _FUSED_EXPERT:
+        return f"{_MIXTRAL[part]}[{number}]"
+    return f"{number}.{_MIXTRAL[part] if like['part'] in _MIXTRAL.values() else part}"
 
 
 def _one_after_the_other(names: Iterable[str], rows: Iterable[int]) -> Parts:

@@ -284,6 +284,36 @@ def test_fused_experts_become_those_of_the_other_source(front: str, names: tuple
         assert_split(a, aligned, f"{EXPERTS}down_proj[{i}]", [f"{front}{i}.{down}"])
 
 
+def stacked_experts(count: int = 3) -> dict[str, tuple[int, int]]:
+    shapes = {"w1": (INNER, WIDTH), "w2": (WIDTH, INNER), "w3": (INNER, WIDTH)}
+    return {f"{EXPERTS}{name}[{i}]": shape for name, shape in shapes.items() for i in range(count)}
+
+
+def test_fused_experts_become_stacks_beside_stacks() -> None:
+    a, b = random_adapter(fused_experts(), seed=1), random_adapter(stacked_experts(), seed=2)
+    aligned = align({"a": a, "b": b})
+    assert aligned["a"].modules.keys() == b.modules.keys() == aligned["b"].modules.keys()
+    for i in range(3):
+        names = [f"{EXPERTS}{name}[{i}]" for name in ("w1", "w3")]
+        assert_split(a, aligned["a"], f"{EXPERTS}gate_up_proj[{i}]", names)
+        assert_split(a, aligned["a"], f"{EXPERTS}down_proj[{i}]", [f"{EXPERTS}w2[{i}]"])
+
+
+@pytest.mark.parametrize(
+    ("front", "names"),
+    [(EXPERTS, ("gate_proj", "up_proj", "down_proj")), (OLD_EXPERTS, ("w1", "w3", "w2"))],
+)
+def test_stacks_become_the_modules_of_each_expert_beside_such(front: str, names: tuple[str, ...]) -> None:
+    a = random_adapter(stacked_experts(), seed=1)
+    b = random_adapter({f"{front}0.{names[0]}": (INNER, WIDTH)}, seed=2)
+    aligned = align({"a": a, "b": b, "c": random_adapter(fused_experts(), seed=3)})
+    assert aligned["a"].modules.keys() == {f"{front}{i}.{name}" for i in range(3) for name in names}
+    assert aligned["c"].modules.keys() == aligned["a"].modules.keys()
+    for i in range(3):
+        for stack, name in zip(("w1", "w3", "w2"), names, strict=True):
+            assert_split(a, aligned["a"], f"{EXPERTS}{stack}[{i}]", [f"{front}{i}.{name}"])
+
+
 def test_mixtrals_router_follows_its_experts() -> None:
     a = random_adapter(fused_experts() | {"model.layers.0.mlp.gate": (3, WIDTH)})
     b = random_adapter(
