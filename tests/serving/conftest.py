@@ -18,6 +18,8 @@ from tiny import CALIBRATED, FLAGS, MAX_AD_HOC, MAX_RANK, SPECS, Place, importin
 from vllm_server import Server
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vllm.config import VllmConfig
 
 
@@ -95,6 +97,14 @@ def activation_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = vars(LoRAModelManager)["activate_adapter"]
     monkeypatch.setattr(LoRAModelManager, "activate_adapter", wrap_activate_adapter(original))
+
+
+@pytest.fixture(scope="module")
+def experts_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a model with experts, which has no weights."""
+    from expert_layers import make_config
+
+    return make_config(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
