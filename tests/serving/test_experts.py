@@ -219,17 +219,6 @@ def test_sources_with_experts_in_one_piece_and_apart_are_refused(apart: Place) -
     assert "in one source" in reply["error"]
 
 
-def test_experts_are_refused_where_factors_are_shared(
-    vllm_config: VllmConfig, experts_model: Path, tmp_path: Path
-) -> None:
-    place = Place(make_manager(experts_model, False, enable_moe_shared_loras=True), tmp_path)
-    for modules in (APART, WHOLE):
-        with pytest.raises(Exception, match="the model has no module"):
-            place.adapters.fit(adapter(modules, 1))
-    assert place.capture("attention", adapter(ATTENTION, 1))["ok"]
-    assert any(tensor.any() for tensor in place.slot("sum(attention)").values())
-
-
 def test_a_backend_on_a_device_refuses_experts_and_merges_the_rest(apart: Place) -> None:
     apart.worker = MergeWorker(MAX_RANK, 1 << 30, apart.adapters, maker(apart.manager, CopyingBackend()))
     for name, modules in (("a", WHOLE), ("b", APART), ("c", ATTENTION)):

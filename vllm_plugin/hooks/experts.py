@@ -2,21 +2,23 @@
 
 An adapter has the modules of an expert apart (``mlp.experts.3.gate_proj``), or those of all experts in the
 parameters of transformers, of which each expert is a module here (``mlp.experts.gate_up_proj[3]``; see
-``merged_lora/files/experts.py``).  Some models of vLLM take the first form, and some the second.
+``merged_lora/files/experts.py``).  Some models of vLLM take the first form, and some the second.  With
+``--enable-moe-shared-loras`` all take parameters w1, w2 and w3, of which experts share a factor.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
 
-from merged_lora.errors import PlanError, listed
+from merged_lora.errors import AdapterError, PlanError, listed
 from merged_lora.factors import Factors
+from merged_lora.files.experts import SHARED, check_shared
 
 from .names import ModelNames
 
@@ -34,8 +36,9 @@ class ExpertSlots:
     count:       number of experts, over all ranks.
     shapes:      shape ``(out, in)`` of each module of one expert, by the parameter that it belongs to.
     parts:       names of the modules of every expert, in the order of ``shapes``; empty if the layer takes
-                 the parameters of transformers.
+                 parameters.
     interleaved: whether the rows of gate and up alternate in their parameter.
+    shared:      whether the parameters are those of ``SHARED``, of which all experts share a factor.
     """
 
     layer: str
@@ -43,25 +46,30 @@ class ExpertSlots:
     shapes: tuple[tuple[str, tuple[int, int]], ...]
     parts: tuple[str, ...]
     interleaved: bool
+    shared: bool
 
     @classmethod
     def of(cls, layers: Any, name: str) -> ExpertSlots | None:
-        """What a layer of one of vLLM's managers takes; None if it has no experts of their own factors."""
+        """What a layer of one of vLLM's managers takes; None if it has no experts that take LoRA."""
         layer = layers.modules[name]
-        if not isinstance(layer, FusedMoEWithLoRA) or layer.enable_moe_shared_loras:
+        if not isinstance(layer, FusedMoEWithLoRA):
             return None
-        config = layer.moe_config
+        config, shared = layer.moe_config, layer.enable_moe_shared_loras
+        if shared and not config.is_act_and_mul:
+            return None  # vLLM wants factors of w3 that such a layer does not have
         inner = config.intermediate_size_per_partition_unpadded * layer.tp_size
         up, down = (inner, config.hidden_dim), (config.hidden_dim, inner)
-        parts = tuple(layers.packed_modules.get(name, ()))
-        if isinstance(layer, FusedMoE3DWithLoRA):
-            shapes: tuple[Any, ...] = ((GATE_UP, (2 * inner, config.hidden_dim)), (DOWN, down))
+        parts = () if shared else tuple(layers.packed_modules.get(name, ()))
+        if shared:
+            shapes: tuple[Any, ...] = tuple((each, down if each == "w2" else up) for each in SHARED)
+        elif isinstance(layer, FusedMoE3DWithLoRA):
+            shapes = ((GATE_UP, (2 * inner, config.hidden_dim)), (DOWN, down))
         elif config.is_act_and_mul:
             shapes = (GATE_UP, up), (DOWN, down), (GATE_UP, up)
         else:
             shapes = (UP, up), (DOWN, down)
         interleaved = "GptOssForCausalLM" in (layers.model.config.architectures or ())
-        return cls(name, layer.global_num_experts, shapes, parts, interleaved)
+        return cls(name, layer.global_num_experts, shapes, parts, interleaved, shared)
 
     def takes(self, parameter: str, number: int) -> bool:
         """Whether a parameter's expert is one of the layer's."""
@@ -167,9 +175,26 @@ def _filled(slots: ExpertSlots, given: Mapping[str, Factors], limit: int) -> dic
                     f"{module} has rank {factors.rank} in the adapter, the limit is {limit} (--max-lora-rank)"
                 )
         rank = max((given[module].rank for module in wanted if module in given), default=1)
+        known = {module: _of_rank(given[module], rank) for module in wanted if module in given}
         nothing = Factors(like.a.new_zeros(rank, width), like.b.new_zeros(out, rank))
-        filled |= {module: _of_rank(given.get(module, nothing), rank) for module in wanted}
+        if slots.shared and known:
+            nothing = _shared(f"{slots.layer}.{parameter}", known.values(), nothing)
+        filled |= {module: known.get(module, nothing) for module in wanted}
     return filled
+
+
+def _shared(parameter: str, experts: Collection[Factors], nothing: Factors) -> Factors:
+    """An expert that shares a factor with the others, and has zeros for the other one.
+
+    Raises PlanError if the others do not share it: vLLM would take that of the first one for all.
+    """
+    try:
+        check_shared(parameter, experts)
+    except AdapterError as error:
+        raise PlanError(str(error)) from None
+    first = next(iter(experts))
+    shares_a = SHARED[parameter.rpartition(".")[2]] == "A"
+    return replace(first, b=nothing.b) if shares_a else replace(first, a=nothing.a)
 
 
 def _of_rank(factors: Factors, rank: int) -> Factors:

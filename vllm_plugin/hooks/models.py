@@ -191,6 +191,10 @@ def _spellings(layers: Any, name: str) -> list[str]:
         holder = expert[0]
         slots = expert_slots(slot_map.experts, names, name)
         return [names.spelling(slots.layer, holder) + name[len(holder) :]] if slots is not None else []
+    module = names.module(name) or ""
+    slots = slot_map.experts.get(module) or slot_map.experts.get(module.rpartition(".")[0])
+    if slots is not None and not slots.parts:
+        return []  # a parameter, which has no factors besides those of its experts
     if len(parts) == 1:
         return [names.spelling(parts[0], name)]
     prefix = name.rpartition(".")[0]

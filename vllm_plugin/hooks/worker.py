@@ -380,7 +380,9 @@ class VllmPlainAdapters:
             weights[part].scaling = scaling
         # As its request says of it, or vLLM would have refused it.
         layers = self._manager._adapter_manager
-        lora.is_3d_lora_weight = layers._enable_mixed_moe_lora_format and any(map(expert_of, adapter.modules))
+        shared = any(slots.shared for slots in slot_map_of(layers).experts.values())
+        mixed = layers._enable_mixed_moe_lora_format and not shared
+        lora.is_3d_lora_weight = mixed and any(map(expert_of, adapter.modules))
         return lora
 
     def _by_part(self, model: LoRAModel) -> dict[str, Any]:
