@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,9 +81,10 @@ class Pattern:
         try:
             if stem == "hf:*":
                 return
-            if re.fullmatch(r"hf:[^/]*/\*", stem):
+            if re.fullmatch(rf"hf:{_PART}/\*", stem):
                 stem = stem.replace("*", "any")
-            if str(parse(stem.removesuffix("/*"))) != stem.removesuffix("/*"):
+            location = parse(stem.removesuffix("/*"))
+            if str(location) != stem.removesuffix("/*") or (location.revision and stem != self.text):
                 raise AdapterError("")
         except AdapterError:
             raise ValueError(
@@ -105,7 +107,8 @@ def locate(text: str | os.PathLike[str]) -> Location | Path:
     text: a location, or a path; an object that is not text is always a path.
 
     A text with a scheme, such as ``hf:``, is never a path.  Any other is a path if it begins like one, if
-    something of the name of its first part exists, or if it cannot name a repository.  Raises AdapterError.
+    something of the name of its first part exists, or if it cannot name a repository.  A ``~`` in front is
+    the folder of a user, as in a shell.  Raises AdapterError.
     """
     if not isinstance(text, str):
         return Path(text)
@@ -114,7 +117,11 @@ def locate(text: str | os.PathLike[str]) -> Location | Path:
     if "\0" in text:
         raise AdapterError("an adapter's path holds a NUL character")
     path = Path(text)
-    if text.startswith((".", "/", "~")) or os.path.lexists(path.parts[0] if path.parts else path):
+    if text.startswith("~"):
+        with suppress(RuntimeError):  # no such user
+            path = path.expanduser()
+        return path
+    if text.startswith((".", "/")) or os.path.lexists(path.parts[0] if path.parts else path):
         return path
     return parse(f"hf:{text}") if _is_repository(text) else path
 

@@ -54,7 +54,7 @@ def test_the_text_of_a_location_means_the_same_location(start: str, parts: list[
 
 
 def test_what_exists_or_begins_like_a_path_is_one_and_an_id_of_a_repository_is_on_the_hub(here: Path) -> None:
-    paths = ["adapters/sql", "adapters", "./org/repo", "../org/repo", "/org/repo", "~/org/repo", "sql"]
+    paths = ["adapters/sql", "adapters", "./org/repo", "../org/repo", "/org/repo", "sql"]
     paths += ["org//repo", "org/re--po", "a b/repo"]
     assert [locate(text) for text in paths] == [Path(text) for text in paths]
     assert locate("org/repo@v1/sub") == Location("hf", "org/repo", "sub", "v1")
@@ -63,8 +63,16 @@ def test_what_exists_or_begins_like_a_path_is_one_and_an_id_of_a_repository_is_o
     assert locate("hf:org/repo") == Location("hf", "org/repo")
 
 
+def test_a_tilde_in_front_is_the_folder_of_a_user_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert locate("~/org/repo") == Path("/home/me/org/repo")
+    assert locate("~no-such-user/repo") == Path("~no-such-user/repo")
+    assert locate("./x/~") == Path("x/~")
+
+
 def test_an_object_that_is_no_text_is_a_path() -> None:
     assert locate(Path("org/repo")) == Path("org/repo")
+    assert locate(Path("~/repo")) == Path("~/repo")
 
 
 def test_a_path_that_may_have_meant_a_repository_says_how_to_write_that() -> None:
@@ -145,7 +153,15 @@ def test_a_pattern_allows_what_begins_like_it_and_nothing_else(
         "hf:",
         "hf:org*",
         "hf:o*/a",
+        "hf:o*/*",
+        "hf:*/*",
+        "hf:**/*",
+        "hf:*/a",
+        "hf:o--g/*",
+        "hf:/*",
         "hf:org/a*",
+        "hf:org/a@v1@*",
+        "hf:org/a@v1/*@*",
         "hf:org/*@v1",
         "s3://b/a*",
         "s3://b/*/c",
@@ -154,6 +170,6 @@ def test_a_pattern_allows_what_begins_like_it_and_nothing_else(
         "/adapters/*",
     ],
 )
-def test_a_pattern_without_an_owner_a_bucket_or_a_host_is_refused(text: str) -> None:
+def test_a_pattern_that_allows_nothing_or_names_no_owner_bucket_or_host_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^must be a location"):
         Pattern(text)
