@@ -15,6 +15,7 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,9 @@ _SCHEME = re.compile(r"hf:|[A-Za-z][A-Za-z0-9+.-]*://")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPO = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._-]{{0,127}}))?")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}")
-_HOST = re.compile(r"(?:[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_HOST = re.compile(
+    r"(?:[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*|\[(?P<v6>[0-9A-Fa-f:.]+)\])(?::[0-9]{1,5})?"
+)
 _UNFIT = re.compile(r"[?#%*\\]")
 
 
@@ -181,11 +184,20 @@ def _on_the_hub(text: str, rest: str) -> Location:
 def _host(text: str, place: str) -> str:
     if "@" in place:
         raise AdapterError(f"location {shown(text)!r} holds credentials, which would end up in logs")
-    if not _HOST.fullmatch(place):
+    found = _HOST.fullmatch(place)
+    if found is None or (found["v6"] and not _is_ipv6(found["v6"])):
         raise AdapterError(f"location {shown(text)!r} names no host")
     if place.lower() in HUBS:
         raise AdapterError(f"location {shown(text)!r} is on the hub; write hf:org/repo")
     return place.lower()
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _folder(text: str, folder: str) -> str:

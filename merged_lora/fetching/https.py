@@ -1,6 +1,6 @@
 """A folder on an HTTPS server as a store, by the standard library: proxies and certificates are the system's.
 
-A redirect is followed to the same host alone.  Nothing that identifies the user is sent.
+A redirect is followed to the same host alone, by HTTPS.  Nothing that identifies the user is sent.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .files import Remote, TransientError
 CHUNK = 1 << 20
 MAX_REDIRECTS = 5
 
+_CONTENT = (200, 206)
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 _DENIED = (401, 403, 407)
 _GONE = (404, 410)
@@ -84,7 +85,7 @@ class HttpsStore:
         url = f"{self._url.rstrip('/')}/{urllib.parse.quote(name)}"
         request = urllib.request.Request(url, None, {"Accept-Encoding": "identity", **headers}, method=method)
         try:
-            return self._opener.open(request, timeout=self._patience)
+            reply = self._opener.open(request, timeout=self._patience)
         except urllib.error.HTTPError as error:
             if error.code in _RETRIED:
                 raise TransientError(f"status {error.code}") from None
@@ -93,6 +94,12 @@ class HttpsStore:
             raise TransientError(_reason(error.reason)) from None
         except (OSError, http.client.HTTPException) as error:
             raise TransientError(_reason(error)) from None
+        except ValueError:  # of urllib, which takes the address apart
+            raise FetchError(f"{self._location}: {name} is redirected to what is no address") from None
+        if reply.status not in _CONTENT:
+            reply.close()
+            raise FetchError(f"{self._location}: the server answers status {reply.status} for {name}")
+        return reply
 
     def _described(self, name: str, headers: Any) -> Remote:
         size = _size(headers, 0)
@@ -112,7 +119,7 @@ class HttpsStore:
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to the same host alone; raises FetchError for any other."""
+    """Follows a redirect to the same host by HTTPS; raises FetchError for any other."""
 
     max_redirections = MAX_REDIRECTS
 
@@ -123,10 +130,17 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         there = urllib.parse.urlsplit(newurl)
-        if (there.scheme, there.netloc.lower()) != ("https", self._location.place):
-            host = re.sub(r".*@", "", there.netloc)[:253]
+        user, _, host = there.netloc.lower().rpartition("@")
+        if host != self._location.place:
             raise FetchError(
-                f"{self._location}: redirected to another host, {host!r}; name the place where it is kept"
+                f"{self._location}: redirected to another host, {host[:253]!r}; "
+                "name the place where it is kept"
+            )
+        if there.scheme != "https" or user:
+            what = "with credentials" if user else f"by {there.scheme}:"
+            raise FetchError(
+                f"{self._location}: redirected to the same host {what}; files are fetched by https: alone, "
+                "without credentials"
             )
         request = urllib.request.Request(newurl, None, dict(req.header_items()), method=req.get_method())
         request.remove_header("Host")
@@ -141,7 +155,8 @@ def _size(headers: Any, start: int) -> int | None:
     """The size of the whole file by a reply whose content begins at a byte; None if it does not say."""
     try:
         if not start:
-            return int(headers["Content-Length"])
+            size = int(headers["Content-Length"])
+            return size if size >= 0 else None
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", headers.get("Content-Range", ""))
         return int(match[3]) if match and int(match[1]) == start else None
     except (TypeError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
@@ -169,10 +170,19 @@ def test_a_redirect_is_followed_on_the_same_host_alone(https: Site, adapter: Pat
 
         https.server.fault = moved
 
-    for place in ("https://127.0.0.1:1", f"http://{host}", f"https://user@{host}"):
+    for place, reason in {
+        "https://127.0.0.1:1": "to another host, '127.0.0.1:1'; name the place",
+        "http://user:secret@127.0.0.1:1": "to another host, '127.0.0.1:1'; name the place",
+        f"http://{host}": "to the same host by http:",
+        f"https://user:secret@{host}": "to the same host with credentials",
+        "https://[bad": "to what is no address",
+        "https://[::::]": "to what is no address",
+    }.items():
         to(place)
-        with pytest.raises(FetchError, match="redirected to another host"):
+        with pytest.raises(FetchError, match=re.escape(reason)) as refused:
             Adapter.load(location)
+        assert str(refused.value).startswith(f"{location}: ")
+        assert "secret" not in str(refused.value)
     assert nothing_half_done(caches)
     to(f"https://{host}")
     assert Adapter.load(location).digest == Adapter.load(adapter).digest

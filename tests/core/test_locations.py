@@ -94,6 +94,8 @@ def test_a_path_that_may_have_meant_a_repository_says_how_to_write_that() -> Non
         ("gs://bucket/a*b", "'*'"),
         ("https://", "names no host"),
         ("https:///etc/passwd", "names no host"),
+        ("https://[::::]/x", "names no host"),
+        (f"https://{'a' * 64}.org/x", "names no host"),
         ("https://host\\@other/x", "holds credentials"),
         ("https://host/a%2e%2e/b", "'%'"),
         ("https://host/a\\..\\b", "'\\\\'"),
