@@ -75,31 +75,18 @@ def choose(
 
     Raises NotFoundError if there is no adapter, AdapterError if there is none that can be used.
     """
-    config = find(CONFIG_NAME)
+
+    def look(name: str) -> Remote | None:
+        remote = find(name)
+        if remote is not None and remote.size < 1:
+            raise AdapterError(f"{location}: {name} has {remote.size} bytes; no file of an adapter is empty")
+        return remote
+
+    config = look(CONFIG_NAME)
     if config is None:
         raise NotFoundError(f"{location}: holds no {CONFIG_NAME}")
-    chosen = {CONFIG_NAME: _small(location, CONFIG_NAME, config)}
-    for name in (WEIGHTS_NAME, MLX_WEIGHTS_NAME, *INDEX_NAMES):
-        found = find(name)
-        if found is None:
-            continue
-        chosen[name] = found
-        if name in INDEX_NAMES:
-            _small(location, name, found)
-            for shard in _shards(location, name, take(name, found)):
-                remote = find(shard)
-                if remote is None:
-                    raise NotFoundError(f"{location}: {name} names {shard}, which is not there")
-                chosen[shard] = remote
-        break
-    else:
-        pickled = next((name for name in PICKLES if find(name) is not None), None)
-        if pickled is not None:
-            raise AdapterError(
-                f"{location}: its weights are pickled ({pickled}) and never fetched; save them as safetensors"
-            )
-        raise NotFoundError(f"{location}: holds no {WEIGHTS_NAME}")
-    calibration = find(CALIBRATION_NAME)
+    chosen = {CONFIG_NAME: _small(location, CONFIG_NAME, config), **_weights(location, look, take)}
+    calibration = look(CALIBRATION_NAME)
     if calibration is not None:
         chosen[CALIBRATION_NAME] = calibration
     total = sum(remote.size for remote in chosen.values())
@@ -109,6 +96,31 @@ def choose(
             f"{bound.way_out}"
         )
     return chosen
+
+
+def _weights(
+    location: Location, find: Callable[[str], Remote | None], take: Callable[[str, Remote], Path]
+) -> dict[str, Remote]:
+    """The file of the weights, or the index and the shards; raises as :func:`choose` does."""
+    for name in (WEIGHTS_NAME, MLX_WEIGHTS_NAME, *INDEX_NAMES):
+        found = find(name)
+        if found is None:
+            continue
+        if name not in INDEX_NAMES:
+            return {name: found}
+        chosen = {name: _small(location, name, found)}
+        for shard in _shards(location, name, take(name, found)):
+            remote = find(shard)
+            if remote is None:
+                raise NotFoundError(f"{location}: {name} names {shard}, which is not there")
+            chosen[shard] = remote
+        return chosen
+    pickled = next((name for name in PICKLES if find(name) is not None), None)
+    if pickled is not None:
+        raise AdapterError(
+            f"{location}: its weights are pickled ({pickled}) and never fetched; save them as safetensors"
+        )
+    raise NotFoundError(f"{location}: holds no {WEIGHTS_NAME}")
 
 
 def _small(location: Location, name: str, remote: Remote) -> Remote:

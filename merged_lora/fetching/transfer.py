@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,41 +49,23 @@ def transfer(location: Location, store: Store, name: str, remote: Remote, part: 
     def attempt() -> None:
         if not remote.tag:
             part.unlink(missing_ok=True)  # nothing shows whether it is a part of the same file
-        start = arrived()
-        if start < remote.size:
-            for chunk in _append(part, store.read(name, remote, start), Pace(location)):
-                start += chunk
-                if start > remote.size:
-                    raise FetchError(
-                        f"{location}: {name} has more than the {remote.size} bytes it was said to have"
-                    )
-                report(chunk)
+        if arrived() < remote.size:
+            _append(location, store, name, remote, part, report)
         if arrived() != remote.size:
             raise TransientError(f"it ended after {arrived()} of {remote.size} bytes")
 
     try:
         if arrived() > remote.size:
             part.unlink()
-        if not remote.size:
-            part.touch()
         report(arrived())
         _attempts(location, name, attempt, arrived)
-        digests = {algorithm: hashlib.new(algorithm) for algorithm in ("sha256", "md5")}
-        for chunk in _chunks(part):
-            for digest in digests.values():
-                digest.update(chunk)
+        return _checked(location, name, remote, part)
     except FetchError as error:
         if not isinstance(error.__cause__, TransientError):
             part.unlink(missing_ok=True)
         raise
     except OSError as error:
         raise full(location, error) from None
-    if remote.digest is not None and digests[remote.digest[0]].hexdigest() != remote.digest[1]:
-        part.unlink(missing_ok=True)
-        raise FetchError(
-            f"{location}: {name} came in with another {remote.digest[0]} than it has there; fetch it again"
-        )
-    return digests["sha256"].hexdigest()
 
 
 def full(location: Location, error: OSError) -> FetchError:
@@ -115,15 +97,34 @@ class Pace:
             self._since, self._bytes = time.monotonic(), 0
 
 
-def _append(part: Path, chunks: Iterator[bytes], pace: Pace) -> Iterator[int]:
-    """Write what comes in behind what is there; yields the size of each chunk once it is written."""
+def _append(location: Location, store: Store, name: str, remote: Remote, part: Path, report: Report) -> None:
+    """Write what a store sends behind what is there; raises FetchError if that is too much or too slow."""
+    pace = Pace(location)
     with part.open("ab") as written:
-        for chunk in chunks:
+        for chunk in store.read(name, remote, written.tell()):
             written.write(chunk)
-            yield len(chunk)
+            if written.tell() > remote.size:
+                raise FetchError(
+                    f"{location}: {name} has more than the {remote.size} bytes it was said to have"
+                )
+            report(len(chunk))
             pace.count(len(chunk))
         written.flush()
         os.fsync(written.fileno())
+
+
+def _checked(location: Location, name: str, remote: Remote, part: Path) -> str:
+    """The SHA-256 of a complete file; raises FetchError if the store stated another digest."""
+    digests = {algorithm: hashlib.new(algorithm) for algorithm in ("sha256", "md5")}
+    with part.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            for digest in digests.values():
+                digest.update(chunk)
+    if remote.digest is not None and digests[remote.digest[0]].hexdigest() != remote.digest[1]:
+        raise FetchError(
+            f"{location}: {name} came in with another {remote.digest[0]} than it has there; fetch it again"
+        )
+    return digests["sha256"].hexdigest()
 
 
 def _attempts(
@@ -140,9 +141,3 @@ def _attempts(
             if failures >= ATTEMPTS:
                 raise FetchError(f"{location}: {name} cannot be fetched: {error}; try again later") from error
             time.sleep(PAUSE * 2 ** (failures - 1))
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            yield chunk

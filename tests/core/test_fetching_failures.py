@@ -14,6 +14,7 @@ import pytest
 
 from fetched import Site, speak_s3
 from merged_lora import Adapter
+from merged_lora.calibration import CALIBRATION_NAME
 from merged_lora.errors import AdapterError, FetchError, ForbiddenError, MergeError, NotFoundError
 from merged_lora.files.layout import CONFIG_NAME, WEIGHTS_NAME
 from stand_ins import Answer, Asked, Hub, Server, certified, closed_after
@@ -96,6 +97,45 @@ def test_a_server_that_lies_about_a_size_is_found_out(
     with pytest.raises(FetchError, match=WEIGHTS_NAME):
         Adapter.load(location)
     assert nothing_half_done(caches)
+
+
+def test_an_empty_file_is_refused_by_its_name(site: Site, adapter: Path, caches: Path) -> None:
+    for name in (CALIBRATION_NAME, CONFIG_NAME):
+        (adapter / name).write_bytes(b"")
+        location = site.put("sql", adapter)
+        with pytest.raises(AdapterError, match=rf"^{location}: {name} has 0 bytes; no file .* is empty$"):
+            Adapter.load(location)
+    assert nothing_half_done(caches)
+
+
+@pytest.mark.parametrize("size", [-5, -100_000_000])
+def test_a_size_below_zero_is_none(site: Site, adapter: Path, caches: Path, size: int) -> None:
+    location = site.put("sql", adapter)
+    if isinstance(site.server, Hub):
+        site.server.sizes[f"/org/sql/{WEIGHTS_NAME}"] = size
+    else:
+        site.server.fault = lambda asked, answer: answer if about(asked) else lying(asked, answer, size)
+    with pytest.raises(MergeError, match=WEIGHTS_NAME) as refused:
+        Adapter.load(location)
+    assert "the cache cannot be written" not in str(refused.value)
+    assert nothing_half_done(caches)
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("status", [202, 204, 205])
+def test_an_answer_without_the_content_is_not_taken_for_a_file(
+    https: Site, adapter: Path, method: str, status: int
+) -> None:
+    location = https.put("sql", adapter)
+
+    def other(asked: Asked, answer: Answer) -> Answer:
+        return Answer(status, {"Content-Length": "0"}) if asked.method == method else answer
+
+    https.server.fault = other
+    with pytest.raises(
+        FetchError, match=rf"^{location}: the server answers status {status} for {CONFIG_NAME}$"
+    ):
+        Adapter.load(location)
 
 
 def lying(asked: Asked, answer: Answer, size: int) -> Answer:
