@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from merged_lora.calibration import CALIBRATION_NAME
-from merged_lora.errors import AdapterError, FetchError, NotFoundError
+from merged_lora.errors import AdapterError, NotFoundError
 from merged_lora.files.layout import CONFIG_NAME, WEIGHTS_NAME
-from merged_lora.files.opening import INDEX_NAMES, MAX_JSON, MLX_WEIGHTS_NAME, PICKLES
+from merged_lora.files.opening import INDEX_NAMES, MAX_JSON, PICKLES, WEIGHTS, read_index
 from merged_lora.locations import Location
 
 MAX_SHARDS = 1024
 GIB = 1 << 30
-
-_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 Report = Callable[[int], object]
 """Called with the number of bytes that came in since the last call."""
@@ -102,7 +98,7 @@ def _weights(
     location: Location, find: Callable[[str], Remote | None], take: Callable[[str, Remote], Path]
 ) -> dict[str, Remote]:
     """The file of the weights, or the index and the shards; raises as :func:`choose` does."""
-    for name in (WEIGHTS_NAME, MLX_WEIGHTS_NAME, *INDEX_NAMES):
+    for name in WEIGHTS:
         found = find(name)
         if found is None:
             continue
@@ -130,15 +126,13 @@ def _small(location: Location, name: str, remote: Remote) -> Remote:
 
 
 def _shards(location: Location, name: str, index: Path) -> list[str]:
-    """The files that an index names; raises AdapterError unless they are beside it."""
+    """The files that an index names, which is here; raises AdapterError."""
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise AdapterError(f"{location}: {name} is no index of shards") from None
-    except OSError as error:
-        raise FetchError(f"{location}: {name} cannot be read again ({error.strerror})") from None
-    unfit = [file for file in files if not isinstance(file, str) or not _SHARD.fullmatch(file)]
-    if unfit or not 0 < len(files) <= MAX_SHARDS:
-        what = f"{str(unfit[0])[:64]!r} as the file" if unfit else f"{len(files)} files"
-        raise AdapterError(f"{location}: {name} names {what} of its tensors")
+        files = set(read_index(index).values())
+    except AdapterError as error:  # a folder of a cache says nothing to a user
+        raise AdapterError(str(error).replace(str(index), f"{location}/{name}")) from None
+    if not 0 < len(files) <= MAX_SHARDS:
+        raise AdapterError(
+            f"{location}: {name} names {len(files)} files, at least 1 and at most {MAX_SHARDS} fit"
+        )
     return sorted(files)

@@ -21,10 +21,13 @@ MAX_JSON = 16 << 20
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 INDEX_NAMES = (INDEX_NAME, "model.safetensors.index.json")
 """Names of the index of a file in parts, as PEFT and transformers give it."""
+WEIGHTS = (WEIGHTS_NAME, MLX_WEIGHTS_NAME, *INDEX_NAMES)
+"""Names of safetensors files or their index; the first one that is there has the weights."""
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+"""Names that are looked for after :data:`WEIGHTS`."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_index(file: Path) -> dict[str, str]:
+    """The shard of each tensor, as an index names it; raises AdapterError unless all are files beside it."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise AdapterError(f"{file}: weight_map must name a file for every tensor")
+    for shard in weight_map.values():
+        if not _SHARD.fullmatch(shard):
+            raise AdapterError(f"{file}: {shard[:64]!r} is not the name of a file beside it")
+    return weight_map
+
+
 def _refuse_pointer(file: Path, begin: bytes) -> None:
     if begin.startswith(_POINTER):
         raise AdapterError(
@@ -104,18 +118,8 @@ def _refuse_pointer(file: Path, begin: bytes) -> None:
 def _read_weights(
     folder: Path, weights: Path | None, allow_pickle: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if weights is not None:
-        return _read_named(weights, allow_pickle)
-    for name in (WEIGHTS_NAME, MLX_WEIGHTS_NAME):
-        if (folder / name).is_file():
-            return _read_safetensors(folder / name)
-    for name in INDEX_NAMES:
-        if (folder / name).is_file():
-            return _read_shards(folder, name)
-    for name in PICKLES:
-        if (folder / name).exists():
-            return _read_pickle(folder / name, allow_pickle)
-    raise AdapterError(f"{folder / WEIGHTS_NAME}: missing")
+    there = (folder / name for name in (*WEIGHTS, *PICKLES) if (folder / name).is_file())
+    return _read_named(weights or next(there, folder / WEIGHTS_NAME), allow_pickle)
 
 
 def _read_named(file: Path, allow_pickle: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -132,14 +136,10 @@ def _read_named(file: Path, allow_pickle: bool) -> tuple[dict[str, torch.Tensor]
 
 
 def _read_shards(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    weight_map = read_json(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(part, str) for part in weight_map.values()):
-        raise AdapterError(f"{folder / name}: weight_map must name a file for every tensor")
+    weight_map = read_index(folder / name)
     tensors: dict[str, torch.Tensor] = {}
-    for part in sorted(set(weight_map.values())):
-        if not _PART.fullmatch(part):
-            raise AdapterError(f"{folder / name}: {part[:64]!r} is not the name of a file beside it")
-        tensors |= _read_safetensors(folder / part)[0]
+    for shard in sorted(set(weight_map.values())):
+        tensors |= _read_safetensors(folder / shard)[0]
     missing = sorted(set(weight_map) ^ set(tensors))
     if missing:
         raise AdapterError(f"{folder / name}: does not agree with its shards about {listed(missing)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -69,17 +70,32 @@ def test_the_shards_that_an_index_names_are_fetched(site: Site, adapter: Path) -
     (adapter / WEIGHTS_NAME).rename(adapter / shard)
     with safe_open(adapter / shard, "pt") as tensors:
         index = {"weight_map": dict.fromkeys(tensors.keys(), shard)}
-    (adapter / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+    (adapter / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8-sig")
     assert Adapter.load(site.put("sql", adapter)).digest == Adapter.load(adapter).digest
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "code.py", 7])
-def test_an_index_that_names_something_else_is_refused(https: Site, adapter: Path, shard: object) -> None:
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ({"x": "../secret.safetensors"}, "'../secret.safetensors' is not the name of a file beside it"),
+        ({"x": "/etc/passwd"}, "'/etc/passwd' is not the name of a file beside it"),
+        ({"x": "code.py"}, "'code.py' is not the name of a file beside it"),
+        ({"x": f"{'x' * 250}.safetensors"}, "is not the name of a file beside it"),
+        ({"x": 7}, "weight_map must name a file for every tensor"),
+        ({}, "names 0 files"),
+        ({str(i): f"{i}.safetensors" for i in range(1025)}, "names 1025 files, at least 1 and at most 1024"),
+    ],
+    ids=["above", "absolute", "code", "long", "number", "none", "many"],
+)
+def test_an_index_that_names_something_else_is_refused(
+    https: Site, adapter: Path, names: object, reason: str
+) -> None:
     (adapter / WEIGHTS_NAME).unlink()
-    (adapter / INDEX_NAME).write_text(json.dumps({"weight_map": {"x": shard}}), encoding="utf-8")
+    (adapter / INDEX_NAME).write_text(json.dumps({"weight_map": names}), encoding="utf-8")
     location = https.put("sql", adapter)
-    with pytest.raises(AdapterError, match="as the file of its tensors"):
+    with pytest.raises(AdapterError, match=reason) as refused:
         Adapter.load(location)
+    assert re.match(rf"{location}(/|: ){INDEX_NAME}", str(refused.value))
 
 
 def test_pickled_weights_are_never_fetched(site: Site, adapter: Path) -> None:
