@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import combinations, permutations, product
+from itertools import chain, combinations, permutations, product, takewhile
 from typing import NamedTuple
 
 from .adapters import Adapter
@@ -56,6 +56,9 @@ SPELLINGS = (
     Spelling("", None, None),  # text alone without a head
 )
 
+_TEXT_ALONE = frozenset(each for each in SPELLINGS if each.text in ("model.", "backbone.", ""))
+"""Spellings of classes of which some have text alone."""
+
 _TEXT = frozenset(("layers", "embed_tokens"))
 _HEAD = frozenset(("lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "cls", "embed_out"))
 _REST = (
@@ -100,32 +103,47 @@ def align(
     """The sources under names that agree; those that agree already stay as they are.
 
     Sources that share no layers, and would share some under the names of another class, get the names that
-    most sources have, or those of the first source.  A class without the parts that a source adapts is not
-    taken.  Projections that are fused in one source and apart in another are split.  What was done is logged
-    as a warning.  Digests stay those of what was read.
+    most sources have, or those of the first source; so do sources of different parts that no class has
+    beside each other.  A class without the parts that a source adapts is not taken.  Projections that are
+    fused in one source and apart in another are split.  What was done is logged as a warning.  Digests stay
+    those of what was read.
 
     sources: by name.
     chosen:  whether a module takes part in the merge; one that does not need not be split.
 
-    Raises PlanError if two sources share no module and differ by an unknown prefix, or if fused projections
-    cannot be split exactly.
+    Raises PlanError if names may mean different modules of another source, if two sources share no layers
+    and differ by an unknown prefix, or if fused projections cannot be split exactly.
     """
     aligned = dict(sources)
     if len(aligned) > 1:
-        while (step := _one_step(aligned)) is not None:
+        while (step := _one_step(aligned, chosen)) is not None:
             aligned = step
         aligned = split_projections(aligned, chosen)
-        _check_prefixes(aligned)
+        _check_prefixes(aligned, chosen)
     return aligned
 
 
-def _one_step(sources: Mapping[str, Adapter]) -> dict[str, Adapter] | None:
-    """The sources after those of one group got the names of another; None if there is nothing to do."""
+def _one_step(sources: Mapping[str, Adapter], chosen: Callable[[str], bool]) -> dict[str, Adapter] | None:
+    """The sources after those of one group got the names of another; None if there is nothing to do.
+
+    Raises PlanError if there are several ways to do it, and no other pair of groups shows which is meant.
+    """
     groups = sorted(_groups(sources), key=len, reverse=True)  # stable: among equals the first source decides
-    for reference, others in permutations(groups, 2):
-        rewrite = _fitting([sources[n] for n in others], [sources[n] for n in reference])
-        if rewrite is not None:
-            return {n: _renamed(n, a, rewrite, reference) if n in others else a for n, a in sources.items()}
+    found = [
+        (like, names, _fitting([sources[n] for n in names], [sources[n] for n in like], chosen))
+        for like, names in permutations(groups, 2)
+    ]
+    for names in groups:
+        ways = [(like, way) for like, others, own in found if others is names for way in own]
+        made = [_layers(_rewritten(m, way) for n in names for m in sources[n].modules) for _, way in ways]
+        if any(each[0] for each in made) and not all(each[0] for each in made):  # a tower, or something else
+            raise _ambiguous(names[0], sources[names[0]], ways)
+    for like, names, own in found:
+        if len(own) == 1 and not _moves_into_tower(own[0], names, like, sources):
+            return {n: _renamed(n, a, own[0], like) if n in names else a for n, a in sources.items()}
+    for like, names, own in found:
+        if own:
+            raise _ambiguous(names[0], sources[names[0]], [(like, way) for way in own])
     return None
 
 
@@ -145,51 +163,99 @@ def _groups(sources: Mapping[str, Adapter]) -> list[list[str]]:
 
 def _layers(names: Iterable[str]) -> Layers:
     found: Layers = [set(), set(), set()]
-    for name in names:
-        match = _STACK.fullmatch(name)
-        layers = match["front"] + match["layers"] if match else name
-        found[2 if match is None else 1 if _has_rest([layers]) else 0].add(layers)
+    for layers, name in _samples(names).items():
+        found[2 if layers == name else 1 if _has_rest([layers]) else 0].add(layers)
     return found
 
 
+def _samples(names: Iterable[str]) -> dict[str, str]:
+    """A module of all layers that are called alike, by what they are called; others by their own names."""
+    stacks = ((name, _STACK.fullmatch(name)) for name in names)
+    return {match["front"] + match["layers"] if match else name: name for name, match in stacks}
+
+
 def _agree(one: Layers, two: Layers) -> bool:
-    """Whether the first kind of layers that both have is called the same in both."""
-    return next((not a.isdisjoint(b) for a, b in zip(one, two, strict=True) if a and b), False)
+    """Whether the first kind of layers that both have is called the same, or else a class has all names.
+
+    Modules outside layers show nothing if there are layers: heads have the same name in many classes.
+    """
+    for ones, twos in zip(one[:2], two[:2], strict=True):
+        if ones and twos:
+            return not ones.isdisjoint(twos)
+    return not _spellings(one).isdisjoint(_spellings(two))
 
 
-def _fitting(adapters: Sequence[Adapter], reference: Sequence[Adapter]) -> Rewrite | None:
-    """How the names of adapters become those of the reference's class; None if no known class fits.
+def _spellings(layers: Layers) -> set[Spelling]:
+    """The spellings under which every name has a place."""
+    names = set().union(*layers)
+    return {each for each in SPELLINGS if all(_respelled(each, each, name) is not None for name in names)}
 
-    It fits if all names have a place there, layers are shared, and shared modules have the same shapes.
+
+def _fitting(
+    adapters: Sequence[Adapter], reference: Sequence[Adapter], chosen: Callable[[str], bool]
+) -> list[Rewrite]:
+    """How the names of adapters become those of the reference's class, each way with other names.
+
+    A way fits if all names have a place there, both agree then, and shared modules of layers that take part
+    in the merge have the same shapes.
     """
     shapes = {name: f.shape for adapter in adapters for name, f in adapter.modules.items()}
     wanted = {name: f.shape for adapter in reference for name, f in adapter.modules.items()}
-    if _has_rest(shapes) and not _has_rest(wanted):
-        return None
-    layers, places = _layers(wanted), dict(place(*each) for each in wanted.items())
-    for rewrite in _rewrites():
-        made = {name: new for name in shapes if (new := rewrite(name)) is not None}
-        if len(set(made.values())) < len(shapes) or not _agree(_layers(made.values()), layers):
+    ours, layers = _layers(shapes), _layers(wanted)
+    samples = _samples(shapes).values()
+    known = _spellings(layers)
+    if _has_rest(shapes) and not _has_rest(wanted) and (not known or known.intersection(_TEXT_ALONE)):
+        return []
+    compared = [name for name in shapes if _STACK.fullmatch(name) and chosen(name)]
+    places = dict(place(*each) for each in wanted.items() if chosen(each[0]))
+    fitting: dict[tuple[str, ...], Rewrite] = {}  # by the new names of a module of every kind of layer
+    for rewrite in chain.from_iterable(takewhile(lambda _: not fitting, _rewrites())):
+        brief = tuple(new for name in samples if (new := rewrite(name)) is not None)
+        if len(brief) < len(samples) or brief in fitting:
             continue
-        here = dict(place(made[name], shape) for name, shape in shapes.items())
-        if all(here[each] == places[each] for each in here.keys() & places.keys()):
-            return rewrite
-    return None
+        theirs = _layers(brief)
+        shared = any(a and b for a, b in zip(theirs[:2], layers[:2], strict=True))
+        if not _agree(theirs, layers) or not (shared or bool(ours[0]) == bool(theirs[0])):
+            continue
+        made = {name: new for name in shapes if (new := rewrite(name)) is not None}
+        here = dict(place(made[name], shapes[name]) for name in compared)
+        same = all(here[each] == places[each] for each in here.keys() & places.keys())
+        if same and len(set(made.values())) == len(shapes):
+            fitting[brief] = rewrite
+    return list(fitting.values())
+
+
+def _moves_into_tower(
+    way: Rewrite, names: Sequence[str], reference: Sequence[str], sources: Mapping[str, Adapter]
+) -> bool:
+    """Whether layers would become those of a tower, although the reference has other layers, too."""
+    modules, known = ([m for n in group for m in sources[n].modules] for group in (names, reference))
+    made = _layers(_rewritten(module, way) for module in modules)
+    return bool(_layers(modules)[0] and _layers(known)[0] and not made[0])
+
+
+def _ambiguous(name: str, adapter: Adapter, ways: Sequence[tuple[Sequence[str], Rewrite]]) -> PlanError:
+    module = next(m for m in adapter.modules if any(_rewritten(m, way) != m for _, way in ways))
+    made = list(dict.fromkeys(_rewritten(module, way) for _, way in ways))
+    references = dict.fromkeys(source for like, _ in ways for source in like)
+    stack = _STACK.fullmatch(module)
+    front = module[: stack.end("layers") + 1] if stack else module
+    new = made[0].removesuffix(module[len(front) :])
+    return PlanError(
+        f"{name}: {module} may be {' or '.join(made)}, beside {listed(references)}; say which is meant, such "
+        f"as with --rename {front}={new}"
+    )
 
 
 def _has_rest(names: Iterable[str]) -> bool:
     return any(not set(_REST).isdisjoint(name.split(".")) for name in names)
 
 
-def _rewrites() -> Iterator[Rewrite]:
-    """From the names of one class to those of another, for all classes that are known."""
-    for old, new in permutations(SPELLINGS, 2):
-        yield partial(_respelled, old, new)
-    for base in BASES:
-        yield partial(_below, base + ".")
-        yield partial(_above, base + ".")
-    yield partial(_substituted, _VIT)
-    yield partial(_substituted, tuple((new, old) for old, new in _VIT))
+def _rewrites() -> Iterator[list[Rewrite]]:
+    """From the names of one class to those of another: first those of whole classes, which are certain."""
+    yield [partial(_respelled, old, new) for old, new in permutations(SPELLINGS, 2)]
+    yield [partial(change, base + ".") for base in BASES for change in (_below, _above)]
+    yield [partial(_substituted, _VIT), partial(_substituted, tuple((new, old) for old, new in _VIT))]
 
 
 def _respelled(old: Spelling, new: Spelling, name: str) -> str | None:
@@ -243,11 +309,12 @@ def _rewritten(module: str, rewrite: Rewrite) -> str:
     return module if new is None else new
 
 
-def _check_prefixes(sources: Mapping[str, Adapter]) -> None:
-    """Raise PlanError if sources share no module, and would if their names began otherwise."""
-    fronts = {name: _fronts(adapter) for name, adapter in sources.items()}
+def _check_prefixes(sources: Mapping[str, Adapter], chosen: Callable[[str], bool]) -> None:
+    """Raise PlanError if sources share no layers, and would if their names began otherwise."""
+    layers = {name: _layers(filter(chosen, adapter.modules)) for name, adapter in sources.items()}
+    fronts = {name: _fronts(adapter, chosen) for name, adapter in sources.items()}
     for (one, ones), (two, twos) in combinations(fronts.items(), 2):
-        if not sources[one].modules.keys().isdisjoint(sources[two].modules):
+        if _agree(layers[one], layers[two]):
             continue
         for here, there in product(ones, twos):
             if any(here in each and there in each for each in fronts.values()):
@@ -262,17 +329,17 @@ def _check_prefixes(sources: Mapping[str, Adapter]) -> None:
                 new, old = old, new
             example = there + min(shared)
             raise PlanError(
-                f"{one} and {two} share no module, but {len(shared)} would be the same, such as {example} of "
-                f"{two}, if names began with {new!r} instead of {old!r}; if they mean the same modules, "
-                f"merge with --rename {old}={new}"
+                f"{one} and {two} share no layers, but {len(shared)} modules would be the same, such as "
+                f"{example} of {two}, if names began with {new!r} instead of {old!r}; if they mean the "
+                f"same modules, merge with --rename {old}={new}"
             )
 
 
-def _fronts(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
+def _fronts(adapter: Adapter, chosen: Callable[[str], bool]) -> dict[str, dict[str, tuple[int, ...]]]:
     """For every beginning of names, up to the layers, what follows it with the shapes of its modules."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, factors in adapter.modules.items():
-        if match := _STACK.fullmatch(name):
+        if chosen(name) and (match := _STACK.fullmatch(name)):
             found.setdefault(match["front"], {})[name[match.end("front") :]] = factors.shape
     return found
 

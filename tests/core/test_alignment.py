@@ -244,7 +244,7 @@ def test_an_unknown_prefix_is_refused_and_the_rename_in_the_message_helps(
     tmp_path: Path, one: str, two: str, old: str, new: str
 ) -> None:
     a, b = random_adapter(below(one), seed=1), random_adapter(below(two), seed=2)
-    with pytest.raises(PlanError, match=f"sql and chat share no module, .* merge with --rename {old}={new}$"):
+    with pytest.raises(PlanError, match=f"sql and chat share no layers, .* merge with --rename {old}={new}$"):
         align({"sql": a, "chat": b})
     for name, adapter in (("a", a), ("b", b)):
         adapter.save(tmp_path / name)
@@ -300,3 +300,101 @@ def test_all_that_a_source_names_follows_its_modules() -> None:
         parameters=(f"{NEW.text}layers.0.mlp.gate",),
     )
     assert list(aligned.whole["score"]) == ["score.weight"]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "head"), [("model.", "agent.", "lm_head"), ("transformer.", "mine.", "score")]
+)
+def test_a_shared_head_hides_no_unknown_prefix(one: str, two: str, head: str) -> None:
+    a, b = (random_adapter(below(front) | {head: (64, 32)}) for front in (one, two))
+    with pytest.raises(PlanError, match=f"share no layers, .* merge with --rename {two}={one}$"):
+        align({"a": a, "b": b})
+
+
+def test_a_shared_tower_hides_no_unknown_prefix() -> None:
+    a, b = (random_adapter(below(front) | TOWER) for front in ("model.", "agent."))
+    with pytest.raises(PlanError, match=r"--rename agent\.=model\.$"):
+        align({"a": a, "b": b})
+
+
+def test_layers_become_no_tower_beside_other_layers() -> None:
+    inner = {"encoder.layers.0.mlp.fc1": (48, 32)}
+    full = random_adapter(below("vision_model.", inner) | in_class(TEXT))
+    with pytest.raises(PlanError, match=r"--rename encoder\.layers\.=vision_model\.encoder\.layers\.$"):
+        align({"bare": random_adapter(inner), "full": full})
+
+
+def test_a_prefix_counts_only_where_modules_take_part() -> None:
+    sources = {n: random_adapter(below(f"{n}.") | {"lm_head": (64, 32)}) for n in ("left", "right")}
+    assert align(sources, lambda name: name == "lm_head") == sources
+
+
+def test_heads_with_other_tokens_do_not_hide_that_layers_are_the_same() -> None:
+    a, b = in_class(TEXT, head=True), in_class(NEW, head=True) | {"lm_head": (66, 32)}
+    sources = {"a": random_adapter(a), "b": random_adapter(b, seed=1)}
+    assert align(sources)["b"].modules.keys() == a.keys()
+    with pytest.raises(PlanError, match="--without lm_head"):
+        engine.merge("a + b", sources, "numpy")
+    assert (
+        engine.merge('sum(a, b, without="lm_head")', sources, "numpy").modules.keys()
+        == below("model.").keys()
+    )
+
+
+def test_shapes_count_only_where_modules_take_part() -> None:
+    a, b = in_class(TEXT), in_class(OLD)
+    odd = "layers.0.mlp.down_proj"
+    rows, columns = b[OLD.text + odd]
+    b[OLD.text + odd] = (rows + 8, columns)
+    sources = {"a": random_adapter(a), "b": random_adapter(b)}
+    assert align(sources)["b"] is sources["b"]
+    aligned = align(sources, lambda name: not name.endswith(odd))
+    assert aligned["b"].modules.keys() == a.keys()
+
+
+@pytest.mark.parametrize("tower_first", [True, False])
+def test_a_tower_alone_gets_the_names_of_the_class_of_the_layers(tower_first: bool) -> None:
+    tower, layers = random_adapter(TOWER), random_adapter(in_class(NEW))
+    pair = {"tower": tower, "layers": layers} if tower_first else {"layers": layers, "tower": tower}
+    aligned = align(pair)
+    assert aligned["tower"].modules.keys() == below("model.", TOWER).keys()
+    assert aligned["layers"] is layers
+
+
+@pytest.mark.parametrize("rest", ["", "model."])
+def test_a_tower_alone_stays_as_it_is_beside_layers_of_its_class(rest: str) -> None:
+    tower = random_adapter(below(rest, TOWER))
+    sources = {"tower": tower, "layers": random_adapter(in_class(NEW if rest else TEXT))}
+    assert align(sources) == sources
+
+
+def test_an_embedding_and_a_head_alone_follow_the_class_of_the_layers() -> None:
+    tokens = random_adapter({"lm_head": (64, 32), "model.embed_tokens": (64, 32)})
+    layers = random_adapter(in_class(NEW, head=True))
+    aligned = align({"layers": layers, "tokens": tokens})
+    assert list(aligned["tokens"].modules) == ["lm_head", "model.language_model.embed_tokens"]
+
+
+def test_parts_of_two_classes_are_refused_if_several_classes_have_both() -> None:
+    sources = {"tower": random_adapter(below("model.", TOWER)), "layers": random_adapter(in_class(TEXT))}
+    with pytest.raises(
+        PlanError, match=r"may be model\.language_model\.layers.* or model\.text_model\.layers"
+    ) as error:
+        align(sources)
+    assert str(error.value).endswith("--rename model.layers.=model.language_model.layers.")
+
+
+@pytest.mark.parametrize("sources", [("bare", "both"), ("both", "bare"), ("bare", "text", "vision")])
+def test_what_may_be_a_tower_or_the_text_is_refused_whatever_the_order(sources: tuple[str, ...]) -> None:
+    inner = {"encoder.layers.0.mlp.fc1": (48, 32)}
+    text, vision = below("text_model.", inner), below("vision_model.", inner)
+    known = {"bare": inner, "both": text | vision, "text": text, "vision": vision}
+    adapters = {name: random_adapter(known[name], seed=i) for i, name in enumerate(sources)}
+    with pytest.raises(PlanError, match=r"bare: .* may be text_model\..* or vision_model\.") as error:
+        align(adapters)
+    rename = "encoder.layers.=text_model.encoder.layers."
+    assert str(error.value).endswith(f"--rename {rename}")
+    old, new = rename.split("=")
+    meant = {name.replace(old, new): shape for name, shape in inner.items()}
+    renamed = adapters | {"bare": random_adapter(meant, seed=9)}
+    assert align(renamed) == renamed
