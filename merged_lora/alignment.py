@@ -98,7 +98,9 @@ _STACK = re.compile(r"(?P<front>(?:.*?\.)??)(?P<layers>[^.]+)\.\d+\..+")
 
 
 def align(
-    sources: Mapping[str, Adapter], chosen: Callable[[str], bool] = lambda _: True
+    sources: Mapping[str, Adapter],
+    chosen: Callable[[str], bool] = lambda _: True,
+    left_out: Callable[[str], bool] = lambda _: False,
 ) -> dict[str, Adapter]:
     """The sources under names that agree; those that agree already stay as they are.
 
@@ -110,6 +112,7 @@ def align(
 
     sources: by name.
     chosen:  whether a module takes part in the merge; one that does not need not be split.
+    left_out: whether a module is left out by its name; it is not split.
 
     Raises PlanError if names may mean different modules of another source, if two sources share no layers
     and differ by an unknown prefix, or if fused projections cannot be split exactly.
@@ -118,7 +121,7 @@ def align(
     if len(aligned) > 1:
         while (step := _one_step(aligned, chosen)) is not None:
             aligned = step
-        aligned = split_projections(aligned, chosen)
+        aligned = split_projections(aligned, chosen, left_out)
         _check_prefixes(aligned, chosen)
     return aligned
 

@@ -14,6 +14,7 @@ from . import __version__
 from .adapters import Adapter
 from .alignment import align
 from .backends import Progress, Result, load_backend, no_progress
+from .checks import ALL
 from .choosing import is_chosen
 from .errors import AdapterError, PlanError, SpecError, listed
 from .plan import MergePlan, overflow
@@ -101,8 +102,13 @@ def sources_of(
     check_names(spec, adapters)
     given = {name: adapters[name] for name in spec.names}
     sources = {n: v if isinstance(v, Adapter) else Adapter.load(v) for n, v in given.items()}
-    modules, without = str(spec.option("modules")), spec.option("without")
-    return align(sources, lambda name: is_chosen(name, modules, None if without is None else str(without)))
+    modules = str(spec.option("modules"))
+    without = None if spec.option("without") is None else str(spec.option("without"))
+    return align(
+        sources,
+        chosen=lambda name: is_chosen(name, modules, without),
+        left_out=lambda name: not is_chosen(name, ALL, without),
+    )
 
 
 def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None) -> Merged:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate
+from typing import NamedTuple
 
 from .adapters import Adapter
 from .errors import PlanError, listed
@@ -49,21 +50,35 @@ Parts = dict[str, slice]
 """Names of the parts of a module, and which of its rows they are."""
 
 
-def split_projections(sources: Mapping[str, Adapter], chosen: Callable[[str], bool]) -> dict[str, Adapter]:
+class _Unsplit(NamedTuple):
+    """Why a module cannot be split, and the names that its parts would have."""
+
+    error: PlanError
+    names: list[str]
+
+
+def split_projections(
+    sources: Mapping[str, Adapter],
+    chosen: Callable[[str], bool],
+    left_out: Callable[[str], bool] = lambda _: False,
+) -> dict[str, Adapter]:
     """The sources with every fused projection split whose parts are modules of another source.
 
     The delta of a module is that of its parts, bit for bit.  What was split is logged as a warning.
 
     sources: by name.
-    chosen:  whether a module takes part in the merge; one that does not may stay fused.
+    chosen:  whether a module takes part in the merge; one that does not, and whose parts do not, stays fused.
+    left_out: whether a module is left out by its name; it stays fused, although its parts may be chosen.
 
     Raises PlanError if the rows of a part of a chosen module are not known for certain.
     """
     moves: dict[str, dict[str, Parts]] = defaultdict(dict)
     for name, module, parts in (*_of_layers(sources), *_of_experts(sources)):
-        if isinstance(parts, PlanError):
-            if chosen(module):
-                raise parts
+        if left_out(module):
+            continue
+        if isinstance(parts, _Unsplit):
+            if any(map(chosen, (module, *parts.names))):
+                raise parts.error
         else:
             moves[name][module] = parts
     return {name: _split(name, a, moves[name]) if name in moves else a for name, a in sources.items()}
@@ -85,7 +100,7 @@ def place(name: str, shape: tuple[int, int]) -> tuple[str, tuple[int, ...]]:
     return (f"{parent}.{_PLACES[leaf]}", shape[1:]) if leaf in _PLACES else (name, shape)
 
 
-def _of_layers(sources: Mapping[str, Adapter]) -> Iterator[tuple[str, str, Parts | PlanError]]:
+def _of_layers(sources: Mapping[str, Adapter]) -> Iterator[tuple[str, str, Parts | _Unsplit]]:
     """Source, module and parts of every fused projection whose parts are modules of another source.
 
     If parts are not known for certain, the error that says why is in their place.
@@ -103,11 +118,15 @@ def _of_layers(sources: Mapping[str, Adapter]) -> Iterator[tuple[str, str, Parts
             if not others or not whole.keys().isdisjoint(others):
                 continue  # a source with both is of a model that has both
             sizes = {part: _sizes(sources, modules) for part, modules in apart.items()}
+            fused = _sizes(sources, whole).values()
+            alike = len(set().union(*fused)) == 1 and all(
+                len(set().union(*each.values())) <= 1 for each in sizes.values()
+            )
             for name, modules in whole.items():
                 for module in modules:
                     rows = sources[name].modules[module].shape[0]
                     try:
-                        yield name, module, _parts(module, rows, parts, sizes)
+                        yield name, module, _parts(module, rows, parts, sizes, alike)
                     except ValueError as error:
                         yield name, module, _unsplit(name, module, parts, others, error)
 
@@ -122,18 +141,20 @@ def _sizes(sources: Mapping[str, Adapter], modules: Mapping[str, Iterable[str]])
 
 
 def _parts(
-    module: str, rows: int, parts: tuple[str, ...], sizes: Mapping[str, Mapping[str, set[int]]]
+    module: str, rows: int, parts: tuple[str, ...], sizes: Mapping[str, Mapping[str, set[int]]], alike: bool
 ) -> Parts:
     """The rows of every part of a fused projection; raises ValueError if they are not known for certain.
 
     sizes: for every part what other sources know of its rows.
+    alike: whether this projection has as many rows in all layers, so that those of a part may be known from
+           another layer.
     """
     parent, _, leaf = module.rpartition(".")
     if leaf in MIXED:
         raise ValueError("the order of its rows is not the same in all models")
     known: dict[str, int] = {}
     for part in parts:
-        found = sizes[part].get(parent) or set().union(*sizes[part].values())
+        found = sizes[part].get(parent) or (set().union(*sizes[part].values()) if alike else set())
         if len(found) == 1:
             known[part] = next(iter(found))
     missing = [part for part in parts if part not in known]
@@ -152,7 +173,7 @@ def _parts(
     return _one_after_the_other([f"{parent}.{part}" for part in parts], numbers)
 
 
-def _of_experts(sources: Mapping[str, Adapter]) -> Iterator[tuple[str, str, Parts | PlanError]]:
+def _of_experts(sources: Mapping[str, Adapter]) -> Iterator[tuple[str, str, Parts | _Unsplit]]:
     """Source, module and parts of every expert in a parameter that is modules of another source.
 
     Experts of stacks (``experts.w1[3]``) become modules apart (``experts.3.w1``) if a source has such.
@@ -214,12 +235,14 @@ def _one_after_the_other(names: Iterable[str], rows: Iterable[int]) -> Parts:
 
 def _unsplit(
     name: str, module: str, parts: Iterable[str], others: Iterable[str], reason: ValueError
-) -> PlanError:
-    return PlanError(
+) -> _Unsplit:
+    front = f"{module.rpartition('.')[0]}."
+    error = PlanError(
         f"{name} has {module} for what is {', '.join(parts)} in {listed(others)}, and it cannot be split: "
         f"{reason}; merge adapters for one class of models, or leave it out with "
         f"--without '{_unnumbered(module, '*')}'"
     )
+    return _Unsplit(error, [front + part for part in parts])
 
 
 def _split(name: str, adapter: Adapter, moves: Mapping[str, Parts]) -> Adapter:

@@ -193,6 +193,17 @@ def test_what_takes_no_part_need_not_be_split(options: str) -> None:
         engine.merge("sum(a, b)", sources, "numpy")
 
 
+def test_a_fused_projection_is_left_out_by_its_own_name(caplog: pytest.LogCaptureFixture) -> None:
+    mlp = {f"{MLP.format(0)}down_proj": (WIDTH, INNER)}
+    sources = {"a": random_adapter(attention("qkv") | mlp), "b": random_adapter(attention("q k v") | mlp)}
+    with caplog.at_level(logging.WARNING):
+        merged = engine.merge('sum(a, b, without="qkv_proj")', sources, "numpy")
+    assert all(
+        torch.equal(merged.modules[n].delta(), sources["b"].modules[n].delta()) for n in attention("q k v")
+    )
+    assert not any("is split" in said for said in caplog.messages)
+
+
 def test_what_is_split_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         align({"a": random_adapter(attention("qkv")), "b": random_adapter(attention("q k v"))})
@@ -223,6 +234,30 @@ def test_rows_that_are_not_known_for_certain_are_refused(
     ) as error:
         align(sources)
     assert "--without 'model.layers.*.self_attn.qkv_proj'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fused", "others"),
+    [
+        (attention("qkv", 5, qkv=100), attention("q", 0) | attention("v", 5)),
+        (attention("qkv", 5), attention("q k v", 0) | attention("q k v", 1, q=60)),
+    ],
+)
+def test_rows_of_another_layer_are_no_proof_where_layers_differ(
+    fused: dict[str, tuple[int, int]], others: dict[str, tuple[int, int]]
+) -> None:
+    a = random_adapter(attention("qkv", 0) | fused)
+    with pytest.raises(PlanError, match="do not show how many"):
+        align({"a": a, "b": random_adapter(others)})
+
+
+@pytest.mark.parametrize("fused", ["qkv_proj", "c_attn"])
+def test_what_holds_a_chosen_part_must_be_split(fused: str) -> None:
+    front = ATTENTION.format(0)
+    a = random_adapter({front + fused: (Q + K + V, WIDTH)})
+    sources = {"a": a, "b": random_adapter(attention("q"))}
+    with pytest.raises(PlanError, match=f"a has .*{fused} .* cannot be split"):
+        engine.merge('sum(a, b, modules="q_proj")', sources, "numpy")
 
 
 @pytest.mark.parametrize("rows", [2 * INNER - 1, 2 * INNER + 2])
