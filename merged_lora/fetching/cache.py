@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from merged_lora.errors import FetchError
+from merged_lora.errors import FetchError, MergeError
 from merged_lora.locations import Location
 
 from .files import GIB, Bound, Remote, Report, Store, choose
@@ -37,12 +37,14 @@ ABANDONED = 3600.0
 class Place:
     """What was found at a location.
 
-    folder: name of the folder of its files.
-    files:  size and tag of each.
+    folder:  name of the folder of its files.
+    files:   size and tag of each.
+    digests: SHA-256 of each.
     """
 
     folder: str
     files: Mapping[str, tuple[int, str]]
+    digests: Mapping[str, str]
 
 
 class Cache:
@@ -59,14 +61,25 @@ class Cache:
 
     @contextmanager
     def known(self, location: Location) -> Iterator[Path | None]:
-        """The folder of what was fetched from a location before, held meanwhile; None if there is none."""
+        """The folder of what was fetched from a location before, held meanwhile; None if there is none.
+
+        A MergeError of whoever uses it becomes a FetchError if the folder is damaged, which removes it.
+        """
         place = self._place(location)
         with ExitStack() as holds:
-            yield self._hold(place.folder, holds) if place else None
+            folder = self._hold(place.folder, holds) if place else None
+            try:
+                yield folder
+            except MergeError:
+                if folder is not None:
+                    self._refuse_damage(location, folder, holds)
+                raise
 
     @contextmanager
     def current(self, location: Location, store: Store, bound: Bound, report: Report) -> Iterator[Path]:
         """The folder of what is at a location at this time, which stays meanwhile; raises MergeError.
+
+        A MergeError of whoever uses it becomes a FetchError if the folder is damaged, which removes it.
 
         location: the place of the adapter.
         store:    asks and brings what is there; only files that have changed are fetched.
@@ -80,14 +93,19 @@ class Cache:
                     shutil.rmtree(parts, ignore_errors=True)
             except OSError as error:
                 raise full(location, error) from None
-            yield folder
+            try:
+                yield folder
+            except MergeError:
+                self._refuse_damage(location, folder, holds)
+                raise
 
     # What the steps of a fetch need
 
     def _place(self, location: Location) -> Place | None:
         try:
             found = json.loads((self._places / f"{key_of(location)}.json").read_text(encoding="utf-8"))
-            return Place(found["folder"], {name: (size, tag) for name, (size, tag) in found["files"].items()})
+            files = {name: (size, tag) for name, (size, tag) in found["files"].items()}
+            return Place(found["folder"], files, {name: found["digests"][name] for name in files})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None  # never fetched, or written by another release: fetched anew
 
@@ -103,6 +121,16 @@ class Cache:
         except OSError:
             return None
         return path
+
+    def _refuse_damage(self, location: Location, folder: Path, holds: ExitStack) -> None:
+        """Remove a folder if its files are not those that were fetched, and raise FetchError."""
+        with suppress(OSError):
+            names = [file.name for file in folder.iterdir() if file.name != LOCK]
+            if _name_of({name: _digest(folder / name) for name in names}) == folder.name:
+                return
+        holds.close()
+        done = "was removed; try again" if self._remove(folder) else f"is in use; remove {folder}"
+        raise FetchError(f"{location}: its copy in the cache was damaged and {done}") from None
 
     @contextmanager
     def _alone(self, location: Location) -> Iterator[Path]:
@@ -159,7 +187,7 @@ class Cache:
 
     def _add(self, files: Mapping[str, Path], digests: Mapping[str, str], holds: ExitStack) -> Path:
         """The folder with these files, which are moved; it stays until ``holds`` is closed."""
-        folder = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+        folder = _name_of(digests)
         there = self._hold(folder, holds)
         if there is not None:
             return there
@@ -218,18 +246,19 @@ class _Fetch:
             self._cache._make_room(self._location, self._parts, sum(size for size, _ in place.values()))
             files = {name: self._take(name, remote) for name, remote in chosen.items()}
             made = self._cache._add(files, self._digests, holds)
-            self._cache._remember(self._location, Place(made.name, place))
+            self._cache._remember(self._location, Place(made.name, place, self._digests))
             return made
 
     def _find(self, name: str) -> Remote | None:
         return found_in(self._location, name, self._store.find)
 
     def _take(self, name: str, remote: Remote) -> Path:
-        """A file that is here: the one that was fetched before, if it is the same, or a new one."""
-        known = self._place.files.get(name) if self._place is not None else None
-        if self._old is not None and known == (remote.size, remote.tag) and remote.tag:
-            self._digests[name] = _digest(self._old / name)
-            return self._old / name
+        """A file that is here: the one that was fetched before, if it is the same and sound, or a new one."""
+        if self._old is not None and self._place is not None and remote.tag:
+            known = self._place.files.get(name) == (remote.size, remote.tag)
+            if known and _digest(self._old / name) == self._place.digests[name]:
+                self._digests[name] = self._place.digests[name]
+                return self._old / name
         tag = hashlib.sha256(f"{remote.size} {remote.tag}".encode()).hexdigest()[:16]
         part = self._parts / f"{tag}-{name}"
         if not remote.tag:
@@ -289,6 +318,11 @@ def _sync(folder: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def _name_of(digests: Mapping[str, str]) -> str:
+    """The name of the folder of files with these digests."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

@@ -33,17 +33,19 @@ def fetch(location: Location, bound: Bound, report: Report, offline: bool) -> Pa
     with _one_line(location):
         if offline or constants.HF_HUB_OFFLINE:
             try:
-                chosen = choose(location, repository.cached, repository.take_cached, bound)
+                chosen = choose(
+                    location, repository.cached, lambda name, _: repository.take_cached(name), bound
+                )
             except NotFoundError:
                 raise FetchError(
                     f"{location}: not complete in the cache {constants.HF_HUB_CACHE}, and the hub may not be "
                     "asked; leave out HF_HUB_OFFLINE and MERGED_LORA_OFFLINE"
                 ) from None
-            take = repository.take_cached
+            paths = [repository.take_cached(name) for name in chosen]
         else:
             repository.look()
-            chosen, take = choose(location, repository.find, repository.take, bound), repository.take
-        paths = [take(name, remote) for name, remote in chosen.items()]
+            chosen = choose(location, repository.find, repository.take, bound)
+            paths = [repository.take(name, remote) for name, remote in chosen.items()]
     return paths[0].parent
 
 
@@ -100,7 +102,7 @@ class _Repository:
         path = self._cached_path(name)
         return Remote(path.stat().st_size, "") if path is not None else None
 
-    def take_cached(self, name: str, remote: Remote) -> Path:
+    def take_cached(self, name: str) -> Path:
         """A file that is in the cache."""
         path = self._cached_path(name)
         if path is None:

@@ -340,3 +340,66 @@ def test_threads_that_use_an_adapter_keep_it_from_being_removed(
         leave.set()
         assert used.result()
     Adapter.load(other)
+
+
+def damage(file: Path) -> None:
+    """Let a file hold something else; other names of it do so, too."""
+    file.write_bytes(b"junk" + file.read_bytes()[4:])
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, CONFIG_NAME])
+def test_a_damaged_copy_is_removed_and_the_next_attempt_fetches_it_again(
+    https: Site, adapter: Path, caches: Path, name: str
+) -> None:
+    location = https.put("sql", adapter)
+    Adapter.load(location)
+    damage(folders(caches)[0] / name)
+    with pytest.raises(FetchError, match=rf"^{location}: its copy in the cache was damaged and was removed"):
+        Adapter.load(location)
+    assert not folders(caches)
+    with local_folder(location) as folder:
+        assert (folder / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_offline_a_damaged_copy_is_said_to_be(
+    https: Site, adapter: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = https.put("sql", adapter)
+    Adapter.load(location)
+    damage(folders(caches)[0] / WEIGHTS_NAME)
+    monkeypatch.setenv("MERGED_LORA_OFFLINE", "1")
+    with pytest.raises(FetchError, match=rf"^{location}: its copy in the cache was damaged and was removed"):
+        Adapter.load(location)
+    with pytest.raises(FetchError, match=rf"^{location}: not in the cache, and MERGED_LORA_OFFLINE is set"):
+        Adapter.load(location)
+
+
+def test_a_damaged_copy_that_another_uses_is_named(https: Site, adapter: Path, caches: Path) -> None:
+    location = https.put("sql", adapter)
+    with local_folder(location) as folder:
+        damage(folder / WEIGHTS_NAME)
+        with pytest.raises(FetchError, match=f"damaged and is in use; remove {folder}$"):
+            Adapter.load(location)
+        assert folders(caches) == [folder]
+
+
+def test_a_mistake_of_the_adapter_itself_is_no_damage(https: Site, adapter: Path, caches: Path) -> None:
+    damage(adapter / WEIGHTS_NAME)
+    location = https.put("sql", adapter)
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="not a sound safetensors file"):
+            Adapter.load(location)
+    assert contents(https, WEIGHTS_NAME) == len(folders(caches)) == 1
+
+
+def test_a_damaged_file_is_not_taken_over_into_the_adapter_that_follows(
+    https: Site, adapter: Path, caches: Path
+) -> None:
+    location = https.put("sql", adapter)
+    Adapter.load(location)
+    damage(folders(caches)[0] / WEIGHTS_NAME)
+    config = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8")) | {"inference_mode": False}
+    (adapter / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+    https.put("sql", adapter)
+    assert Adapter.load(location).digest == Adapter.load(adapter).digest
+    assert contents(https, WEIGHTS_NAME) == 2
