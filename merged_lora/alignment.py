@@ -108,7 +108,7 @@ def align(
     most sources have, or those of the first source; so do sources of different parts that no class has
     beside each other.  A class without the parts that a source adapts is not taken.  Projections that are
     fused in one source and apart in another are split.  What was done is logged as a warning.  Digests stay
-    those of what was read.
+    those of what was read.  A source whose names are meant as they are (``Header.named``) keeps them.
 
     sources: by name.
     chosen:  whether a module takes part in the merge; one that does not need not be split.
@@ -117,12 +117,13 @@ def align(
     Raises PlanError if names may mean different modules of another source, if two sources share no layers
     and differ by an unknown prefix, or if fused projections cannot be split exactly.
     """
-    aligned = dict(sources)
+    free = {name: adapter for name, adapter in sources.items() if not adapter.header.named}
+    while len(free) > 1 and (step := _one_step(free, chosen)) is not None:
+        free = step
+    aligned = {name: free.get(name, adapter) for name, adapter in sources.items()}
     if len(aligned) > 1:
-        while (step := _one_step(aligned, chosen)) is not None:
-            aligned = step
         aligned = split_projections(aligned, chosen, left_out)
-        _check_prefixes(aligned, chosen)
+    _check_prefixes({name: adapter for name, adapter in aligned.items() if name in free}, chosen)
     return aligned
 
 
@@ -334,7 +335,7 @@ def _check_prefixes(sources: Mapping[str, Adapter], chosen: Callable[[str], bool
             raise PlanError(
                 f"{one} and {two} share no layers, but {len(shared)} modules would be the same, such as "
                 f"{example} of {two}, if names began with {new!r} instead of {old!r}; if they mean the "
-                f"same modules, merge with --rename {old}={new}"
+                f"same modules, merge with --rename {old}={new}, otherwise with --rename {old}={old}"
             )
 
 

@@ -24,9 +24,12 @@ HEADS = ("lm_head", "embed_out", "output_layer")
 """Last parts of the names of linear modules with a row for each token."""
 
 
-def header_of(sources: Sources, base_model: str | None = None) -> tuple[Header, list[str]]:
+def header_of(
+    sources: Sources, names: Collection[str], base_model: str | None = None
+) -> tuple[Header, list[str]]:
     """The header of the result, and what a user should know of it; raises PlanError.
 
+    names:      of the modules that are merged.
     base_model: the base model that it names; None for the one that most sources name.
     """
     headers = [adapter.header for adapter in sources.values()]
@@ -41,7 +44,7 @@ def header_of(sources: Sources, base_model: str | None = None) -> tuple[Header, 
                 f"the sources name different base models: {listed(sorted(bases))}; the result takes "
                 f"{base_model}, base_model (--base-model) chooses another"
             )
-    _check_copies(sources)
+    _check_copies(sources, names)
     headed = [adapter.header for adapter in sources.values() if adapter.whole]
     tasks = {h.task_type for h in headed or headers if h.task_type}
     return Header(
@@ -53,11 +56,13 @@ def header_of(sources: Sources, base_model: str | None = None) -> tuple[Header, 
     ), notes
 
 
-def _check_copies(sources: Sources) -> None:
-    """Raise PlanError if the sources hold copies of one tensor of the base model that differ."""
+def _check_copies(sources: Sources, names: Collection[str]) -> None:
+    """Raise PlanError if the sources hold copies of one tensor of a merged module that differ."""
     seen: dict[str, tuple[str, str]] = {}
     for source, adapter in sources.items():
         for name, digest in adapter.header.base_copies.items():
+            if name.rpartition(".base_layer.")[0] not in names:
+                continue
             first, known = seen.setdefault(name, (source, digest))
             if known != digest:
                 raise PlanError(

@@ -85,7 +85,7 @@ def make_plan(
         None if spec.option("without") is None else str(spec.option("without")),
     )
     named = dict(zip(spec.names, sources, strict=True))
-    header, notes = header_of(named, base_model)
+    header, notes = header_of(named, frozenset(names), base_model)
     check_experts(named, names)
     if spec.automatic:
         check_shapes(named, names)  # before lengths are computed; otherwise each kind of module is checked

@@ -172,4 +172,6 @@ def refuse(folder: Path, found: Collection[str], droppable: Collection[str]) -> 
     """
     if found:
         hint = f"; can be left out with --drop {' '.join(droppable)}" if droppable else ""
+        if taken := [kind for kind in droppable if kind in ("heads", "embeddings", "modules_to_save")]:
+            hint += f", or carried over from one source with --take {taken[0]}=NAME"
         raise AdapterError(f"{folder}: this adapter uses what no merge supports: {listed(found)}{hint}")

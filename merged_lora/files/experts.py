@@ -138,7 +138,7 @@ def put_together(modules: Mapping[str, Factors]) -> dict[str, Factors]:
 
     modules: factors by name.
 
-    The pair of ``experts.w1``, ``w2`` and ``w3`` are stacks, as vLLM reads them, and that of any other
+    The pair of ``mlp.experts.w1``, ``w2`` and ``w3`` are stacks, as vLLM reads them, and that of any other
     parameter is PEFT's.  Experts of lower rank are filled up with zeros.  Raises AdapterError if an expert is
     missing, if experts do not share what a stack has once, if a holder has parameters of both forms, or if it
     is not known how PEFT nests its parameters.

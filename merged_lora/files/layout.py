@@ -26,6 +26,7 @@ class Header:
     base_copies:    digests of the copies of the base model's tensors in the file, by name.
     parameters:     modules whose weight PEFT addresses as a parameter (``target_parameters``), since the base
                     model multiplies with it in a way of its own.  Experts are not named here.
+    named:          whether a user has said that the names of modules are meant as they are.
     """
 
     base_model: str | None = None
@@ -34,3 +35,4 @@ class Header:
     base_copies: Mapping[str, str] = field(default_factory=dict)
     auto_mapping: Mapping[str, str] | None = None
     parameters: tuple[str, ...] = ()
+    named: bool = False

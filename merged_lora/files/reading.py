@@ -145,6 +145,7 @@ def _renamed(contents: Contents, rename: Mapping[str, str]) -> Contents:
             header,
             base_copies=under_new_names(header.base_copies),
             parameters=tuple(sorted(map(new, header.parameters))),
+            named=any(old == rename[old] for old in used & rename.keys()),
         ),
         whole={name: under_new_names(tensors) for name, tensors in contents.whole.items()},
         used=frozenset(used),

@@ -249,7 +249,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such part to take": (["--take", "biases=a"], "cannot take 'biases' from a source"),
     "a part of nobody": (["--take", "heads=c"], "cannot take heads from 'c', which is no source"),
     "a part twice": (["--take", "heads=a", "--take", "heads=b"], '"heads" is given twice'),
-    "an empty pattern": (["--only", ""], "one or more patterns"),
+    "an empty pattern": (["--only", ""], "1 to 64 patterns of module names"),
     "half a name": (["--rename", "layers"], "argument --rename: 'layers' is not of the form FROM=TO"),
     "half a part": (["--take", "heads"], "argument --take: 'heads' is not of the form PART=NAME"),
     "a weight without a star": (

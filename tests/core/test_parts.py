@@ -187,7 +187,7 @@ def test_two_modules_that_would_get_one_name_are_refused(tmp_path: Path) -> None
 
 
 def copied(folder: Path, tensor: torch.Tensor) -> Path:
-    return write_by_hand(folder, peft_tensors(NAME) | {COPY: tensor})
+    return write_by_hand(folder, peft_tensors(NAME, "lm_head") | {COPY: tensor})
 
 
 def test_copies_of_the_base_model_that_differ_are_refused(tmp_path: Path) -> None:
@@ -196,13 +196,14 @@ def test_copies_of_the_base_model_that_differ_are_refused(tmp_path: Path) -> Non
     with pytest.raises(PlanError, match=r"a and b hold different copies of lm_head.base_layer.weight, so"):
         merge("sum(a, b)", paths)
     merge("sum(a, b)", load_sources(paths, drop=["base_copies"]))
+    merge("sum(a, b, without=lm_head)", paths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copies_that_agree_are_no_obstacle_whatever_their_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     paths = {"a": copied(tmp_path / "a", rows), "b": copied(tmp_path / "b", rows.to(dtype))}
-    assert list(merge("sum(a, b)", paths).modules) == [NAME]
+    assert list(merge("sum(a, b)", paths).modules) == ["lm_head", NAME]
 
 
 @pytest.mark.parametrize("name", [f"{NAME}.lora_velora_embed", f"{NAME}.lora_monteclora_sampler.std_prior"])
