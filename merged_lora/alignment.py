@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, combinations, permutations, product, takewhile
 from typing import NamedTuple
@@ -213,12 +213,15 @@ def _fitting(
     compared = [name for name in shapes if _STACK.fullmatch(name) and chosen(name)]
     places = dict(place(*each) for each in wanted.items() if chosen(each[0]))
     fitting: dict[tuple[str, ...], Rewrite] = {}  # by the new names of a module of every kind of layer
-    for rewrite in chain.from_iterable(takewhile(lambda _: not fitting, _rewrites())):
+    by_class = set(_CLASSES)
+    for rewrite in chain.from_iterable(takewhile(lambda _: not fitting, (_CLASSES, *_PREFIXES))):
         brief = tuple(new for name in samples if (new := rewrite(name)) is not None)
         if len(brief) < len(samples) or brief in fitting:
             continue
         theirs = _layers(brief)
         shared = any(a and b for a, b in zip(theirs[:2], layers[:2], strict=True))
+        if not shared and rewrite not in by_class:
+            continue  # a prefix fits any name and does not show a class
         if not _agree(theirs, layers) or not (shared or bool(ours[0]) == bool(theirs[0])):
             continue
         made = {name: new for name in shapes if (new := rewrite(name)) is not None}
@@ -253,13 +256,6 @@ def _ambiguous(name: str, adapter: Adapter, ways: Sequence[tuple[Sequence[str], 
 
 def _has_rest(names: Iterable[str]) -> bool:
     return any(not set(_REST).isdisjoint(name.split(".")) for name in names)
-
-
-def _rewrites() -> Iterator[list[Rewrite]]:
-    """From the names of one class to those of another: first those of whole classes, which are certain."""
-    yield [partial(_respelled, old, new) for old, new in permutations(SPELLINGS, 2)]
-    yield [partial(change, base + ".") for base in BASES for change in (_below, _above)]
-    yield [partial(_substituted, _VIT), partial(_substituted, tuple((new, old) for old, new in _VIT))]
 
 
 def _respelled(old: Spelling, new: Spelling, name: str) -> str | None:
@@ -359,3 +355,12 @@ def _difference(one: str, two: str) -> tuple[str, str]:
 def _are_siblings(one: str, two: str) -> bool:
     ones, twos = (set(_SIBLINGS).intersection(each.split(".")) for each in (one, two))
     return bool(ones and twos and ones != twos)
+
+
+_CLASSES: list[Rewrite] = [partial(_respelled, old, new) for old, new in permutations(SPELLINGS, 2)]
+"""From the names of one known class to those of another, which is certain."""
+_PREFIXES: list[list[Rewrite]] = [
+    [partial(change, base + ".") for base in BASES for change in (_below, _above)],
+    [partial(_substituted, _VIT), partial(_substituted, tuple((new, old) for old, new in _VIT))],
+]
+"""From names without a class's own prefix to those with it, and back; between ages of transformers."""

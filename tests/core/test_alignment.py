@@ -401,3 +401,9 @@ def test_what_may_be_a_tower_or_the_text_is_refused_whatever_the_order(sources: 
     meant = {name.replace(old, new): shape for name, shape in inner.items()}
     renamed = adapters | {"bare": random_adapter(meant, seed=9)}
     assert align(renamed) == renamed
+
+
+@pytest.mark.parametrize("name", ["x", "elsewhere", "mixer.in_proj"])
+def test_a_module_of_no_known_class_keeps_its_name(name: str) -> None:
+    sources = {"a": random_adapter(in_class(NEW)), "b": random_adapter({name: (4, 32)})}
+    assert align(sources) == sources

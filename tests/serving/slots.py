@@ -34,9 +34,10 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Progress, Result, Slot, StagedMerge, load_backend, no_progress
-from merged_lora.engine import merge, plan
+from merged_lora.engine import merge, run
 from merged_lora.factors import Factors
 from merged_lora.plan import MergePlan
+from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.triton_kernels.packed import view_like
 from merged_lora.triton_kernels.results import Outline
@@ -266,7 +267,7 @@ def maker(manager: Any, backend: CopyingBackend) -> SlotMaker[LoRAModel]:
 
 def written(manager: Any, backend: CopyingBackend, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
     """A merge that a device has made, to be put into slots."""
-    return maker(manager, backend).make(7, plan(parse(spec), sources, MAX_RANK)).model
+    return maker(manager, backend).make(7, make_plan(parse(spec), sources, MAX_RANK)).model
 
 
 def copied(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
@@ -277,7 +278,7 @@ def copied(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel
 
 def filled(manager: Any, spec: str, sources: Mapping[str, Adapter]) -> LoRAModel:
     """The same merge in host memory, which is copied into slots all at once."""
-    merged = merge(spec, sources, backend="cpu", rank=MAX_RANK)
+    merged = run(make_plan(parse(spec), sources, MAX_RANK), "cpu").adapter
     lora = model_hooks.host_model(manager, 7, merged)
     assert isinstance(getattr(lora, ATTRIBUTE), slot_hooks.HostSlotWriter)
     return lora
