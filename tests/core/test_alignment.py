@@ -405,5 +405,5 @@ def test_what_may_be_a_tower_or_the_text_is_refused_whatever_the_order(sources: 
 
 @pytest.mark.parametrize("name", ["x", "elsewhere", "mixer.in_proj"])
 def test_a_module_of_no_known_class_keeps_its_name(name: str) -> None:
-    sources = {"a": random_adapter(in_class(NEW)), "b": random_adapter({name: (4, 32)})}
+    sources = {"a": random_adapter(below("model.")), "b": random_adapter({name: (4, 32)})}
     assert align(sources) == sources
