@@ -27,8 +27,13 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let each file stay in one process of several, and all tests of engines in one: they share a server."""
+    """Let each file stay in one process of several, and all tests of engines in one: they share a server.
+
+    A file with an engine of its own may say otherwise, so that the processes have about the same to do.
+    """
     for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
         group = "engines" if item.get_closest_marker("engine") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
 

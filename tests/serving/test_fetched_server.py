@@ -16,7 +16,7 @@ from stand_ins import Answer, Asked
 from tiny import FLAGS, MAX_RANK, Place
 from vllm_server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("other engines")]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from merged_lora.factors import Factors
 from tiny import FLAGS, HEADS, HIDDEN, KV_HEADS, LAYERS, MAX_RANK, VOCABULARY, importing_tests
 from vllm_server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("other engines")]
 
 EXPERTS, INNER = 4, 32
 SPEC = "ties(apart, other, attention, density=0.5)"
