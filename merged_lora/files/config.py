@@ -16,6 +16,7 @@ from typing import Any
 from merged_lora.errors import AdapterError, listed
 
 from .layout import CONFIG_NAME, MAX_ALPHA
+from .parts import CARRIED
 
 MAX_RANK = 65536
 
@@ -172,6 +173,6 @@ def refuse(folder: Path, found: Collection[str], droppable: Collection[str]) -> 
     """
     if found:
         hint = f"; can be left out with --drop {' '.join(droppable)}" if droppable else ""
-        if taken := [kind for kind in droppable if kind in ("heads", "embeddings", "modules_to_save")]:
+        if taken := [kind for kind in droppable if kind in CARRIED]:
             hint += f", or carried over from one source with --take {taken[0]}=NAME"
         raise AdapterError(f"{folder}: this adapter uses what no merge supports: {listed(found)}{hint}")
