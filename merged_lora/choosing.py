@@ -34,12 +34,11 @@ def chosen(names: Collection[str], modules: str, without: str | None) -> list[st
     return sorted(left)
 
 
-def is_chosen(name: str, modules: str, without: str | None) -> bool:
-    """Whether a module takes part; the patterns are those of :func:`chosen`."""
-    wanted, unwanted = (
-        any(_matcher(pattern)(name) for pattern in patterns.split()) for patterns in (modules, without or "")
-    )
-    return (modules == ALL or wanted) and not unwanted
+def chooser(modules: str, without: str | None) -> Callable[[str], bool]:
+    """A function that says whether the module of a name takes part; patterns are as for :func:`chosen`."""
+    wanted = [_matcher(pattern) for pattern in modules.split()] if modules != ALL else [lambda name: True]
+    unwanted = [_matcher(pattern) for pattern in (without or "").split()]
+    return lambda name: any(m(name) for m in wanted) and not any(m(name) for m in unwanted)
 
 
 def _matched(names: Collection[str], option: str, patterns: str) -> set[str]:

@@ -15,7 +15,7 @@ from .adapters import Adapter
 from .alignment import align
 from .backends import Progress, Result, load_backend, no_progress
 from .checks import ALL
-from .choosing import is_chosen
+from .choosing import chooser
 from .errors import AdapterError, PlanError, SpecError, listed
 from .plan import MergePlan, overflow
 from .planning import check_names, make_plan
@@ -102,13 +102,9 @@ def sources_of(
     check_names(spec, adapters)
     given = {name: adapters[name] for name in spec.names}
     sources = {n: v if isinstance(v, Adapter) else Adapter.load(v) for n, v in given.items()}
-    modules = str(spec.option("modules"))
-    without = None if spec.option("without") is None else str(spec.option("without"))
-    return align(
-        sources,
-        chosen=lambda name: is_chosen(name, modules, without),
-        left_out=lambda name: not is_chosen(name, ALL, without),
-    )
+    modules, without = spec.choice
+    stays = chooser(ALL, without)
+    return align(sources, chosen=chooser(modules, without), left_out=lambda name: not stays(name))
 
 
 def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None) -> Merged:
@@ -119,6 +115,7 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
     progress: called with the number of modules finished since the last call.
     """
     warn(plan.spec, plan.notes)
+    whole = _whole(plan)
     chosen = load_backend(backend)
     result = chosen.merge(plan, progress or no_progress)
     metadata = {
@@ -133,7 +130,7 @@ def run(plan: MergePlan, backend: str = "auto", progress: Progress | None = None
         metadata["merged_lora.kept_energy"] = repr(result.kept_energy())
         metadata["merged_lora.kept_energy_by_module"] = json.dumps(result.kept_by_module())
     warn(plan.spec, result.notes())
-    merged = Adapter(result.modules, plan.header, metadata, whole=_whole(plan))
+    merged = Adapter(result.modules, plan.header, metadata, whole=whole)
     if merged.nonfinite:
         raise overflow(plan.spec, merged.nonfinite)
     return Merged(merged, result)

@@ -58,10 +58,12 @@ def header_of(
 
 def _check_copies(sources: Sources, names: Collection[str]) -> None:
     """Raise PlanError if the sources hold copies of one tensor of a merged module that differ."""
-    seen: dict[str, tuple[str, str]] = {}
+    if not any(adapter.header.base_copies for adapter in sources.values()):
+        return
+    merged, seen = set(names), dict[str, tuple[str, str]]()
     for source, adapter in sources.items():
         for name, digest in adapter.header.base_copies.items():
-            if name.rpartition(".base_layer.")[0] not in names:
+            if name.rpartition(".base_layer.")[0] not in merged:
                 continue
             first, known = seen.setdefault(name, (source, digest))
             if known != digest:

@@ -79,13 +79,9 @@ def make_plan(
     for name, adapter in zip(spec.names, sources, strict=True):
         if adapter.nonfinite:
             raise PlanError(f"{name}: {adapter.nonfinite} holds NaN or infinity")
-    names = chosen(
-        {name for source in sources for name in source.modules},
-        str(spec.option("modules")),
-        None if spec.option("without") is None else str(spec.option("without")),
-    )
+    names = chosen({name for source in sources for name in source.modules}, *spec.choice)
     named = dict(zip(spec.names, sources, strict=True))
-    header, notes = header_of(named, frozenset(names), base_model)
+    header, notes = header_of(named, names, base_model)
     check_experts(named, names)
     if spec.automatic:
         check_shapes(named, names)  # before lengths are computed; otherwise each kind of module is checked

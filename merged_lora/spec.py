@@ -118,6 +118,12 @@ class MergeSpec:
         return value if isinstance(value, tuple) else (float(value),) * len(self.sources)  # type: ignore[arg-type]
 
     @property
+    def choice(self) -> tuple[str, str | None]:
+        """The patterns of the modules that are merged, and of those that are left out; None for none."""
+        modules, without = self.option("modules"), self.option("without")
+        return str(modules), None if without is None else str(without)
+
+    @property
     def automatic(self) -> bool:
         """Whether weights are computed for each module; means compute lengths and angles themselves."""
         return self.option("weights") == "auto" and not find(self.strategy).recipe.balances
