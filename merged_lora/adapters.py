@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -230,6 +231,9 @@ def load_sources(
 
     What is named to be dropped, taken or renamed and is in no source is an error, because it is misspelt.
     """
+    for what, given in (("the sources", paths), ("take", take or {}), ("rename", rename or {})):
+        if not isinstance(given, Mapping):
+            raise AdapterError(f"{what} must be a mapping, not {type(given).__name__}")
     Choice.of(drop, (take or {}).keys(), rename)
     taken, drop = dict(take or {}), set(drop)
     for kind, name in taken.items():
@@ -251,9 +255,9 @@ def _check_used(where: str, choice: Choice, used: AbstractSet[str]) -> None:
     """Raise AdapterError if a name that is to be dropped, or a beginning to replace, is in no adapter."""
     unused = sorted(choice.drop - KINDS.keys() - used)
     if unused:
-        raise AdapterError(
-            f"{where}: no module that is called {listed(map(repr, unused))}; parts are {', '.join(KINDS)}"
-        )
+        near = get_close_matches(unused[0], KINDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"parts are {', '.join(KINDS)}"
+        raise AdapterError(f"{where}: no module that is called {listed(map(repr, unused))}; {hint}")
     unused = sorted(choice.rename.keys() - used)
     if unused:
         raise AdapterError(f"{where}: no module whose name begins with {listed(map(repr, unused))}")

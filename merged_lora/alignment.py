@@ -325,8 +325,8 @@ def _check_prefixes(sources: Mapping[str, Adapter], chosen: Callable[[str], bool
             new, old = _difference(here, there)
             if _are_siblings(old, new):
                 continue
-            if new.startswith(old):  # or else names of the other source would be renamed, too
-                new, old = old, new
+            if new.startswith(old) or _is_known(there) > _is_known(here):
+                new, old = old, new  # or else names of the other source would be renamed, too
             example = there + min(shared)
             raise PlanError(
                 f"{one} and {two} share no layers, but {len(shared)} modules would be the same, such as "
@@ -350,6 +350,11 @@ def _difference(one: str, two: str) -> tuple[str, str]:
     while len(ones) > 1 and len(twos) > 1 and ones[-2:] == twos[-2:]:
         del ones[-2], twos[-2]
     return ".".join(ones), ".".join(twos)
+
+
+def _is_known(front: str) -> bool:
+    """Whether the names of layers begin so in a class of transformers."""
+    return front in {spelling.text for spelling in SPELLINGS} or front.rstrip(".") in BASES
 
 
 def _are_siblings(one: str, two: str) -> bool:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +48,27 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+class CommandParser(Parser):
+    """The parser of one command, which reports misspelt options before anything that they may have hidden."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """The namespace; raises UsageError for what the command does not know."""
+        options = self._option_string_actions  # argparse has no public list of them
+        given = list(args or ())
+        for text in given[: given.index("--")] if "--" in given else given:
+            option = text.partition("=")[0]
+            if option.startswith("--") and option not in options:
+                near = get_close_matches(option, options, n=1)
+                self.error(f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else ""))
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            hint = "; each source has an --adapter of its own" if all("=" in text for text in rest) else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return found, rest
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (``sys.argv`` by default) and return its exit code."""
     try:
@@ -70,7 +92,9 @@ def parser() -> Parser:
     """The parser of all commands, which raises UsageError."""
     parser = Parser(PROG, description="Merge LoRA adapters into one.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
-    added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    added = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+    )
 
     _add_merge(added)
     _add_calibrate(added)
@@ -195,7 +219,7 @@ def _add_choice(parser: Parser) -> None:
     """Add what says which modules to merge."""
     for flag, option, what in (
         ("--only", "modules", "merge these modules alone, such as q_proj, layers.0 or '*.self_attn.*'"),
-        ("--without", "without", "leave these modules out of the merge, such as lm_head"),
+        ("--without", "without", "leave these modules out of the merge, such as o_proj"),
     ):
         parser.add_argument(
             flag,
@@ -287,7 +311,7 @@ def _named_location(text: str) -> tuple[str, Path | str]:
         found = locate(place)
     except MergeError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return name, str(found) if isinstance(found, Location) else found
+    return name, place if isinstance(found, Location) else found
 
 
 def _named_folder(text: str) -> tuple[str, Path]:

@@ -37,7 +37,7 @@ class NotFoundError(MergeError):
 
 
 class ForbiddenError(MergeError):
-    """An adapter may not be fetched: it is kept from us, or the operator allows no such source."""
+    """What was asked for is not allowed: an adapter is kept from us, or the operator does not permit it."""
 
 
 class CalibrationError(MergeError):

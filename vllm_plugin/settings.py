@@ -15,7 +15,7 @@ from typing import Any
 from merged_lora import checks
 from merged_lora.backends import MODULES
 from merged_lora.errors import MergeError, SpecError
-from merged_lora.locations import Pattern
+from merged_lora.locations import Pattern, shown
 from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, check_own_name, parse
 
 KEY = "merged_lora"
@@ -140,7 +140,7 @@ class Flag:
         try:
             return self.check(value)
         except ValueError as error:
-            raise MergeError(f"{error}, got {str(value)[:256]!r}") from None
+            raise MergeError(f"{error}, got {shown(str(value))!r}") from None
 
 
 def parse_alias(text: str) -> tuple[str, str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from merged_lora.errors import AdapterError, FetchError
+from merged_lora.errors import AdapterError, FetchError, NotFoundError
 from merged_lora.locations import Location, hub_hint, locate
 
 from . import transfer
@@ -35,7 +35,13 @@ def local_folder(
             raise AdapterError(f"{location}: no such adapter folder{hub_hint(location)}")
         yield location
         return
-    with _bar(location, report) as counted, _fetched(location, limit, counted) as folder:
+    with _bar(location, report) as counted, ExitStack() as held:
+        try:
+            folder = held.enter_context(_fetched(location, limit, counted))
+        except (FetchError, NotFoundError) as error:
+            if source == location.unpinned.removeprefix("hf:"):
+                raise type(error)(f"{error}; there is no folder {source} here either") from None
+            raise
         yield folder
 
 

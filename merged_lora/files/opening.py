@@ -174,11 +174,11 @@ def _read_pickle(file: Path, allow: bool) -> tuple[dict[str, torch.Tensor], dict
         raise AdapterError(f"{file}: cannot be read ({error.strerror})") from None
     except AdapterError:
         raise
-    except (
-        Exception
-    ) as error:  # damaged files raise errors of many types, and those that hold more than tensors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(f"{file}: holds more than tensors, or is damaged ({reason[:120]})") from None
+    except Exception:  # files that are damaged or hold more than tensors raise errors of many types
+        raise AdapterError(
+            f"{file}: is damaged, or holds more than tensors; if you trust it, load it in PEFT and save it "
+            "as safetensors"
+        ) from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):

@@ -280,7 +280,8 @@ def _check_module(folder: Path, module: str, rank: int, a: torch.Tensor, b: torc
 def _check_tensor(folder: Path, module: str, side: str, tensor: torch.Tensor, stacked: bool) -> None:
     if tensor.dtype not in DTYPES:
         raise AdapterError(
-            f"{folder}: {module} lora_{side} is {tensor.dtype}, only fp32, fp16 and bf16 are merged"
+            f"{folder}: {module} lora_{side} is {tensor.dtype}, only fp32, fp16 and bf16 are merged; "
+            "convert it first"
         )
     if tensor.ndim != (3 if stacked else 2) or 0 in tensor.shape:
         raise AdapterError(f"{folder}: {module} lora_{side} has shape {tuple(tensor.shape)}, not a matrix")

@@ -89,7 +89,8 @@ def write_folder(
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise AdapterError if :func:`write_folder` would refuse this folder."""
+    """Raise AdapterError if :func:`write_folder` would refuse this folder, or could not write it."""
+    _check_writable(folder.absolute())
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
@@ -105,6 +106,14 @@ def check_target(folder: Path, overwrite: bool) -> None:
     foreign = sorted(entries - {CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, CALIBRATION_NAME, "README.md"})
     if foreign:
         raise AdapterError(f"{folder} is not replaced: it also holds {listed(foreign)}")
+
+
+def _check_writable(folder: Path) -> None:
+    parent = next(parent for parent in folder.parents if parent.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent)).rmdir()
+    except OSError as error:
+        raise AdapterError(f"cannot write {folder}: {error.strerror}") from None
 
 
 def tensors_of(modules: Mapping[str, Factors]) -> dict[str, torch.Tensor]:

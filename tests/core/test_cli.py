@@ -236,8 +236,22 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such command": (["nosuch"], "invalid choice: 'nosuch'"),
     "no spec": (["merge"], "the following arguments are required: SPEC, --adapter, --output"),
     "no output": (["merge", "a + b", *AB], "the following arguments are required: --output"),
-    "no such flag": (["merge", "a + b", *AB, "--nosuch"], "the following arguments are required: --output"),
-    "an abbreviated flag": (["merge", "a + b", *AB, "--out", "out"], "arguments are required: --output"),
+    "no such flag": (
+        ["merge", "a + b", *AB, "--nosuch"],
+        "unknown option --nosuch (see merged-lora merge --help)",
+    ),
+    "a misspelt flag": (
+        ["merge", "a + b", *AB, "--ouptut", "x"],
+        "unknown option --ouptut; did you mean --output?",
+    ),
+    "an abbreviated flag": (
+        ["merge", "a + b", *AB, "--out", "out"],
+        "unknown option --out; did you mean --output?",
+    ),
+    "two sources in one flag": (
+        ["merge", "a + b", "--adapter", "a=a", "b=b", "--output", "out"],
+        "unrecognized arguments: b=b; each source has an --adapter of its own",
+    ),
     "two forms": (["strategies", "--json", "--markdown"], "not allowed with argument --json"),
     "a rank in words": (["--rank", "two"], "argument --rank: invalid int value: 'two'"),
     "rank 0": (["--rank", "0"], "the rank limit must be at least 1, got 0"),

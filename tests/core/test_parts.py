@@ -88,7 +88,13 @@ def test_heads_of_two_sources_are_not_merged(sources: dict[str, Path]) -> None:
         ({"take": {"heads": "c"}}, "cannot take heads from 'c', which is no source"),
         ({"take": {"embeddings": "a"}, "drop": ["heads"]}, "cannot take embeddings from 'a': .* has none"),
         ({"take": {"biases": "a"}}, "cannot take 'biases' from a source; it can be one of heads"),
-        ({"drop": ["heads", "nrom"]}, "a, b: no module that is called 'nrom'"),
+        ({"drop": ["heads", "nrom"]}, "a, b: no module that is called 'nrom'; parts are heads"),
+        (
+            {"drop": ["head"], "take": {"heads": "a"}},
+            "a, b: no module that is called 'head'; did you mean heads?",
+        ),
+        ({"take": "heads=a"}, "take must be a mapping, not str"),
+        ({"rename": ["a=b"]}, "rename must be a mapping, not list"),
         (
             {"drop": ["heads"], "rename": {"vision.": "model."}},
             "a, b: no module whose name begins with 'vision.'",

@@ -500,6 +500,15 @@ def test_the_route_is_there_whether_or_not_aliases_may_change(tmp_path: Path, ch
         assert (refused.status_code, refused.json()["error"]["type"]) == (404, "NotFoundError")
 
 
+def test_aliases_are_not_changed_without_the_flag(tmp_path: Path) -> None:
+    app = FastAPI()
+    app.include_router(make_router(lambda request: (gate_with(worker()), []), False))
+    with TestClient(app) as client:
+        for reply in (client.post("/v1/merged_lora/team", json={}), client.delete("/v1/merged_lora/team")):
+            assert reply.status_code == 403
+            assert "--merged-lora-runtime-aliases" in reply.json()["error"]["message"]
+
+
 def test_a_likelihood_that_is_no_number_is_null(tmp_path: Path) -> None:
     async def run() -> None:
         async def rate(merge: MergeIdentity, prompt: Tokens, answer: Tokens) -> Replayed:

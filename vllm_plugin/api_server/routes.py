@@ -91,6 +91,13 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
         )
 
     if not changes:
+
+        @router.api_route("/v1/merged_lora/{alias:path}", methods=["POST", "DELETE"])
+        async def refuse(alias: str) -> JSONResponse:
+            return _refused(
+                ForbiddenError("aliases change at run time only with --merged-lora-runtime-aliases")
+            )
+
         return router
 
     @router.post("/v1/merged_lora/{alias:path}")
