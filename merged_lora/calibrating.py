@@ -78,6 +78,7 @@ def calibrate(
     source = Adapter.load(adapter, drop, calibration=False, allow_pickle=allow_pickle)
     if not os.access(folder, os.W_OK):
         raise CalibrationError(f"cannot write {folder / CALIBRATION_NAME}: the folder is read-only")
+    next(read_prompts(Path(prompts)), None)  # a file that cannot be read says so before a model is loaded
     loaded = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     report = progress or (lambda _: None)
     loaded.check_fits(source.modules)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import catalog
 from .errors import MergeError, SpecError, UnknownAdapterError
-from .grammar import without_star
+from .grammar import meant_by
 from .spec import MergeSpec, from_json, parse
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path | str]]) -> dict[str
     paths = dict(named)
     for name in spec.names:
         if name not in paths:
-            term = without_star(name, paths)
+            term = meant_by(name, paths)
             hint = f"did you mean {term}? Otherwise, " if term else ""
             raise UnknownAdapterError(
                 f"unknown adapter {name!r}; {hint}say where it is with --adapter {name}=PATH"

@@ -58,13 +58,16 @@ def parts_of(text: str, may_be_name: bool) -> Parts:
     return _Parser(text, may_be_name).parts()
 
 
-def without_star(name: str, known: Collection[str]) -> str | None:
-    """The term that was meant by a name that nothing has, such as ``0.5a``; None unless its end is known.
+def meant_by(name: str, known: Collection[str]) -> str | None:
+    """The terms that were meant by a name that nothing has, ``0.5a`` or ``a-b``; None unless names are known.
 
     known: the names that there are.
     """
     weight = _UNSTARRED.fullmatch(name)
-    return f"{weight[1]}*{weight[2]}" if weight and weight[2] in known else None
+    if weight and weight[2] in known:
+        return f"{weight[1]}*{weight[2]}"
+    halves = ((name[:i], name[i + 1 :]) for i, character in enumerate(name) if character == "-")
+    return next((f"{one} - {two}" for one, two in halves if one in known and two in known), None)
 
 
 class _Parser:

@@ -20,7 +20,7 @@ from .fitting import (
     missing_notes,
     zero_notes,
 )
-from .grammar import without_star
+from .grammar import meant_by
 from .plan import (
     SHARES,
     AgreeingMean,
@@ -101,7 +101,7 @@ def check_names(spec: MergeSpec, known: Collection[str]) -> None:
     """Raise UnknownAdapterError if the spec names a source that is not known."""
     missing = [name for name in spec.names if name not in known]
     if missing:
-        terms = [term for term in (without_star(name, known) for name in missing) if term]
+        terms = [term for term in (meant_by(name, known) for name in missing) if term]
         hint = f"did you mean {listed(terms)}? " if terms else ""
         way_out = f"known: {listed(sorted(known))}" if known else "none is known"
         raise UnknownAdapterError(f"unknown adapter {listed(map(repr, missing))}; {hint}{way_out}")

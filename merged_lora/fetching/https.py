@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import http.client
 import re
+import socket
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -91,6 +93,8 @@ class HttpsStore:
                 raise TransientError(f"status {error.code}") from None
             raise
         except urllib.error.URLError as error:
+            if lasting := _lasting(error.reason):
+                raise FetchError(f"{self._location}: {lasting}") from None
             raise TransientError(_reason(error.reason)) from None
         except (OSError, http.client.HTTPException) as error:
             raise TransientError(_reason(error)) from None
@@ -161,6 +165,18 @@ def _size(headers: Any, start: int) -> int | None:
         return int(match[3]) if match and int(match[1]) == start else None
     except (TypeError, ValueError):
         return None
+
+
+def _lasting(error: object) -> str:
+    """What is wrong for good, with the way out; empty for what may be better in a moment."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the server's certificate is not valid ({error.verify_message}); for an authority of your own, "
+            "set SSL_CERT_FILE"
+        )
+    if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+        return "there is no host of that name"
+    return ""
 
 
 def _reason(error: object) -> str:

@@ -266,6 +266,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "an empty pattern": (["--only", ""], "1 to 64 patterns of module names"),
     "half a name": (["--rename", "layers"], "argument --rename: 'layers' is not of the form FROM=TO"),
     "half a part": (["--take", "heads"], "argument --take: 'heads' is not of the form PART=NAME"),
+    "a minus without spaces": (
+        ["merge", "a-b", *AB, "--output", "out"],
+        "unknown adapter 'a-b'; did you mean a - b? Otherwise, say where it is with --adapter a-b=PATH",
+    ),
     "a weight without a star": (
         ["merge", "0.5a + 0.5b", *AB, "--output", "out"],
         "unknown adapter '0.5a'; did you mean 0.5*a? Otherwise, say where it is with --adapter 0.5a=PATH",
