@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]  # processes that a test starts decide for themselves
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let each file stay in one process of several, and all tests of engines in one: they share a server.
 
