@@ -168,7 +168,7 @@ def _size(headers: Any, start: int) -> int | None:
 
 
 def _lasting(error: object) -> str:
-    """What is wrong for good, with the way out; empty for what may be better in a moment."""
+    """What another try would not mend, with the way out; empty for what it may."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"the server's certificate is not valid ({error.verify_message}); for an authority of your own, "

@@ -39,7 +39,7 @@ def local_folder(
         try:
             folder = held.enter_context(_fetched(location, limit, counted))
         except (FetchError, NotFoundError) as error:
-            if source == location.unpinned.removeprefix("hf:"):
+            if isinstance(source, str) and location.kind == "hf" and not source.startswith("hf:"):
                 raise type(error)(f"{error}; there is no folder {source} here either") from None
             raise
         yield folder

@@ -178,12 +178,22 @@ def test_an_option_out_of_its_range_is_a_line(
     assert caught.type.__name__ in ("CalibrationError", "AdapterError")
 
 
-def test_a_model_that_does_not_fit_is_found_before_prompts_are_read(
+def test_a_model_that_does_not_fit_is_found_before_all_prompts_are_read(
     model: LanguageModel, folder: Path
 ) -> None:
     random_adapter({"model.layers.0.mlp.up_proj": (160, 65)}).save("a", overwrite=True)
+    Path("prompts.jsonl").write_text('"x"\nno JSON', encoding="utf-8")
     with pytest.raises(CalibrationError, match="the model does not fit"):
-        calibrate(model, "a", "nowhere")
+        calibrate(model, "a", "prompts.jsonl")
+
+
+@pytest.mark.parametrize(("prompts", "message"), [("nowhere", "cannot be read"), ("bad", "line 1")])
+def test_prompts_that_cannot_be_read_are_found_before_the_model_is_loaded(
+    folder: Path, prompts: str, message: str
+) -> None:
+    Path("bad").write_text("no JSON", encoding="utf-8")
+    with pytest.raises(CalibrationError, match=f"^{prompts}.*{message}"):
+        calibrate("no-model", "a", prompts)
 
 
 # What may go wrong at the end.

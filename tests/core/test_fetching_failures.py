@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import socket
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -252,6 +253,20 @@ def test_a_server_that_nobody_vouches_for_is_not_trusted(
     assert not https.server.asked
 
 
+def test_a_host_without_an_address_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = 0
+
+    def unknown(*_: object, **__: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(FetchError, match="^https://nowhere.example/sql: there is no host of that name$"):
+        Adapter.load("https://nowhere.example/sql")
+    assert tries == 1
+
+
 @pytest.mark.slow
 def test_a_host_that_is_not_there_is_said_not_to_answer(site: Site, adapter: Path) -> None:
     location = site.put("sql", adapter)
@@ -326,6 +341,14 @@ def test_a_revision_or_a_folder_that_is_not_there_is_not_found(hf: Site, adapter
         Adapter.load(f"{location}@v2")
     with pytest.raises(NotFoundError, match=f"holds no {CONFIG_NAME}"):
         Adapter.load(f"{location}/folder")
+
+
+def test_a_mistyped_path_that_went_to_the_hub_is_said_to_be_no_folder_either(hf: Site) -> None:
+    with pytest.raises(NotFoundError, match="; there is no folder adaptors/sql here either$"):
+        Adapter.load("adaptors/sql")
+    with pytest.raises(NotFoundError) as plain:
+        Adapter.load("hf:adaptors/sql")
+    assert "here either" not in str(plain.value)
 
 
 def test_a_repository_that_was_renamed_is_not_taken_for_the_one_that_was_named(
