@@ -262,7 +262,7 @@ def test_a_host_without_an_address_is_not_asked_for_again(monkeypatch: pytest.Mo
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(FetchError, match="^https://nowhere.example/sql: there is no host of that name$"):
+    with pytest.raises(FetchError, match=r"^https://nowhere\.example/sql: there is no host of that name$"):
         Adapter.load("https://nowhere.example/sql")
     assert tries == 1
 
@@ -344,7 +344,7 @@ def test_a_revision_or_a_folder_that_is_not_there_is_not_found(hf: Site, adapter
 
 
 def test_a_mistyped_path_that_went_to_the_hub_is_said_to_be_no_folder_either(hf: Site) -> None:
-    with pytest.raises(NotFoundError, match="; there is no folder adaptors/sql here either$"):
+    with pytest.raises(NotFoundError, match=r"; there is no folder adaptors/sql here either$"):
         Adapter.load("adaptors/sql")
     with pytest.raises(NotFoundError) as plain:
         Adapter.load("hf:adaptors/sql")
