@@ -158,11 +158,14 @@ class Adapter:
         vars(twin)["digest"] = self.digest
         text = self.key + json.dumps([[name, *f.shape] for name, f in modules.items()])
         vars(twin)["key"] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        vars(twin)["origins"] = {
+            new[0]: self.origins.get(old, old) for old in self.modules if len(new := names.get(old, (old,))) == 1
+        }
         return twin
 
     def _twin(self, modules: Mapping[str, Factors], calibration: Calibration | str | None) -> Adapter:
         twin = Adapter(modules, self.header, self.metadata, calibration, self.whole)
-        known = ("digest", "key", "nonfinite")
+        known = ("digest", "key", "origins", "nonfinite")
         vars(twin).update({name: vars(self)[name] for name in known if name in vars(self)})
         return twin
 
@@ -181,6 +184,14 @@ class Adapter:
     def key(self) -> str:
         """The digest of what was read, or another text if its modules were renamed since."""
         return self.digest
+
+    @cached_property
+    def origins(self) -> Mapping[str, str]:
+        """The names under which modules were read, by those that they got since, unless they became parts.
+
+        Random entries are drawn by these, and so are the same whatever the other sources call a module.
+        """
+        return {}
 
     @property
     def identity(self) -> str:

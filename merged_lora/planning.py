@@ -442,7 +442,9 @@ class _Planner:
                 count, gamma = int(density * size), settings.gammas[index]
                 return _largest(count, min(int(gamma * size), size - count) if gamma else 0)
             case "random" | "graded":
-                identity = f"{settings.seed}\0{self._sources[index].digest}\0{name}\0{side}"
+                source = self._sources[index]
+                origin = source.origins.get(name, name)
+                identity = f"{settings.seed}\0{source.digest}\0{origin}\0{side}"
                 key = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
                 return _drawn(density, settings.epsilons[index], key)
             case "varied":

@@ -273,6 +273,23 @@ def test_a_merge_of_two_classes_is_that_of_one(spec: str) -> None:
     assert engine.merge(spec, mixed, "numpy").digest == engine.merge(spec, plain, "numpy").digest
 
 
+@pytest.mark.parametrize("strategy", ["dare_linear", "della_linear"])
+@pytest.mark.parametrize("steps", [(OLD,), (TEXT, OLD), (OLD, NEW)])
+def test_a_renamed_source_draws_the_entries_that_it_draws_alone(
+    strategy: str, steps: tuple[Spelling, ...]
+) -> None:
+    source = renamed = random_adapter(in_class(NEW))
+    for spelling in steps:
+        pairs = zip(renamed.modules, in_class(spelling), strict=True)
+        names = {old: [new] for old, new in pairs}
+        renamed = renamed.renamed(dict(zip(in_class(spelling), source.modules.values(), strict=True)), names)
+    one, two = (
+        engine.merge(f"{strategy}(a, density=0.5)", {"a": adapter}, "numpy") for adapter in (source, renamed)
+    )
+    assert two.modules.keys() == in_class(steps[-1]).keys()
+    assert has_deltas_of(two, one)
+
+
 def test_digests_in_a_result_are_those_of_the_files() -> None:
     a, b = random_adapter(in_class(NEW), seed=1), random_adapter(in_class(OLD), seed=2)
     merged = engine.merge("a+b", {"a": a, "b": b}, "numpy")
