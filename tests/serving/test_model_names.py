@@ -21,6 +21,7 @@ from gates import captured, prepared
 from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.calibration import CALIBRATION_NAME, Calibration, write_calibration
+from merged_lora.engine import merge
 from merged_lora.factors import Factors
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.hooks import models as model_hooks
@@ -115,6 +116,17 @@ def test_a_sum_over_two_spellings_is_the_sum_of_both_deltas(place: Place) -> Non
     )
     expected = 0.5 * a.modules[QUERY].delta() + 0.5 * b.modules[QUERY].delta()
     assert torch.allclose(delta, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_respelled_source_draws_the_entries_that_it_draws_offline(place: Place) -> None:
+    source = respelled(random_adapter(MODULES, 4, torch.bfloat16), "model.", "text.")
+    place.capture("a", source)
+    spec = "dare_linear(a, density=0.5)"
+    place.capture("twin", merge(spec, {"a": place._folder / "a"}), served=True)
+    twin = place.worker.load_plain(str(place._folder / "twin"), 3)
+    expected = contents(place.manager, activate(place.manager, twin))
+    assert any(tensor.any() for tensor in expected.values())
+    assert_same(place.slot(spec), expected)
 
 
 def test_an_adapter_with_the_usual_names_stays_as_it_is(place: Place) -> None:
