@@ -159,7 +159,9 @@ class Adapter:
         text = self.key + json.dumps([[name, *f.shape] for name, f in modules.items()])
         vars(twin)["key"] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         vars(twin)["origins"] = {
-            new[0]: self.origins.get(old, old) for old in self.modules if len(new := names.get(old, (old,))) == 1
+            new[0]: self.origins.get(old, old)
+            for old in self.modules
+            if len(new := names.get(old, (old,))) == 1
         }
         return twin
 

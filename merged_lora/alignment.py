@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .adapters import Adapter
 from .calibration import Calibration
 from .errors import PlanError, listed
+from .files.parts import HEADS
 from .projections import place, split_projections
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ _TEXT_ALONE = frozenset(each for each in SPELLINGS if each.text in ("model.", "b
 """Spellings of classes of which some have text alone."""
 
 _TEXT = frozenset(("layers", "embed_tokens"))
-_HEAD = frozenset(("lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "cls", "embed_out"))
+_HEAD = frozenset(HEADS)
 _REST = (
     "audio_encoder", "audio_tower", "connector", "embed_audio", "embed_vision", "image_tower",
     "mm_projector", "multi_modal_projector", "projector", "video_tower", "vision_embed_tokens",

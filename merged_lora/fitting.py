@@ -11,6 +11,7 @@ from .adapters import Adapter
 from .errors import PlanError, listed
 from .factors import Factors
 from .files.layout import Header
+from .files.parts import TOKEN_HEADS
 
 ALIKE = 0.5
 """Cosine above which the A of two sources count as alike.  Random ones are at right angles; trainings with
@@ -18,10 +19,6 @@ one seed begin with the same A."""
 
 Sources = Mapping[str, Adapter]
 """The sources of a merge by name, in the order of its spec."""
-
-
-HEADS = ("lm_head", "embed_out", "output_layer")
-"""Last parts of the names of linear modules with a row for each token."""
 
 
 def header_of(
@@ -123,7 +120,7 @@ def check_shapes(sources: Sources, names: Sequence[str]) -> None:
 
 def _counts_tokens(name: str, factors: Mapping[str, Factors]) -> bool:
     """Whether a module has a row or a column for each token, and differs in nothing else."""
-    if name.rpartition(".")[2] not in HEADS and not any(f.embedding for f in factors.values()):
+    if name.rpartition(".")[2] not in TOKEN_HEADS and not any(f.embedding for f in factors.values()):
         return False
     return any(len({f.shape[side] for f in factors.values()}) == 1 for side in (0, 1))
 

@@ -16,10 +16,10 @@ import torch
 from merged_lora.errors import AdapterError, listed
 
 from .layout import PREFIX
+from .parts import EMBEDDINGS
 
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
 _EXPERTS = ".switch_mlp."
-_EMBEDDING = ("embed_tokens", "wte")
 
 
 def is_mlx(config: Mapping[str, Any]) -> bool:
@@ -60,7 +60,7 @@ def as_peft(
         if tensor.ndim not in (2, 3):
             raise AdapterError(f"{folder}: {name} has shape {tuple(tensor.shape)}, not a matrix")
         for module, factor in _modules(match["module"], tensor):
-            embedding = module.rpartition(".")[2] in _EMBEDDING
+            embedding = module.rpartition(".")[2] in EMBEDDINGS
             suffix = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"
             made[f"{PREFIX}{module}.{suffix}"] = factor.contiguous()
             if side == "A":

@@ -14,11 +14,13 @@ from merged_lora.errors import AdapterError, listed
 
 from .keys import Key
 
+TOKEN_HEADS = ("lm_head", "embed_out", "output_layer", "output_projection", "proj_out")
+"""Last parts of the names of output heads with a row for each token."""
 HEADS = (
-    *("lm_head", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "embed_out"),
-    *("output_projection", "proj_out", "cls", "v_head"),
+    *TOKEN_HEADS,
+    *("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "cls", "v_head"),
 )
-"""Last parts of the names of output heads, in transformers and in TRL."""
+"""Last parts of the names of output heads, in transformers, in models with code of their own and in TRL."""
 EMBEDDINGS = (
     *("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings"),
     *("embed_positions", "embed_in", "tok_embeddings", "shared", "embeddings"),

@@ -16,6 +16,7 @@ from merged_lora.alignment import BASES, SPELLINGS, Spelling, align
 from merged_lora.calibration import Calibration
 from merged_lora.errors import PlanError
 from merged_lora.files.layout import Header
+from merged_lora.files.parts import HEADS
 
 INNER = {name.removeprefix("model."): shape for name, shape in SMALL.items()}
 NEW, OLD, TEXT = SPELLINGS[:3]
@@ -147,12 +148,13 @@ def test_a_model_with_a_head_is_not_called_as_one_without() -> None:
     assert list(aligned["bare"].modules) == ["transformer.h.0.attn.c_attn"]
 
 
-def test_a_head_is_never_put_below_the_model_that_it_is_beside() -> None:
-    bare = random_adapter({"h.0.attn.c_attn": (96, 32), "lm_head": (64, 32)})
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_is_never_put_below_the_model_that_it_is_beside(head: str) -> None:
+    bare = random_adapter({"h.0.attn.c_attn": (96, 32), head: (64, 32)})
     full = random_adapter({"transformer.h.0.attn.c_attn": (96, 32)}, seed=1)
     assert list(align({"full": full, "bare": bare})["bare"].modules) == [
         "transformer.h.0.attn.c_attn",
-        "lm_head",
+        head,
     ]
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from merged_lora.adapters import Adapter
 from merged_lora.errors import AdapterError
+from merged_lora.files.parts import EMBEDDINGS
 
 SCALE = 20.0
 SHAPES = {"model.layers.0.self_attn.q_proj": (48, 32, 4), "model.layers.0.mlp.up_proj": (80, 32, 8)}
@@ -43,8 +44,9 @@ def test_factors_are_transposed_and_scaled_as_they_are(tmp_path: Path) -> None:
         assert torch.allclose(f.delta(), SCALE * (a @ b).T, rtol=0, atol=1e-12)
 
 
-def test_an_embedding_adds_the_row_of_a_token(tmp_path: Path) -> None:
-    name = "model.embed_tokens"
+@pytest.mark.parametrize("last", EMBEDDINGS)
+def test_an_embedding_adds_the_row_of_a_token(tmp_path: Path, last: str) -> None:
+    name = f"model.{last}"
     tensors = {f"{name}.lora_a": drawn(96, 4), f"{name}.lora_b": drawn(4, 32)}
     (f,) = Adapter.load(write(tmp_path / "a", tensors)).modules.values()
     assert f.embedding

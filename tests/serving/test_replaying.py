@@ -21,6 +21,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.calibration import CALIBRATION_NAME, Exchange
 from merged_lora.errors import CalibrationError, MergeError, SpecError, UnknownAdapterError
 from merged_lora.files.layout import WEIGHTS_NAME
+from merged_lora.files.parts import TOKEN_HEADS
 from merged_lora.replay import Replayed, Survival
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease, MergeGate
@@ -265,8 +266,9 @@ def test_the_worker_answers_instead_of_raising(tmp_path: Path) -> None:
     assert merges.replay(None, "a", "ties")["ok"] is False  # type: ignore[arg-type]
 
 
-def test_an_output_head_is_not_replayed_on_a_server(tmp_path: Path) -> None:
-    random_adapter({"lm_head": (32, 16), "model.layers.0.mlp.up_proj": (16, 16)}).save(tmp_path / "a")
+@pytest.mark.parametrize("head", TOKEN_HEADS)
+def test_an_output_head_is_not_replayed_on_a_server(tmp_path: Path, head: str) -> None:
+    random_adapter({head: (32, 16), "model.layers.0.mlp.up_proj": (16, 16)}).save(tmp_path / "a")
     tiny.calibrate(tmp_path / "a", *A)
     merges = worker()
     key = captured(merges, "one", [], str(tmp_path / "a"))["key"]

@@ -24,6 +24,7 @@ import torch
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Progress
 from merged_lora.errors import AdapterError, CalibrationError, PlanError, UnknownAdapterError
+from merged_lora.files.parts import TOKEN_HEADS
 from merged_lora.planning import make_plan
 from merged_lora.replay import exchanges_of
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
@@ -42,8 +43,6 @@ Model = TypeVar("Model")
 KEPT = 300.0
 """Seconds for which the reply about finished work is kept after it was last given.  API servers ask several
 times a second, between two steps, and no step takes as long."""
-OUTPUT_HEAD = "lm_head"
-"""Last part of the name of the module that makes logits."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ class MergeWorker(Generic[Model]):
         def work() -> Reply:
             adapter = self._source(key, name)
             # vLLM adds an adapter's output head to the logits of sampled tokens, and not to those of prompts.
-            if any(module.rpartition(".")[2] == OUTPUT_HEAD for module in adapter.modules):
+            if any(module.rpartition(".")[2] in TOKEN_HEADS for module in adapter.modules):
                 raise CalibrationError(
                     f"{name} has an output head, which vLLM leaves out when it rates a prompt; check it with "
                     "the command merged-lora check"
