@@ -134,12 +134,19 @@ class Cache:
 
     @contextmanager
     def _alone(self, location: Location) -> Iterator[Path]:
-        """The folder for parts of files of a location, while no other process fetches from there."""
+        """The folder for parts of files of a location, while no other process fetches from there.
+
+        It stays for another try if it holds parts of files; requests for what is not there leave nothing.
+        """
         parts = self._parts / key_of(location)
         with ExitStack() as locked:
             while not _is_locked(parts, locked):
                 locked.close()
-            yield parts
+            try:
+                yield parts
+            finally:
+                if {file.name for file in parts.glob("*")} <= {LOCK, SIZE}:
+                    shutil.rmtree(parts, ignore_errors=True)
 
     def _make_room(self, location: Location, parts: Path, nbytes: int) -> None:
         """Reserve bytes for a fetch, for which what was not used for the longest time is removed."""

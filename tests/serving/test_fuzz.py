@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+from fetched import https_site, own_caches
 from gates import gate_with, worker
 from merged_lora.errors import MergeError
+from merged_lora.spec import parse
 from merged_lora.strategies import TABLE
 from merged_lora.vllm_plugin.api_server.gate import Lease, MergeGate
 from merged_lora.vllm_plugin.api_server.routes import report
@@ -23,7 +28,7 @@ from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import Facts, Reply
 from vllm_server import Server
 
-GENERATED, MUTATED, ASKED = 5_000, 5_000, 500
+GENERATED, MUTATED, LOCATIONS, ASKED = 5_000, 5_000, 1_000, 500
 
 SEEDS = (
     "ties(0.7*sql, 0.3*chat, density=0.5)",
@@ -73,8 +78,11 @@ WORDS += (
     "9" * 40,
 )
 
+PLACES = ("https://", "HTTPS://", "hf:", "s3://", "@", "%2e%2e/", "/..", "?x=1", "#", "//")
+"""Words of locations."""
 
-def mutated(seed: random.Random, text: str) -> str:
+
+def mutated(seed: random.Random, text: str, words: Sequence[str] = WORDS) -> str:
     """The text with some bytes changed, removed, doubled or replaced by words of the grammar."""
     data = bytearray(text.encode())
     for _ in range(seed.randint(1, 6)):
@@ -87,7 +95,7 @@ def mutated(seed: random.Random, text: str) -> str:
             case 2:
                 data[at:at] = data[at : at + seed.randint(1, 40)] * seed.randint(1, 3)
             case _:
-                data[at:at] = seed.choice(WORDS).encode()
+                data[at:at] = seed.choice(words).encode()
     return data.decode("utf-8", "replace")
 
 
@@ -148,7 +156,6 @@ def assert_bounded(gate: MergeGate) -> None:
         ),
     ),
 )
-@pytest.mark.slow
 def test_generated_names_and_bodies_get_a_merge_or_an_error(
     gate: MergeGate, model: str, body: object
 ) -> None:
@@ -173,6 +180,39 @@ def test_mutated_names_and_bodies_get_a_merge_or_an_error(gate: MergeGate) -> No
 
     asyncio.run(run())
     assert_bounded(gate)
+
+
+@pytest.mark.slow
+def test_mutated_locations_get_a_merge_or_an_error_and_ask_for_what_is_allowed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = random.Random(6)
+    cache = own_caches(tmp_path, monkeypatch)
+    with https_site(tmp_path, monkeypatch) as site:
+        for number, name in enumerate(("sql", "chat"), 1):
+            tiny.make_adapter(number).save(tmp_path / name)
+            site.put(name, tmp_path / name)
+        sql, chat = site.location("sql"), site.location("chat")
+        specs = (
+            f'0.7*"{sql}" + 0.3*"{chat}"',
+            f"ties({sql}, {chat}, density=0.5)",
+            f'sum("{sql}", "{chat}/")',
+        )
+        found = gate_with(worker(), aliases={}, allow=(site.location("*"),), max_ad_hoc=20)
+
+        async def run() -> None:
+            for _ in range(LOCATIONS):
+                await knock(found, mutated(seed, seed.choice(specs), (*WORDS, *PLACES, sql, chat)), None)
+            assert len(report(found)["merges"]) <= 20
+            merged = await found.ready(parse(specs[0]), Lease())
+            assert set(merged.identity.contents) == {tiny.make_adapter(number).digest for number in (1, 2)}
+
+        asyncio.run(run())
+        paths = {asked.path for asked in site.server.asked}
+    assert len(paths) > 10
+    assert all(re.fullmatch(r"(/x(/[^/]+)+)/[^/]+", path) and "/../" not in path for path in paths), paths
+    assert len([*cache.glob("adapters/*")]) == 2
+    assert [*cache.glob("parts/*")] == []
 
 
 @pytest.mark.engine
