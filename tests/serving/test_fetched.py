@@ -19,7 +19,7 @@ import tiny
 from fetched import Site, hf_site, https_site, own_caches
 from gates import gate_with, until, worker
 from merged_lora.errors import AdapterError, FetchError, ForbiddenError, MergeError, NotFoundError
-from merged_lora.files.layout import WEIGHTS_NAME
+from merged_lora.files.layout import CONFIG_NAME, WEIGHTS_NAME
 from merged_lora.locations import parse as parse_location
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server import fetched
@@ -59,6 +59,12 @@ def of(*locations: str) -> Any:
 def fetches(site: Site) -> int:
     """How often weights were fetched."""
     return len(site.server.asked_for(WEIGHTS_NAME))
+
+
+def damage(cache: Path, name: str) -> None:
+    """Let a file of the one adapter on disk hold something else."""
+    (file,) = cache.glob(f"adapters/*/{name}")
+    file.write_bytes(b"junk" + file.read_bytes()[4:])
 
 
 def stalled(asked: Asked, answer: Answer) -> Answer:
@@ -279,6 +285,79 @@ def test_a_source_over_the_memory_for_copies_is_refused_before_its_weights_come_
         with pytest.raises(AdapterError, match="its operator can raise --merged-lora-cache-gib"):
             await gate.ready(of(site.location("sql")), ME)
         assert not fetches(site)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, CONFIG_NAME])
+def test_a_damaged_copy_on_disk_is_removed_and_the_next_use_fetches_it_again(
+    site: Site, caches: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    async def run() -> None:
+        spec = of(site.location("sql"))
+        await gate_for(site).ready(spec, ME)
+        damage(caches, name)
+        gate = gate_for(site)  # of a server that starts later, with nothing in memory
+        for _ in range(2):  # the second time within the while in which it is not tried again
+            with pytest.raises(FetchError, match=f"^{site.location('sql')}: .* damaged and was removed; try"):
+                await gate.ready(spec, ME)
+        monkeypatch.setattr(fetched, "QUIET", 0.0)
+        live = await gate.ready(spec, ME)
+        assert live.identity.contents == (tiny.make_adapter(1).digest,)
+        assert fetches(site) == 2 if name == WEIGHTS_NAME else 1
+
+    asyncio.run(run())
+
+
+def test_a_copy_on_disk_that_is_damaged_later_is_mended_while_the_one_in_memory_serves(
+    site: Site, caches: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fetched, "QUIET", 0.0)
+    monkeypatch.setattr(fetched, "RECHECK", 0.0)
+
+    async def run() -> None:
+        gate, spec = gate_for(site), of(site.location("sql"))
+        first = await gate.ready(spec, ME)
+        await until(lambda: not report(gate)["fetching"])
+        damage(caches, WEIGHTS_NAME)
+        for count in (1, 2):
+            with caplog.at_level(logging.WARNING, "vllm.merged_lora"):
+                assert (await gate.ready(spec, ME)).identity == first.identity
+                await until(lambda: not report(gate)["fetching"])
+            assert fetches(site) == count
+            assert ("its copy in the cache was damaged and was removed" in caplog.text) == (count == 1)
+            caplog.clear()
+
+    asyncio.run(run())
+
+
+def test_a_damaged_copy_of_an_adapter_that_vllm_would_load_is_removed(site: Site, caches: Path) -> None:
+    async def run() -> None:
+        gate = gate_for(site)
+        await gate.ready(of(site.location("sql")), ME)
+        damage(caches, WEIGHTS_NAME)
+        with pytest.raises(FetchError, match="damaged and was removed"):
+            async with gate.sources.folder_of(site.location("sql"), trusted=False) as folder:
+                await gate.sources.copy(folder, {})
+        async with gate.sources.folder_of(site.location("sql"), trusted=False) as folder:
+            await gate.sources.copy(folder, {})
+
+    asyncio.run(run())
+
+
+def test_a_source_that_is_no_adapter_is_said_to_be_and_not_fetched_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetched, "QUIET", 0.0)
+    site.server.files[f"{site.place('sql')}/{WEIGHTS_NAME}"] = b"no tensors"
+
+    async def run() -> None:
+        gate = gate_for(site)
+        for _ in range(2):
+            with pytest.raises(AdapterError, match=f"{site.location('sql')}' cannot be merged: ") as refused:
+                await gate.ready(of(site.location("sql")), ME)
+            assert status_of(refused.value)[0] == 400
+        assert fetches(site) == 1
 
     asyncio.run(run())
 

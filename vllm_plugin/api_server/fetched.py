@@ -69,7 +69,8 @@ class Fetches(Generic[Made]):
     """The sources that are fetched for requests of one API server.
 
     settings: with the patterns of allowed locations, and how long a request waits.
-    make:     makes a source of the folder that holds it, as long as it is called.
+    make:     makes a source of the folder that holds it, as long as it is called; raises MergeError if it
+              cannot.
     """
 
     def __init__(self, settings: Settings, make: Callable[[str, Path], Awaitable[Made]]) -> None:
@@ -161,11 +162,17 @@ class Fetches(Generic[Made]):
 
     @asynccontextmanager
     async def folder(self, location: Location, fetch: Fetch[Made] | None = None) -> AsyncIterator[Path]:
-        """The folder of an adapter, fetched in a thread; nothing removes it meanwhile.  Raises MergeError."""
+        """The folder of an adapter, fetched in a thread; nothing removes it meanwhile.  Raises MergeError.
+
+        A MergeError of whoever uses it becomes a FetchError if the folder was damaged, which removes it.
+        """
         async with self._turns:
             held = await _in_thread(lambda: _Held(location, self._bound, fetch))
         try:
             yield held.folder
+        except MergeError as error:
+            await asyncio.to_thread(held.fail, error)
+            raise
         finally:
             held.close()
 
@@ -200,6 +207,10 @@ class _Held:
         self._holds = ExitStack()
         report = fetch.report if fetch is not None else (lambda nbytes: None)
         self.folder = self._holds.enter_context(local_folder(location, bound, report))
+
+    def fail(self, error: MergeError) -> None:
+        """Close it after an error of whoever used it; raises FetchError if the folder was damaged."""
+        self._holds.__exit__(type(error), error, error.__traceback__)
 
     def close(self) -> None:
         self._holds.close()

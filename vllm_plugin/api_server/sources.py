@@ -156,12 +156,23 @@ class Sources:
             self._lease(await self.fetches.wait(fetch, until), request)
 
     async def _take(self, name: str, folder: Path) -> Component:
-        """The source that was fetched into a folder, read anew if it is another than before."""
+        """The source that was fetched into a folder, read anew if it is another than before.
+
+        Raises AdapterError if it cannot be read, which also shows its fetch that its copy may be damaged.
+        """
         stamp = await asyncio.to_thread(_stamp, _files(folder))
         async with self.changes:
             component = self._components.get(name)
             if component is None or (not component.served and component.stamp != stamp):
-                component = self._components[name] = await self._read(name, str(folder), stamp, component)
+                try:
+                    reply = await self._copied(str(folder), None)
+                except CacheFullError:  # there may be room for the next request
+                    raise
+                except MergeError as error:
+                    raise AdapterError(f"{name!r} cannot be merged: {error}") from None
+                component = self._components[name] = Component(
+                    reply["key"], nbytes=reply["nbytes"], stamp=stamp
+                )
                 await self.trim()
         # Whoever waits for it takes a lease when its turn comes; until then, this one keeps the copy.
         self._lease(component, asyncio.current_task())
