@@ -21,6 +21,11 @@ RECORD = Path(__file__).with_name("reliance.json")
 ABSENT = "absent"
 
 RELIED_UPON: Mapping[str, tuple[str, ...]] = {
+    "engine/arg_utils.py": ("EngineArgs.from_cli_args",),
+    "entrypoints/cli/serve.py": ("run_multi_api_server",),
+    "entrypoints/launchers/api_server/entry.py": ("build_async_engine_client",),
+    "entrypoints/launchers/app.py": ("build_app",),
+    "entrypoints/llm.py": ("LLM.collective_rpc",),
     "entrypoints/openai/models/api_router.py": ("attach_router",),
     "entrypoints/openai/models/serving.py": (
         "OpenAIModelRegistry.is_base_model",
@@ -34,7 +39,12 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "OpenAIServingModels.unload_lora_adapter",
     ),
     "entrypoints/pooling/base/serving.py": ("PoolingBaseServing._check_model",),
-    "entrypoints/serve/engine/protocol.py": ("ErrorResponse", "ModelCard", "OpenAIBaseModel"),
+    "entrypoints/serve/engine/protocol.py": (
+        "ErrorResponse",
+        "ModelCard",
+        "ModelPermission",
+        "OpenAIBaseModel",
+    ),
     "entrypoints/serve/engine/serving.py": (
         "BaseServing._check_model",
         "BaseServing._is_model_supported",
@@ -43,6 +53,8 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
     ),
     "entrypoints/serve/middleware/authenticate.py": ("AuthenticationMiddleware",),
     "entrypoints/serve/middleware/register.py": ("init_entrypoints_middleware",),
+    "exceptions.py": ("LoRAAdapterNotFoundError", "VLLMClientError", "VLLMNotFoundError"),
+    "inputs/engine.py": ("tokens_input",),
     "lora/layers/base_linear.py": ("BaseLinearLayerWithLoRA",),
     "lora/layers/classifier.py": (
         "BaseClassificationHeadWithLoRA",
@@ -60,7 +72,10 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "QKVParallelLinearWithShardedLoRA",
     ),
     "lora/layers/fused_moe.py": (
+        "FusedMoE3DWithLoRA._slice_w13_b",
+        "FusedMoE3DWithLoRA.create_lora_weights",
         "FusedMoE3DWithLoRA.set_lora",
+        "FusedMoEWithLoRA.create_lora_weights",
         "FusedMoEWithLoRA.global_num_experts",
         "FusedMoEWithLoRA.reset_lora",
         "FusedMoEWithLoRA.set_lora",
@@ -83,13 +98,18 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "LRUCacheLoRAModelManager",
         "LoRAModelManager.__init__",
         "LoRAModelManager._add_adapter",
+        "LoRAModelManager._convert_3d_to_2d_moe_lora",
         "LoRAModelManager._create_merged_loras_inplace",
         "LoRAModelManager._deactivate_adapter",
         "LoRAModelManager._get_lora_layer_weights",
         "LoRAModelManager._get_text_lora_names",
         "LoRAModelManager._match_target_modules",
+        "LoRAModelManager._pad_lora_pairs_to_triplets",
         "LoRAModelManager._register_packed_modules",
+        "LoRAModelManager._slice_moe_lora_ep",
         "LoRAModelManager._stack_moe_lora_weights",
+        "LoRAModelManager._validate_classification_head_lora",
+        "LoRAModelManager._validate_moe_lora_format",
         "LoRAModelManager.activate_adapter",
         "LoRAModelManager.add_adapter",
         "LoRAModelManager.deactivate_adapter",
@@ -101,15 +121,27 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "PunicaWrapperBase.token_lora_indices",
     ),
     "lora/punica_wrapper/punica_cpu.py": ("PunicaWrapperCPU.add_lora_logits",),
+    "lora/punica_wrapper/utils.py": ("convert_mapping",),
     "lora/request.py": ("LoRARequest",),
     "lora/utils.py": (
         "get_adapter_absolute_path",
         "get_supported_lora_modules",
+        "is_in_target_modules",
         "parse_fine_tuned_lora_name",
+        "process_packed_modules_mapping",
     ),
     "lora/worker_manager.py": ("LRUCacheWorkerLoRAManager", "WorkerLoRAManager"),
-    "model_executor/models/utils.py": ("PPMissingLayer", "WeightsMapper.get_rename_mapper"),
+    "model_executor/layers/fused_moe/config.py": ("FusedMoEConfig.__post_init__",),
+    "model_executor/layers/linear.py": ("MergedColumnParallelLinear.__init__", "QKVParallelLinear.__init__"),
+    "model_executor/models/utils.py": (
+        "PPMissingLayer",
+        "WeightsMapper._map_name",
+        "WeightsMapper.get_rename_mapper",
+    ),
+    "model_executor/utils.py": ("get_moe_expert_mapping", "get_packed_modules_mapping"),
+    "platforms/interface.py": ("Platform.is_cpu",),
     "plugins/__init__.py": ("load_general_plugins",),
+    "sampling_params.py": ("RequestOutputKind",),
     "utils/gpu_sync_debug.py": ("gpu_sync_allowed",),
     "v1/core/kv_cache_utils.py": ("_gen_lora_extra_hash_keys",),
     "v1/engine/async_llm.py": (
@@ -118,11 +150,13 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "AsyncLLM.errored",
         "AsyncLLM.generate",
     ),
+    "v1/engine/core.py": ("EngineCore.collective_rpc",),
     "v1/engine/core_client.py": ("AsyncMPClient._call_utility_async", "AsyncMPClient.collective_rpc_async"),
     "v1/engine/logprobs.py": ("LogprobsProcessor._update_prompt_logprobs",),
     "v1/executor/multiproc_executor.py": ("MultiprocExecutor.collective_rpc",),
     "v1/executor/uniproc_executor.py": ("UniProcExecutor.collective_rpc",),
     "v1/metrics/stats.py": ("LoRARequestStates",),
+    "v1/serial_utils.py": ("run_method",),
     "v1/utils.py": ("APIServerProcessManager", "wait_for_completion_or_failure"),
     "v1/worker/gpu/lora_utils.py": ("LoraState",),
     "v1/worker/gpu/sample/prompt_logprob.py": ("PromptLogprobsWorker.compute_prompt_logprobs",),
@@ -133,7 +167,11 @@ RELIED_UPON: Mapping[str, tuple[str, ...]] = {
         "LoRAModelRunnerMixin.load_lora_model",
     ),
 }
-"""Functions and classes by file in vLLM's package."""
+"""Functions and classes by file in vLLM's package.
+
+Without those that change with every release and of which only the parameters matter, such as
+``EngineArgs.create_engine_config``: ``table.HOOKS`` has these.
+"""
 
 CALLED = frozenset(
     {
