@@ -50,10 +50,30 @@ WHOLE = {
     for expert in range(EXPERTS)
 }
 """The experts of the parameters of transformers."""
+STACKED = {
+    f"{holder}.{parameter}[{expert}]": shape
+    for holder in HOLDERS
+    for parameter, shape in {"w1": (INNER, HIDDEN), "w2": (HIDDEN, INNER), "w3": (INNER, HIDDEN)}.items()
+    for expert in range(EXPERTS)
+}
+"""The experts of stacks, as --enable-moe-shared-loras takes them."""
 
 
 def adapter(modules: Mapping[str, tuple[int, int]], seed: int, rank: int = 4) -> Adapter:
     return replace(random_adapter(modules, rank, torch.bfloat16, seed), calibration=None)
+
+
+def sharing(seed: int, rank: int = 4) -> Adapter:
+    """An adapter whose experts share A of w1 and w3, and B of w2."""
+    own = adapter({**STACKED, **ATTENTION}, seed, rank)
+    firsts = {name: own.modules[f"{name.partition('[')[0]}[0]"] for name in STACKED}
+    shared = {
+        name: replace(own.modules[name], b=first.b)
+        if ".w2" in name
+        else replace(own.modules[name], a=first.a)
+        for name, first in firsts.items()
+    }
+    return Adapter({**own.modules, **shared})
 
 
 class Place:

@@ -16,6 +16,11 @@ class PlainExperts:
     """Adds nothing to the worker; importing this module replaces the kernels."""
 
 
+def _of(factors: torch.Tensor, expert: int) -> torch.Tensor:
+    """The factor of an expert, or the one that all share."""
+    return factors[expert if len(factors) > 1 else 0]
+
+
 def apply(
     self: Any,
     output: torch.Tensor,
@@ -36,9 +41,11 @@ def apply(
             gate_up, down = w1[expert], w2[expert]
             if index >= 0:
                 pairs = zip(slots.w13_lora_a_stacked, slots.w13_lora_b_stacked, strict=True)
-                gate_up = gate_up + torch.cat([b[index, expert] @ a[index, expert] for a, b in pairs])
+                gate_up = gate_up + torch.cat(
+                    [_of(b[index], expert) @ _of(a[index], expert) for a, b in pairs]
+                )
                 (a,), (b,) = slots.w2_lora_a_stacked, slots.w2_lora_b_stacked
-                down = down + b[index, expert] @ a[index, expert]
+                down = down + _of(b[index], expert) @ _of(a[index], expert)
             gate, up = (gate_up @ x).tensor_split(2)
             total += weight * (down @ (torch.nn.functional.silu(gate) * up))
         output[token] = total

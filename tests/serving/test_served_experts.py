@@ -15,7 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tiny
+from expert_layers import EXPERTS, INNER, sharing
 from merged_lora.adapters import Adapter
+from merged_lora.calibration import Exchange
 from merged_lora.engine import merge
 from merged_lora.factors import Factors
 from tiny import FLAGS, HEADS, HIDDEN, KV_HEADS, LAYERS, MAX_RANK, VOCABULARY, importing_tests
@@ -23,17 +25,15 @@ from vllm_server import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("other engines")]
 
-EXPERTS, INNER = 4, 32
 SPEC = "ties(apart, other, attention, density=0.5)"
 PROMPT = [5, 11, 40, 90, 17]
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server, and the folders of its model and of its adapters."""
+    """A server, and the folders of its adapters."""
 
     server: Server
-    model: Path
     adapters: dict[str, Path]
 
 
@@ -65,8 +65,9 @@ def apart(adapter: Adapter) -> Adapter:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    root = tmp_path_factory.mktemp("experts")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with experts."""
+    root = tmp_path_factory.mktemp("mixture")
     plain = tiny.make_model(root / "plain")
     make: Any = Qwen3MoeConfig
     config = make(
@@ -87,10 +88,30 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )
     torch.manual_seed(0)
     make_model: Any = Qwen3MoeForCausalLM
-    model = make_model(config)
-    model.save_pretrained(root / "model")
+    make_model(config).save_pretrained(root / "model")
     for file in plain.glob("tokenizer*"):
         shutil.copy(file, root / "model")
+    return root / "model"
+
+
+def in_transformers(mixture: Path) -> Any:
+    """The model as transformers computes it."""
+    make: Any = Qwen3MoeForCausalLM
+    return make.from_pretrained(mixture)
+
+
+def likelihood_of(model: Any, exchange: Exchange) -> list[float]:
+    """The log-probabilities of the tokens of an answer."""
+    tokens = torch.tensor([[*exchange.prompt, *exchange.answer]])
+    with torch.no_grad():
+        logprobs = model(tokens).logits[0].log_softmax(-1)
+    rows = range(len(exchange.prompt) - 1, tokens.shape[1] - 1)
+    return [float(logprobs[row, tokens[0, row + 1]]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def served(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root, model = tmp_path_factory.mktemp("experts"), in_transformers(mixture)
     (root / "sources").mkdir()
     parameters = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     adapters = {
@@ -105,14 +126,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     adapters["twin"] = root / "twin"
     modules = (f"{name}={folder}" for name, folder in adapters.items() if name != "whole")
     with Server(
-        root / "model",
+        mixture,
         *(*FLAGS, "--enable-merged-lora", "--max-lora-rank", str(MAX_RANK)),
         *("--lora-modules", *modules, "--merged-lora-source-dir", str(root / "sources")),
         *("--worker-extension-cls", "plain_experts.PlainExperts"),
         log=root / "server.log",
         environment=importing_tests(),
     ) as running:
-        yield Served(running, root / "model", adapters)
+        yield Served(running, adapters)
 
 
 def test_a_merge_of_experts_is_served_with_the_values_of_its_offline_twin(served: Served) -> None:
@@ -123,19 +144,51 @@ def test_a_merge_of_experts_is_served_with_the_values_of_its_offline_twin(served
 @pytest.mark.parametrize(
     ("spec", "folder"), [("sum(whole)", "whole"), ("apart", "whole"), ("sum(attention)", "attention")]
 )
-def test_what_is_served_is_what_peft_computes(served: Served, spec: str, folder: str) -> None:
+def test_what_is_served_is_what_peft_computes(served: Served, mixture: Path, spec: str, folder: str) -> None:
     exchange, likelihood = served.server.exchange(spec, PROMPT)
-    make: Any = Qwen3MoeForCausalLM
-    model: Any = PeftModel.from_pretrained(make.from_pretrained(served.model), served.adapters[folder])
-    tokens = torch.tensor([[*exchange.prompt, *exchange.answer]])
-    with torch.no_grad():
-        logprobs = model(tokens).logits[0].log_softmax(-1)
-    rows = range(len(PROMPT) - 1, tokens.shape[1] - 1)
-    expected = [float(logprobs[row, tokens[0, row + 1]]) for row in rows]
-    assert likelihood == pytest.approx(expected, abs=1e-4)
+    model: Any = PeftModel.from_pretrained(in_transformers(mixture), served.adapters[folder])
+    assert likelihood == pytest.approx(likelihood_of(model, exchange), abs=1e-4)
 
 
 def test_an_adapter_of_attention_alone_merges_with_one_of_experts(served: Served) -> None:
     both = served.server.logprobs("sum(whole, attention)")
     assert both != served.server.logprobs("sum(whole)")
     assert both == pytest.approx(served.server.logprobs("cat(whole, attention)"), abs=1e-4)
+
+
+def test_a_merge_whose_experts_share_a_factor_is_served_as_if_its_deltas_were_in_the_model(
+    mixture: Path, tmp_path: Path
+) -> None:
+    adapters = {name: tmp_path / name for name in "ab"}
+    for seed, folder in enumerate(adapters.values()):
+        sharing(seed).save(folder)
+    spec = "ties(a, b, density=0.5)"
+    merged = merge(spec, adapters, rank=MAX_RANK)
+    merged.save(tmp_path / "twin")
+    modules = (f"{name}={tmp_path / name}" for name in ("a", "b", "twin"))
+    with Server(
+        mixture,
+        *(*FLAGS, "--enable-merged-lora", "--max-lora-rank", str(MAX_RANK), "--enable-moe-shared-loras"),
+        *("--lora-modules", *modules, "--worker-extension-cls", "plain_experts.PlainExperts"),
+        log=tmp_path / "server.log",
+        environment=importing_tests(),
+    ) as server:
+        assert server.logprobs(spec) == server.logprobs("twin")
+        exchange, likelihood = server.exchange(spec, PROMPT)
+    model = in_transformers(mixture)
+    assert likelihood != pytest.approx(likelihood_of(model, exchange), abs=1e-2)
+    with torch.no_grad():
+        for name, factors in merged.modules.items():
+            holder, _, module = name.rpartition(".")
+            place, delta = model.get_submodule(holder), factors.delta().float()
+            stack, _, expert = module.removesuffix("]").partition("[")
+            match stack:
+                case "w1":
+                    place.gate_up_proj[int(expert), :INNER] += delta
+                case "w2":
+                    place.down_proj[int(expert)] += delta
+                case "w3":
+                    place.gate_up_proj[int(expert), INNER:] += delta
+                case _:
+                    getattr(place, module).weight += delta
+    assert likelihood == pytest.approx(likelihood_of(model, exchange), abs=1e-4)

@@ -17,10 +17,12 @@ from expert_layers import (
     HIDDEN,
     HOLDERS,
     INNER,
+    STACKED,
     WHOLE,
     Place,
     adapter,
     make_manager,
+    sharing,
 )
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
@@ -30,28 +32,7 @@ from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from slots import CopyingBackend, assert_same, maker
 from tiny import MAX_RANK
 
-STACKED = {
-    f"{holder}.{parameter}[{expert}]": shape
-    for holder in HOLDERS
-    for parameter, shape in {"w1": (INNER, HIDDEN), "w2": (HIDDEN, INNER), "w3": (INNER, HIDDEN)}.items()
-    for expert in range(EXPERTS)
-}
-"""The experts of stacks, as --enable-moe-shared-loras takes them."""
-
 pytestmark = pytest.mark.usefixtures("activation_hook")
-
-
-def sharing(seed: int, rank: int = 4) -> Adapter:
-    """An adapter whose experts share A of w1 and w3, and B of w2."""
-    own = adapter({**STACKED, **ATTENTION}, seed, rank)
-    firsts = {name: own.modules[f"{name.partition('[')[0]}[0]"] for name in STACKED}
-    shared = {
-        name: replace(own.modules[name], b=first.b)
-        if ".w2" in name
-        else replace(own.modules[name], a=first.a)
-        for name, first in firsts.items()
-    }
-    return Adapter({**own.modules, **shared})
 
 
 @pytest.fixture
