@@ -47,16 +47,16 @@ releases: install  ## the oldest and the newest vLLM, beside the one that is ins
 	@$(PYTHON) tools/install.py --vllm ends
 
 oldest-triton: install  ## the oldest Triton that the kernels are tested on
-	@$(PYTHON) tools/tritons.py --oldest
+	@$(PYTHON) tools/other_releases.py triton --oldest
 
 tritons: install  ## the other releases of Triton that make soak tests the kernels on
-	@$(PYTHON) tools/tritons.py
+	@$(PYTHON) tools/other_releases.py triton
 
 clients: install  ## other projects' clients, with which make soak asks a server
 	@$(PYTHON) tools/clients.py
 
 readers: install  ## other releases of PEFT, and Diffusers, in which make soak reads what we write
-	@$(PYTHON) tools/readers.py
+	@$(PYTHON) tools/other_releases.py peft diffusers
 
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu

@@ -21,7 +21,7 @@ from merged_lora.engine import merge
 from merged_lora.errors import AdapterError
 from merged_lora.files.layout import CONFIG_NAME, RANKS_KEY, WEIGHTS_NAME
 from merged_lora.files.patterns import patterns_of
-from readers import RELEASES, folder_of
+from other_releases import RELEASES, folder_of
 from reading_back import Shapes, assert_deltas, deltas_in, in_peft
 from running import Run
 
@@ -246,7 +246,7 @@ def test_names_that_no_other_ends_in_are_their_own_keys() -> None:
 
 
 def reader(name: str, release: str) -> Path:
-    """The folder of a release that ``tools/readers.py`` installs.  Skips the test if it is not there."""
+    """The folder of a release of ``tools/other_releases.py``.  Skips the test if it is not there."""
     folder = folder_of(Path(sys.prefix), name, release)
     if not folder.is_dir():
         pytest.skip(f"{name} {release} is not installed: make readers")
@@ -265,7 +265,7 @@ def test_peft_reads_modules_whose_names_end_in_each_other(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("release", [release for name, release in RELEASES if name == "peft"])
+@pytest.mark.parametrize("release", RELEASES["peft"])
 def test_every_release_of_peft_reads_a_merge_and_an_adapter_of_any_scalings(
     tmp_path: Path, release: str
 ) -> None:
@@ -281,7 +281,7 @@ def test_every_release_of_peft_reads_a_merge_and_an_adapter_of_any_scalings(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("release", [release for name, release in RELEASES if name == "diffusers"])
+@pytest.mark.parametrize("release", RELEASES["diffusers"])
 def test_diffusers_reads_a_merge(tmp_path: Path, release: str) -> None:
     folder, merged = reader("diffusers", release), mixed_merge()
     merged.save(tmp_path / "merge")

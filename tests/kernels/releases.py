@@ -1,4 +1,4 @@
-"""The Tritons that are tested: the environment's own, and others that ``tools/tritons.py`` installs."""
+"""The Tritons that are tested: the environment's own, and those of ``tools/other_releases.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tritons import folder_of
+from other_releases import folder_of
 
 INSTALLED = "installed"
 
@@ -17,7 +17,7 @@ def environment(release: str) -> dict[str, str]:
     """The variables of a process that runs with a release.  Skips the test if that is not installed."""
     variables = dict(os.environ)
     if release != INSTALLED:
-        folder = folder_of(Path(sys.prefix), release)
+        folder = folder_of(Path(sys.prefix), "triton", release)
         if not folder.is_dir():
             pytest.skip(f"Triton {release} is not installed: make tritons")
         variables["PYTHONPATH"] = str(folder)

@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 import triton
 
-import tritons
 from kernels.bounds import BOUNDS, Bounds, find_faults
 from kernels.releases import INSTALLED, environment
 from merged_lora.bench import registers
 from merged_lora.bench.registers import BOUNDED, TARGETS, Compiled
+from other_releases import RELEASES
 
 Rows = Mapping[str, list[Compiled]]
 
-OLDEST = tritons.RELEASES[0]
+OLDEST = RELEASES["triton"][0]
 CHOICES = [
     pytest.param((INSTALLED, False), marks=pytest.mark.slow),
     pytest.param((OLDEST, True), marks=pytest.mark.slow),  # with few kernels, as all of them take minutes
-    *(pytest.param((release, False), marks=pytest.mark.soak) for release in tritons.RELEASES),
+    *(pytest.param((release, False), marks=pytest.mark.soak) for release in RELEASES["triton"]),
 ]
 
 
@@ -85,7 +85,7 @@ def test_all_sources_are_loaded_16_bytes_at_a_time(compiled: tuple[Bounds, Rows]
 
 
 def test_every_release_that_is_installed_has_bounds_of_cases_that_there_are() -> None:
-    minors = [release.rpartition(".")[0] for release in (*tritons.RELEASES, triton.__version__)]
+    minors = [release.rpartition(".")[0] for release in (*RELEASES["triton"], triton.__version__)]
     assert minors == list(BOUNDS)
     names = {case.name for case in registers.cases()}
     assert set(BOUNDED) <= names
