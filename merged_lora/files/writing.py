@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -51,6 +52,21 @@ def write_folder(
     if not keep_ranks and len({f.rank for f in modules.values()}) > 1:
         metadata = {**metadata, RANKS_KEY: ranks_before(modules)}
         modules = padded(modules)
+    # Copies, because safetensors refuses tensors that share memory with each other.
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(modules).items()}
+    for named in (whole or {}).values():
+        tensors |= {PREFIX + name: tensor.contiguous().clone() for name, tensor in named.items()}
+    config = json.dumps(config_of(modules, header, whole or ()), indent=2) + "\n"
+    with _in_place_of(folder, overwrite) as new:
+        safetensors.torch.save_file(tensors, new / WEIGHTS_NAME, {"format": "pt", **metadata})
+        (new / CONFIG_NAME).write_text(config, encoding="utf-8")
+        # safetensors makes its file readable for the owner only.
+        shutil.copymode(new / CONFIG_NAME, new / WEIGHTS_NAME)
+
+
+@contextmanager
+def _in_place_of(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder, which takes the place of this one when the block ends; raises AdapterError."""
     try:
         if overwrite and folder.is_symlink():
             folder = folder.resolve()
@@ -61,17 +77,7 @@ def write_folder(
     new, old = scratch / "new", scratch / "old"
     try:
         new.mkdir()
-        # Copies, because safetensors refuses tensors that share memory with each other.
-        tensors = {name: tensor.clone() for name, tensor in tensors_of(modules).items()}
-        for named in (whole or {}).values():
-            tensors |= {PREFIX + name: tensor.contiguous().clone() for name, tensor in named.items()}
-        safetensors.torch.save_file(tensors, new / WEIGHTS_NAME, {"format": "pt", **metadata})
-        (new / CONFIG_NAME).write_text(
-            json.dumps(config_of(modules, header, whole or ()), indent=2) + "\n", encoding="utf-8"
-        )
-        shutil.copymode(
-            new / CONFIG_NAME, new / WEIGHTS_NAME
-        )  # safetensors makes it readable for the owner only
+        yield new
         for file in new.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())

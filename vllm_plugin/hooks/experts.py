@@ -75,11 +75,13 @@ class ExpertSlots:
         """Whether a parameter's expert is one of the layer's."""
         return number < self.count and parameter in dict(self.shapes)
 
-    def apart(self, parameter: str, number: int, factors: Factors) -> dict[str, Factors]:
-        """The modules of one expert of a parameter, by the names that a layer with ``parts`` takes.
+    def modules(self, parameter: str, number: int, factors: Factors) -> dict[str, Factors]:
+        """The modules of one expert of a parameter, by the names that the layer takes.
 
-        Gate and up share A, and each has its rows of B.
+        Where it takes gate and up apart, they share A, and each has its rows of B.
         """
+        if not self.parts:
+            return {f"{self.layer}.{parameter}[{number}]": factors}
         own = [i for i, (owner, _) in enumerate(self.shapes) if owner == parameter]
         if len(own) == 1:
             halves = [factors.b]
@@ -125,28 +127,17 @@ def completed(
     for name, factors in modules.items():
         expert, layer = expert_of(name), owners.get(names.module(name) or "")
         if expert is not None:
-            holder, parameter, number = expert
             taking = expert_slots(slots, names, name)
             if taking is None:
                 raise PlanError(f"the model has no experts {name} that take LoRA")
-            layer = taking.layer
-            spelled.setdefault(layer, holder)
-            if taking.parts:
-                new = taking.apart(parameter, number, factors)
-            else:
-                new = {f"{layer}.{parameter}[{number}]": factors}
+            layer, new = taking.layer, taking.modules(*expert[1:], factors)
+            spelled.setdefault(layer, expert[0])
         elif layer is not None:
             new = {names.parts(name)[0]: factors}
         else:
             result[name] = factors
             continue
-        twice = found.setdefault(layer, {}).keys() & new.keys()
-        if twice:
-            raise PlanError(
-                f"{listed(sorted(twice))} {'is' if len(twice) == 1 else 'are'} in one source with the other "
-                "experts in one parameter, and in another source apart; such sources cannot be merged"
-            )
-        found[layer] |= new
+        _add(found.setdefault(layer, {}), new)
     for layer, given in found.items():
         for module, factors in _filled(slots[layer], given, limit).items():
             if slots[layer].parts:
@@ -154,6 +145,17 @@ def completed(
             else:
                 result[names.spelling(layer, spelled[layer]) + module[len(layer) :]] = factors
     return result
+
+
+def _add(given: dict[str, Factors], new: Mapping[str, Factors]) -> None:
+    """Add modules of experts to those of their layer; raises PlanError if one is there already."""
+    twice = given.keys() & new.keys()
+    if twice:
+        raise PlanError(
+            f"{listed(sorted(twice))} {'is' if len(twice) == 1 else 'are'} in one source with the other "
+            "experts in one parameter, and in another source apart; such sources cannot be merged"
+        )
+    given |= new
 
 
 def _filled(slots: ExpertSlots, given: Mapping[str, Factors], limit: int) -> dict[str, Factors]:
