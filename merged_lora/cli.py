@@ -248,7 +248,7 @@ def _add_method(parser: Parser) -> None:
 
 
 def _add_model(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, help="folder or name of the base model, for transformers")
+    parser.add_argument("--model", required=True, help="folder of the base model, or its name on the hub")
 
 
 def _add_reading(parser: Parser, sources: bool = True) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ class LanguageModel:
 
     @classmethod
     def load(cls, name: str | os.PathLike[str]) -> LanguageModel:
-        """The model in a folder or of a name: on a GPU in its own dtype, or on the CPU in float32.
+        """The model in a folder or of a name on the hub: on a GPU in its own dtype, or on the CPU in float32.
 
+        A model that the hub has is downloaded into its cache, and taken from there if the hub is silent.
         Raises CalibrationError.
         """
         try:
@@ -63,9 +65,10 @@ class LanguageModel:
         make_tokenizer: Any = transformers.AutoTokenizer
         make_model: Any = transformers.AutoModelForCausalLM
         on_gpu = torch.cuda.is_available()
+        place = name if Path(name).exists() else _on_hub_or_cached(os.fspath(name))
         try:
-            tokenizer = make_tokenizer.from_pretrained(name)
-            model = make_model.from_pretrained(name, dtype="auto" if on_gpu else torch.float32)
+            tokenizer = make_tokenizer.from_pretrained(place)
+            model = make_model.from_pretrained(place, dtype="auto" if on_gpu else torch.float32)
             model = model.to("cuda" if on_gpu else "cpu").eval()  # which may not fit into the GPU's memory
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise CalibrationError(f"cannot load the model {os.fspath(name)}: {one_line(error)}") from None
@@ -279,6 +282,36 @@ class _Steps:
 
     def finish(self) -> None:
         self.progress(1 - self.done / self.limit)
+
+
+def _on_hub_or_cached(name: str) -> str:
+    """The name of a model that the hub has, or its folder in the hub's cache if the hub does not answer.
+
+    transformers asks a hub that does not answer a dozen times, with pauses of a minute in all.  Raises
+    CalibrationError if there is no such model.
+    """
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    failed = f"cannot load the model {name}: there is no such folder here, "
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return name
+    except errors.GatedRepoError:  # a kind of the next one
+        return name  # transformers says what to do
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise CalibrationError(
+            f"{failed}and no such model on the hub, unless it is private and needs a token (HF_TOKEN)"
+        ) from None
+    except (OSError, getattr(errors, "HTTPError", errors.HfHubHTTPError)):
+        pass  # the cache may have it
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):
+        silent = "may not be asked (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "does not answer"
+        raise CalibrationError(
+            f"{failed}the hub {silent}, and its cache {constants.HF_HUB_CACHE} lacks the model; name a folder"
+        ) from None
 
 
 def _batches(prompts: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:

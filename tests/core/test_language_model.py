@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny
+from fetched import Site
 from making import random_adapter
 from merged_lora import language_model
 from merged_lora.adapters import Adapter
 from merged_lora.errors import CalibrationError
 from merged_lora.files.layout import Header
 from merged_lora.language_model import LanguageModel
+from stand_ins import COMMIT, Answer
 
 ENDS = {"model.embed_tokens": (tiny.HIDDEN, tiny.VOCABULARY), "lm_head": (tiny.VOCABULARY, tiny.HIDDEN)}
 """The first and the last module of the tiny model, as ``name: (out, in)``."""
@@ -328,6 +332,46 @@ def test_a_model_that_is_cut_short_is_a_line(place: Path, tmp_path: Path) -> Non
         (tmp_path / file.name).write_bytes(data[:5000] if file.name == "model.safetensors" else data)
     with pytest.raises(CalibrationError, match="cannot load the model"):
         LanguageModel.load(tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(hf: Site) -> None:
+    hf.server.fault = lambda asked, answer: Answer(503)
+    with pytest.raises(CalibrationError, match=r"^cannot load the model org/x: .* the hub does not answer"):
+        LanguageModel.load("org/x")
+    assert len([asked for asked in hf.server.asked if "org/x" in asked.path]) == 1
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(hf: Site) -> None:
+    for name in ("org/x", "folders/org/x", "./x"):
+        with pytest.raises(
+            CalibrationError, match=f"{name}: there is no such folder here, and no such model on the hub"
+        ):
+            LanguageModel.load(name)
+
+
+def test_the_hub_is_not_asked_where_it_may_not_be(hf: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CalibrationError, match=r"may not be asked \(HF_HUB_OFFLINE\), .*; name a folder$"):
+        LanguageModel.load("org/x")
+    assert not hf.server.asked
+
+
+def test_a_model_in_the_cache_is_loaded_if_the_hub_does_not_answer(
+    hf: Site, place: Path, tmp_path: Path
+) -> None:
+    cached = tmp_path / "hub" / "models--org--x"
+    shutil.copytree(place, cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    hf.server.fault = lambda asked, answer: Answer(503)
+    loaded = LanguageModel.load("org/x")
+    assert len([asked for asked in hf.server.asked if "org/x" in asked.path]) == 1
+    assert loaded.model.config.vocab_size == tiny.VOCABULARY
+
+
+def test_a_folder_makes_no_request(hf: Site, place: Path) -> None:
+    LanguageModel.load(place)
+    assert not hf.server.asked
 
 
 def test_without_transformers_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
