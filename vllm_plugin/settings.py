@@ -15,6 +15,7 @@ from typing import Any
 from merged_lora import checks
 from merged_lora.backends import MODULES
 from merged_lora.errors import MergeError, SpecError
+from merged_lora.fetching.libraries import check_library
 from merged_lora.locations import Pattern, shown
 from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, check_own_name, parse
 
@@ -213,9 +214,14 @@ def _folder(value: object) -> str:
 
 
 def _patterns(value: object) -> tuple[str, ...]:
-    """Patterns of locations: one, or several in a list, as a command line or a configuration has them."""
+    """Patterns of locations: one, or several in a list, as a command line or a configuration has them.
+
+    Raises FetchError if a library is missing that they need.
+    """
     if isinstance(value, str):
-        return (Pattern(value).text,)
+        pattern = Pattern(value).text
+        check_library(pattern)
+        return (pattern,)
     if not isinstance(value, list | tuple):
         raise ValueError("must be patterns of locations, such as hf:org/*")
     return tuple(dict.fromkeys(text for each in value for text in _patterns(each)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import ArgumentError, ArgumentParser, Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +102,7 @@ def test_what_was_said_once_is_not_said_again_in_another_process() -> None:
 
 
 def test_several_patterns_are_allowed_together_and_are_an_affair_of_api_servers() -> None:
-    patterns = ("hf:org/*", "s3://bucket/x/*", "hf:org/*")
+    patterns = ("hf:org/*", "https://host/x/*", "hf:org/*")
     config = configured("--enable-merged-lora", "--merged-lora-allow", *patterns)
     assert Settings.of(config).allow == patterns[:2]
     assert Settings.of({"merged_lora": {"allow": list(patterns)}}).allow == patterns[:2]
@@ -190,3 +192,32 @@ def test_malformed_settings_are_refused(given: object, words: str) -> None:
 def test_a_malformed_alias_is_refused(text: str) -> None:
     with pytest.raises(MergeError):
         parse_alias(text)
+
+
+def test_a_library_that_an_allowed_place_needs_is_missed_where_the_flag_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    missing = r"s3://bucket/\* needs s3fs, which is not installed; pip install 'vllm-merged-lora\[s3\]'$"
+    with pytest.raises(ArgumentError, match=missing):
+        parsed("--merged-lora-allow", "https://host/*", "s3://bucket/*")
+    with pytest.raises(MergeError, match=missing):
+        Settings.of({"merged_lora": {"allow": ["s3://bucket/*"]}})
+    assert parsed("--merged-lora-allow", "https://host/*").merged_lora_allow == [("https://host/*",)]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://bucket/sql", r"s3://bucket/sql needs s3fs, .*\[s3\]'$"),
+        ("s3:///sql", "location 's3:///sql' names no bucket$"),
+    ],
+)
+def test_an_adapter_that_cannot_be_fetched_is_found_before_the_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    modules = [SimpleNamespace(name="chat", path="/adapters/chat"), SimpleNamespace(name="sql", path=path)]
+    with pytest.raises(ValueError, match=f"^--lora-modules sql: {message}"):
+        configured("--enable-merged-lora", lora_modules=modules)
+    assert configured(lora_modules=modules) is None

@@ -7,7 +7,6 @@ weights: what is here is given on as a folder.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import re
 import threading
@@ -40,7 +39,6 @@ REMEMBERED = 1024
 """Number of failures that are kept for so long."""
 LASTING = (FetchError, NotFoundError, ForbiddenError, AdapterError)
 """Kinds of failures that are given again for so long."""
-DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -88,17 +86,6 @@ class Fetches(Generic[Made]):
     def under_way(self) -> Iterable[Fetch[Made]]:
         """The fetches that have begun or wait for their turn."""
         return list(self._under_way.values())
-
-    def check_drivers(self) -> None:
-        """Raise FetchError if a library is missing that an allowed location needs."""
-        for pattern in self._patterns:
-            kind = pattern.text.partition(":")[0]
-            if kind in DRIVERS and importlib.util.find_spec(DRIVERS[kind]) is None:
-                extra = "hub" if kind == "hf" else kind
-                raise FetchError(
-                    f"--merged-lora-allow {pattern.text} needs {DRIVERS[kind]}; "
-                    f"pip install 'vllm-merged-lora[{extra}]'"
-                )
 
     def allowed(self, name: str) -> Location:
         """The location that a name is; raises ForbiddenError if the operator does not allow it."""

@@ -198,7 +198,6 @@ def wrap_init_static_loras(original: Callable[..., Awaitable[None]]) -> Callable
             _starting.reset(starting)
         if gate is not None:
             try:
-                gate.sources.fetches.check_drivers()
                 await gate.check_aliases(_base_names(self))
             except MergeError as error:
                 raise ValueError(str(error)) from None

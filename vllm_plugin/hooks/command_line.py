@@ -21,6 +21,9 @@ import vllm
 from vllm.platforms import current_platform
 
 from merged_lora.errors import MergeError
+from merged_lora.fetching.libraries import check_library
+from merged_lora.locations import parse
+from merged_lora.vllm_plugin.api_server.fetched import is_location
 from merged_lora.vllm_plugin.settings import FLAGS, KEY, TESTED_ALONE, Settings, option, parse_alias
 
 from .current import current
@@ -91,6 +94,7 @@ def wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(args, "enable_merged_lora", False):
             if getattr(args, "grpc", False):
                 raise ValueError("--enable-merged-lora does not work with --grpc, which bypasses its hooks")
+            _check_modules(args)
             configured = Settings.of(args.additional_config).to_config(api_server=True)
             merged = _combined(configured, dict(given)) | {"enable": True}
             if merged.get("runtime_aliases") and "alias_store" not in merged:
@@ -105,6 +109,16 @@ def wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(cls, args)
 
     return from_cli_args
+
+
+def _check_modules(args: Any) -> None:
+    """Raise ValueError for an adapter that the server could not fetch, before any model is loaded."""
+    for module in getattr(args, "lora_modules", None) or ():
+        try:
+            if is_location(module.path):
+                check_library(str(parse(module.path)))
+        except MergeError as error:
+            raise ValueError(f"--lora-modules {module.name}: {error}") from None
 
 
 def _combined(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
