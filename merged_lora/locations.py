@@ -27,12 +27,14 @@ HUBS = ("huggingface.co", "www.huggingface.co", "hf.co")
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 """Files of an adapter, whose location is taken for that of their folder."""
 
+_OTHERS = {"http": "https", "gcs": "gs", "s3a": "s3"}
+"""Schemes that others use, with the one that is meant."""
 _SCHEME = re.compile(r"hf:|[A-Za-z][A-Za-z0-9+.-]*://")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPO = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._-]{{0,127}}))?")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}")
 _HOST = re.compile(
-    r"(?:[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*|\[(?P<v6>[0-9A-Fa-f:.]+)\])(?::[0-9]{1,5})?"
+    r"(?:[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*|\[(?P<v6>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?"
 )
 _UNFIT = re.compile(r"[?#%*\\]")
 
@@ -71,8 +73,8 @@ class Pattern:
     text: a location, or the beginning of one that ends in ``/*``; ``hf:*`` is the whole hub.  The default
           branch alone is meant by it, unless ``@*`` follows.
 
-    Raises ValueError, whose message starts with "must be", for any other text, and for one that does not name
-    its bucket or host.
+    Raises ValueError, whose message starts with "must be", for any other text, for one that does not name
+    its bucket or host, and for one that is not written as locations are.
     """
 
     text: str
@@ -87,13 +89,18 @@ class Pattern:
             if re.fullmatch(rf"hf:{_PART}/\*", stem):
                 stem = stem.replace("*", "any")
             location = parse(stem.removesuffix("/*"))
-            if str(location) != stem.removesuffix("/*") or (location.revision and stem != self.text):
+            if location.revision and stem != self.text:
                 raise AdapterError("")
         except AdapterError:
+            meant = _other_scheme(self.text)
             raise ValueError(
-                "must be a location, such as hf:org/repo, or the beginning of one with a * behind its last "
-                "slash, such as hf:org/*, s3://bucket/adapters/* or https://host/*"
+                f"must be written {meant}"
+                if meant
+                else "must be a location, such as hf:org/repo, or the beginning of one with a * behind its "
+                "last slash, such as hf:org/*, s3://bucket/adapters/* or https://host/*"
             ) from None
+        if str(location) != stem.removesuffix("/*"):
+            raise ValueError(f"must be written {location}{stem[len(stem.removesuffix('/*')) :]}")
 
     def allows(self, location: Location) -> bool:
         """Whether it means this location."""
@@ -137,7 +144,11 @@ def parse(text: str) -> Location:
         raise AdapterError(f"location {shown(text)!a} holds a control character or an invisible one")
     scheme = next((scheme for scheme in SCHEMES if text.startswith(scheme)), None)
     if scheme is None:
-        raise AdapterError(f"location {shown(text)!r}: adapters are fetched from {', '.join(SCHEMES)} alone")
+        meant = _other_scheme(text)
+        hint = f"; write {meant}" if meant else ""
+        raise AdapterError(
+            f"location {shown(text)!r}: adapters are fetched from {', '.join(SCHEMES)} alone{hint}"
+        )
     rest = text.removeprefix(scheme)
     if scheme == "hf:":
         return _on_the_hub(text, rest)
@@ -153,6 +164,19 @@ def shown(text: str) -> str:
     """A location as a message may show it: without a name, password or query, of at most 256 characters."""
     without = re.sub(r"//[^/]*@", "//...@", re.sub(r"[?#].*", "?...", text, flags=re.DOTALL))
     return without if len(without) <= 256 else without[:253] + "..."
+
+
+def location_hint(name: str) -> str:
+    """What to write if a name that nothing has was meant as a location; empty if it cannot be one."""
+    meant = _other_scheme(name)
+    return f"; if a location is meant, write {meant}" if meant else hub_hint(Path(name))
+
+
+def _other_scheme(text: str) -> str:
+    """A location in another spelling of its scheme, such as ``HTTPS://``, as it is written here; or empty."""
+    scheme, colon, rest = text.partition(":")
+    meant = _OTHERS.get(scheme.lower(), scheme.lower()) + colon + rest
+    return shown(meant) if meant != text and meant.startswith(SCHEMES) else ""
 
 
 def hub_hint(path: Path) -> str:
@@ -187,9 +211,11 @@ def _host(text: str, place: str) -> str:
     found = _HOST.fullmatch(place)
     if found is None or (found["v6"] and not _is_ipv6(found["v6"])):
         raise AdapterError(f"location {shown(text)!r} names no host")
+    if not 0 < int(found["port"] or 443) < 1 << 16:
+        raise AdapterError(f"location {shown(text)!r}: a port is a number from 1 to 65535")
     if place.lower() in HUBS:
         raise AdapterError(f"location {shown(text)!r} is on the hub; write hf:org/repo")
-    return place.lower()
+    return place.lower().removesuffix(":443")
 
 
 def _is_ipv6(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merged_lora.errors import AdapterError
-from merged_lora.locations import MAX_LOCATION, Location, Pattern, hub_hint, locate, parse
+from merged_lora.locations import MAX_LOCATION, Location, Pattern, hub_hint, locate, location_hint, parse
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("gs://bucket.name/x/adapter_config.json", Location("gs", "bucket.name", "x")),
         ("https://Example.ORG:8443/a/b", Location("https", "example.org:8443", "a/b")),
         ("https://[::1]/größe", Location("https", "[::1]", "größe")),
+        ("https://host:443/a", Location("https", "host", "a")),
     ],
 )
 def test_a_location_is_read_as_it_is_written(text: str, expected: Location) -> None:
@@ -102,6 +104,11 @@ def test_a_path_that_may_have_meant_a_repository_says_how_to_write_that() -> Non
         ("https://huggingface.co/org/repo", "write hf:org/repo"),
         ("http://host/a", "from hf:, s3://, gs://, https:// alone"),
         ("file:///etc", "from hf:, s3://, gs://, https:// alone"),
+        ("http://host/a", "alone; write https://host/a"),
+        ("HTTPS://host/a", "alone; write https://host/a"),
+        ("gcs://bucket/a", "alone; write gs://bucket/a"),
+        ("https://host:0/a", "a port is a number from 1 to 65535"),
+        ("https://host:65536/a", "a port is a number from 1 to 65535"),
         ("s3://bucket/a\nb", "a control character"),
         ("https://host/\u202eb", "an invisible one"),
         ("s3://bucket/" + "x" * MAX_LOCATION, "at most 1024 characters"),
@@ -145,13 +152,37 @@ def test_a_pattern_allows_what_begins_like_it_and_nothing_else(
 
 
 @pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("https://HOST/*", "https://host/*"),
+        ("https://host:443/a/*", "https://host/a/*"),
+        ("http://host:80/*", "https://host:80/*"),
+        ("HF:org/*", "hf:org/*"),
+        ("S3://bucket/a", "s3://bucket/a"),
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("s3://bucket/a/adapter_config.json", "s3://bucket/a"),
+    ],
+)
+def test_a_pattern_in_another_spelling_says_how_it_is_written(text: str, written: str) -> None:
+    with pytest.raises(ValueError, match=f"^must be written {re.escape(written)}$"):
+        Pattern(text)
+    Pattern(written)
+
+
+def test_a_name_that_may_have_meant_a_location_says_how_to_write_that() -> None:
+    assert location_hint("HTTPS://host/sql") == "; if a location is meant, write https://host/sql"
+    assert location_hint("HF:org/sql@v1") == "; if a location is meant, write hf:org/sql@v1"
+    assert location_hint("org/sql") == hub_hint(Path("org/sql")) != ""
+    assert location_hint("sql") == location_hint("hf:org/sql") == ""
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "*",
         "s3://*",
         "https://*",
         "https://*.org/a",
-        "https://HOST/*",
         "hf:",
         "hf:org*",
         "hf:o*/a",

@@ -17,7 +17,14 @@ from prometheus_client import CollectorRegistry
 import tiny
 from fetched import Site, hf_site, https_site, own_caches
 from gates import gate_with, until, worker
-from merged_lora.errors import AdapterError, FetchError, ForbiddenError, MergeError, NotFoundError
+from merged_lora.errors import (
+    AdapterError,
+    FetchError,
+    ForbiddenError,
+    MergeError,
+    NotFoundError,
+    UnknownAdapterError,
+)
 from merged_lora.files.layout import CONFIG_NAME, WEIGHTS_NAME
 from merged_lora.locations import parse as parse_location
 from merged_lora.spec import parse
@@ -99,6 +106,17 @@ def test_what_no_pattern_allows_is_forbidden_and_nothing_is_asked(site: Site) ->
                 async with gate.sources.folder_of(site.location("sql"), trusted=False):
                     pass
         assert not site.server.asked
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["HTTPS://localhost:1/sql", "http://localhost:1/sql", "org/sql"])
+def test_a_name_that_is_nearly_a_location_is_unknown_with_what_to_write(site: Site, name: str) -> None:
+    async def run() -> None:
+        with pytest.raises(UnknownAdapterError, match=r"write (https://localhost:1|hf:org)/sql$"):
+            await gate_for(site).ready(of(name), ME)
+        with pytest.raises(UnknownAdapterError, match=r"none is known$"):
+            await gate_for(site, allow=()).ready(of(name), ME)
 
     asyncio.run(run())
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merged_lora.errors import CalibrationError, MergeError, SpecError, UnknownAdapterError, listed
+from merged_lora.locations import location_hint
 from merged_lora.lru import Lru
 from merged_lora.planning import check_names
 from merged_lora.replay import Survival
@@ -187,7 +188,12 @@ class MergeGate:
     def identify(self, spec: MergeSpec) -> MergeIdentity:
         """The merge of the adapters that its names refer to now; raises MergeError."""
         self._check_no_aliases(spec)
-        check_names(spec, self.sources.components)
+        known = self.sources.components
+        try:
+            check_names(spec, known)
+        except UnknownAdapterError as error:
+            hint = next(filter(None, (location_hint(name) for name in spec.names if name not in known)), "")
+            raise UnknownAdapterError(f"{error}{hint if self._settings.allow else ''}") from None
         return MergeIdentity(spec, tuple(self.sources.key(name) for name in spec.names))
 
     async def ready(self, spec: MergeSpec, request: object) -> LiveMerge:
