@@ -106,10 +106,11 @@ def align(
     """The sources under names that agree; those that agree already stay as they are.
 
     Sources that share no layers, and would share some under the names of another class, get the names that
-    most sources have, or those of the first source; so do sources of different parts that no class has
-    beside each other.  A class without the parts that a source adapts is not taken.  Projections that are
-    fused in one source and apart in another are split.  What was done is logged as a warning.  Digests stay
-    those of what was read.  A source whose names are meant as they are (``Header.named``) keeps them.
+    most sources have, or those of the first source if none lead; so do sources of different parts that no
+    class has beside each other.  A class without the parts that a source adapts is not taken.  Projections
+    that are fused in one source and apart in another are split.  What was done is logged as a warning.
+    Digests stay those of what was read.  A source whose names are meant as they are (``Header.named``) keeps
+    them.
 
     sources: by name.
     chosen:  whether a module takes part in the merge; one that does not need not be split.
@@ -326,12 +327,14 @@ def _check_prefixes(sources: Mapping[str, Adapter], chosen: Callable[[str], bool
             new, old = _difference(here, there)
             if _are_siblings(old, new):
                 continue
-            if new.startswith(old) or _is_known(there) > _is_known(here):
+            example = f"{there + min(shared)} of {two}"
+            better = _is_known(there) and not _is_known(here)
+            if new.startswith(old) or (better and not old.startswith(new)):
                 new, old = old, new  # or else names of the other source would be renamed, too
-            example = there + min(shared)
+                example = f"{here + min(shared)} of {one}"
             raise PlanError(
                 f"{one} and {two} share no layers, but {len(shared)} modules would be the same, such as "
-                f"{example} of {two}, if names began with {new!r} instead of {old!r}; if they mean the "
+                f"{example}, if names began with {new!r} instead of {old!r}; if they mean the "
                 f"same modules, merge with --rename {old}={new}, otherwise with --rename {old}={old}"
             )
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -235,6 +236,9 @@ def test_modules_of_other_shapes_are_not_taken_for_each_other() -> None:
     [
         ("model.", "wrapped.model.", "wrapped.", ""),
         ("model.", "agent.", "agent.", "model."),
+        ("agent.", "model.", "agent.", "model."),
+        ("thinker.model.", "thinker.", "thinker.model.", "thinker."),
+        ("thinker.", "thinker.model.", "thinker.model.", "thinker."),
         ("", "mine.", "mine.", ""),
         ("mine.", "", "mine.", ""),
         ("model.mine.", "model.", "model.mine.", "model."),
@@ -247,8 +251,13 @@ def test_an_unknown_prefix_is_refused_and_the_rename_in_the_message_helps(
 ) -> None:
     a, b = random_adapter(below(one), seed=1), random_adapter(below(two), seed=2)
     ways = f"merge with --rename {old}={new}, otherwise with --rename {old}={old}"
-    with pytest.raises(PlanError, match=f"sql and chat share no layers, .* {ways}$"):
-        align({"sql": a, "chat": b})
+    sources = {"sql": a, "chat": b}
+    with pytest.raises(PlanError, match=f"sql and chat share no layers, .* {ways}$") as refused:
+        align(sources)
+    example, owner = re.findall(r"such as (\S+) of (sql|chat), if", str(refused.value))[0]
+    assert example.startswith(old)
+    assert example in sources.pop(owner).modules
+    assert new + example.removeprefix(old) in sources.popitem()[1].modules
     for name, adapter in (("a", a), ("b", b)):
         adapter.save(tmp_path / name)
     again = load_sources({name: tmp_path / name for name in "ab"}, rename={old: new})
