@@ -66,7 +66,8 @@ def _check_copies(sources: Sources, names: Collection[str]) -> None:
             if known != digest:
                 raise PlanError(
                     f"{first} and {source} hold different copies of {name}, so they were trained on "
-                    "different base models; if that is meant, leave the copies out with --drop base_copies"
+                    "different base models; if that is meant, leave the copies out with --drop base_copies "
+                    "of the command merged-lora"
                 )
 
 

@@ -172,7 +172,8 @@ def refuse(folder: Path, found: Collection[str], droppable: Collection[str]) -> 
     droppable: words of ``--drop`` that would leave some of them out.
     """
     if found:
-        hint = f"; can be left out with --drop {' '.join(droppable)}" if droppable else ""
+        words = " ".join(droppable)  # a server has no such flags, but its client can make a copy
+        hint = f"; can be left out with --drop {words} of the command merged-lora" if droppable else ""
         if taken := [kind for kind in droppable if kind in CARRIED]:
             hint += f", or carried over from one source with --take {taken[0]}=NAME"
         raise AdapterError(f"{folder}: this adapter uses what no merge supports: {listed(found)}{hint}")

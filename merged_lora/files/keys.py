@@ -83,8 +83,8 @@ def check_outer(modules: Collection[str], outer: Iterable[str]) -> None:
         if module is not None:
             raise AdapterError(
                 f"{module} has {front!r} in front of PEFT's own {PREFIX!r}, where no reader finds it; use "
-                f"--rename {front}{PREFIX}={front} if these modules lie in {front.rstrip('.')!r} in the base "
-                f"model, and --rename {front}{PREFIX}= if not"
+                f"--rename {front}{PREFIX}={front} of the command merged-lora if these modules lie in "
+                f"{front.rstrip('.')!r} in the base model, and --rename {front}{PREFIX}= if not"
             )
 
 

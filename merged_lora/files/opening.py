@@ -163,8 +163,8 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 def _read_pickle(file: Path, allow: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not allow:
         raise AdapterError(
-            f"{file}: pickled weights are read only with --allow-pickle (allow_pickle=True); "
-            "or load it in PEFT and save it as safetensors"
+            f"{file}: pickled weights are read only with --allow-pickle of the command merged-lora, or "
+            "allow_pickle=True; otherwise load it in PEFT and save it as safetensors"
         )
     try:
         with file.open("rb") as f:

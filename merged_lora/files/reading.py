@@ -220,7 +220,7 @@ def _modules(
         if module in parameters and parameter is None:
             raise AdapterError(
                 f"{folder}: it is not known which of the parameters {listed(targets)} the factors of "
-                f"{module} belong to; leave them out with --drop target_parameters"
+                f"{module} belong to; leave them out with --drop target_parameters of the command merged-lora"
             )
         names = (parameter,) if parameter is not None else (module, tensors.written[module])
         rank = scales.rank(names)

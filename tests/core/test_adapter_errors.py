@@ -243,7 +243,10 @@ def test_a_module_that_was_saved_whole_is_left_out_by_name(folder: Path, word: s
     rest = Adapter.load(folder).digest
     name = word if "layers" in word else "model.norm"
     rewrite(folder, peft_tensors(NAME) | {f"base_model.model.{name}.weight": torch.ones(2)})
-    refused(folder, f"{name}.weight; can be left out with --drop {name.rpartition('.')[2]}$")
+    refused(
+        folder,
+        f"{name}.weight; can be left out with --drop {name.rpartition('.')[2]} of the command merged-lora$",
+    )
     refused(folder, name, ("orm", "modules_to_save", "model", "layers.0"))
     assert Adapter.load(folder, [word]).digest == rest
 

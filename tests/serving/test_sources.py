@@ -7,11 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from gates import gate_with, register, worker
 from merged_lora.calibration import CALIBRATION_NAME, Exchange
+from merged_lora.cli import main
+from merged_lora.engine import merge
 from merged_lora.errors import MergeError, UnknownAdapterError
+from merged_lora.files.layout import WEIGHTS_NAME
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import Lease
 from merged_lora.vllm_plugin.worker.snapshots import Snapshots
@@ -35,6 +40,33 @@ def test_an_adapter_in_the_folder_is_a_source(folder: Path) -> None:
         live = await gate.ready(parse("sum(a, team/b)"), ME)
         assert live.identity.contents == (tiny.make_adapter(1).digest, tiny.make_adapter(2).digest)
         assert gate.asked_for("a", None, lambda name: False) is None  # a source, not a model
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("what", "flags"),
+    [("head", ["--drop", "heads"]), ("pickle", ["--allow-pickle"]), ("outer", ["--rename"])],
+)
+def test_the_copy_that_an_error_recommends_is_served(folder: Path, what: str, flags: list[str]) -> None:
+    weights, whole = folder / "a" / WEIGHTS_NAME, load_file(folder / "a" / WEIGHTS_NAME)
+    if what == "pickle":
+        torch.save(whole, weights.with_suffix(".bin"))
+        weights.unlink()
+    elif what == "head":
+        save_file(whole | {"base_model.model.score.weight": torch.ones(2, tiny.HIDDEN)}, weights)
+    else:
+        save_file({f"outer.{name}": tensor for name, tensor in whole.items()}, weights)
+
+    async def run() -> None:
+        gate = gate_with(worker(), source_dir=str(folder))
+        with pytest.raises(MergeError, match=f"{' '.join(flags)}.* of the command merged-lora") as refused:
+            await gate.ready(parse("sum(a)"), ME)
+        named = [word for word in str(refused.value).split() if "=" in word and "=True" not in word]
+        flags.extend(named[-1:] if what == "outer" else [])
+        assert main(["merge", "a", f"--adapter=a={folder / 'a'}", *flags, f"--output={folder / 'copy'}"]) == 0
+        live = await gate.ready(parse("sum(copy)"), ME)
+        assert live.identity.contents == (merge("a", {"a": tiny.make_adapter(1)}).digest,)
 
     asyncio.run(run())
 
