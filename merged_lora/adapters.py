@@ -64,7 +64,10 @@ class Adapter:
                     f"{name}: factors of shape {tuple(f.a.shape)} and {tuple(f.b.shape)} do not multiply"
                 )
             if f.a.dtype not in DTYPES or f.b.dtype not in DTYPES:
-                raise AdapterError(f"{name}: factors are {f.a.dtype} and {f.b.dtype}, not fp32, fp16 or bf16")
+                raise AdapterError(
+                    f"{name}: factors are {f.a.dtype} and {f.b.dtype}, not fp32, fp16 or bf16; convert them, "
+                    "as with tensor.float()"
+                )
             if not abs(f.scaling) <= MAX_ALPHA:  # written this way round so that NaN is rejected too
                 raise AdapterError(f"{name}: scaling {f.scaling} is not a number of size up to {MAX_ALPHA:g}")
 
@@ -289,7 +292,9 @@ def _load(
             raise AdapterError(str(error).replace(str(folder), str(path))) from None
         adapter = Adapter(contents.modules, contents.header, contents.metadata, None, contents.whole)
         if adapter.nonfinite:
-            raise AdapterError(f"{path}: {adapter.nonfinite} holds NaN or infinity")
+            raise AdapterError(
+                f"{path}: {adapter.nonfinite} holds NaN or infinity; train or export the adapter again"
+            )
         file = contents.folder / CALIBRATION_NAME
         beside = calibration and os.path.lexists(file)
         return adapter.calibrated(file) if beside else adapter, contents.used

@@ -180,15 +180,18 @@ def _once(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
     found: dict[str, T] = {}
     for name, value in pairs:
         if name in found:
-            raise SpecError(f'"{name[:64]}" is given twice')
+            raise SpecError(f'"{name[:64]}" is given twice; give it once')
         found[name] = value
     return found
 
 
 def _chosen(spec: MergeSpec, arguments: argparse.Namespace) -> MergeSpec:
     """The merge of the modules that --only and --without leave."""
-    given = {"modules": arguments.only, "without": arguments.without}
-    options = [(name, " ".join(patterns)) for name, patterns in given.items() if patterns]
+    given = {"modules": ("--only", arguments.only), "without": ("--without", arguments.without)}
+    options = [(name, " ".join(patterns)) for name, (_, patterns) in given.items() if patterns]
+    for name, _ in options:
+        if name in dict(spec.options):
+            raise UsageError(f"{given[name][0]} and {name}=... in the spec say the same; give one of them")
     return replace(spec, options=(*spec.options, *options))
 
 
@@ -204,7 +207,7 @@ def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path | str]]) -> dict[str
             )
     for name, _ in named:
         if [other for other, _ in named].count(name) > 1:
-            raise UsageError(f"--adapter {name}=... is given more than once")
+            raise UsageError(f"--adapter {name}=... is given more than once; give it once")
         if name not in spec.names:
             raise UsageError(f"--adapter {name}=... is not used by {spec}")
     return paths

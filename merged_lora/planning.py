@@ -78,7 +78,9 @@ def make_plan(
     sources = [adapters[name] for name in spec.names]
     for name, adapter in zip(spec.names, sources, strict=True):
         if adapter.nonfinite:
-            raise PlanError(f"{name}: {adapter.nonfinite} holds NaN or infinity")
+            raise PlanError(
+                f"{name}: {adapter.nonfinite} holds NaN or infinity; train or export the adapter again"
+            )
     names = chosen({name for source in sources for name in source.modules}, *spec.choice)
     named = dict(zip(spec.names, sources, strict=True))
     header, notes = header_of(named, names, base_model)

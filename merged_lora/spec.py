@@ -72,7 +72,7 @@ class MergeSpec:
         options: dict[str, Value] = {}
         for name, value in self.options:
             if name in options:
-                raise SpecError(f"option {name!r} is given twice")
+                raise SpecError(f"option {name!r} is given twice; give it once")
             options[name] = _checked_option(strategy, name, value, len(sources))
         ordered = strategy.ordered or options.get("compat") == "lorax"
         _check_weights(strategy, sources, options)

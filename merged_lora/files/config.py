@@ -37,6 +37,9 @@ FIELDS: Mapping[str, str] = {name: how for how, names in _FIELDS.items() for nam
 """How each field of PEFT's ``LoraConfig`` is treated.  ``velora_config`` and ``monteclora_config`` change how
 an adapter is trained, and nothing of what it does afterwards."""
 
+_INTO_BASE = ("use_dora", "use_bdlora", "kasa_config")
+"""Fields of variants that PEFT can merge into a base model, though not with other adapters."""
+
 INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights``, beside true and false, that leave the base model as it is."""
 _BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga", "lora-ga")
@@ -60,7 +63,12 @@ def refused_fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
     for key in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(config.get(key), bool | None):
             raise AdapterError(f"{folder}: {key} is neither true nor false")
-    found = [key for key, treated in FIELDS.items() if treated == "refused" and config.get(key)]
+    way_out = " (its factors are not all of it; PEFT's merge_and_unload makes one model of it and its base)"
+    found = [
+        key + (way_out if key in _INTO_BASE else "")
+        for key, treated in FIELDS.items()
+        if treated == "refused" and config.get(key)
+    ]
     found += [
         f"{reprlib.repr(key)} (unknown, so it may change what the factors mean)"
         for key, value in config.items()

@@ -130,7 +130,8 @@ def _renamed(contents: Contents, rename: Mapping[str, str]) -> Contents:
         for name, value in named.items():
             if new(name) in made or not new(name):
                 raise AdapterError(
-                    f"{contents.folder}: two modules would be called {new(name)!r}, or one nothing"
+                    f"{contents.folder}: two modules would be called {new(name)!r}, or one nothing; choose "
+                    "another beginning"
                 )
             made[new(name)] = value
         return made
@@ -281,7 +282,7 @@ def _check_tensor(folder: Path, module: str, side: str, tensor: torch.Tensor, st
     if tensor.dtype not in DTYPES:
         raise AdapterError(
             f"{folder}: {module} lora_{side} is {tensor.dtype}, only fp32, fp16 and bf16 are merged; "
-            "convert it first"
+            "save it in one of them, as with tensor.float()"
         )
     if tensor.ndim != (3 if stacked else 2) or 0 in tensor.shape:
         raise AdapterError(f"{folder}: {module} lora_{side} has shape {tuple(tensor.shape)}, not a matrix")

@@ -262,7 +262,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "no such part to take": (["--take", "biases=a"], "cannot take 'biases' from a source"),
     "a part of nobody": (["--take", "heads=c"], "cannot take heads from 'c', which is no source"),
-    "a part twice": (["--take", "heads=a", "--take", "heads=b"], '"heads" is given twice'),
+    "a part twice": (["--take", "heads=a", "--take", "heads=b"], '"heads" is given twice; give it once'),
     "an empty pattern": (["--only", ""], "1 to 64 patterns of module names"),
     "half a name": (["--rename", "layers"], "argument --rename: 'layers' is not of the form FROM=TO"),
     "half a part": (["--take", "heads"], "argument --take: 'heads' is not of the form PART=NAME"),
@@ -282,7 +282,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "patterns with a comma": (["--without", "a,b"], "with a space between them, and no comma, got 'a,b'"),
     "modules twice": (
         ["merge", "sum(a, b, modules=mlp)", *AB, "--only", "mlp", "--output", "out"],
-        "option 'modules' is given twice",
+        "--only and modules=... in the spec say the same; give one of them",
     ),
     "an adapter without a name": (["--adapter", "b"], "argument --adapter: 'b' is not of the form NAME=PATH"),
     "an adapter called like a merge": (
@@ -290,7 +290,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "'sum(b)' reads as a merge; take another name",
     ),
     "an adapter without a path": (["--adapter", "b="], "'b=' is not of the form NAME=PATH"),
-    "an adapter twice": (["--adapter", "a=b"], "--adapter a=... is given more than once"),
+    "an adapter twice": (["--adapter", "a=b"], "--adapter a=... is given more than once; give it once"),
     "an adapter too many": (["--adapter", "c=b"], "--adapter c=... is not used by sum(a, b)"),
     "an adapter too few": (
         ["merge", "a + b", *AB[:2], "--output", "out"],

@@ -66,7 +66,7 @@ REFUSALS = {
     "ties()": "ties takes at least 1 source, got 0",
     "ties(a, 0.5*a)": "source 'a' is named more than once; give it one weight",
     'a + "a"': "source 'a' is named more than once; give it one weight",
-    "ties(a, density=0.3, density=0.4)": "option 'density' is given twice",
+    "ties(a, density=0.3, density=0.4)": "option 'density' is given twice; give it once",
     "linear(a, -1*b, normalize=true)": "normalize=true divides by the sum of the weights, which is 0",
     # syntax, with the place and what was expected there
     "": "at character 1 of the spec: expected an adapter's name, found the end",
@@ -94,7 +94,7 @@ REFUSALS = {
     "ties(a + b; density)": "at character 13 of the spec: expected an option and its value, found 'density)'",
     "ties(a + b; density=)": "at character 21 of the spec: expected a value, found ')'",
     "ties(a + b; density 0.3 scale 2)": "at character 25 of the spec: expected ';' or ')', found 'scale 2)'",
-    "ties(a + b; density 0.3; density 0.3)": "option 'density' is given twice",
+    "ties(a + b; density 0.3; density 0.3)": "option 'density' is given twice; give it once",
     "ties(a; b)": "at character 9 of the spec: expected an option and its value, found 'b)'",
     "ties(a;;)": "at character 8 of the spec: expected an option and its value, found ';)'",
     "ties(; density 0.3)": "at character 6 of the spec: expected an adapter's name, found '; density 0.3)'",
