@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from . import catalog
 from .errors import MergeError, SpecError, UnknownAdapterError
 from .grammar import meant_by
+from .names import shortened
 from .spec import MergeSpec, from_json, parse
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path | str]]) -> dict[str
         if [other for other, _ in named].count(name) > 1:
             raise UsageError(f"--adapter {name}=... is given more than once; give it once")
         if name not in spec.names:
-            raise UsageError(f"--adapter {name}=... is not used by {spec}")
+            raise UsageError(f"--adapter {name}=... is not used by {shortened(str(spec))}")
     return paths
 
 

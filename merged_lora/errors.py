@@ -52,7 +52,7 @@ class BackendError(MergeError):
     """The backend asked for does not exist, or cannot be loaded on this machine."""
 
 
-def listed(names: Iterable[object], limit: int = 8) -> str:
+def listed(names: Iterable[object], limit: int = 5) -> str:
     """The names as one readable line; after ``limit`` of them, the number of the others."""
     items = [str(name) for name in names]
     rest = len(items) - limit

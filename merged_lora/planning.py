@@ -286,7 +286,7 @@ class _Planner:
             raise PlanError(
                 f"{settings.strategy} needs equal ranks, but {name} has "
                 f"{listed(f'{rank} in {source}' for source, rank in ranks.items())}; "
-                f"these strategies take different ranks: {', '.join(others)}"
+                f"these strategies take different ranks: {listed(others)}"
             )
         if self._limit is not None and rank > self._limit:
             raise PlanError(f"{name} has rank {rank}, the limit is {self._limit}; svd can reduce the rank")

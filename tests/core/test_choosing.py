@@ -119,6 +119,12 @@ def test_what_is_chosen_in_vain_is_refused_with_near_names(
     assert len(str(caught.value)) < 600
 
 
+def test_of_many_near_names_a_few_are_shown() -> None:
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(80)]
+    with pytest.raises(PlanError, match=r"(, model\S+){4} and 75 more$"):
+        chosen(names, "q_prj", None)
+
+
 def test_a_hostile_pattern_takes_no_longer_than_its_length_warrants() -> None:
     name = "a" * 200
     with pytest.raises(PlanError):

@@ -292,6 +292,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "an adapter without a path": (["--adapter", "b="], "'b=' is not of the form NAME=PATH"),
     "an adapter twice": (["--adapter", "a=b"], "--adapter a=... is given more than once; give it once"),
     "an adapter too many": (["--adapter", "c=b"], "--adapter c=... is not used by sum(a, b)"),
+    "an adapter too many for a long spec": (
+        ["merge", f"sum({'a' * 200})", "--adapter", f"{'a' * 200}=a", "--adapter", "c=b", "--output", "out"],
+        f"--adapter c=... is not used by sum({'a' * 57}...",
+    ),
     "an adapter too few": (
         ["merge", "a + b", *AB[:2], "--output", "out"],
         "unknown adapter 'b'; say where it is with --adapter b=PATH",

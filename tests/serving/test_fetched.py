@@ -121,6 +121,12 @@ def test_a_name_that_is_nearly_a_location_is_unknown_with_what_to_write(site: Si
     asyncio.run(run())
 
 
+def test_of_many_patterns_a_few_are_shown(site: Site) -> None:
+    gate = gate_for(site, allow=tuple(f"hf:org{i}/*" for i in range(20)))
+    with pytest.raises(ForbiddenError, match=r"only hf:org0/\*, .* and 15 more$"):
+        gate.sources.fetches.allowed(site.location("sql"))
+
+
 def test_one_place_has_one_name(site: Site) -> None:
     async def run() -> None:
         gate = gate_for(site)

@@ -309,6 +309,9 @@ def test_no_ad_hoc_merges_means_aliases_alone(tmp_path: Path) -> None:
         for model, body in (("sum(a)", None), ("base", {"ids": ["a"]})):
             with pytest.raises(SpecError, match="but its aliases: mix"):
                 gate.asked_for(model, body, lambda name: name == "base")
+        many = gate_with(worker(), max_ad_hoc=0, aliases={f"mix{i}": parse("ties(a, b)") for i in range(40)})
+        with pytest.raises(SpecError, match=r"aliases: mix0, .* and 35 more$"):
+            many.asked_for("sum(a)", None, lambda name: False)
 
     asyncio.run(run())
 

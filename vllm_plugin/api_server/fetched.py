@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from merged_lora.errors import AdapterError, FetchError, ForbiddenError, MergeError, NotFoundError
+from merged_lora.errors import AdapterError, FetchError, ForbiddenError, MergeError, NotFoundError, listed
 from merged_lora.fetching.files import Bound
 from merged_lora.fetching.opening import local_folder
 from merged_lora.locations import SCHEMES, Location, Pattern, parse
@@ -97,7 +97,7 @@ class Fetches(Generic[Made]):
                 f"{name}: this server fetches no sources; its operator allows them with --merged-lora-allow"
             )
         if not any(pattern.allows(location) for pattern in self._patterns):
-            patterns = ", ".join(pattern.text for pattern in self._patterns)
+            patterns = listed(pattern.text for pattern in self._patterns)
             raise ForbiddenError(f"{name}: this server fetches no such source, only {patterns}")
         return location
 

@@ -336,7 +336,7 @@ class MergeGate:
         """A merge without an alias, checked; raises SpecError."""
         if self._settings.max_ad_hoc == 0:
             raise SpecError(
-                f"this server serves no merges but its aliases: {', '.join(self.aliases) or 'none'}"
+                f"this server serves no merges but its aliases: {listed(sorted(self.aliases)) or 'none'}"
             )
         check_limits(spec, self._settings)
         self._check_no_aliases(spec)
