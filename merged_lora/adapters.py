@@ -25,6 +25,7 @@ from .files.layout import MAX_ALPHA, Header
 from .files.parts import KINDS, Choice
 from .files.reading import read_adapter
 from .files.writing import write_folder
+from .locations import Location, check_path, locate
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ class Adapter:
     whole: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.modules, Mapping):
+            kind = type(self.modules).__name__
+            raise AdapterError(f"the modules of an adapter are a mapping from names to Factors, not {kind}")
         if not self.modules:
             raise AdapterError("an adapter needs at least one module")
         for name, f in self.modules.items():
@@ -115,8 +119,7 @@ class Adapter:
 
         Raises AdapterError.
         """
-        if "\0" in os.fspath(path):
-            raise AdapterError("an adapter's path holds a NUL character")
+        check_path(path)
         write_folder(Path(path), self.modules, self.header, self.metadata, overwrite, self.whole, keep_ranks)
 
     def calibrated(self, file: Path) -> Adapter:
@@ -247,11 +250,11 @@ def load_sources(
 
     What is named to be dropped, taken or renamed and is in no source is an error, because it is misspelt.
     """
-    for what, given in (("the sources", paths), ("take", take or {}), ("rename", rename or {})):
+    for what, given in (("the sources", paths), ("take", take or {})):
         if not isinstance(given, Mapping):
             raise AdapterError(f"{what} must be a mapping, not {type(given).__name__}")
-    Choice.of(drop, (take or {}).keys(), rename)
-    taken, drop = dict(take or {}), set(drop)
+    taken = dict(take or {})
+    drop = Choice.of(drop, taken.keys(), rename).drop
     for kind, name in taken.items():
         if name not in paths:
             raise AdapterError(f"cannot take {kind} from {name!r}, which is no source of this merge")
@@ -283,12 +286,14 @@ def _load(
     path: str | os.PathLike[str], choice: Choice, calibration: bool, allow_pickle: bool
 ) -> tuple[Adapter, frozenset[str]]:
     """An adapter, and the words of the choice that had an effect."""
-    if "\0" in os.fspath(path):
-        raise AdapterError("an adapter's path holds a NUL character")
+    fetched = isinstance(locate(path), Location)
     with local_folder(path) as folder:
         try:
             contents = read_adapter(folder, choice, allow_pickle)
-        except AdapterError as error:  # a folder of a cache says nothing to a user
+        except AdapterError as error:
+            if not fetched:
+                raise
+            # A folder of a cache says nothing to a user.
             raise AdapterError(str(error).replace(str(folder), str(path))) from None
         adapter = Adapter(contents.modules, contents.header, contents.metadata, None, contents.whole)
         if adapter.nonfinite:

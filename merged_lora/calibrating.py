@@ -23,6 +23,7 @@ from .errors import CalibrationError
 from .factors import Factors
 from .files.opening import find
 from .language_model import LanguageModel, Progress, one_line
+from .locations import check_path
 from .prompts import read_prompts
 from .sketch import Sketch, TokenCounts
 
@@ -74,6 +75,9 @@ def calibrate(
             whole_number(low, 65536)(value)
         except ValueError as error:
             raise CalibrationError(f"{name} {error}, got {value!r}") from None
+    check_path(adapter)
+    if not isinstance(prompts, str | os.PathLike):
+        raise CalibrationError(f"the prompts are a file, not {type(prompts).__name__}")
     folder = find(Path(adapter))[0]
     source = Adapter.load(adapter, drop, calibration=False, allow_pickle=allow_pickle)
     if not os.access(folder, os.W_OK):

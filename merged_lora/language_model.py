@@ -55,6 +55,8 @@ class LanguageModel:
         A model that the hub has is downloaded into its cache, and taken from there if the hub is silent.
         Raises CalibrationError.
         """
+        if not isinstance(name, str | os.PathLike):
+            raise CalibrationError(f"a model is a folder or a name on the hub, not {type(name).__name__}")
         try:
             import transformers
         except ImportError as error:

@@ -120,12 +120,11 @@ def locate(text: str | os.PathLike[str]) -> Location | Path:
     something of the name of its first part exists, or if it cannot name a repository.  A ``~`` in front is
     the folder of a user, as in a shell.  Raises AdapterError.
     """
+    check_path(text)
     if not isinstance(text, str):
         return Path(text)
     if _SCHEME.match(text):
         return parse(text)
-    if "\0" in text:
-        raise AdapterError("an adapter's path holds a NUL character")
     path = Path(text)
     if text.startswith("~"):
         with suppress(RuntimeError):  # no such user
@@ -134,6 +133,15 @@ def locate(text: str | os.PathLike[str]) -> Location | Path:
     if text.startswith((".", "/")) or os.path.lexists(path.parts[0] if path.parts else path):
         return path
     return parse(f"hf:{text}") if _is_repository(text) else path
+
+
+def check_path(path: object) -> None:
+    """Raise AdapterError for what names no place: neither text nor a path, empty, or with a NUL character."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise AdapterError(f"an adapter's path is text or a Path, not {type(path).__name__}")
+    if not text or "\0" in text:
+        raise AdapterError(f"an adapter's path {'holds a NUL character' if text else 'is empty'}")
 
 
 def parse(text: str) -> Location:

@@ -27,8 +27,15 @@ def shortened(name: str) -> str:
     return name if len(name) <= LONGEST_SHOWN else name[: LONGEST_SHOWN - 3] + "..."
 
 
+def check_text(name: object) -> None:
+    """Raise SpecError for a name that is no text."""
+    if not isinstance(name, str):
+        raise SpecError(f"an adapter's name is text, not {type(name).__name__}")
+
+
 def checked_name(name: str) -> str:
     """The name of a source of a merge as it is; raises SpecError for one that no source may have."""
+    check_text(name)
     shown = shortened(name)
     if not name or len(name) > MAX_NAME:
         raise SpecError(f"an adapter's name has 1 to {MAX_NAME} characters, {shown!r} has {len(name)}")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from . import grammar, lorax
 from .errors import SpecError, UnknownAdapterError
 from .grammar import BARE, CALL
-from .names import check_characters, checked_name, shortened
+from .names import check_characters, check_text, checked_name, shortened
 from .recipe import DENSITY, EPSILON, MEANS, Option, Parts, Strategy, Value
 from .strategies import TABLE, find
 
@@ -208,6 +208,7 @@ def check_own_name(name: str) -> None:
     Such a name is blank, holds a character that cannot be seen, or is the text of a merge, of which a request
     that names it would not tell whether the adapter or the merge is meant.
     """
+    check_text(name)
     shown = repr(shortened(name))
     if not name.strip():
         raise SpecError(f"the name {shown} is blank")

@@ -78,9 +78,13 @@ class Choice:
     @classmethod
     def of(cls, drop: Iterable[str], take: Iterable[str], rename: Mapping[str, str] | None) -> Choice:
         """The choice, checked; raises AdapterError."""
-        if isinstance(drop, str) or isinstance(take, str):
-            raise AdapterError("drop and take are lists of words, not one text")
-        made = cls(frozenset(drop), frozenset(take), dict(rename or {}))
+        rename = {} if rename is None else rename
+        if not isinstance(rename, Mapping):
+            raise AdapterError(f"rename must be a mapping, not {type(rename).__name__}")
+        made = cls(_words("drop", drop), _words("take", take), dict(rename))
+        for each in (*made.rename, *made.rename.values()):
+            if not isinstance(each, str):
+                raise AdapterError(f"rename must hold text alone, got {each!r}")
         for kind in sorted(made.take - set(CARRIED)):
             raise AdapterError(f"cannot take {kind!r} from a source; it can be one of {', '.join(CARRIED)}")
         for word in made.drop:
@@ -90,6 +94,16 @@ class Choice:
                     "module that was saved whole"
                 )
         return made
+
+
+def _words(what: str, given: Iterable[str]) -> frozenset[str]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise AdapterError(f"{what} must be a list of words, not {type(given).__name__}")
+    words = list(given)
+    for word in words:
+        if not isinstance(word, str):
+            raise AdapterError(f"{what} must be a list of words, got {word!r} in it")
+    return frozenset(words)
 
 
 def sort_out(

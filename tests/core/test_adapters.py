@@ -188,13 +188,14 @@ def test_an_adapter_knows_its_size() -> None:
     ("modules", "message"),
     [
         ({}, "at least one module"),
+        ([], "the modules of an adapter are a mapping from names to Factors, not list"),
         ({Q: Factors(torch.zeros(4, 8), torch.zeros(8, 3))}, r"shape \(4, 8\) and \(8, 3\) do not multiply"),
         ({Q: Factors(torch.zeros(4), torch.zeros(8, 4))}, "do not multiply"),
         ({Q: Factors(torch.zeros(4, 8).double(), torch.zeros(8, 4))}, "float64.*not fp32, fp16 or bf16"),
         ({Q: Factors(torch.zeros(4, 8), torch.zeros(8, 4), math.nan)}, "scaling nan is not a number"),
         ({Q: Factors(torch.zeros(4, 8), torch.zeros(8, 4), -1e31)}, "size up to 1e.30"),
     ],
-    ids=["no module", "inner size", "not a matrix", "dtype", "NaN scaling", "huge scaling"],
+    ids=["no module", "no mapping", "inner size", "not a matrix", "dtype", "NaN scaling", "huge scaling"],
 )
 def test_an_adapter_made_of_unfit_factors_is_refused(modules: dict[str, Factors], message: str) -> None:
     with pytest.raises(AdapterError, match=message):

@@ -21,7 +21,7 @@ from making import random_adapter
 from merged_lora import prompts as prompts_module
 from merged_lora.calibrating import calibrate
 from merged_lora.calibration import CALIBRATION_NAME, read_calibration
-from merged_lora.errors import CalibrationError
+from merged_lora.errors import CalibrationError, MergeError
 from merged_lora.language_model import LanguageModel
 
 
@@ -194,6 +194,19 @@ def test_prompts_that_cannot_be_read_are_found_before_the_model_is_loaded(
     Path("bad").write_text("no JSON", encoding="utf-8")
     with pytest.raises(CalibrationError, match=f"^{prompts}.*{message}"):
         calibrate("no-model", "a", prompts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, "a", "prompts.jsonl"), "a model is a folder or a name on the hub, not NoneType"),
+        (("no-model", None, "prompts.jsonl"), "an adapter's path is text or a Path, not NoneType"),
+        (("no-model", "a", ["x"]), "the prompts are a file, not list"),
+    ],
+)
+def test_an_argument_of_another_type_is_a_line(folder: Path, arguments: Any, message: str) -> None:
+    with pytest.raises(MergeError, match=f"^{message}$"):
+        calibrate(*arguments)
 
 
 # What may go wrong at the end.

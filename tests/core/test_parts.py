@@ -101,7 +101,10 @@ def test_heads_of_two_sources_are_not_merged(sources: dict[str, Path]) -> None:
         ),
         ({"take": {"heads": "a"}, "drop": ["heads"]}, r"to be both taken \(heads\) and dropped \(heads\)"),
         ({"take": {"heads": "a"}, "drop": ["score"]}, r"to be both taken \(heads\) and dropped \(score\)"),
-        ({"drop": "heads"}, "drop and take are lists of words"),
+        ({"drop": "heads"}, "drop must be a list of words, not str"),
+        ({"drop": None}, "drop must be a list of words, not NoneType"),
+        ({"drop": [["heads"]]}, r"drop must be a list of words, got \['heads'\] in it"),
+        ({"rename": {"layers.": None}}, "rename must hold text alone, got None"),
     ],
 )
 def test_what_is_named_and_is_not_there_is_an_error(
@@ -109,6 +112,10 @@ def test_what_is_named_and_is_not_there_is_an_error(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         load_sources(sources, **options)  # type: ignore[arg-type]
+
+
+def test_parts_to_leave_out_may_be_given_one_after_the_other(sources: dict[str, Path]) -> None:
+    assert load_sources(sources, drop=iter(["heads", "biases"])).keys() == sources.keys()
 
 
 def test_a_kind_that_one_source_alone_has_is_left_out_of_all(
