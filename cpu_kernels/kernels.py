@@ -24,6 +24,11 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .compiling import announce, can_cache
+
+CACHED = can_cache()
+announce(__name__, CACHED)
+
 BF16, FP16, FP32 = 0, 1, 2
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 BINS = 32768
@@ -58,7 +63,7 @@ def words32(address, count):
 
 
 # Branch-free, so that loops over them vectorise.  float32 counts exponents from 112 steps below float16.
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(nogil=True, cache=CACHED, error_model="numpy", inline="always")
 def widen16(h):
     """float32 bits of a float16 pattern, exact."""
     sign = np.uint32(h & 0x8000) << np.uint32(16)
@@ -68,7 +73,7 @@ def widen16(h):
     return sign | (finite if mag < 31 << 23 else mag | np.uint32(0x7F800000))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(nogil=True, cache=CACHED, error_model="numpy", inline="always")
 def narrow16(bits):
     """float16 pattern of float32 bits, rounded to nearest, ties to even."""
     mag = np.uint32(bits & MAGNITUDE)
@@ -81,7 +86,7 @@ def narrow16(bits):
     return np.uint16((bits >> np.uint32(16)) & np.uint32(0x8000) | (finite if mag < 143 << 23 else other))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def load(address, n, kind, bits):
     """``n`` entries at an address as float32 bits."""
     if kind == FP32:
@@ -98,7 +103,7 @@ def load(address, n, kind, bits):
             bits[i] = widen16(data[i])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def store(address, n, kind, bits):
     """Round ``n`` float32 values once, to nearest, ties to even, and write them."""
     if kind == FP32:
@@ -116,7 +121,7 @@ def store(address, n, kind, bits):
             data[i] = narrow16(bits[i])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _find_bin(counts, count):
     """The highest bin such that it and those above hold ``count`` entries, and how many of it are kept."""
     above = 0
@@ -138,7 +143,7 @@ def _find_bin(counts, count):
     return 0, 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _find_cut(data, mask, thr, ties):
     """One past the index of the ``ties``-th entry whose magnitude is ``thr``."""
     left = ties
@@ -156,7 +161,7 @@ def _find_cut(data, mask, thr, ties):
     return data.size
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _trim16(data, count, counts):
     mask = np.uint64(0x7FFF)
     bins = counts[:BINS]
@@ -167,7 +172,7 @@ def _trim16(data, count, counts):
     return thr, _find_cut(data, np.uint16(0x7FFF), np.uint16(thr), ties)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _count_lower(data, wanted, bins):
     """Add the magnitudes whose upper 15 bits are these to the bin of their lower 16."""
     for start in range(0, data.size, 64):
@@ -182,7 +187,7 @@ def _count_lower(data, wanted, bins):
                     bins[mag & np.uint32(0xFFFF)] += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _trim32(data, count, counts):
     mask = np.uint64(0x7FFFFFFF)
     half = np.uint64(16)
@@ -198,7 +203,7 @@ def _trim32(data, count, counts):
     return thr, _find_cut(data, np.uint32(0x7FFFFFFF), np.uint32(thr), ties)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def find_threshold(address, size, kind, count, bins):
     """``(thr, cut)`` of a tensor; a negative count keeps everything.
 
@@ -214,7 +219,7 @@ def find_threshold(address, size, kind, count, bins):
     return thr << 16 if kind == BF16 else np.int64(widen16(thr)), cut
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _fill_draws(first, key, out):
     """16-bit draws of the entries from ``first`` on, a multiple of 8: Philox4x32-10, see reference.philox."""
     mask = np.uint64(0xFFFFFFFF)
@@ -245,7 +250,7 @@ def _fill_draws(first, key, out):
         words[4 * group + 3] = np.uint32(c3)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _keep_largest(bits, n, thr, cut):
     """Zero what is not among the largest; ``cut`` counts from the block's first entry."""
     zero = np.uint32(0)
@@ -260,7 +265,7 @@ def _keep_largest(bits, n, thr, cut):
         bits[i] = bits[i] if bits[i] & MAGNITUDE >= least else zero
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _keep_random(x, n, draws, share, rescale):
     """Zero what is drawn at ``share`` or above, rescale the rest."""
     limit = np.int32(share)
@@ -268,7 +273,7 @@ def _keep_random(x, n, draws, share, rescale):
         x[i] = x[i] * rescale if np.int32(draws[i]) < limit else np.float32(0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def combine_tensors(
     items,
     target,
@@ -380,7 +385,7 @@ def combine_tensors(
             store(target[item] + start * width, n, target_kind[item], total.view(np.uint32))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _vote_energy(x, n, w, c, total, positive, negative, pluses, minuses):
     """Add a source of an energy mean: its sign counts unweighted, its value by its coefficient."""
     zero = np.float32(0)
@@ -395,7 +400,7 @@ def _vote_energy(x, n, w, c, total, positive, negative, pluses, minuses):
         minuses[i] += c if down else zero
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def concatenate(items, target, target_kind, shape, first, sources, address, kind, rank, weight):
     """Write factors of several sources side by side, those of A multiplied by weights.
 
@@ -440,7 +445,7 @@ def concatenate(items, target, target_kind, shape, first, sources, address, kind
 
 
 # What follows works on float32 values at an address, in place or into counters, a part of a tensor at a time.
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def count_upper(address, size, bins):
     """Add every magnitude to the bin of its upper 15 bits, int64 ``[4, BINS]``: four tables taken in turn.
 
@@ -460,19 +465,19 @@ def count_upper(address, size, bins):
         b0[(np.uint64(data[i]) & mask) >> half] += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def count_lower(address, size, upper, bins):
     """Add the magnitudes whose upper 15 bits are these to the bin (of 2 * BINS, int64) of their lower 16."""
     _count_lower(words32(address, size), np.uint32(upper), bins)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def find_bin(bins, count):
     """The highest bin such that it and those above hold ``count`` entries, and how many of it are kept."""
     return _find_bin(bins, count)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def find_tie(address, size, thr, ties):
     """One past the index of the ``ties``-th entry of magnitude ``thr``, or -1, and how many were met."""
     data = words32(address, size)
@@ -485,7 +490,7 @@ def find_tie(address, size, thr, ties):
     return -1, met
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def keep_between(address, size, low, low_cut, high, high_cut):
     """Zero what ``(low, low_cut)`` does not keep, and what ``(high, high_cut)`` does."""
     data = words32(address, size)
@@ -497,7 +502,7 @@ def keep_between(address, size, low, low_cut, high, high_cut):
             data[i] = np.uint32(0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def keep_drawn(address, size, begin, share, key):
     """Zero entries at random and rescale the rest; the arguments are those of :func:`keep_graded`."""
     x = words32(address, size).view(np.float32)
@@ -509,7 +514,7 @@ def keep_drawn(address, size, begin, share, key):
         _keep_random(block, block.size, draws, share, rescale)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def keep_graded(address, rows, columns, begin, share, spread, key):
     """Zero entries at random, small ones of a row more often, and rescale the rest.
 
@@ -552,13 +557,13 @@ def keep_graded(address, rows, columns, begin, share, spread, key):
             values[i] = rescaled if np.int32(own[i]) < limits[ranks[i]] else np.float32(0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _sort_key(word, i, n):
     """A number that orders entries by magnitude, smallest first; among equals the highest index first."""
     return np.uint64(word & MAGNITUDE) << np.uint64(32) | np.uint64(n - 1 - i)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _spread_row(bits, order, bucket, ends):
     """Sort the keys of a row whose magnitudes lie well apart; returns False if they do not.
 
@@ -602,7 +607,7 @@ def _spread_row(bits, order, bucket, ends):
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def _sort_row(bits, order, scratch, bins):
     """Sort the keys of a row by digits of their magnitudes.
 
@@ -636,7 +641,7 @@ def _sort_row(bits, order, scratch, bins):
             bins[b] += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def deviations(addresses, size, out):
     """Sum of squared deviations between the sources, entry by entry, into the float32 values at ``out``."""
     result = words32(out, size).view(np.float32)
@@ -659,7 +664,7 @@ def deviations(addresses, size, out):
                 result[start + i] += d * d
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def keep_where(address, size, score, thr, cut):
     """Zero the values at ``address`` whose score, at the same place of ``score``, is not kept."""
     data = words32(address, size)
@@ -670,7 +675,7 @@ def keep_where(address, size, score, thr, cut):
             data[i] = np.uint32(0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def sum_squares(address, size, exponent, bits):
     """Sum of squares in units of ``2 ** (2 * exponent - bits)``, rounded down entry by entry."""
     x = words32(address, size).view(np.float32)
@@ -683,7 +688,7 @@ def sum_squares(address, size, exponent, bits):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHED, error_model="numpy")
 def squared_norm(address, size):
     """The sum of squares of float32 values, in float64."""
     x = words32(address, size).view(np.float32)

@@ -23,6 +23,8 @@ from .locations import Location, locate
 from .spec import check_own_name
 
 PROG = "merged-lora"
+SLOW = logging.getLogger("merged_lora.cpu_kernels.compiling")
+"""Logs as information what a user at a terminal waits for."""
 COMMANDS = {
     "merge": commands.merge,
     "calibrate": commands.calibrate,
@@ -325,17 +327,21 @@ def _named_folder(text: str) -> tuple[str, Path]:
 
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """Print each warning that the core logs as one line on stderr."""
+    """Print each warning that the core logs as one line on stderr; on a terminal, also what takes a while."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(_WarningLine())
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(_Line())
     LOGGER.addHandler(handler)
+    if sys.stderr.isatty():
+        SLOW.setLevel(logging.INFO)
     try:
         yield
     finally:
+        SLOW.setLevel(logging.NOTSET)
         LOGGER.removeHandler(handler)
 
 
-class _WarningLine(logging.Formatter):
+class _Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(f"{PROG}: warning: {record.getMessage()}")
+        level = "" if record.levelno == logging.INFO else "warning: "
+        return printable(f"{PROG}: {level}{record.getMessage()}")

@@ -28,7 +28,7 @@ def shortened(name: str) -> str:
 
 
 def check_text(name: object) -> None:
-    """Raise SpecError for a name that is no text."""
+    """Raise SpecError for a name that is not text."""
     if not isinstance(name, str):
         raise SpecError(f"an adapter's name is text, not {type(name).__name__}")
 

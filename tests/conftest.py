@@ -43,7 +43,7 @@ class CpuBackendGate(MetaPathFinder):
     """Finds no module.  The import of the CPU backend's loops skips the test, or its file, without numba."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        if name == "merged_lora.cpu_kernels.kernels":
+        if name in ("merged_lora.cpu_kernels.kernels", "merged_lora.cpu_kernels.compiling"):
             try:
                 import numba  # noqa: F401
             except ImportError as error:
