@@ -168,6 +168,9 @@ def test_the_folder_triton_kernels_is_no_package_of_that_name() -> None:
     )
     assert done.returncode == 1
     assert "ImportError: this folder is merged_lora.triton_kernels" in done.stderr
+    assert done.stderr.rstrip().endswith(
+        "start Python outside of this checkout, and leave it out of PYTHONPATH"
+    )
 
 
 def find_vllm() -> Path:
