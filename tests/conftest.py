@@ -4,6 +4,7 @@ Without a GPU, the kernels run under Triton's interpreter, in this process and o
 numba that can be imported, tests that import the CPU backend are skipped, in whatever way they import it.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         group = "engines" if item.get_closest_marker("engine") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass by what was imported and collected, which stays until the end.
+
+    Otherwise a full collection takes a second and more, and some tests need many.
+    """
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # nanobind reports what is left at the end
 
 
 class CpuBackendGate(MetaPathFinder):

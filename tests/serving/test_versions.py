@@ -349,7 +349,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_new_release_that_reads_as_the_last_is_taken_silently(tmp_path: Path) -> None:
     commented = {"lora/model_manager.py": (COMMENTED, f"        # a comment\n{COMMENTED}")}
-    case = contract_of(made_up(tmp_path, commented))
+    case = contract_of(made_up(tmp_path, commented), "where_it_fits")
     assert case["release"] == "0.34.0"
     assert case["where_it_fits"]["lines"] == []
     assert case["where_it_fits"]["difference"] == ""
@@ -357,7 +357,7 @@ def test_a_new_release_that_reads_as_the_last_is_taken_silently(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_new_release_with_another_signature_is_refused_with_its_reason(tmp_path: Path) -> None:
-    case = contract_of(made_up(tmp_path, OTHER_SIGNATURE))
+    case = contract_of(made_up(tmp_path, OTHER_SIGNATURE), "where_it_fits")
     line = f"{REFUSED}LoRAModelManager.activate_adapter takes (self lora_id slot) instead of (self lora_id)"
     assert case["where_it_fits"]["lines"] == [line]
     assert case["where_it_fits"]["refusals"] == ["", line, line]
