@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """A LoRA adapter, read or merged: the same type goes into a merge and comes out of it.
 
@@ -74,6 +74,10 @@ class Adapter:
                 )
             if not abs(f.scaling) <= MAX_ALPHA:  # written this way round so that NaN is rejected too
                 raise AdapterError(f"{name}: scaling {f.scaling} is not a number of size up to {MAX_ALPHA:g}")
+
+    def __repr__(self) -> str:
+        base = f" of {self.header.base_model}" if self.header.base_model else ""
+        return f"<Adapter{base}: {len(self.modules)} modules, rank {self.rank}>"
 
     @classmethod
     def load(

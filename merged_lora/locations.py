@@ -164,7 +164,10 @@ def parse(text: str) -> Location:
     if scheme == "https://":
         place = _host(text, place)
     elif not _BUCKET.fullmatch(place):
-        raise AdapterError(f"location {shown(text)!r} names no bucket")
+        raise AdapterError(
+            f"location {shown(text)!r} names no bucket; the name of one has 2 to 222 characters of a-z, "
+            "0-9, '.', '_' and '-'"
+        )
     return Location(scheme.removesuffix("://"), place, _folder(text, folder))  # type: ignore[arg-type]
 
 

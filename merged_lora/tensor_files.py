@@ -20,5 +20,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors = safetensors.torch.load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"not a sound safetensors file ({str(error)[:120]})") from None
+        raise ValueError(
+            f"not a sound safetensors file ({str(error)[:120]}); download or save it again"
+        ) from None
     return tensors, metadata or {}

@@ -172,16 +172,19 @@ def _repetitions(pattern: str) -> int:
     return len(re.findall(r"[*+{]", pattern)) + len(re.findall(r"(?<![*+?}])\?", pattern)) // 4
 
 
-def refuse(folder: Path, found: Collection[str], droppable: Collection[str]) -> None:
+def refuse(folder: Path, found: Collection[str], droppable: Collection[str], unused: Collection[str]) -> None:
     """Raise AdapterError if an adapter has parts that no merge supports.
 
     folder:    for the message.
     found:     those parts.
     droppable: words of ``--drop`` that would leave some of them out.
+    unused:    words of ``--drop`` that mean nothing in this adapter.
     """
     if found:
         words = " ".join(droppable)  # a server has no such flags, but its client can make a copy
         hint = f"; can be left out with --drop {words} of the command merged-lora" if droppable else ""
         if taken := [kind for kind in droppable if kind in CARRIED]:
             hint += f", or carried over from one source with --take {taken[0]}=NAME"
+        if unused:
+            hint += f"; it has nothing that is called {listed(map(repr, sorted(unused)))}"
         raise AdapterError(f"{folder}: this adapter uses what no merge supports: {listed(found)}{hint}")

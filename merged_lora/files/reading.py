@@ -6,7 +6,7 @@ Nothing is unpickled unless that is allowed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,7 +87,7 @@ def read_adapter(path: Path, choice: Choice, allow_pickle: bool = False) -> Cont
     found = _sorted_keys(folder, tensors)
     biased = config.get("bias") not in (None, "none")
     parts = sort_out(found.others, configuration.names(folder, config, "modules_to_save"), biased, choice)
-    _refuse(folder, config, parts)
+    _refuse(folder, config, parts, choice.drop - KINDS.keys() - parts.used)
     modules, parameters = _modules(folder, config, found, parts, choice)
     metadata = dict(opened.metadata)
     if (ranks := metadata.pop(RANKS_KEY, None)) is not None:
@@ -180,7 +180,7 @@ def _sorted_keys(folder: Path, tensors: Mapping[str, torch.Tensor]) -> _Tensors:
     return found
 
 
-def _refuse(folder: Path, config: Mapping[str, Any], parts: Parts) -> None:
+def _refuse(folder: Path, config: Mapping[str, Any], parts: Parts, unused: Collection[str]) -> None:
     """Raise AdapterError if the configuration or a tensor has what no merge supports."""
     found = configuration.refused_fields(folder, config)
     by_kind: dict[str, list[str]] = {}
@@ -192,7 +192,7 @@ def _refuse(folder: Path, config: Mapping[str, Any], parts: Parts) -> None:
             found.append(
                 f"{kind} ({KINDS[kind]}): {listed(sorted(names), 2)}" if kind in KINDS else listed(names)
             )
-    configuration.refuse(folder, found, list(by_kind))
+    configuration.refuse(folder, found, list(by_kind), unused)
     if strange:
         raise AdapterError(f"{folder}: these tensors are not LoRA factors: {listed(sorted(strange))}")
 

@@ -41,6 +41,12 @@ def assert_same(found: Adapter, expected: Adapter) -> None:
         assert torch.equal(g.b, f.b)
 
 
+def test_an_adapter_is_shown_in_a_line() -> None:
+    adapter = random_adapter(SMALL, 4, header=Header("org/base"))
+    assert repr(adapter) == "<Adapter of org/base: 4 modules, rank 4>"
+    assert repr(Adapter(adapter.modules)) == "<Adapter: 4 modules, rank 4>"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_saved_adapter_reloads_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     adapter = random_adapter(SMALL, dtype=dtype, header=Header("org/base", "CAUSAL_LM", True))

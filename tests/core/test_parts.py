@@ -100,6 +100,7 @@ def test_heads_of_two_sources_are_not_merged(sources: dict[str, Path]) -> None:
             "a, b: no module whose name begins with 'vision.'",
         ),
         ({"take": {"heads": "a"}, "drop": ["heads"]}, r"to be both taken \(heads\) and dropped \(heads\)"),
+        ({"drop": ["haeds"]}, r"heads=NAME; it has nothing that is called 'haeds'$"),
         ({"take": {"heads": "a"}, "drop": ["score"]}, r"to be both taken \(heads\) and dropped \(score\)"),
         ({"drop": "heads"}, "drop must be a list of words, not str"),
         ({"drop": None}, "drop must be a list of words, not NoneType"),

@@ -210,7 +210,7 @@ def test_a_library_that_an_allowed_place_needs_is_missed_where_the_flag_is_read(
     ("path", "message"),
     [
         ("s3://bucket/sql", r"s3://bucket/sql needs s3fs, .*\[s3\]'$"),
-        ("s3:///sql", "location 's3:///sql' names no bucket$"),
+        ("s3:///sql", "location 's3:///sql' names no bucket; the name of one has"),
     ],
 )
 def test_an_adapter_that_cannot_be_fetched_is_found_before_the_engine_starts(

@@ -198,7 +198,7 @@ def test_an_alias_must_be_new_and_its_sources_known() -> None:
         gate = gate_with(worker())
         with pytest.raises(MergeError, match=r"mix.*unknown adapter 'a'"):
             await gate.check_aliases([])
-        with pytest.raises(MergeError, match="mix: this name is already served"):
+        with pytest.raises(MergeError, match="mix: 'mix' is already served, as a base model; choose"):
             await gate.check_aliases(["mix"])
 
     asyncio.run(run())

@@ -330,7 +330,8 @@ class MergeGate:
 
     def _check_alias(self, alias: str, reserved: Collection[str]) -> None:
         if alias in reserved or self._is_adapter(alias):
-            raise MergeError("this name is already served")
+            what = "an adapter" if self._is_adapter(alias) else "a base model"
+            raise MergeError(f"{alias!r} is already served, as {what}; choose another name for the alias")
 
     def _ad_hoc(self, spec: MergeSpec) -> MergeSpec:
         """A merge without an alias, checked; raises SpecError."""

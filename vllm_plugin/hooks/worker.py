@@ -343,7 +343,7 @@ class VllmPlainAdapters:
         """The adapter as vLLM reads it from disk; raises MergeError with vLLM's message or ours."""
         try:
             load = inspect.unwrap(type(self._manager)._load_adapter)
-            lora: LoRAModel = load(self._manager, LoRARequest("captured", 1, path, **options))
+            lora: LoRAModel = load(self._manager, LoRARequest(Path(path).name or path, 1, path, **options))
         except LoRAAdapterNotFoundError as error:
             raise UnknownAdapterError(str(error)) from None
         except Exception as error:
