@@ -206,6 +206,34 @@ def test_a_library_that_an_allowed_place_needs_is_missed_where_the_flag_is_read(
     assert parsed("--merged-lora-allow", "https://host/*").merged_lora_allow == [("https://host/*",)]
 
 
+ALIAS = ("--enable-merged-lora", "--merged-lora-modules", "team=sum(sql, tone)")
+
+
+@pytest.mark.parametrize("names", [(), ("sql", "chat")])
+def test_an_alias_of_an_adapter_that_is_not_served_is_found_before_the_engine_starts(
+    names: tuple[str, ...],
+) -> None:
+    modules = [SimpleNamespace(name=name, path=f"/adapters/{name}") for name in names]
+    unknown = "tone" if names else "sql"
+    with pytest.raises(ValueError, match=rf"^--merged-lora-modules team: unknown adapter '{unknown}'; serve"):
+        configured(*ALIAS, lora_modules=modules or None)
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ((), ("sql", "tone")),
+        (("--merged-lora-source-dir", "/"), ("sql",)),
+        (("--merged-lora-allow", "hf:org/*"), ("sql",)),
+    ],
+)
+def test_an_alias_whose_adapters_are_served_or_may_be_found_later_is_taken(
+    more: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    modules = [SimpleNamespace(name=name, path=f"/adapters/{name}") for name in names]
+    assert configured(*ALIAS, *more, lora_modules=modules)["merged_lora"]["aliases"].keys() == {"team"}
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -22,6 +22,7 @@ from making import random_adapter
 from merged_lora.adapters import Adapter
 from merged_lora.calibration import CALIBRATION_NAME, Calibration, write_calibration
 from merged_lora.engine import merge
+from merged_lora.errors import MergeError
 from merged_lora.factors import Factors
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.hooks import models as model_hooks
@@ -237,6 +238,11 @@ def test_a_pooling_models_modules_go_by_names_without_a_prefix_too(place: Place)
     place.layers.model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"layers.": "text.layers."})
     names = ModelNames(place.layers)
     assert names.parts("layers.0.self_attn.q_proj") == ["text.layers.0.self_attn.q_proj"]
+
+
+def test_an_error_of_vllm_names_the_folder_that_it_is_about(place: Place) -> None:
+    with pytest.raises(MergeError, match=r"^Loading lora nothing failed: No adapter found for .*/nothing$"):
+        VllmPlainAdapters(place.manager).read(str(place._folder / "nothing"), {})
 
 
 # Modules that the model does not have

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             _check_modules(args)
             configured = Settings.of(args.additional_config).to_config(api_server=True)
             merged = _combined(configured, dict(given)) | {"enable": True}
+            _check_aliases(args, merged)
             if merged.get("runtime_aliases") and "alias_store" not in merged:
                 merged["alias_store"] = _new_alias_store()
             # Separate API servers get these arguments pickled, before the plugin is loaded there.
@@ -119,6 +120,20 @@ def _check_modules(args: Any) -> None:
                 check_library(str(parse(module.path)))
         except MergeError as error:
             raise ValueError(f"--lora-modules {module.name}: {error}") from None
+
+
+def _check_aliases(args: Any, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for an alias of an adapter that will not be served, before any model is loaded."""
+    if not hasattr(args, "lora_modules") or settings.get("source_dir") or settings.get("allow"):
+        return
+    served = {module.name for module in args.lora_modules or ()}
+    for alias, spec in Settings.of({KEY: settings}).aliases.items():
+        for name in spec.names:
+            if name not in served:
+                raise ValueError(
+                    f"--merged-lora-modules {alias}: unknown adapter {name!r}; serve it with --lora-modules "
+                    f"{name}=PATH"
+                )
 
 
 def _combined(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
