@@ -32,7 +32,7 @@ def ask(server: Server, model: Any, **more: Any) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("model", "status", "words"),
     [
-        ("ties(sql, nobody)", 404, ("'nobody'", "known: ", "chat")),
+        ("ties(sql, nobody)", 404, ("'nobody'", "known: ", "attention and")),
         (
             "nobody",
             404,
