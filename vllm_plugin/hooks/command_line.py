@@ -124,7 +124,7 @@ def _check_modules(args: Any) -> None:
 
 def _check_aliases(args: Any, settings: Mapping[str, Any]) -> None:
     """Raise ValueError for an alias of an adapter that will not be served, before any model is loaded."""
-    if not hasattr(args, "lora_modules") or settings.get("source_dir") or settings.get("allow"):
+    if "lora_modules" not in vars(args) or settings.get("source_dir") or settings.get("allow"):
         return
     served = {module.name for module in args.lora_modules or ()}
     for alias, spec in Settings.of({KEY: settings}).aliases.items():
