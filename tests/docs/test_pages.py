@@ -119,7 +119,7 @@ def test_an_error_has_the_status_that_the_page_says() -> None:
         errors.CalibrationError(),
         errors.PlanError(),
         exchange.KeyMissingError(),
-        gate.BusyError(3, 1),
+        gate.BusyError("", 1),
         rpc.CacheFullError("", 1),
     ]
     assert {name for name, status in rows.items() if status} == {type(error).__name__ for error in raised}

@@ -176,6 +176,7 @@ def gate_with(
     calls: list[str] | None = None,
     registry: CollectorRegistry | None = None,
     rate: Rate | None = None,
+    servers: int = 1,
     **settings: Any,
 ) -> MergeGate:
     """A gate in front of one worker, with the alias ``mix``.
@@ -184,6 +185,7 @@ def gate_with(
     calls:    receives the path of every merge that the worker is asked for.
     registry: registry of the metrics.
     rate:     the engine's answer to a request of a replay; by default, every answer is kept.
+    servers:  number of API servers.
     settings: settings that differ from the defaults.
     """
 
@@ -194,7 +196,7 @@ def gate_with(
     workers = workers_with([merges] if isinstance(merges, MergeWorker) else merges, calls)
     replays = Replays(workers, rate or kept, LONGEST, metrics)
     given = Settings(enable=True, **{"aliases": {"mix": parse("ties(a, b)")}, **settings})
-    return MergeGate(given, Sources(workers, metrics, given), workers, replays, metrics)
+    return MergeGate(given, Sources(workers, metrics, given), workers, replays, metrics, servers)
 
 
 async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: Any) -> None:

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from gates import PATIENCE
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import Lease
 from merged_lora.vllm_plugin.api_server.ready import LiveMerge, ReadyMerges
@@ -22,7 +23,7 @@ async def add(ready: ReadyMerges, nbytes: int, request: object) -> str:
     """Store a merge of that many bytes, which it is named by, and lease it to a request."""
     identity = MergeIdentity(parse(f"sum({nbytes}*a)"), ("0" * 32,))
     facts = Facts("cpu", 1, 1, 1.0, {}, seconds=0.1, announced=0.1, nbytes=nbytes)
-    await ready.reserve(nbytes)
+    await ready.reserve(nbytes, PATIENCE)
     ready.add(LiveMerge(identity, facts), nbytes, request)
     return identity.digest
 
@@ -34,7 +35,7 @@ def sizes(ready: ReadyMerges) -> list[int]:
 
 async def waiting(ready: ReadyMerges, *nbytes: int) -> list[asyncio.Task[None]]:
     """Clients that ask for room, one after the other."""
-    tasks = [asyncio.create_task(ready.reserve(each)) for each in nbytes]
+    tasks = [asyncio.create_task(ready.reserve(each, PATIENCE)) for each in nbytes]
     await asyncio.sleep(0.01)
     return tasks
 
@@ -95,7 +96,7 @@ def test_who_came_first_has_room_first_however_much_it_needs() -> None:
 def test_who_leaves_holds_up_nobody(let_in: bool) -> None:
     async def run() -> None:
         ready = room()
-        await ready.reserve(6)
+        await ready.reserve(6, PATIENCE)
         clients = await waiting(ready, 8, 9, 4)
         if let_in:  # in the same turn of the loop as it leaves
             ready.cancel(6)
@@ -106,5 +107,25 @@ def test_who_leaves_holds_up_nobody(let_in: bool) -> None:
         ready.cancel(4 if let_in else 10)
         assert ready._reserved == 0
         assert not ready._waiting
+
+    asyncio.run(run())
+
+
+def test_who_gets_no_room_in_time_reserves_nothing_and_those_behind_go_on() -> None:
+    async def run() -> None:
+        ready, request = room(), Lease()
+        await add(ready, 6, request)
+        first = asyncio.create_task(ready.reserve(8, 0.02))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(ready.reserve(4, PATIENCE))
+        await asyncio.sleep(0)
+        assert not second.done()
+        with pytest.raises(TimeoutError):
+            await first
+        await second
+        assert ready.needed == 10
+        ready.cancel(4)
+        assert ready.needed == 6
+        del request
 
     asyncio.run(run())

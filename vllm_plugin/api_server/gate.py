@@ -38,15 +38,20 @@ logger = logging.getLogger("vllm.merged_lora")
 
 FORGOTTEN = 4096
 """Number of merges remembered as having been ready once."""
+ROOM_SECONDS = 30.0
+"""Longest time that a new merge waits for room in memory: half of the minute after which many proxies give up
+on a reply, so that clients hear the reason.  Nobody can know when the requests that use the memory end."""
+QUIET = 60.0
+"""Seconds between two warnings of missing room."""
 LATE, LATE_SECONDS = 2.0, 1.0
 """A merge that takes this many times as long as expected, and this many seconds more, is worth a warning."""
 
 
 class BusyError(MergeError):
-    """Too much is waiting; a client may ask again in ``seconds``."""
+    """Too much is waiting, or in use; a client may ask again in ``seconds``."""
 
-    def __init__(self, waiting: int, seconds: int, what: str = "new merges are waiting to be made") -> None:
-        super().__init__(f"{waiting} {what}; ask again in {seconds} s")
+    def __init__(self, reason: str, seconds: int) -> None:
+        super().__init__(f"{reason}; ask again in {seconds} s")
         self.seconds = seconds
 
 
@@ -61,6 +66,7 @@ class Making:
     identity: the merge.
     began:    time at which it was asked for, as ``time.monotonic`` has it.
     waiting:  number of requests that wait for it.
+    has_room: whether there is room for it in memory, without which it is not begun.
     state:    what the workers reported last; None before the first report.
     result:   how it ended, for the metrics.
     task:     makes it; deleted when it is done, because its error knows the frames that know this object.
@@ -69,6 +75,7 @@ class Making:
     identity: MergeIdentity
     began: float = field(default_factory=time.monotonic)
     waiting: int = 0
+    has_room: bool = False
     state: Pending | None = None
     result: str = "failed"
     task: asyncio.Task[LiveMerge] = field(init=False, repr=False)
@@ -100,10 +107,12 @@ class MergeGate:
         self._workers = workers
         self._replays = replays
         self._metrics = metrics
+        self._servers = servers
         limit = int(settings.ready_gib * GIB) // servers
         self._ready = ReadyMerges(limit, self._most, self._forget)
         self._making: dict[str, Making] = {}
         self._forgotten: Lru[str, None] = Lru()  # digests of merges that were ready once
+        self._warned = -math.inf  # time of the last warning of missing room
         self._seconds = 0.1  # moving average of the time to make a merge
         self._replaying: dict[str, asyncio.Task[Replay]] = {}
         self._replay_seconds = 1.0  # moving average of the time to replay a merge
@@ -202,7 +211,8 @@ class MergeGate:
         request: the merge, and the copies that it is made from, stay in memory as long as this object lives.
 
         Everybody who waits for a merge gets its outcome, including a failure.  It is made beside the engine's
-        steps, and given up when the last of them leaves; raises BusyError if too many wait.
+        steps, and given up when the last of them leaves; raises BusyError if too many wait, or if requests
+        under way leave no room for it.
         """
         await self.sources.refresh(spec.names, request)
         identity = self.identify(spec)
@@ -254,7 +264,7 @@ class MergeGate:
         new = live.replay is None and live.identity.digest not in self._replaying
         if new and self._replaying and waiting >= self._settings.max_waiting:
             seconds = max(1, math.ceil(len(self._replaying) * self._replay_seconds))
-            raise BusyError(waiting, seconds, "checks of merges are waiting")
+            raise BusyError(f"{waiting} checks of merges are waiting", seconds)
         for each in await self.replay(live):
             if isinstance(each, NotReplayed):
                 raise CalibrationError(str(each.error))  # not the one that is kept: it would keep this frame
@@ -356,7 +366,8 @@ class MergeGate:
         waiting = len(self._making) - 1
         if waiting >= self._settings.max_waiting and self._making:
             self._metrics.merges.labels(identity.spec.strategy, "busy").inc()
-            raise BusyError(waiting, max(1, math.ceil(sum(map(self._left, self.making)))))
+            seconds = max(1, math.ceil(sum(map(self._left, self.making))))
+            raise BusyError(f"{waiting} new merges are waiting to be made", seconds)
 
     def _left(self, making: Making) -> float:
         """Seconds that a merge in the making is expected to take from now on."""
@@ -373,7 +384,8 @@ class MergeGate:
         identity, lease, room = making.identity, Lease(), self.sources.largest
         self.sources.lease(lease, identity.contents)
         try:
-            await self._ready.reserve(room)
+            await self._reserve(room)
+            making.has_room = True
             try:
                 facts = await self._made_by_workers(making)
             except BaseException:
@@ -386,6 +398,23 @@ class MergeGate:
         if self._settings.check and identity.spec in self._aliases.current().values():
             self._begin(self._watch(live))
         return live
+
+    async def _reserve(self, nbytes: int) -> None:
+        """Reserve room for a new merge; raises BusyError, and logs that now and then, if there is none."""
+        try:
+            await self._ready.reserve(nbytes, ROOM_SECONDS)
+        except TimeoutError:
+            sharing = f", shared by {self._servers} API servers" if self._servers > 1 else ""
+            used, limit = self._ready.needed / GIB, self._ready.limit / GIB
+            reason = (
+                f"a new merge may take {nbytes / GIB:.3g} GiB and got no room within {ROOM_SECONDS:g} s: "
+                f"those that requests use or wait for take {used:.3g} of {limit:.3g} GiB "
+                f"(--merged-lora-ready-gib {self._settings.ready_gib:g}{sharing})"
+            )
+            if time.monotonic() - self._warned >= QUIET:
+                self._warned = time.monotonic()
+                logger.warning("%s", reason)
+            raise BusyError(reason, math.ceil(ROOM_SECONDS)) from None
 
     async def _made_by_workers(self, making: Making) -> Facts:
         identity = making.identity
@@ -426,6 +455,8 @@ class MergeGate:
         self._metrics.queue.set(len(self._making))
         if task.cancelled():
             making.result = "cancelled"
+        elif isinstance(task.exception(), BusyError):
+            making.result = "busy"
         elif isinstance(task.exception(), MergeError):
             making.result = "refused"
         self._metrics.merges.labels(making.identity.spec.strategy, making.result).inc()

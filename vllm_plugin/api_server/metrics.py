@@ -19,7 +19,8 @@ class Metrics:
         self.merges = Counter(
             "merged_lora_merges",
             "New merges, by strategy and result: made, shared (another API server had it made), "
-            "refused (a client's mistake), busy, cancelled (its clients left), failed (a fault).",
+            "refused (a client's mistake), busy (too many wait, or no room in memory), "
+            "cancelled (its clients left), failed (a fault).",
             ["strategy", "result"],
             registry=registry,
         )

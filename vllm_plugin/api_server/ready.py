@@ -48,7 +48,7 @@ class ReadyMerges:
     """
 
     def __init__(self, limit: int, most: Callable[[], int], dropped: Callable[[str], None]) -> None:
-        self._limit = limit
+        self.limit = limit
         self._most = most
         self._dropped = dropped
         self._merges: Lru[str, LiveMerge] = Lru()
@@ -74,6 +74,12 @@ class ReadyMerges:
         """Bytes of the merges in each worker."""
         return sum(live.facts.nbytes for live in self._merges.values())
 
+    @property
+    def needed(self) -> int:
+        """Bytes of the merges that requests use, and those reserved for merges in the making."""
+        merges = self._merges.items()
+        return self._reserved + sum(live.facts.nbytes for digest, live in merges if self._leases[digest])
+
     def use(self, digest: str) -> LiveMerge | None:
         """A merge, which is then the most recently used one; None if it is not ready."""
         return self._merges.use(digest)
@@ -95,17 +101,19 @@ class ReadyMerges:
             self._drop_idle(0)
             self._admit()
 
-    async def reserve(self, nbytes: int) -> None:
+    async def reserve(self, nbytes: int, seconds: float) -> None:
         """Wait until there is room for a merge of at most that many bytes, and reserve it.
 
         Who came first is served first.  Merges that no request needs make room, once that is enough.  One
-        merge is let in however large it is, because a worker that cannot hold any does not start.
+        merge is let in however large it is, because a worker that cannot hold any does not start.  Raises
+        TimeoutError if there is no room within that many seconds; then nothing is reserved.
         """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((nbytes, turn))
         self._admit()
         try:
-            await turn
+            async with asyncio.timeout(seconds):
+                await turn
         except BaseException:
             self.cancel(0 if turn.cancelled() else nbytes)
             raise
@@ -115,10 +123,8 @@ class ReadyMerges:
         while self._waiting:
             nbytes, turn = self._waiting[0]
             if not turn.cancelled():
-                needed = self._reserved + sum(
-                    live.facts.nbytes for digest, live in self._merges.items() if self._leases[digest]
-                )
-                if needed and needed + nbytes > self._limit:
+                needed = self.needed
+                if needed and needed + nbytes > self.limit:
                     return
                 self._drop_idle(nbytes)
                 self._reserved += nbytes
@@ -141,7 +147,7 @@ class ReadyMerges:
     def _drop_idle(self, nbytes: int) -> None:
         """Drop merges that no request needs, until the others and ``nbytes`` more fit the limits."""
         for digest in list(self._merges):
-            fits = self.nbytes + self._reserved + nbytes <= self._limit
+            fits = self.nbytes + self._reserved + nbytes <= self.limit
             if fits and len(self._merges) <= self._most():
                 return
             if not self._leases[digest]:

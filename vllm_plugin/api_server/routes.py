@@ -177,7 +177,7 @@ def _progress(making: Making) -> dict[str, Any]:
     return {
         "spec": str(making.identity.spec),
         "digest": making.identity.digest,
-        "state": "merging" if state is not None and state.running else "waiting",
+        "state": _state(making),
         "modules_done": state.done if state is not None else 0,
         "modules": state.total if state is not None else 0,
         "merged_for": state.spent if state is not None else 0.0,
@@ -185,6 +185,13 @@ def _progress(making: Making) -> dict[str, Any]:
         "asked_for": time.monotonic() - making.began,
         "requests": making.waiting,
     }
+
+
+def _state(making: Making) -> str:
+    """What a merge in the making waits for, or that it has begun."""
+    if not making.has_room:
+        return "waiting for memory"
+    return "merging" if making.state is not None and making.state.running else "waiting"
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -1,0 +1,100 @@
+"""Room in memory for merges: who waits for it, for how long, and what they hear if they get none."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from gates import gate_with, until
+from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease
+from merged_lora.vllm_plugin.api_server.routes import report
+from merged_lora.vllm_plugin.settings import GIB
+from test_beside import ask, budget, leave, results, small_worker, two_sources
+
+GATE = "merged_lora.vllm_plugin.api_server.gate"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New merges wait for room for a moment only."""
+    monkeypatch.setattr(f"{GATE}.ROOM_SECONDS", 0.02)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the plugin writes to the log."""
+    logger = logging.getLogger("vllm.merged_lora")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)  # whether or not vLLM has set up its log
+    return caplog
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("servers", [1, 2])
+def test_all_who_wait_for_a_merge_that_gets_no_room_are_refused_with_the_reason(
+    tmp_path: Path, log: pytest.LogCaptureFixture, servers: int
+) -> None:
+    async def run() -> None:
+        registry, share = CollectorRegistry(), budget(1)
+        gate = gate_with(small_worker(), registry=registry, servers=servers, ready_gib=share * servers)
+        await two_sources(gate, tmp_path)
+        await ask(gate, "sum(a)", request := Lease())
+        clients = [ask(gate, spec) for spec in ("sum(b)", "sum(b)", "sum(2*b)")]
+        refused = await asyncio.gather(*clients, return_exceptions=True)
+        assert [type(error) for error in refused] == [BusyError] * 3
+        each = gate.ready_bytes / GIB
+        budget_shared = f"{share * servers:g}" + (", shared by 2 API servers" if servers == 2 else "")
+        assert str(refused[0]) == (
+            f"a new merge may take {each:.3g} GiB and got no room within 0.02 s: those that requests use or "
+            f"wait for take {each:.3g} of {share:.3g} GiB (--merged-lora-ready-gib {budget_shared}); ask "
+            "again in 1 s"
+        )
+        assert results(registry) == {"made": 1, "busy": 2}
+        assert gate.making == []
+        assert gate._ready.needed == gate.ready_bytes
+        del request
+        await ask(gate, "sum(b)")
+
+    asyncio.run(run())
+    (warning,) = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+    assert re.match(r"a new merge may take .* GiB and got no room .* \(--merged-lora-ready-gib", warning)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_missing_room_is_a_line_of_the_log_now_and_then(
+    tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        gate = gate_with(small_worker(), ready_gib=budget(1))
+        await two_sources(gate, tmp_path)
+        await ask(gate, "sum(a)", request := Lease())
+        for quiet, lines in ((60.0, 1), (60.0, 1), (0.0, 2)):
+            monkeypatch.setattr(f"{GATE}.QUIET", quiet)
+            with pytest.raises(BusyError):
+                await ask(gate, "sum(b)")
+            assert log.text.count("got no room") == lines
+        del request
+
+    asyncio.run(run())
+
+
+def test_the_report_shows_which_merges_wait_for_memory(tmp_path: Path) -> None:
+    async def run() -> None:
+        gate = gate_with(small_worker(), ready_gib=budget(1))
+        await two_sources(gate, tmp_path)
+        await ask(gate, "sum(a)", request := Lease())
+        client = ask(gate, "sum(b)")
+        await until(lambda: bool(gate.making) and bool(gate._ready._waiting))
+        assert [each["state"] for each in report(gate)["making"]] == ["waiting for memory"]
+        del request
+        gc.collect()
+        await client
+        await leave(client)
+
+    asyncio.run(run())
