@@ -129,6 +129,21 @@ def test_every_api_server_must_have_room_for_one_merge(vllm_config: VllmConfig) 
         start(worker_manager(vllm_config), CopyingBackend(), settings, servers=3)
 
 
+@pytest.mark.parametrize(("merges", "warned"), [(1.0, True), (1.9, True), (2.0, False)])
+def test_a_share_with_room_for_one_merge_alone_is_a_warning_at_the_start(
+    vllm_config: VllmConfig, caplog: pytest.LogCaptureFixture, merges: float, warned: bool
+) -> None:
+    largest = start(worker_manager(vllm_config), CopyingBackend(), TRITON).largest
+    settings = replace(TRITON, ready_gib=3 * merges * largest / GIB)
+    logging.getLogger("vllm.merged_lora").addHandler(caplog.handler)
+    try:
+        start(worker_manager(vllm_config), CopyingBackend(), settings, servers=3)
+    finally:
+        logging.getLogger("vllm.merged_lora").removeHandler(caplog.handler)
+    words = "each API server, of which there are 3, has no room for two: while requests use one of that size"
+    assert (words in caplog.text) is warned
+
+
 def test_a_worker_is_made_ready_when_vllm_has_made_its_layers(
     vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,16 @@ def _make_ready(manager: Any, worker: MergeWorker[LoRAModel], settings: Settings
             f"{worker.largest / GIB:.3g} GiB, and each API server, of which there are {servers}, needs room "
             f"for one; raise --merged-lora-ready-gib, which is {settings.ready_gib:g}"
         )
+    if 2 * worker.largest * servers > settings.ready_gib * GIB:
+        logger.warning(
+            "a merge of --max-lora-rank %d takes up to %.3g GiB, and each API server, of which there are %d, "
+            "has no room for two: while requests use one of that size, no other new one is begun, and who "
+            "asks for one may get status 429; raise --merged-lora-ready-gib, which is %g",
+            manager.lora_config.max_lora_rank,
+            worker.largest / GIB,
+            servers,
+            settings.ready_gib,
+        )
     if isinstance(backend, SlotBackend):
         # Reserved while the model is loaded, and kept: vLLM measures afterwards how much is left for the KV
         # cache, so this memory counts as weights do, and no merge ever needs more.
