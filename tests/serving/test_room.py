@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gates import gate_with, until
+import tiny
+from gates import SteeredMaker, gate_with, until, worker
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease
 from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.settings import GIB
-from test_beside import ask, budget, leave, results, small_worker, two_sources
+from test_beside import SMALL, ask, budget, leave, results, small_worker, two_sources
 
 GATE = "merged_lora.vllm_plugin.api_server.gate"
 
@@ -79,6 +80,26 @@ def test_missing_room_is_a_line_of_the_log_now_and_then(
             with pytest.raises(BusyError):
                 await ask(gate, "sum(b)")
             assert log.text.count("got no room") == lines
+        del request
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_merge_that_was_ready_before_needs_no_more_room_than_it_took(tmp_path: Path) -> None:
+    async def run() -> None:
+        maker = SteeredMaker()
+        maker.let.set()
+        small = tiny.make_adapter(1, only=SMALL).nbytes
+        gate = gate_with(worker(maker=maker, largest=2 * small), ready_gib=budget(2))
+        await two_sources(gate, tmp_path)
+        await ask(gate, "sum(a)")
+        await ask(gate, "sum(b)", request := Lease())
+        assert [str(live.identity.spec) for live in gate.merges] == ["sum(b)"]
+        await ask(gate, "sum(a)")
+        assert maker.made == ["sum(a)", "sum(b)", "sum(a)"]
+        with pytest.raises(BusyError):
+            await ask(gate, "sum(2*a)")
         del request
 
     asyncio.run(run())

@@ -111,7 +111,7 @@ class MergeGate:
         limit = int(settings.ready_gib * GIB) // servers
         self._ready = ReadyMerges(limit, self._most, self._forget)
         self._making: dict[str, Making] = {}
-        self._forgotten: Lru[str, None] = Lru()  # digests of merges that were ready once
+        self._forgotten: Lru[str, int] = Lru()  # bytes of merges that were ready once, by digest
         self._warned = -math.inf  # time of the last warning of missing room
         self._seconds = 0.1  # moving average of the time to make a merge
         self._replaying: dict[str, asyncio.Task[Replay]] = {}
@@ -381,7 +381,9 @@ class MergeGate:
         self._metrics.queue.set(len(self._making))
 
     async def _make(self, making: Making) -> LiveMerge:
-        identity, lease, room = making.identity, Lease(), self.sources.largest
+        identity, lease = making.identity, Lease()
+        # Made again, a merge is as large as it was.
+        room = self._forgotten.get(identity.digest, self.sources.largest)
         self.sources.lease(lease, identity.contents)
         try:
             await self._reserve(room)
@@ -464,6 +466,6 @@ class MergeGate:
     def _most(self) -> int:
         return max(1, self._settings.max_ad_hoc + len(self._aliases.current()))
 
-    def _forget(self, digest: str) -> None:
-        self._forgotten.add(digest, None, FORGOTTEN)
+    def _forget(self, live: LiveMerge) -> None:
+        self._forgotten.add(live.identity.digest, live.facts.nbytes, FORGOTTEN)
         self._metrics.evictions.labels("merge").inc()

@@ -44,10 +44,10 @@ class ReadyMerges:
 
     limit:   bytes in each worker that they may take together.
     most:    returns the number of merges to keep; more are kept only for requests under way.
-    dropped: called with the digest of each that is dropped to make room.
+    dropped: called with each that is dropped to make room.
     """
 
-    def __init__(self, limit: int, most: Callable[[], int], dropped: Callable[[str], None]) -> None:
+    def __init__(self, limit: int, most: Callable[[], int], dropped: Callable[[LiveMerge], None]) -> None:
         self.limit = limit
         self._most = most
         self._dropped = dropped
@@ -151,5 +151,4 @@ class ReadyMerges:
             if fits and len(self._merges) <= self._most():
                 return
             if not self._leases[digest]:
-                del self._merges[digest]
-                self._dropped(digest)
+                self._dropped(self._merges.pop(digest))
