@@ -1,4 +1,4 @@
-"""Room in memory for merges: who waits for it, for how long, and what they hear if they get none."""
+"""New merges: who waits for what, for how long, and what the client and the operator hear of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 import tiny
 from gates import SteeredMaker, gate_with, until, worker
+from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease
 from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.settings import GIB
@@ -117,5 +118,23 @@ def test_the_report_shows_which_merges_wait_for_memory(tmp_path: Path) -> None:
         gc.collect()
         await client
         await leave(client)
+
+    asyncio.run(run())
+
+
+def test_a_merge_is_new_for_those_alone_who_waited_until_it_was_made(tmp_path: Path) -> None:
+    async def run() -> None:
+        maker = SteeredMaker()
+        merges = worker(maker=maker)
+        one, other, third = (gate_with(merges) for _ in range(3))
+        for gate in (one, other, third):
+            await two_sources(gate, tmp_path)
+        waiting = [asyncio.create_task(gate.serve(parse("sum(a)"), Lease())) for gate in (one, one, other)]
+        await until(lambda: all(gate.making and gate.making[0].state for gate in (one, other)))
+        maker.let.set()
+        assert [new for _, new in await asyncio.gather(*waiting)] == [True] * 3
+        later = [await gate.serve(parse("sum(a)"), Lease()) for gate in (third, third, one)]
+        assert [new for _, new in later] == [False] * 3
+        assert maker.made == ["sum(a)"]
 
     asyncio.run(run())

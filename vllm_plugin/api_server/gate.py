@@ -67,7 +67,7 @@ class Making:
     began:    time at which it was asked for, as ``time.monotonic`` has it.
     waiting:  number of requests that wait for it.
     has_room: whether there is room for it in memory, without which it is not begun.
-    state:    what the workers reported last; None before the first report.
+    state:    what the workers reported last; None before the first report, and if they had the merge already.
     result:   how it ended, for the metrics.
     task:     makes it; deleted when it is done, because its error knows the frames that know this object.
     """
@@ -206,7 +206,14 @@ class MergeGate:
         return MergeIdentity(spec, tuple(self.sources.key(name) for name in spec.names))
 
     async def ready(self, spec: MergeSpec, request: object) -> LiveMerge:
+        """The merge, as :meth:`serve` returns it."""
+        live, _ = await self.serve(spec, request)
+        return live
+
+    async def serve(self, spec: MergeSpec, request: object) -> tuple[LiveMerge, bool]:
         """The merge, made and checked on every worker: once, however many requests ask at the same time.
+
+        Returns the merge, and whether this request waited until it was made.
 
         request: the merge, and the copies that it is made from, stay in memory as long as this object lives.
 
@@ -223,13 +230,14 @@ class MergeGate:
             self._ready.lease(digest, request)
             live.used, live.hits = time.time(), live.hits + 1
             self._metrics.hits.inc()
-            return live
+            return live, False
         if digest not in self._making:
             self._check_new(identity)
             self._begin_making(identity)
-        live = await self._wait(self._making[digest])
+        making = self._making[digest]
+        live = await self._wait(making)
         self._ready.lease(digest, request)
-        return live
+        return live, making.state is not None
 
     async def _wait(self, making: Making) -> LiveMerge:
         """The merge when it is made; the caller is one of those who wait for it.

@@ -28,7 +28,6 @@ class LiveMerge:
     used:     Unix time of its last request.
     hits:     number of requests after the first.
     replay:   what its replay showed; None if it was not replayed.
-    made:     when it was made, on the clock ``time.monotonic``.
     """
 
     identity: MergeIdentity
@@ -36,7 +35,6 @@ class LiveMerge:
     used: float = field(default_factory=time.time)
     hits: int = 0
     replay: Replay | None = None
-    made: float = field(default_factory=time.monotonic)
 
 
 class ReadyMerges:

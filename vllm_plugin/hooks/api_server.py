@@ -9,7 +9,6 @@ import asyncio
 import functools
 import logging
 import operator
-import time
 import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Collection
@@ -298,10 +297,9 @@ def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
                 await gate.sources.refresh(spec.names, request)
                 identity = gate.identify(spec)
             else:
-                came = time.monotonic()
-                live = await gate.ready(spec, request)
+                live, new = await gate.serve(spec, request)
                 identity = live.identity
-                name_merge(identity.digest, live.made >= came, live.facts.seconds)
+                name_merge(identity.digest, new, live.facts.seconds)
         except MergeError as error:
             if isinstance(error, BusyError | FetchError):
                 add_header("retry-after", str(error.seconds))
