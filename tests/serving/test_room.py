@@ -122,6 +122,23 @@ def test_the_report_shows_which_merges_wait_for_memory(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_merge_that_the_worker_still_has_is_not_made_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        maker = SteeredMaker()
+        maker.let.set()
+        registry = CollectorRegistry()
+        gate = gate_with(small_worker(maker=maker), registry=registry, aliases={}, max_ad_hoc=1)
+        await two_sources(gate, tmp_path)
+        for spec in ("sum(a)", "sum(b)", "sum(a)"):  # the API server forgets each for the next one
+            await ask(gate, spec)
+            assert [str(live.identity.spec) for live in gate.merges] == [spec]
+        assert maker.made == ["sum(a)", "sum(b)"]
+        assert results(registry) == {"made": 2, "shared": 1}
+        assert not registry.get_sample_value("merged_lora_made_again_total")
+
+    asyncio.run(run())
+
+
 def test_a_merge_is_new_for_those_alone_who_waited_until_it_was_made(tmp_path: Path) -> None:
     async def run() -> None:
         maker = SteeredMaker()

@@ -18,8 +18,8 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.merges = Counter(
             "merged_lora_merges",
-            "New merges, by strategy and result: made, shared (another API server had it made), "
-            "refused (a client's mistake), busy (too many wait, or no room in memory), "
+            "New merges, by strategy and result: made, shared (the workers had it already, or made it for "
+            "another API server), refused (a client's mistake), busy (too many wait, or no room in memory), "
             "cancelled (its clients left), failed (a fault).",
             ["strategy", "result"],
             registry=registry,

@@ -209,13 +209,13 @@ class MergeWorker(Generic[Model]):
             identity = MergeIdentity.from_path(path)
             digest, number = identity.digest, identity.number
             self._store_finished()
-            self._keep_merges(owner, needed)
+            ready = digest in self._ready
+            self._keep_merges(owner, [*needed, digest] if ready else needed)
             used = {*self._ready, *self._making}
             self._numbers = {n: d for n, d in self._numbers.items() if n in loaded or d in used}
             if self._numbers.setdefault(number, digest) != digest:
                 raise PlanError(NUMBER_TAKEN)
-            if digest in self._ready:
-                self._needs[owner].add(digest)
+            if ready:
                 reply = self._made(digest, made=False)
                 self._keep_reply(ticket, reply)
                 return reply
