@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,30 @@ def test_the_report_shows_which_merges_wait_for_memory(tmp_path: Path) -> None:
         gc.collect()
         await client
         await leave(client)
+
+    asyncio.run(run())
+
+
+def test_the_seconds_that_requests_waited_for_a_new_merge_are_counted(tmp_path: Path) -> None:
+    async def run() -> None:
+        maker, registry = SteeredMaker(), CollectorRegistry()
+        gate = gate_with(worker(maker=maker), registry=registry)
+        await two_sources(gate, tmp_path)
+        before = time.perf_counter()
+        clients = [ask(gate, "sum(a)") for _ in range(3)]
+        await until(lambda: [making.waiting for making in gate.making] == [3])
+        began = time.perf_counter()
+        await until(lambda: bool(maker.begun))
+        ended = time.perf_counter()
+        await leave(clients[0])
+        maker.let.set()
+        await asyncio.gather(*clients[1:])
+        await ask(gate, "sum(a)")  # which is ready
+        after = time.perf_counter()
+        assert registry.get_sample_value("merged_lora_wait_seconds_count") == 3
+        waited = registry.get_sample_value("merged_lora_wait_seconds_sum")
+        assert waited is not None
+        assert 3 * (ended - began) <= waited <= 3 * (after - before)
 
     asyncio.run(run())
 
