@@ -132,7 +132,8 @@ def answer(method: Callable[[], Reply]) -> Reply:
 def agreed(replies: Sequence[Reply]) -> Reply:
     """One reply for all ranks: the first failure, or the results they agree on with their bytes added up.
 
-    As long as work goes on in any of them, the reply is that of the one that has the longest way to go.
+    As long as work goes on in any of them, the reply is that of the one that has the longest way to go.  The
+    facts of a merge are those of the rank that took longest, for which the request waited.
     """
     for reply in replies:
         if not reply["ok"]:
@@ -147,7 +148,8 @@ def agreed(replies: Sequence[Reply]) -> Reply:
             "error": "the workers read different content for one adapter",
         }
     made = any(reply.get("made", False) for reply in replies)
-    return {**replies[0], "held": sum(reply["held"] for reply in replies), "made": made}
+    slowest = max(replies, key=lambda reply: reply.get("facts", {}).get("seconds", 0.0))
+    return {**slowest, "held": sum(reply["held"] for reply in replies), "made": made}
 
 
 def agreed_under(ticket: str, replies: Sequence[Reply]) -> Reply:

@@ -17,6 +17,7 @@ from gates import SteeredMaker, gate_with, until, worker
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease
 from merged_lora.vllm_plugin.api_server.routes import report
+from merged_lora.vllm_plugin.rpc import Reply
 from merged_lora.vllm_plugin.settings import GIB
 from test_beside import SMALL, ask, budget, leave, results, small_worker, two_sources
 
@@ -145,6 +146,29 @@ def test_the_seconds_that_requests_waited_for_a_new_merge_are_counted(tmp_path: 
         assert 3 * (ended - began) <= waited <= 3 * (after - before)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_merge_that_is_late_on_any_rank_is_a_line_of_the_log(
+    tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    ranks = [worker(), worker()]
+    original = ranks[late]._made
+
+    def made(digest: str, made: bool) -> Reply:
+        reply = original(digest, made)
+        reply["facts"] |= {"seconds": 4.0, "announced": 1.0}
+        return reply
+
+    monkeypatch.setattr(ranks[late], "_made", made)
+
+    async def run() -> None:
+        gate = gate_with(ranks)
+        await two_sources(gate, tmp_path)
+        await ask(gate, "sum(a)")
+
+    asyncio.run(run())
+    assert "sum(a) took 4.0 s instead of the 1.0 s that were expected" in log.text
 
 
 def test_a_merge_that_the_worker_still_has_is_not_made_again(tmp_path: Path) -> None:
