@@ -556,6 +556,7 @@ def test_who_is_refused_is_told_how_long_those_before_take(tmp_path: Path) -> No
         clients = [ask(gate, "sum(40*a)")]
         await until(lambda: len(maker.begun) == 1)
         clients.append(ask(gate, "sum(60*a)"))
+        await until(lambda: len(gate.making) == 2)
         await until(lambda: all(making.state and making.state.announced for making in gate.making))
         with pytest.raises(BusyError) as busy:
             await ask(gate, "sum(b)")
