@@ -34,6 +34,7 @@ from .background import Background, Job, OverdueError, Task
 from .makers import Made, Maker, warm_up
 from .pace import Pace, too_long
 from .plain import PlainAdapters
+from .silence import SILENT, Silence
 from .snapshots import Snapshots
 
 logger = logging.getLogger("vllm.merged_lora")
@@ -43,6 +44,12 @@ Model = TypeVar("Model")
 KEPT = 300.0
 """Seconds for which the reply about finished work is kept after it was last given.  API servers ask several
 times a second, between two steps, and no step takes as long."""
+GIVEN_UP: Reply = {
+    "ok": False,
+    "kind": "internal",
+    "error": f"the API server did not ask for this for {SILENT:.0f} s, and it was given up; ask again",
+}
+"""The reply about work that a worker gave up, to an API server that was not killed but only held up."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,7 @@ class MergeWorker(Generic[Model]):
         self._making: dict[str, _Work] = {}  # by digest
         self._work: dict[str, _Work] = {}  # by ticket
         self._replies: dict[str, tuple[float, Reply]] = {}  # by ticket, of work that is done, with the time
+        self._silence = Silence()
         self._reader = Background("merged-lora-read")
         self._merger = Background("merged-lora-merge", enter)
         self._room: Job[None] | None = None  # makes memory ready for the next merge
@@ -230,10 +238,18 @@ class MergeWorker(Generic[Model]):
         return answer(begin)
 
     def poll(self, tickets: Collection[str]) -> Reply:
-        """How the work under each ticket is getting on, or its reply when it is done."""
+        """How the work under each ticket is getting on, or its reply when it is done.
+
+        Work that its API server does not ask for any more is given up; see :class:`Silence`.  What that one
+        needed stays, because the engine may still have requests of it, and because it may only be held up.
+        """
 
         def work() -> Reply:
             self._store_finished()
+            silent = self._silence.heard(tickets, self._work)
+            if silent:
+                logger.warning("%d merges or copies given up: their API server asks no more", len(silent))
+                self._give_up(silent)
             return {"ok": True, "work": {t: answer(functools.partial(self._reply, t)) for t in tickets}}
 
         return answer(work)
@@ -242,14 +258,7 @@ class MergeWorker(Generic[Model]):
         """Give up tickets; work that nobody else waits for ends, or does not begin."""
 
         def work() -> Reply:
-            for ticket in tickets:
-                self._replies.pop(ticket, None)
-                given_up = self._work.pop(ticket, None)
-                if given_up is not None:
-                    del given_up.owners[ticket]
-                    if not given_up.owners:
-                        given_up.job.cancel()
-                        self._making = {d: w for d, w in self._making.items() if w is not given_up}
+            self._give_up(tickets)
             return {"ok": True, "key": "", "held": self._snapshots.nbytes}
 
         return answer(work)
@@ -308,12 +317,24 @@ class MergeWorker(Generic[Model]):
         work.owners[ticket] = owner
         self._work[ticket] = work
 
+    def _give_up(self, tickets: Collection[str]) -> None:
+        for ticket in tickets:
+            self._replies.pop(ticket, None)
+            given_up = self._work.pop(ticket, None)
+            if given_up is not None:
+                del given_up.owners[ticket]
+                if not given_up.owners:
+                    given_up.job.cancel()
+                    self._making = {d: w for d, w in self._making.items() if w is not given_up}
+
     def _reply(self, ticket: str) -> Reply:
         """The reply under a ticket: that of finished work, or how the work is getting on."""
         if ticket in self._replies:
             _, reply = self._replies.pop(ticket)
             self._keep_reply(ticket, reply)
             return reply
+        if ticket not in self._work:
+            return GIVEN_UP
         job = self._work[ticket].job
         pending = Pending(job.running, job.done, job.total, job.spent, job.announced)
         return {"ok": True, "pending": asdict(pending)}
