@@ -13,6 +13,8 @@ from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
+from prometheus_client.multiprocess import mark_process_dead
+
 from .current import current
 
 logger = logging.getLogger("vllm.merged_lora")
@@ -31,11 +33,13 @@ def wrap_wait_for_completion_or_failure(original: Callable[..., None]) -> Callab
                 processes = api_server_manager.processes
                 # By the sentinels, as vLLM does it: a process that ends may not have an exit code yet.
                 ended = set(connection.wait([process.sentinel for process in processes], timeout=0))
+                lost = [process for process in processes if process.sentinel in ended]
                 living = [process for process in processes if process.sentinel not in ended]
-                lost = len(processes) - len(living)
                 if not current.settings.enable or not living or not lost:
                     raise
-                logger.error("%d API server(s) died; the other %d keep serving", lost, len(living))
+                logger.error("%d API server(s) died; the other %d keep serving", len(lost), len(living))
+                for process in lost:  # or /metrics would go on adding up their gauges
+                    mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
                 api_server_manager.processes = living
 
     return wait_for_completion_or_failure
