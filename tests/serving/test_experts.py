@@ -248,6 +248,24 @@ def test_an_adapter_of_experts_is_served_from_memory_as_vllm_reads_it(
     assert_same(place.held(lora), place.read("a", **options))
 
 
+def test_vllm_refuses_experts_in_one_piece_while_a_step_activates_a_merge(
+    apart: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its check looks at the layers that it has then, and an activation takes some of them away."""
+    all_layers, replies = dict(apart.layers.modules), []
+
+    def reset_lora(index: int) -> None:
+        assert apart.layers.modules.keys() < all_layers.keys()
+        replies.append(apart.capture("whole", adapter(WHOLE, 2), {}))
+
+    monkeypatch.setattr(all_layers[HOLDERS[0]], "reset_lora", reset_lora)
+    apart.capture("a", adapter(ATTENTION, 1))
+    apart.slot("sum(a)")
+    (reply,) = replies
+    assert not reply["ok"]
+    assert "contains fused 3D MoE weights" in reply["error"]
+
+
 def test_what_the_largest_merge_takes_counts_all_experts(apart: Place, whole: Place) -> None:
     for place in (apart, whole):
         modules, nbytes = model_hooks.largest_adapter(place.layers)

@@ -224,8 +224,8 @@ def wrap_activate_adapter(original: Callable[..., bool]) -> Callable[..., bool]:
     """Wrap ``LoRAModelManager.activate_adapter``: vLLM chooses the slot, and a writer fills it.
 
     While vLLM does its bookkeeping, its ``modules`` are those that no writer fills, so that it copies nothing
-    into the others.  After an activation that fails, the adapter is inactive and the slot's content counts as
-    unknown.
+    into the others.  Its layers for experts stay, which its own reader looks at in another thread.  After an
+    activation that fails, the adapter is inactive and the slot's content counts as unknown.
     """
 
     @functools.wraps(original)
