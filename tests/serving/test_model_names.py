@@ -233,6 +233,18 @@ def test_a_name_that_vllm_would_map_twice_stays_as_the_adapter_has_it() -> None:
     assert names.spelling("layers.0.mlp.fc1", "layers.0.fc1") == "layers.0.fc1"
 
 
+def test_what_is_known_of_names_is_bounded_whatever_adapters_call_their_modules(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("merged_lora.vllm_plugin.hooks.names.KNOWN", 8)
+    names = names_of_model(WeightsMapper(orig_to_new_prefix={"model.": "text."}), "text.q_proj")
+    for i in range(100):
+        assert names.theirs(f"model.{i}.q_proj") == f"text.{i}.q_proj"
+        assert names.spelling("text.q_proj", f"{i}.q_proj") == "model.q_proj"
+    assert names._theirs.cache_info().currsize == 8
+    assert len(names._spellings) == 1
+
+
 def test_a_pooling_models_modules_go_by_names_without_a_prefix_too(place: Place) -> None:
     place.layers.is_pooling_model = True
     place.layers.model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"layers.": "text.layers."})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from merged_lora.files.layout import PREFIX
 
 FIRST = ("model.", "lm_head")
 """How names begin in transformers; a spelling that begins like this goes before the others."""
+KNOWN = 1 << 16
+"""Most names of adapters whose meaning is kept: the largest models have 45,000 modules with their experts."""
 
 
 def parts_of(packed: Mapping[str, list[str]], name: str) -> list[str]:
@@ -67,14 +70,13 @@ class ModelNames:
         self._unused = tuple(
             f"{name}." for module in _unused_modules(layers) for name in names_of(layers, module)
         )
-        self._theirs: dict[str, str] = {}
-        self._spellings: dict[str, str | None] = {}
+        self._spellings: dict[str, str | None] = {}  # of modules of the model alone
+        # Adapters may have any names.  This cache is safe between the threads that read, merge and step.
+        self._theirs = functools.lru_cache(KNOWN)(functools.partial(_parsed, self.mapper))
 
     def theirs(self, name: str) -> str:
         """vLLM's name for a module of an adapter, whether or not the model has it."""
-        if name not in self._theirs:
-            self._theirs[name] = parse_fine_tuned_lora_name(f"{PREFIX}{name}.lora_A.weight", self.mapper)[0]
-        return self._theirs[name]
+        return self._theirs(name)
 
     def module(self, name: str) -> str | None:
         """The module of the model that an adapter means by a name; None if it has none that takes LoRA.
@@ -120,6 +122,11 @@ class ModelNames:
         for theirs, ours in prefixes.items():
             if f"{module}.".startswith(ours):
                 yield (theirs + f"{module}."[len(ours) :]).removesuffix(".")
+
+
+def _parsed(mapper: Any, name: str) -> str:
+    theirs: str = parse_fine_tuned_lora_name(f"{PREFIX}{name}.lora_A.weight", mapper)[0]
+    return theirs
 
 
 def _unused_modules(layers: Any) -> Iterator[str]:
