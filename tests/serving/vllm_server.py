@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ class Server(VllmServer):
             limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=False,
         )
+
+    def processes(self) -> list[int]:
+        """Ids of the server's processes that are running: those of its session."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended meanwhile
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.pid and state != "Z":
+                    found.append(int(stat.parent.name))
+        return found
 
     def get(self, route: str) -> tuple[int, Any]:
         """Reply to a GET."""
