@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from merged_lora.cores import usable_cores
+
 from . import machine
 from .gpu_report import HEADER, Row
 from .recording import FAILED, WRONG, Record
@@ -105,7 +107,7 @@ def run(
 
 def _check(crew: Crew, end: float) -> None:
     """Make all checks, several at a time because none is timed, and run the sanitizer beside them."""
-    workers = max(1, min(WORKERS, machine.cores() // 2))
+    workers = max(1, min(WORKERS, usable_cores() // 2))
     watched_until = min(end, time.monotonic() + crew.limits.sanitizer)
     # The crew is left first, and ends what the threads of the pool wait for.
     with ThreadPoolExecutor(workers + 1) as pool, crew:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from merged_lora.cores import usable_cores
+
 from .timing import once
 
 COPIED = 128 << 20
@@ -25,7 +27,7 @@ def facts(*packages: str) -> dict[str, object]:
 
     return {
         "cpu": _cpu(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "load average": round(os.getloadavg()[0], 2),
         "copy GB/s": round(_copy_speed() / 1e9, 1),
         "python": platform.python_version(),
@@ -43,7 +45,7 @@ def environment() -> dict[str, object]:
         "commit": output_of("git", "rev-parse", "HEAD"),
         "changed": output_of("git", "status", "--porcelain").splitlines(),
         "python": platform.python_version(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "interpreter": os.environ.get("TRITON_INTERPRET", ""),
         "nvidia-smi": output_of("nvidia-smi"),
     } | {name: installed(name) for name in names}
@@ -62,11 +64,6 @@ def installed(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def output_of(*command: str) -> str:

@@ -13,9 +13,9 @@ from typing import cast
 from openai import OpenAI, Stream
 from openai.types import Completion
 
+from merged_lora.cores import usable_cores
 from merged_lora.errors import MergeError
 
-from . import machine
 from .launcher import VllmServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def threads() -> dict[str, str]:
 
     Without it the threads of a step wait at every barrier for one that lost its core, and times vary widely.
     """
-    return {"OMP_NUM_THREADS": str(max(1, machine.cores() - 1))}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() - 1))}
 
 
 def check() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import heapq
-import os
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from merged_lora.backends import Progress
+from merged_lora.cores import raise_nice, usable_cores
 
 Integers = NDArray[np.int64]
 Item = TypeVar("Item")
@@ -41,15 +41,13 @@ class Pool:
     Once the main thread has ended, no more work is handed out: whoever asks for it gets a RuntimeError.  The
     interpreter waits at most EXIT_SECONDS for work that runs by then.
 
-    threads: number of threads; by default one for each core that the process may use.
+    threads: number of threads; by default one for each core that the process can keep busy.
     nice:    nice value of each, 0 to 19; the process's own if that is larger.
     """
 
     def __init__(self, threads: int | None = None, nice: int = 0) -> None:
         self.confined = threads is not None
-        self.cores = threads or (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self.cores = threads or usable_cores()
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._callers: list[threading.Thread] = []
         members = _start(self.cores, nice, self._tasks)
@@ -180,9 +178,8 @@ def _start(count: int, nice: int, tasks: SimpleQueue[_Task | None]) -> list[thre
 
     def work() -> None:
         try:
-            if nice:  # Linux knows the nice value of a single thread, as if it were a process
-                own = threading.get_native_id()
-                os.setpriority(os.PRIO_PROCESS, own, max(nice, os.getpriority(os.PRIO_PROCESS, own)))
+            if nice:
+                raise_nice(nice)
             torch._C.set_num_threads(1)
             torch.get_num_threads()
         except BaseException:
