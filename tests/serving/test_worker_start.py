@@ -211,6 +211,20 @@ def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: p
         load_backend.cache_clear()
 
 
+def test_merges_start_in_a_server_that_is_nicer_than_they_have_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_values: list[int] = []
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 15)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, nice: set_values.append(nice))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda which, cores: None)
+    monkeypatch.setattr(torch._C, "set_num_threads", lambda threads: None)
+    interval = sys.getswitchinterval()
+    try:
+        worker_hooks._enter(CopyingBackend(), 1)
+    finally:
+        sys.setswitchinterval(interval)
+    assert min(set_values, default=15) >= 15  # an ordinary user may not go below
+
+
 def test_a_thread_that_merges_gives_way_to_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     confined: list[tuple[int, int]] = []
 

@@ -11,7 +11,6 @@ import inspect
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Backend, SlotBackend, load_backend
+from merged_lora.cores import raise_nice
 from merged_lora.errors import AdapterError, BackendError, PlanError, UnknownAdapterError
 from merged_lora.factors import Factors
 from merged_lora.vllm_plugin.identity import is_merge_path
@@ -94,7 +94,7 @@ def _threads(manager: Any, settings: Settings) -> int:
 def _enter(backend: Backend, threads: int) -> None:
     """Prepare the thread that merges, and those that it starts: they may use every core, and take none."""
     os.sched_setaffinity(0, current.cores)  # of this thread, as is its priority
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    raise_nice(NICE)
     sys.setswitchinterval(SWITCH)
     torch._C.set_num_threads(threads)  # vLLM's CPU build replaces torch.set_num_threads by nothing
     backend.confine(threads, NICE)
