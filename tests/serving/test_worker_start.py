@@ -17,14 +17,16 @@ from vllm.lora.lora_model import LoRAModel
 
 import tiny
 from making import random_adapter
-from merged_lora.backends import load_backend
+from merged_lora.backends import Progress, load_backend
 from merged_lora.engine import plan
 from merged_lora.errors import BackendError, PlanError
 from merged_lora.spec import parse
 from merged_lora.triton_kernels.packed import ALIGNMENT, DeviceSources
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
 from merged_lora.vllm_plugin.hooks.current import current
+from merged_lora.vllm_plugin.hooks.wrapping import ATTRIBUTE
 from merged_lora.vllm_plugin.settings import GIB, Settings
+from merged_lora.vllm_plugin.worker.background import Task
 from merged_lora.vllm_plugin.worker.makers import HostMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from slots import (
@@ -209,6 +211,42 @@ def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: p
             worker_hooks._maker(manager, Settings(enable=True, backend="triton"), False, adapters)
     finally:
         load_backend.cache_clear()
+
+
+def test_the_number_of_threads_that_an_operator_gives_is_that_of_merging_and_of_reading(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Confined(CopyingBackend):
+        def confine(self, threads: int, nice: int) -> None:
+            confined.append(threads)
+
+    def limit(threads: int) -> None:
+        limits[threading.current_thread().name] = threads
+
+    def own_nice(_: Progress) -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    confined, limits = list[int](), dict[str, int]()
+    interval, nice = sys.getswitchinterval(), os.getpriority(os.PRIO_PROCESS, 0)
+    monkeypatch.setattr(torch._C, "set_num_threads", limit)
+    monkeypatch.setattr(worker_hooks, "load_backend", lambda name: Confined())
+    manager = worker_manager(vllm_config)
+    settings = Settings.of({"merged_lora": {"threads": "3"}})
+    engine = SimpleNamespace(
+        additional_config={"merged_lora": replace(settings, enable=True).to_config(api_server=False)},
+        model_config=SimpleNamespace(enable_sleep_mode=False),
+    )
+    worker_hooks.wrap_init(lambda self, vllm_config: None)(manager, engine)
+    merges: MergeWorker[LoRAModel] = getattr(manager, ATTRIBUTE)
+    try:
+        threads = merges._merger, merges._reader
+        found = [thread.submit(lambda: Task(0.0, 1, own_nice)).result() for thread in threads]
+    finally:
+        merges.stop()
+        sys.setswitchinterval(interval)
+    assert confined == [3]
+    assert limits == {"merged-lora-merge": 3, "merged-lora-read": 3}
+    assert found == [max(10, nice), nice]  # the load of a plain adapter waits for the second one
 
 
 def test_merges_start_in_a_server_that_is_nicer_than_they_have_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,13 +70,15 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         if settings.enable:
             adapters = VllmPlainAdapters(self)
             maker = _maker(self, settings, vllm_config.model_config.enable_sleep_mode, adapters)
+            threads = _threads(self, settings)
             worker = MergeWorker(
                 self.lora_config.max_lora_rank,
                 int(settings.cache_gib * GIB),
                 adapters,
                 maker,
                 seconds=settings.max_seconds,
-                enter=functools.partial(_enter, maker.backend, _threads(self, settings)),
+                enter=functools.partial(_enter, maker.backend, threads),
+                enter_reading=functools.partial(_enter_reading, threads),
             )
         setattr(self, ATTRIBUTE, worker)
 
@@ -93,11 +95,19 @@ def _threads(manager: Any, settings: Settings) -> int:
 
 def _enter(backend: Backend, threads: int) -> None:
     """Prepare the thread that merges, and those that it starts: they may use every core, and take none."""
-    os.sched_setaffinity(0, current.cores)  # of this thread, as is its priority
     raise_nice(NICE)
     sys.setswitchinterval(SWITCH)
-    torch._C.set_num_threads(threads)  # vLLM's CPU build replaces torch.set_num_threads by nothing
+    _enter_reading(threads)
     backend.confine(threads, NICE)
+
+
+def _enter_reading(threads: int) -> None:
+    """Prepare the thread that reads adapters, and torch's threads for it.
+
+    Its priority stays that of the steps, because the load of a plain adapter waits for it.
+    """
+    os.sched_setaffinity(0, current.cores)  # of this thread alone
+    torch._C.set_num_threads(threads)  # vLLM's CPU build replaces torch.set_num_threads by nothing
 
 
 def _maker(manager: Any, settings: Settings, sleeps: bool, adapters: VllmPlainAdapters) -> Maker[LoRAModel]:

@@ -109,6 +109,7 @@ class MergeWorker(Generic[Model]):
     pace:     how long merges take here.
     seconds:  longest merge that is made, ``--merged-lora-max-seconds``.
     enter:    called first in the thread that merges.
+    enter_reading: called first in the thread that reads adapters.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class MergeWorker(Generic[Model]):
         pace: Pace | None = None,
         seconds: float = math.inf,
         enter: Callable[[], None] = lambda: None,
+        enter_reading: Callable[[], None] = lambda: None,
     ) -> None:
         self._max_rank = max_rank
         self._adapters = adapters
@@ -138,7 +140,7 @@ class MergeWorker(Generic[Model]):
         self._work: dict[str, _Work] = {}  # by ticket
         self._replies: dict[str, tuple[float, Reply]] = {}  # by ticket, of work that is done, with the time
         self._silence = Silence()
-        self._reader = Background("merged-lora-read")
+        self._reader = Background("merged-lora-read", enter_reading)
         self._merger = Background("merged-lora-merge", enter)
         self._room: Job[None] | None = None  # makes memory ready for the next merge
 
