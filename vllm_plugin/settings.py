@@ -41,6 +41,7 @@ class Settings:
     enable:      whether merges are served at all.
     aliases:     names served beside the adapters, each with its merge.
     alias_store: file through which API servers share aliases that change at run time; made by the plugin.
+    local_workers: number of the server's workers on this machine; found by the plugin.
 
     :data:`FLAGS` describes the others.
     """
@@ -65,6 +66,7 @@ class Settings:
     check: bool = False
     vllm: str = ANY_RELEASE
     alias_store: str | None = None
+    local_workers: int = 1
 
     @classmethod
     def of(cls, additional_config: object) -> Settings:
@@ -80,7 +82,8 @@ class Settings:
             raise MergeError(
                 f'additional_config["{KEY}"]: "enable" must be true or false, "aliases" must be an object'
             )
-        values = {"enable": given.get("enable", False), "alias_store": given.get("alias_store")}
+        found = ("enable", "alias_store", "local_workers")
+        values = {key: given[key] for key in found if key in given}
         values["aliases"] = {name: _alias(name, text) for name, text in aliases.items()}
         for flag in FLAGS:
             if flag.key in given:
@@ -257,8 +260,8 @@ FLAGS = (
     Flag(
         "threads",
         _whole_number(1, MAX_COUNT),
-        "Number of threads in which each worker merges on its CPU, at low priority. By default, as many as "
-        "the cores that vLLM's own threads leave free, and at least one.",
+        "Number of threads in which each worker merges on its CPU, at low priority. By default, its share of "
+        "the cores that the threads of all workers on this machine leave free, and at least one.",
         "N",
         workers=True,
     ),

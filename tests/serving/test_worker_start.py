@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.lora.lora_model import LoRAModel
 
 import tiny
@@ -22,6 +22,7 @@ from merged_lora.engine import plan
 from merged_lora.errors import BackendError, PlanError
 from merged_lora.spec import parse
 from merged_lora.triton_kernels.packed import ALIGNMENT, DeviceSources
+from merged_lora.vllm_plugin.hooks import command_line
 from merged_lora.vllm_plugin.hooks import worker as worker_hooks
 from merged_lora.vllm_plugin.hooks.current import current
 from merged_lora.vllm_plugin.hooks.wrapping import ATTRIBUTE
@@ -211,6 +212,55 @@ def test_a_backend_that_cannot_be_loaded_is_an_error_at_the_start(monkeypatch: p
             worker_hooks._maker(manager, Settings(enable=True, backend="triton"), False, adapters)
     finally:
         load_backend.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "usable", "workers", "threads"),
+    [
+        pytest.param("cpu", 64, 1, 33, id="one worker"),
+        pytest.param("cpu", 80, 2, 9, id="two workers"),
+        pytest.param("cpu", 64, 2, 1, id="two workers that leave one core each"),
+        pytest.param("cpu", 8, 1, 1, id="fewer cores than the worker has threads"),
+        pytest.param("cuda", 64, 1, 62, id="one device"),
+        pytest.param("cuda", 64, 8, 6, id="eight devices"),
+        pytest.param("cuda", 8, 8, 1, id="a core for each device"),
+    ],
+)
+def test_by_default_merges_have_the_cores_that_the_workers_of_the_machine_leave_free(
+    device: str, usable: int, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[object] = []
+    monkeypatch.setattr(worker_hooks, "usable_cores", lambda cores: allowed.append(cores) or usable)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 31)
+    manager, settings = SimpleNamespace(device=torch.device(device)), Settings(local_workers=workers)
+    assert worker_hooks._threads(manager, settings) == threads
+    assert worker_hooks._threads(manager, replace(settings, threads=5)) == 5
+    assert allowed == [current.cores]  # not those of the thread that asks, which vLLM may have bound
+
+
+@pytest.mark.parametrize(
+    ("ranks", "engines", "here", "workers"),
+    [(1, 1, 1, 1), (2, 1, 1, 2), (2, 2, 2, 4), (1, 4, 2, 2), (1, 2, 0, 1)],
+)
+def test_a_worker_knows_how_many_there_are_on_its_machine_in_all_engines(
+    ranks: int, engines: int, here: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel = ParallelConfig(
+        tensor_parallel_size=ranks,
+        data_parallel_size=engines,
+        data_parallel_size_local=here,
+        distributed_executor_backend="mp",
+    )
+    monkeypatch.setattr(command_line, "_check_release", lambda accepted: None)
+    monkeypatch.setattr(command_line, "current", replace(current))
+
+    def create_engine_config(self: Any) -> Any:
+        return SimpleNamespace(parallel_config=parallel, additional_config=self.additional_config)
+
+    asked = SimpleNamespace(additional_config={"merged_lora": {"enable": True}})
+    made = command_line.wrap_create_engine_config(create_engine_config)(asked)
+    parallel.reconfigure_for_independent_dp_rank()  # as each engine of a dense model does
+    assert Settings.of(made.additional_config).local_workers == workers
 
 
 def test_the_number_of_threads_that_an_operator_gives_is_that_of_merging_and_of_reading(

@@ -179,9 +179,21 @@ def wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., Any
                 )
             self.enable_lora = True
             self.additional_config = {**self.additional_config, KEY: settings.to_config(api_server=False)}
-        return original(self, *args, **kwargs)
+        config = original(self, *args, **kwargs)
+        if settings.enable:
+            config.additional_config[KEY]["local_workers"] = _local_workers(config.parallel_config)
+        return config
 
     return create_engine_config
+
+
+def _local_workers(parallel: Any) -> int:
+    """Number of workers on this machine, of all its engines; 1 if it has none.
+
+    It has to be asked here: an engine of a dense model takes itself for the only one.
+    """
+    engines: int = parallel.data_parallel_size_local
+    return parallel.local_world_size * engines if engines else 1
 
 
 def _check_release(accepted: str) -> None:

@@ -23,7 +23,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from merged_lora.adapters import Adapter
 from merged_lora.backends import Backend, SlotBackend, load_backend
-from merged_lora.cores import raise_nice
+from merged_lora.cores import raise_nice, usable_cores
 from merged_lora.errors import AdapterError, BackendError, PlanError, UnknownAdapterError
 from merged_lora.factors import Factors
 from merged_lora.vllm_plugin.identity import is_merge_path
@@ -86,11 +86,11 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _threads(manager: Any, settings: Settings) -> int:
-    """Number of threads that merge: those asked for, or as many as cores are left by vLLM's own threads."""
+    """Number of threads that merge: those asked for, or a share of the cores that all workers leave free."""
     if settings.threads is not None:
         return settings.threads
     taken = torch.get_num_threads() if manager.device.type == "cpu" else DRIVERS
-    return max(1, len(current.cores) - taken)
+    return max(1, usable_cores(current.cores) // settings.local_workers - taken)
 
 
 def _enter(backend: Backend, threads: int) -> None:
