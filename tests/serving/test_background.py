@@ -343,6 +343,18 @@ def test_work_for_idle_times_comes_last_and_ends_when_there_is_other_work(thread
     assert notes == ["gate0", "gate1", "idle0", "other0", "other1"]
 
 
+def test_work_for_idle_times_interrupts_nothing_however_long_that_takes(thread: Background) -> None:
+    notes: list[str] = []
+    long, idle = Steps("long", 100.0, 3, notes), Steps("idle", 0.0, 1, notes)
+    job = begun(thread, long)
+    other = thread.submit(lambda: replace(idle.task(), idle=True))
+    for steps in (long, idle):
+        steps.let(steps.steps)
+    assert job.result() == "long"
+    assert other.result() == "idle"
+    assert notes == ["long0", "long1", "long2", "idle0"]
+
+
 def test_an_error_keeps_nothing_of_the_work_that_raised_it(thread: Background) -> None:
     left: list[weakref.ref[Large]] = []
 

@@ -203,7 +203,8 @@ class Background:
         first = min(able, key=_order, default=None)
         if first is None or first.task is None or not running:
             return first
-        return first if first.due < running[-1].due and len(running) < DEEPEST else None
+        interrupts = not first.task.idle and first.due < running[-1].due and len(running) < DEEPEST
+        return first if interrupts else None
 
     def _size_up(self, job: Job[Any]) -> None:
         try:
