@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from merged_lora.backends import Progress
-from merged_lora.vllm_plugin.worker.background import Background, CancelledError, Job, OverdueError, Task
+from merged_lora.vllm_plugin.worker.background import (
+    BRIEF,
+    Background,
+    CancelledError,
+    Job,
+    OverdueError,
+    Task,
+)
 
 PATIENCE = 20.0
 
@@ -378,27 +385,55 @@ def test_an_error_keeps_nothing_of_the_work_that_raised_it(thread: Background) -
     assert "in inner" in lines
 
 
-def test_interruptions_are_bounded_in_depth(thread: Background) -> None:
-    depth, deepest = 0, 0
+@pytest.mark.parametrize(("seconds", "passes"), [(BRIEF, True), (2 * BRIEF, False)])
+def test_brief_work_alone_interrupts_the_last_of_those_that_interrupted_each_other(
+    thread: Background, seconds: float, passes: bool
+) -> None:
     notes: list[str] = []
+    given = [Steps(f"{n} s ", float(n), 2, notes) for n in (300, 150, 100)]
+    jobs = []
+    for outer, steps in zip([None, *given], given, strict=False):
+        jobs.append(thread.submit(steps.task))
+        if outer is not None:
+            outer.let(1)
+        assert steps.begun.wait(PATIENCE)
+    short = Steps("short", seconds, 1, notes)
+    short.let(1)
+    jobs.append(thread.submit(short.task))
+    for steps in reversed(given):
+        steps.let(2)
+    for job in jobs:
+        job.result()
+    expected = ["300 s 0", "150 s 0", "100 s 0", "short0", "100 s 1", "150 s 1", "300 s 1"]
+    assert (notes == expected) == passes
+    assert notes.index("short0") == (3 if passes else 4)
 
-    def run(progress: Progress) -> str:
-        nonlocal depth, deepest
-        depth += 1
-        deepest = max(deepest, depth)
-        assert proceed.wait(PATIENCE)
-        progress(1)
-        depth -= 1
-        return "done"
 
-    proceed = threading.Event()
-    first = Steps("first", 1000.0, 1, notes)
-    jobs = [begun(thread, first)]
-    jobs += [thread.submit(lambda i=i: Task(500.0 / (i + 1), 1, run)) for i in range(10)]  # type: ignore[misc]
-    first.let(1)
-    proceed.set()
-    assert [job.result() for job in jobs] == ["first"] + ["done"] * 10
-    assert deepest <= 3
+@pytest.mark.parametrize(
+    ("lengths", "most"),
+    [([1000.0 / 2**i for i in range(8)], 3), ([1000.0, 500.0, 250.0, *(BRIEF / 2**i for i in range(8))], 4)],
+)
+def test_interruptions_are_bounded_in_depth(thread: Background, lengths: list[float], most: int) -> None:
+    jobs: list[Job[None]] = []
+    depth, deepest = 0, 0
+
+    def submit(index: int) -> None:
+        def run(progress: Progress) -> None:
+            nonlocal depth, deepest
+            depth += 1
+            deepest = max(deepest, depth)
+            if index + 1 < len(lengths):
+                submit(index + 1)
+            progress(1)
+            depth -= 1
+
+        jobs.append(thread.submit(lambda: Task(lengths[index], 1, run)))
+
+    submit(0)
+    eventually(lambda: len(jobs) == len(lengths))
+    for job in jobs:
+        job.result()
+    assert deepest == most
 
 
 def test_stopping_ends_work_at_its_next_step() -> None:

@@ -22,7 +22,9 @@ Outcome = TypeVar("Outcome")
 PATIENCE = 2.0
 """Work is overtaken by what arrives later for at most this many times as long as it takes by itself."""
 DEEPEST = 3
-"""Number of interrupted pieces of work that are in memory at a time."""
+"""Number of pieces of work that are in memory at a time, because each interrupted the one before."""
+BRIEF = 1.0
+"""Seconds that work may be expected to take to interrupt the last of these as well."""
 LEAVE = 5.0
 """Seconds that the end of the process waits for the thread."""
 
@@ -203,7 +205,8 @@ class Background:
         first = min(able, key=_order, default=None)
         if first is None or first.task is None or not running:
             return first
-        interrupts = not first.task.idle and first.due < running[-1].due and len(running) < DEEPEST
+        deepest = DEEPEST + (first.task.seconds <= BRIEF)
+        interrupts = not first.task.idle and first.due < running[-1].due and len(running) < deepest
         return first if interrupts else None
 
     def _size_up(self, job: Job[Any]) -> None:
