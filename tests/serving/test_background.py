@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from merged_lora.backends import Progress
+from merged_lora.vllm_plugin.worker import background
 from merged_lora.vllm_plugin.worker.background import (
     BRIEF,
     Background,
@@ -201,15 +202,61 @@ def test_whatever_work_raises_it_is_its_own_outcome_and_the_thread_lives_on(
     assert thread.submit(lambda: Task(0.0, 1, lambda _: "next")).result() == "next"
 
 
-def test_a_thread_that_cannot_start_fails_all_work_instead_of_hanging() -> None:
+def fail_always(*_: object) -> Any:
+    raise MemoryError("no memory for the thread")
+
+
+def logged_failures(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The errors in the log whose traceback is given."""
+    return [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
+
+
+def test_a_thread_that_cannot_start_fails_all_work_instead_of_hanging(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def enter() -> None:
         raise PermissionError("no priority")
 
     thread = Background("test", enter)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="could not start: PermissionError: no priority"):
+        with pytest.raises(RuntimeError, match="has failed: PermissionError: no priority"):
             thread.submit(lambda: Task(0.0, 1, lambda _: None)).result()
     thread.stop()
+    assert logged_failures(caplog) == ["no priority"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_thread_that_breaks_fails_what_waits_and_what_comes_later_and_says_so_once(
+    nested: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    thread = Background("test")
+    steps = Steps("running", 100.0, 1 if nested else 0, [])
+    jobs = [begun(thread, steps)] if nested else []
+    original = background._order
+
+    def fail_once(_: Job[Any]) -> Any:
+        monkeypatch.setattr(background, "_order", original)
+        return fail_always()
+
+    monkeypatch.setattr(background, "_order", fail_once)
+    jobs += [thread.submit(Steps("waiting", 1.0, 0, []).task) for _ in range(3)]
+    steps.let(1)
+    for job in jobs:
+        assert "no memory for the thread" in str(eventual_error(job))
+    with pytest.raises(RuntimeError, match="has failed: MemoryError: no memory for the thread"):
+        thread.submit(Steps("later", 1.0, 0, []).task).result()
+    thread.stop()
+    assert logged_failures(caplog) == ["no memory for the thread"]
+
+
+def test_without_memory_for_the_text_of_an_error_the_thread_lives_on(
+    thread: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traceback, "format_exception", fail_always)
+    job: Job[None] = thread.submit(lambda: Task(0.0, 1, fail_always))
+    assert isinstance(eventual_error(job), MemoryError)
+    monkeypatch.undo()
+    assert thread.submit(lambda: Task(0.0, 1, lambda _: "next")).result() == "next"
 
 
 def test_what_takes_much_longer_than_expected_makes_way_for_what_it_interrupted(

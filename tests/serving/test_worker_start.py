@@ -230,7 +230,12 @@ def test_by_default_merges_have_the_cores_that_the_workers_of_the_machine_leave_
     device: str, usable: int, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed: list[object] = []
-    monkeypatch.setattr(worker_hooks, "usable_cores", lambda cores: allowed.append(cores) or usable)
+
+    def usable_cores(cores: object) -> int:
+        allowed.append(cores)
+        return usable
+
+    monkeypatch.setattr(worker_hooks, "usable_cores", usable_cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 31)
     manager, settings = SimpleNamespace(device=torch.device(device)), Settings(local_workers=workers)
     assert worker_hooks._threads(manager, settings) == threads

@@ -7,6 +7,8 @@ another, and shares nothing with the first but its :class:`Job`.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import math
 import threading
 import time
@@ -16,6 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from merged_lora.backends import Progress
+
+logger = logging.getLogger("vllm.merged_lora")
 
 Outcome = TypeVar("Outcome")
 
@@ -134,6 +138,8 @@ class Background:
     work that arrives later is due later.  Work that interrupted another and then takes so much longer than
     expected that the other is due before it makes way, once, and begins anew when nothing else runs.
 
+    If the thread itself fails, and not its work, then all work fails, also what is handed over later.
+
     name:  of the thread.
     enter: called in the thread before anything else; if it fails, so does all work.
     """
@@ -142,6 +148,7 @@ class Background:
         self._enter = enter
         self._changed = threading.Condition()
         self._waiting: list[Job[Any]] = []
+        self._unfinished: list[Job[Any]] = []
         self._stopping = False
         self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
@@ -152,8 +159,13 @@ class Background:
         """Hand over work."""
         job = Job(size_up)
         with self._changed:
-            self._waiting.append(job)
-            self._changed.notify()
+            broken = self._broken
+            if broken is None:
+                self._unfinished = [job, *(other for other in self._unfinished if not other.finished)]
+                self._waiting.append(job)
+                self._changed.notify()
+        if broken is not None:
+            job.finish(error=_failure(broken))
         return job
 
     def stop(self) -> None:
@@ -167,18 +179,36 @@ class Background:
     def _live(self) -> None:
         try:
             self._enter()
+            while not self._stopping and self._broken is None:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting or self._stopping)
+                self._advance(())
         except BaseException as error:
             self._broken = error
-        while not self._stopping:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopping)
-            self._advance(())
+        if self._broken is not None:
+            self._fail_all(self._broken)
+
+    def _fail_all(self, broken: BaseException) -> None:
+        with self._changed:  # what is handed over after this sees that the thread is broken
+            left = [job for job in self._unfinished if not job.finished]
+        for job in left:
+            job.finish(error=_failure(broken))
+        logger.error("the thread %s has ended, and all its work fails", self._thread.name, exc_info=broken)
 
     def _advance(self, running: tuple[Job[Any], ...]) -> bool:
         """Do one piece of work that comes before what is running; returns whether there was any.
 
         running: work that has begun, each of which interrupted the one before.
+
+        Raises what goes wrong in the thread itself; what work raises is its outcome.
         """
+        try:
+            return self._begin(running)
+        except BaseException as error:
+            self._broken = error  # what is running takes this for its own, and then the thread ends
+            raise
+
+    def _begin(self, running: tuple[Job[Any], ...]) -> bool:
         with self._changed:
             if self._stopping:
                 return False
@@ -191,10 +221,7 @@ class Background:
             other.finish(error=CancelledError())
         if job is None:
             return bool(given_up)
-        if self._broken is not None:
-            reason = f"{type(self._broken).__name__}: {self._broken}"
-            job.finish(error=RuntimeError(f"the thread for this work could not start: {reason}"))
-        elif job.task is None:
+        if job.task is None:
             self._size_up(job)
         else:
             self._run(job, job.task, running)
@@ -263,6 +290,11 @@ def _order(job: Job[Any]) -> tuple[bool, bool, float]:
     return job.task is not None, job.task is not None and job.task.idle, job.due
 
 
+def _failure(broken: BaseException) -> RuntimeError:
+    """The error of work for a thread that is broken."""
+    return RuntimeError(f"the thread for this work has failed: {type(broken).__name__}: {broken}")
+
+
 def _forgotten(*_: object) -> Any:
     raise RuntimeError("this work is over")
 
@@ -270,5 +302,6 @@ def _forgotten(*_: object) -> Any:
 def _let_go(error: BaseException) -> None:
     """Keep as a text where an error came from, because its frames hold what the work was made from."""
     if error.__traceback__ is not None:
-        error.add_note("".join(traceback.format_exception(error)))
+        with contextlib.suppress(MemoryError):  # which may be the error itself
+            error.add_note("".join(traceback.format_exception(error)))
     error.__traceback__ = error.__cause__ = error.__context__ = None
