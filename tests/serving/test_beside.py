@@ -34,6 +34,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.backends import Progress, load_backend, no_progress
 from merged_lora.engine import merge
 from merged_lora.errors import MergeError
+from merged_lora.planning import make_plan
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease, MergeGate
 from merged_lora.vllm_plugin.api_server.ready import LiveMerge
@@ -521,13 +522,33 @@ def test_a_merge_that_takes_longer_than_allowed_is_given_up_whatever_was_expecte
     asyncio.run(run())
 
 
+def test_what_was_slow_in_a_busy_hour_is_made_again_after_a_few_refusals(tmp_path: Path) -> None:
+    tiny.make_adapter(1).save(tmp_path / "a")
+    pace = Pace()
+    pace._measured["sum"] = 1e-9
+    merges = worker(pace=pace, seconds=10.0)
+    key = captured(merges, "one", None, str(tmp_path / "a"))["key"]
+    identity = MergeIdentity(parse("sum(a)"), (key,))
+    sources = merges._sources(identity)
+    while pace.seconds(make_plan(identity.spec, sources)) <= 10.0:
+        merges._task(identity, sources).took(12.0)
+    refusals = 0
+    while refusals < 10:
+        try:
+            merges._task(identity, sources)
+            break
+        except MergeError:
+            refusals += 1
+    assert 0 < refusals < 10
+
+
 def test_weights_that_have_to_be_found_are_found_with_the_merge_and_not_while_it_is_sized_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.make_adapter(1).save(tmp_path / "a")
     tiny.make_adapter(2).save(tmp_path / "b")
     pace = Pace()
-    pace._rates["sum"] = 1e-12
+    pace._measured["sum"] = 1e-12
     merges = worker(pace=pace)
     keys = [captured(merges, "one", None, str(tmp_path / name))["key"] for name in "ab"]
     identity = MergeIdentity(parse("sum(a, b, weights=auto)"), tuple(keys))
@@ -541,7 +562,7 @@ def test_weights_that_have_to_be_found_are_found_with_the_merge_and_not_while_it
     task = merges._task(identity, merges._sources(identity))
     assert found == []
     task.took(1e9)
-    assert pace._rates == {"sum": 1e-12}  # the time for weights teaches nothing of merges without
+    assert [kind[:2] for kind in pace._learned] == [("sum", True)]  # nothing of merges without such weights
     made = task.run(no_progress)
     assert found == [2]
     expected = merge("sum(a, b, weights=auto)", {name: tmp_path / name for name in "ab"}, rank=16)
@@ -572,7 +593,7 @@ def test_a_merge_that_takes_longer_than_announced_is_a_line_in_the_log_and_a_les
     monkeypatch.setattr(logging.getLogger("vllm.merged_lora"), "handlers", [caplog.handler])
     monkeypatch.setattr("merged_lora.vllm_plugin.api_server.gate.LATE_SECONDS", 0.0)
     pace = Pace()
-    pace._rates["sum"] = 1e-12
+    pace._measured["sum"] = 1e-12
 
     async def run() -> None:
         gate = gate_with(worker(pace=pace))
@@ -581,7 +602,7 @@ def test_a_merge_that_takes_longer_than_announced_is_a_line_in_the_log_and_a_les
 
     asyncio.run(run())
     assert "sum(a) took 0.0 s instead of the 0.0 s that were expected" in caplog.text
-    assert pace._rates["sum"] == pytest.approx(1.75e-12)
+    assert list(pace._learned.values()) == [pytest.approx(1.75e-12)]
 
 
 # What is going on

@@ -76,23 +76,23 @@ def test_what_was_measured_is_what_is_announced() -> None:
     known = {name: pace.seconds(planned(f"{name}(a, b)")) for name in MEASURED}
     assert all(known.values())
     # Strategies that were not timed are as fast as the one that is most like them.
-    assert pace._rate("dare_ties_svd") == pace._rate("ties_svd")
-    assert pace._rate("core_linear") == pace._rate("core_ties")
-    assert pace._rate("karcher") == pace._rate("sum")
+    assert pace._rate_at_start("dare_ties_svd") == pace._rate_at_start("ties_svd")
+    assert pace._rate_at_start("core_linear") == pace._rate_at_start("core_ties")
+    assert pace._rate_at_start("karcher") == pace._rate_at_start("sum")
 
 
 def test_every_merge_corrects_the_rate_of_its_strategy() -> None:
     pace, made = Pace(), planned("ties(a, b)")
-    pace._rates["ties"] = 1e-9
+    pace._measured["ties"] = 1e-9
     for _ in range(60):
         pace.correct(made, 3.0)
     assert pace.seconds(made) == pytest.approx(3.0, rel=1e-3)
-    assert pace._rates.keys() == {"ties"}
+    assert pace._measured == {"ties": 1e-9}
 
 
 def test_what_many_merges_that_were_announced_together_teach_does_not_add_up() -> None:
     pace, made = Pace(), planned("ties(a, b)")
-    pace._rates["ties"] = 1e-9
+    pace._measured["ties"] = 1e-9
     known = pace.seconds(made)
     for _ in range(40):
         pace.correct(made, 3 * known)
@@ -101,16 +101,67 @@ def test_what_many_merges_that_were_announced_together_teach_does_not_add_up() -
 
 def test_one_merge_in_a_busy_moment_teaches_little() -> None:
     pace, made = Pace(), planned("ties(a, b)")
-    pace._rates["ties"] = 1e-9
+    pace._measured["ties"] = 1e-9
     known = pace.seconds(made)
     pace.correct(made, 1e6 * known)
     assert known < pace.seconds(made) < 2 * known
 
 
+def test_small_merges_teach_nothing_of_large_ones() -> None:
+    pace, large = Pace(), planned("ties(a, b)", scale=16)
+    pace._measured["ties"] = 1e-9
+    known = pace.seconds(large)
+    for modules in ('"*.up"', "layers.0.up"):
+        small = planned(f"ties(a, b, modules={modules})")
+        for _ in range(40):
+            pace.correct(small, 1e3 * pace.seconds(small))
+    assert pace.seconds(large) == known
+
+
+def test_the_time_that_it_takes_to_find_weights_is_learned_for_itself() -> None:
+    pace = Pace()
+    pace._measured["ties"] = 1e-9
+    plain, automatic = planned("ties(a, b)"), planned("ties(a, b, weights=auto)")
+    known = pace.seconds(plain)
+    for _ in range(60):
+        pace.correct(automatic, 3.0)
+    assert pace.seconds(automatic) == pytest.approx(3.0, rel=1e-3)
+    assert pace.seconds(plain) == known
+
+
+def test_what_is_refused_for_what_was_learned_in_a_busy_hour_is_tried_again() -> None:
+    pace, made = Pace(), planned("ties(a, b)")
+    pace._measured["ties"] = 1e-9
+    limit = 1.5 * pace.seconds(made)
+    for _ in range(20):
+        pace.correct(made, 3 * limit)
+    assert pace.seconds(made) > limit
+    refusals = 0
+    while pace.seconds(made) > limit:
+        pace.doubt(made)
+        refusals += 1
+    assert refusals < 10
+    for _ in range(4):
+        pace.correct(made, 1.2 * limit)  # given up at the limit
+    assert pace.seconds(made) > limit
+
+
+def test_what_is_refused_by_what_was_measured_stays_refused() -> None:
+    pace, made = Pace(), planned("ties(a, b)")
+    pace._measured["ties"] = 1e-9
+    known = pace.seconds(made)
+    pace.doubt(made)
+    assert pace.seconds(made) == known
+    pace.correct(made, 0.5 * known)  # faster than was measured
+    for _ in range(10):
+        pace.doubt(made)
+    assert pace.seconds(made) < known
+
+
 def test_nothing_is_learned_as_long_as_nothing_was_measured() -> None:
     pace = Pace()
     pace.correct(planned("ties(a, b)"), 5.0)
-    assert pace._rates == {}
+    assert pace._learned == {}
 
 
 def test_a_reference_and_a_simulated_device_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +172,7 @@ def test_a_reference_and_a_simulated_device_are_not_timed(monkeypatch: pytest.Mo
     monkeypatch.setattr(backend, "merge", fail)
     pace = Pace()
     pace.measure(backend)
-    assert pace._rates == {}
+    assert pace._learned == {}
 
 
 def test_a_refusal_names_only_strategies_that_take_these_sources_and_less_time() -> None:

@@ -430,18 +430,21 @@ class MergeWorker(Generic[Model]):
         spec = identity.spec
         # Weights that have to be found take time, and change no size.
         sized = make_plan(spec.without("weights") if spec.automatic else spec, sources, self._max_rank)
+        sized = replace(sized, spec=spec)
         seconds = self.pace.seconds(sized)
         if seconds > self._seconds:
-            raise too_long(sized, self._seconds, self.pace, self._max_rank)
+            refusal = too_long(sized, self._seconds, self.pace, self._max_rank)
+            self.pace.doubt(sized)
+            raise refusal
 
         def make(progress: Progress) -> Made[Model]:
-            planned = make_plan(spec, sources, self._max_rank) if spec.automatic else sized
+            planned = sized
+            if spec.automatic:
+                planned = make_plan(spec, sources, self._max_rank)
             return self.maker.make(identity.number, planned, progress)
 
-        task = Task(seconds, len(sized.modules), make, self._seconds)
-        if spec.automatic:  # to find weights took a part of the time, of which the size says nothing
-            return task
-        return replace(task, took=functools.partial(self.pace.correct, sized))
+        took = functools.partial(self.pace.correct, sized)
+        return Task(seconds, len(sized.modules), make, self._seconds, took)
 
     def _store_merge(self, identity: MergeIdentity) -> Reply:
         digest = identity.digest
