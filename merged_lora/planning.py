@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from .adapters import Adapter, calibrations_of
@@ -65,12 +65,14 @@ def make_plan(
     adapters: Mapping[str, Adapter],
     limit: int | None = None,
     base_model: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> MergePlan:
     """The checked plan of a merge.
 
     adapters:   by source name; further ones are ignored.
     limit:      largest rank of the result, None for any.
     base_model: the base model that the result names, None for the one that most sources name.
+    progress:   called with 0 after each module whose weights have to be found; may raise to stop that.
 
     Raises PlanError or UnknownAdapterError if the merge cannot be done.
     """
@@ -85,9 +87,11 @@ def make_plan(
     named = dict(zip(spec.names, sources, strict=True))
     header, notes = header_of(named, names, base_model)
     check_experts(named, names)
+    auto = None
     if spec.automatic:
         check_shapes(named, names)  # before lengths are computed; otherwise each kind of module is checked
-    planner = _Planner(_Settings.of(spec, sources, names), sources, names, limit)
+        auto = auto_weights(sources, names, find(spec.strategy).recipe.blend == "sum", progress)
+    planner = _Planner(_Settings.of(spec, auto), sources, names, limit)
     modules = {name: planner.module(name) for name in names}
     counts = planner.model_counts(modules)
     if planner.adds_factors:
@@ -150,7 +154,7 @@ class _Settings:
     blend: Blend
 
     @classmethod
-    def of(cls, spec: MergeSpec, sources: Sequence[Adapter], names: Sequence[str]) -> _Settings:
+    def of(cls, spec: MergeSpec, auto: Mapping[str, tuple[float, ...]] | None) -> _Settings:
         strategy = find(spec.strategy)
         rank, t, select, shrink = (spec.option(name) for name in ("rank", "t", "select_topk", "shrink"))
 
@@ -162,7 +166,7 @@ class _Settings:
             recipe=strategy.recipe,
             names=spec.names,
             weights=spec.weights(),
-            auto=auto_weights(sources, names, strategy.recipe.blend == "sum") if spec.automatic else None,
+            auto=auto,
             scale=float(spec.option("scale")),  # type: ignore[arg-type]
             densities=shares("density", 1.0),
             gammas=shares("gamma", 0.0),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -27,26 +27,31 @@ MAX_CACHED = 64
 
 
 def auto_weights(
-    sources: Sequence[Adapter], names: Sequence[str], summed: bool
+    sources: Sequence[Adapter],
+    names: Sequence[str],
+    summed: bool,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Mapping[str, tuple[float, ...]]:
     """The weights of each module, one per source that has it.
 
     With lengths ``n_i`` of the deltas and their mean ``n``, ``w_i = (n / n_i) ** balance``.
 
-    sources: the adapters.
-    names:   of the modules.
-    summed:  the rule adds deltas up instead of averaging them.  Then all weights are multiplied by one
-             factor, so that the sum has the length ``n / N ** SHRINK``; deltas that cancel are not blown up,
-             but count as if they were at right angles.
+    sources:  the adapters.
+    names:    of the modules.
+    summed:   the rule adds deltas up instead of averaging them.  Then all weights are multiplied by one
+              factor, so that the sum has the length ``n / N ** SHRINK``; deltas that cancel are not blown up,
+              but count as if they were at right angles.
+    progress: called with 0 after each module, of which none is merged yet; it may raise to stop this.
     """
     key = (tuple(adapter.key for adapter in sources), tuple(names), summed)
     with _LOCK:
         found = _CACHE.use(key)
     if found is not None:
         return found
-    weights = {
-        name: _weights([a.modules[name] for a in sources if name in a.modules], summed) for name in names
-    }
+    weights = {}
+    for name in names:
+        weights[name] = _weights([a.modules[name] for a in sources if name in a.modules], summed)
+        progress(0)
     with _LOCK:
         _CACHE.add(key, weights, MAX_CACHED)
     return weights

@@ -89,6 +89,23 @@ def test_weights_depend_on_nothing_but_the_contents() -> None:
     assert auto_weights(list(copies.values()), list(SMALL), True) == first
 
 
+def test_finding_weights_can_be_stopped_after_each_module_and_begun_anew() -> None:
+    adapters = list(sources(1.0, 3.0).values())
+    expected = auto_weights(adapters, list(SMALL), True)
+    weighing._CACHE.clear()
+    calls: list[int] = []
+
+    def stop(count: int) -> None:
+        calls.append(count)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        auto_weights(adapters, list(SMALL), True, stop)
+    assert auto_weights(adapters, list(SMALL), True, calls.append) == expected
+    assert calls == [0] * (2 + len(SMALL))
+
+
 def test_weights_that_are_remembered_keep_no_adapter_alive() -> None:
     adapter = sources(1.0)["a"]
     auto_weights([adapter], list(SMALL), True)

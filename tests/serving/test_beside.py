@@ -42,6 +42,7 @@ from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import agreed_under
 from merged_lora.vllm_plugin.settings import GIB
+from merged_lora.vllm_plugin.worker.background import CancelledError
 from merged_lora.vllm_plugin.worker.makers import HostMaker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 from merged_lora.vllm_plugin.worker.pace import Pace
@@ -563,8 +564,16 @@ def test_weights_that_have_to_be_found_are_found_with_the_merge_and_not_while_it
     assert found == []
     task.took(1e9)
     assert [kind[:2] for kind in pace._learned] == [("sum", True)]  # nothing of merges without such weights
+
+    def cancel(_: int) -> None:
+        raise CancelledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merges.maker, "make", None)  # before anything is merged
+        with pytest.raises(CancelledError):
+            task.run(cancel)
     made = task.run(no_progress)
-    assert found == [2]
+    assert found == [2, 2]
     expected = merge("sum(a, b, weights=auto)", {name: tmp_path / name for name in "ab"}, rank=16)
     assert made.model.digest == expected.digest
 

@@ -440,7 +440,7 @@ class MergeWorker(Generic[Model]):
         def make(progress: Progress) -> Made[Model]:
             planned = sized
             if spec.automatic:
-                planned = make_plan(spec, sources, self._max_rank)
+                planned = make_plan(spec, sources, self._max_rank, progress=progress)
             return self.maker.make(identity.number, planned, progress)
 
         took = functools.partial(self.pace.correct, sized)
