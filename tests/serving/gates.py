@@ -18,22 +18,26 @@ from merged_lora.backends import Progress, load_backend, no_progress
 from merged_lora.plan import MergePlan
 from merged_lora.replay import Replayed
 from merged_lora.spec import parse
-from merged_lora.vllm_plugin.api_server.gate import MergeGate
+from merged_lora.vllm_plugin.api_server.gate import Lease, MergeGate
 from merged_lora.vllm_plugin.api_server.metrics import Metrics
+from merged_lora.vllm_plugin.api_server.ready import LiveMerge
 from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
 from merged_lora.vllm_plugin.api_server.sources import Sources
 from merged_lora.vllm_plugin.api_server.workers import Workers
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import PREPARE, Reply, agreed_under
-from merged_lora.vllm_plugin.settings import Settings
+from merged_lora.vllm_plugin.settings import GIB, Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker, Made, Maker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
+from merged_lora.vllm_plugin.worker.pace import Pace
 
 Rate = Callable[[MergeIdentity, Tokens, Tokens], Awaitable[Replayed]]
 PATIENCE = 60.0
 """Seconds after which work counts as stuck."""
 LONGEST = 32
 """Most tokens of a prompt with its answer."""
+SMALL = "layers.0.self_attn.k_proj"
+"""A part of a module's name; adapters of it alone are small."""
 
 
 class FolderAdapters:
@@ -204,3 +208,45 @@ async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: 
     tiny.make_adapter(seed, **make).save(folder / name, overwrite=True)
     async with gate.sources.changes:
         await gate.sources.serve(name, await gate.sources.copy(str(folder / name), {}))
+
+
+# Clients of a gate
+
+
+SMALL = "layers.0.self_attn.k_proj"
+"""A part of a module's name; adapters of it alone are small."""
+
+
+class KnownPace(Pace):
+    """Merges take as many seconds as they have weight in their first source."""
+
+    def seconds(self, plan: MergePlan) -> float:
+        return float(plan.spec.sources[0].weight)
+
+
+def budget(merges: int) -> float:
+    """GiB for that many merges of the small sources."""
+    return (merges + 0.5) * tiny.make_adapter(1, only=SMALL).nbytes / GIB
+
+
+def small_worker(**more: Any) -> MergeWorker[Adapter]:
+    """A worker that knows how large its merges are."""
+    return worker(largest=tiny.make_adapter(1, only=SMALL).nbytes, **more)
+
+
+async def two_small_sources(gate: MergeGate, folder: Path) -> None:
+    """Register ``a`` and ``b``, which are small."""
+    for seed, name in enumerate("ab", 1):
+        await register(gate, name, folder, seed, only=SMALL)
+
+
+def ask(gate: MergeGate, spec: str, request: object | None = None) -> asyncio.Task[LiveMerge]:
+    """Ask for a merge as a client does that may leave."""
+    return asyncio.create_task(gate.ready(parse(spec), request or Lease()))
+
+
+async def leave(*tasks: asyncio.Task[Any]) -> None:
+    """Let clients leave."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
