@@ -25,7 +25,7 @@ from merged_lora.vllm_plugin.api_server.replaying import Replays, Tokens
 from merged_lora.vllm_plugin.api_server.sources import Sources
 from merged_lora.vllm_plugin.api_server.workers import Workers
 from merged_lora.vllm_plugin.identity import MergeIdentity
-from merged_lora.vllm_plugin.rpc import PREPARE, Reply, agreed_under
+from merged_lora.vllm_plugin.rpc import CAPTURE, PREPARE, Reply, agreed_under
 from merged_lora.vllm_plugin.settings import GIB, Settings
 from merged_lora.vllm_plugin.worker.makers import HostMaker, Made, Maker
 from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
@@ -127,8 +127,15 @@ def worker(
     return MergeWorker(16, limit, adapters or FolderAdapters(), maker or host, **more)
 
 
+def begun(reply: Reply) -> Reply:
+    """The first reply about work: no call does the work itself, unless it refuses it or finds it done."""
+    assert "pending" in reply or not reply["ok"] or not reply.get("made", True)
+    return reply
+
+
 def finished(merges: MergeWorker[Adapter], reply: Reply, ticket: str) -> Reply:
-    """The reply of work that was begun under a ticket, when it is done."""
+    """The reply of work that was begun under a ticket with a first reply, when it is done."""
+    begun(reply)
     end = time.monotonic() + PATIENCE
     while "pending" in reply:
         assert time.monotonic() < end, "the work does not end"
@@ -172,7 +179,8 @@ def workers_with(merges: Sequence[MergeWorker[Adapter]], calls: list[str] | None
 def replies(merges: Sequence[MergeWorker[Adapter]], method: str, arguments: tuple[Any, ...]) -> list[Reply]:
     """The replies of all ranks to a call, as vLLM's workers pass it on."""
     more = (set[int](),) if method == PREPARE else ()
-    return [getattr(each, method.removeprefix("merged_lora_"))(*arguments, *more) for each in merges]
+    found = [getattr(each, method.removeprefix("merged_lora_"))(*arguments, *more) for each in merges]
+    return [begun(reply) for reply in found] if method in (CAPTURE, PREPARE) else found
 
 
 def gate_with(
