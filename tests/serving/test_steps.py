@@ -25,10 +25,12 @@ from vllm_server import PROMPT, Server
 pytestmark = pytest.mark.engine
 
 STEP_LIMIT = 10
-"""Seconds after which vLLM counts a step as hung and ends; its default is 300.  With 5, the first step of a
-server, without any merge, is too long on cores that other tests use too."""
-LONGEST_GAP = 5.0
-"""Seconds between two tokens that are too many, however busy the machine is: a merge here takes twenty."""
+"""Seconds after which vLLM counts a step as hung and ends; its default is 300.  With 5, an engine ended at its
+first request, before any merge, on cores that other tests used too."""
+ROUNDS, ALONE, BESIDE = 3, 2.0, 4.0
+"""How often a stream is watched for that many seconds without a merge, and then beside one."""
+SHARE = 0.1
+"""Part of the time beside a merge that it may take from the stream: a stall of a second is more than 0.2."""
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,8 @@ def slow(seconds: int, name: str = "sql") -> str:
 
 @contextmanager
 def watching(server: Server) -> Iterator[list[float]]:
-    """Stream beside what is done meanwhile; the list gets the seconds between two tokens of a stream."""
-    gaps: list[float] = []
+    """Stream beside what is done meanwhile; the list gets the times at which tokens came."""
+    times: list[float] = []
     done = threading.Event()
     body = {"model": "chat", "prompt": PROMPT, "max_tokens": 240, "stream": True, "ignore_eos": True}
 
@@ -72,16 +74,30 @@ def watching(server: Server) -> Iterator[list[float]]:
         while not done.is_set():
             with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
                 assert reply.status_code == 200
-                times = [time.monotonic() for line in reply.iter_lines() if line.startswith("data: {")]
-            gaps.extend(b - a for a, b in itertools.pairwise(times))
+                times.extend(time.monotonic() for line in reply.iter_lines() if line.startswith("data: {"))
 
     thread = threading.Thread(target=stream)
     thread.start()
     try:
-        yield gaps
+        yield times
     finally:
         done.set()
         thread.join(120)
+
+
+def stalled(times: list[float], spans: list[tuple[float, float]]) -> list[float]:
+    """The part of each span for which a stream stood still, beyond its longest gap outside of all spans.
+
+    times: at which its tokens came.
+    spans: begin and end of each.
+    """
+    gaps = list(itertools.pairwise(times))
+    beside = [[gap for gap in gaps if gap[0] < end and begin < gap[1]] for begin, end in spans]
+    usual = max(b - a for a, b in set(gaps).difference(*beside))
+    return [
+        sum(max(0.0, b - a - usual) for a, b in gaps_of_it) / (end - begin)
+        for gaps_of_it, (begin, end) in zip(beside, spans, strict=True)
+    ]
 
 
 @contextmanager
@@ -112,21 +128,29 @@ def eventually(condition: Any, seconds: float = 30.0) -> None:
 
 def test_a_merge_of_twenty_seconds_delays_no_stream_and_ends_when_its_client_leaves(limited: Server) -> None:
     cancelled = 'merged_lora_merges_total{result="cancelled",strategy="dare_linear"}'
-    with watching(limited) as gaps:
-        with asking(limited, slow(20)):
-            eventually(lambda: [m["state"] for m in making(limited)] == ["merging"])
-            time.sleep(4)
-            (one,) = making(limited)
-            assert one["requests"] == 1
-            assert one["merged_for"] > 2
-            assert limited.metrics()["merged_lora_queue"] == 1
-        left = time.monotonic()
-        eventually(lambda: making(limited) == [])
-        eventually(lambda: limited.metrics().get(cancelled) == 1)
-        limited.logprobs("sum(0.5*tone)")  # the thread is free again
-        assert time.monotonic() - left < 10
-    assert len(gaps) > 200
-    assert max(gaps) < LONGEST_GAP
+    limited.logprobs("chat")  # what only the first request pays
+    spans = []
+    with watching(limited) as times:
+        for i in range(1, ROUNDS + 1):
+            time.sleep(ALONE)
+            begin = time.monotonic()
+            with asking(limited, slow(20)):
+                eventually(lambda: [m["state"] for m in making(limited)] == ["merging"])
+                time.sleep(BESIDE)
+                (one,) = making(limited)
+                assert one["requests"] == 1
+                assert one["merged_for"] > BESIDE / 2
+                assert limited.metrics()["merged_lora_queue"] == 1
+            eventually(lambda: making(limited) == [])
+            eventually(lambda i=i: limited.metrics().get(cancelled) == i)
+            spans.append((begin, time.monotonic()))
+    begin = time.monotonic()
+    limited.logprobs("sum(0.5*tone)")  # the thread is free again
+    assert time.monotonic() - begin < 10
+    assert len(times) > 200
+    # Whatever else the machine does holds a stream up too.  That makes its gaps longer without a merge as
+    # well, and it differs from round to round, while what a merge takes from a stream it takes in each.
+    assert min(stalled(times, spans)) < SHARE
 
 
 def test_slow_merges_that_lost_their_slot_are_not_made_again(limited: Server) -> None:
