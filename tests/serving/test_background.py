@@ -456,6 +456,28 @@ def test_brief_work_alone_interrupts_the_last_of_those_that_interrupted_each_oth
     assert notes.index("short0") == (3 if passes else 4)
 
 
+def test_brief_work_passes_longer_work_that_is_due_before_and_may_not_interrupt(
+    thread: Background, clock: list[float]
+) -> None:
+    notes: list[str] = []
+    given = [Steps(f"{n} s ", float(n), 2, notes) for n in (300, 150, 100)]
+    longer, brief = Steps("longer", 10.0, 1, notes), Steps("brief", BRIEF, 1, notes)
+    jobs = []
+    for outer, steps in zip([None, *given], given, strict=False):
+        jobs.append(thread.submit(steps.task))
+        if outer is not None:
+            outer.let(1)
+        assert steps.begun.wait(PATIENCE)
+    jobs.append(thread.submit(longer.task))
+    clock[0] = 30.0
+    jobs.append(thread.submit(brief.task))
+    for steps in (brief, longer, *reversed(given)):
+        steps.let(2)
+    for job in jobs:
+        job.result()
+    assert notes[3:5] == ["brief0", "100 s 1"]
+
+
 @pytest.mark.parametrize(
     ("lengths", "most"),
     [([1000.0 / 2**i for i in range(8)], 3), ([1000.0, 500.0, 250.0, *(BRIEF / 2**i for i in range(8))], 4)],

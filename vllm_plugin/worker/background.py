@@ -228,13 +228,8 @@ class Background:
         return True
 
     def _next(self, running: tuple[Job[Any], ...]) -> Job[Any] | None:
-        able = (job for job in self._waiting if not (running and job.displaced))
-        first = min(able, key=_order, default=None)
-        if first is None or first.task is None or not running:
-            return first
-        deepest = DEEPEST + (first.task.seconds <= BRIEF)
-        interrupts = not first.task.idle and first.due < running[-1].due and len(running) < deepest
-        return first if interrupts else None
+        able = (job for job in self._waiting if job.task is None or _interrupts(job, job.task, running))
+        return min(able, key=_order, default=None)
 
     def _size_up(self, job: Job[Any]) -> None:
         try:
@@ -283,6 +278,14 @@ class Background:
             except Exception as raised:
                 error = raised
         job.finish(outcome, error)
+
+
+def _interrupts(job: Job[Any], task: Task[Any], running: tuple[Job[Any], ...]) -> bool:
+    """Whether work that was sized up comes before what is running; yes if nothing is."""
+    if not running:
+        return True
+    deepest = DEEPEST + (task.seconds <= BRIEF)
+    return not (job.displaced or task.idle) and job.due < running[-1].due and len(running) < deepest
 
 
 def _order(job: Job[Any]) -> tuple[bool, bool, float]:
