@@ -129,3 +129,20 @@ def test_who_gets_no_room_in_time_reserves_nothing_and_those_behind_go_on() -> N
         del request
 
     asyncio.run(run())
+
+
+def test_nobody_is_refused_as_long_as_those_before_get_room() -> None:
+    async def run() -> None:
+        ready, loop = room(), asyncio.get_running_loop()
+        await ready.reserve(9, PATIENCE)
+        first, second, third = await waiting(ready, 9, 9, 9)
+        for task in (first, second):
+            began = loop.time()
+            ready.cancel(9)
+            assert await done(task) == [True]
+            patience = [turn.patience.when() for turn in ready._waiting]
+            assert all(when is not None and when >= began + PATIENCE for when in patience)
+        ready.cancel(9)
+        await third
+
+    asyncio.run(run())

@@ -13,13 +13,24 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import tiny
-from gates import SteeredMaker, gate_with, until, worker
+from gates import (
+    SMALL,
+    SteeredMaker,
+    ask,
+    budget,
+    gate_with,
+    leave,
+    results,
+    small_worker,
+    two_small_sources,
+    until,
+    worker,
+)
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import BusyError, Lease
 from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.rpc import Reply
 from merged_lora.vllm_plugin.settings import GIB
-from test_beside import SMALL, ask, budget, leave, results, small_worker, two_sources
 
 GATE = "merged_lora.vllm_plugin.api_server.gate"
 
@@ -47,7 +58,7 @@ def test_all_who_wait_for_a_merge_that_gets_no_room_are_refused_with_the_reason(
     async def run() -> None:
         registry, share = CollectorRegistry(), budget(1)
         gate = gate_with(small_worker(), registry=registry, servers=servers, ready_gib=share * servers)
-        await two_sources(gate, tmp_path)
+        await two_small_sources(gate, tmp_path)
         await ask(gate, "sum(a)", request := Lease())
         clients = [ask(gate, spec) for spec in ("sum(b)", "sum(b)", "sum(2*b)")]
         refused = await asyncio.gather(*clients, return_exceptions=True)
@@ -55,8 +66,8 @@ def test_all_who_wait_for_a_merge_that_gets_no_room_are_refused_with_the_reason(
         each = gate.ready_bytes / GIB
         budget_shared = f"{share * servers:g}" + (", shared by 2 API servers" if servers == 2 else "")
         assert str(refused[0]) == (
-            f"a new merge may take {each:.3g} GiB and got no room within 0.02 s: those that requests use or "
-            f"wait for take {each:.3g} of {share:.3g} GiB (--merged-lora-ready-gib {budget_shared}); ask "
+            f"a new merge may take {each:.3g} GiB, and there was no room for 0.02 s: those that requests use "
+            f"or wait for take {each:.3g} of {share:.3g} GiB (--merged-lora-ready-gib {budget_shared}); ask "
             "again in 1 s"
         )
         assert results(registry) == {"made": 1, "busy": 2}
@@ -67,7 +78,9 @@ def test_all_who_wait_for_a_merge_that_gets_no_room_are_refused_with_the_reason(
 
     asyncio.run(run())
     (warning,) = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
-    assert re.match(r"a new merge may take .* GiB and got no room .* \(--merged-lora-ready-gib", warning)
+    assert re.match(
+        r"a new merge may take .* GiB, and there was no room .* \(--merged-lora-ready-gib", warning
+    )
 
 
 @pytest.mark.usefixtures("impatient")
@@ -76,13 +89,13 @@ def test_missing_room_is_a_line_of_the_log_now_and_then(
 ) -> None:
     async def run() -> None:
         gate = gate_with(small_worker(), ready_gib=budget(1))
-        await two_sources(gate, tmp_path)
+        await two_small_sources(gate, tmp_path)
         await ask(gate, "sum(a)", request := Lease())
         for quiet, lines in ((60.0, 1), (60.0, 1), (0.0, 2)):
             monkeypatch.setattr(f"{GATE}.QUIET", quiet)
             with pytest.raises(BusyError):
                 await ask(gate, "sum(b)")
-            assert log.text.count("got no room") == lines
+            assert log.text.count("there was no room") == lines
         del request
 
     asyncio.run(run())
@@ -95,7 +108,7 @@ def test_a_merge_that_was_ready_before_needs_no_more_room_than_it_took(tmp_path:
         maker.let.set()
         small = tiny.make_adapter(1, only=SMALL).nbytes
         gate = gate_with(worker(maker=maker, largest=2 * small), ready_gib=budget(2))
-        await two_sources(gate, tmp_path)
+        await two_small_sources(gate, tmp_path)
         await ask(gate, "sum(a)")
         await ask(gate, "sum(b)", request := Lease())
         assert [str(live.identity.spec) for live in gate.merges] == ["sum(b)"]
@@ -111,7 +124,7 @@ def test_a_merge_that_was_ready_before_needs_no_more_room_than_it_took(tmp_path:
 def test_the_report_shows_which_merges_wait_for_memory(tmp_path: Path) -> None:
     async def run() -> None:
         gate = gate_with(small_worker(), ready_gib=budget(1))
-        await two_sources(gate, tmp_path)
+        await two_small_sources(gate, tmp_path)
         await ask(gate, "sum(a)", request := Lease())
         client = ask(gate, "sum(b)")
         await until(lambda: bool(gate.making) and bool(gate._ready._waiting))
@@ -128,7 +141,7 @@ def test_the_seconds_that_requests_waited_for_a_new_merge_are_counted(tmp_path: 
     async def run() -> None:
         maker, registry = SteeredMaker(), CollectorRegistry()
         gate = gate_with(worker(maker=maker), registry=registry)
-        await two_sources(gate, tmp_path)
+        await two_small_sources(gate, tmp_path)
         before = time.perf_counter()
         clients = [ask(gate, "sum(a)") for _ in range(3)]
         await until(lambda: [making.waiting for making in gate.making] == [3])
@@ -164,7 +177,7 @@ def test_a_merge_that_is_late_on_any_rank_is_a_line_of_the_log(
 
     async def run() -> None:
         gate = gate_with(ranks)
-        await two_sources(gate, tmp_path)
+        await two_small_sources(gate, tmp_path)
         await ask(gate, "sum(a)")
 
     asyncio.run(run())
@@ -177,7 +190,7 @@ def test_a_merge_that_the_worker_still_has_is_not_made_again(tmp_path: Path) -> 
         maker.let.set()
         registry = CollectorRegistry()
         gate = gate_with(small_worker(maker=maker), registry=registry, aliases={}, max_ad_hoc=1)
-        await two_sources(gate, tmp_path)
+        await two_small_sources(gate, tmp_path)
         for spec in ("sum(a)", "sum(b)", "sum(a)"):  # the API server forgets each for the next one
             await ask(gate, spec)
             assert [str(live.identity.spec) for live in gate.merges] == [spec]
@@ -194,7 +207,7 @@ def test_a_merge_is_new_for_those_alone_who_waited_until_it_was_made(tmp_path: P
         merges = worker(maker=maker)
         one, other, third = (gate_with(merges) for _ in range(3))
         for gate in (one, other, third):
-            await two_sources(gate, tmp_path)
+            await two_small_sources(gate, tmp_path)
         waiting = [asyncio.create_task(gate.serve(parse("sum(a)"), Lease())) for gate in (one, one, other)]
         await until(lambda: all(gate.making and gate.making[0].state for gate in (one, other)))
         maker.let.set()

@@ -39,8 +39,9 @@ logger = logging.getLogger("vllm.merged_lora")
 FORGOTTEN = 4096
 """Number of merges remembered as having been ready once."""
 ROOM_SECONDS = 30.0
-"""Longest time that a new merge waits for room in memory: half of the minute after which many proxies give up
-on a reply, so that clients hear the reason.  Nobody can know when the requests that use the memory end."""
+"""Longest time that a new merge waits for room in memory while no other gets any: half of the minute after
+which many proxies give up on a reply, so that clients hear the reason.  Nobody can know when the requests
+that use the memory end."""
 QUIET = 60.0
 """Seconds between two warnings of missing room."""
 LATE, LATE_SECONDS = 2.0, 1.0
@@ -417,7 +418,7 @@ class MergeGate:
             sharing = f", shared by {self._servers} API servers" if self._servers > 1 else ""
             used, limit = self._ready.needed / GIB, self._ready.limit / GIB
             reason = (
-                f"a new merge may take {nbytes / GIB:.3g} GiB and got no room within {ROOM_SECONDS:g} s: "
+                f"a new merge may take {nbytes / GIB:.3g} GiB, and there was no room for {ROOM_SECONDS:g} s: "
                 f"those that requests use or wait for take {used:.3g} of {limit:.3g} GiB "
                 f"(--merged-lora-ready-gib {self._settings.ready_gib:g}{sharing})"
             )

@@ -37,6 +37,27 @@ class LiveMerge:
     replay: Replay | None = None
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """A merge that waits for room.
+
+    nbytes:   bytes that it may take.
+    turn:     done when they are reserved.
+    seconds:  time for which it waits while nobody gets room.
+    patience: ends the wait.
+    """
+
+    nbytes: int
+    turn: asyncio.Future[None]
+    seconds: float
+    patience: asyncio.Timeout
+
+    def wait_on(self) -> None:
+        """Begin to count anew, because another one got room; nothing if the wait is over."""
+        if not self.turn.done():
+            self.patience.reschedule(asyncio.get_running_loop().time() + self.seconds)
+
+
 class ReadyMerges:
     """Merges by digest, the least recently used first; those of requests under way stay.
 
@@ -52,7 +73,7 @@ class ReadyMerges:
         self._merges: Lru[str, LiveMerge] = Lru()
         self._leases: Counter[str] = Counter()
         self._reserved = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()  # bytes for each, in turn
+        self._waiting: deque[_Turn] = deque()
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._merges
@@ -104,13 +125,13 @@ class ReadyMerges:
 
         Who came first is served first.  Merges that no request needs make room, once that is enough.  One
         merge is let in however large it is, because a worker that cannot hold any does not start.  Raises
-        TimeoutError if there is no room within that many seconds; then nothing is reserved.
+        TimeoutError if nobody gets room for that many seconds; then nothing is reserved.
         """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((nbytes, turn))
-        self._admit()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as patience:
+                self._waiting.append(_Turn(nbytes, turn, seconds, patience))
+                self._admit()
                 await turn
         except BaseException:
             self.cancel(0 if turn.cancelled() else nbytes)
@@ -119,14 +140,16 @@ class ReadyMerges:
     def _admit(self) -> None:
         """Reserve room for those whose turn it is, as far as there is any."""
         while self._waiting:
-            nbytes, turn = self._waiting[0]
-            if not turn.cancelled():
+            first = self._waiting[0]
+            if not first.turn.cancelled():
                 needed = self.needed
-                if needed and needed + nbytes > self.limit:
+                if needed and needed + first.nbytes > self.limit:
                     return
-                self._drop_idle(nbytes)
-                self._reserved += nbytes
-                turn.set_result(None)
+                self._drop_idle(first.nbytes)
+                self._reserved += first.nbytes
+                first.turn.set_result(None)
+                for other in self._waiting:
+                    other.wait_on()
             self._waiting.popleft()
 
     def cancel(self, nbytes: int) -> None:
