@@ -221,10 +221,6 @@ async def register(gate: MergeGate, name: str, folder: Path, seed: int, **make: 
 # Clients of a gate
 
 
-SMALL = "layers.0.self_attn.k_proj"
-"""A part of a module's name; adapters of it alone are small."""
-
-
 class KnownPace(Pace):
     """Merges take as many seconds as they have weight in their first source."""
 
@@ -258,3 +254,13 @@ async def leave(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def results(registry: CollectorRegistry, strategy: str = "sum") -> dict[str, float]:
+    """The number of new merges of a strategy, by result."""
+    words = ("made", "shared", "refused", "busy", "cancelled", "failed")
+    found = {
+        word: registry.get_sample_value("merged_lora_merges_total", {"strategy": strategy, "result": word})
+        for word in words
+    }
+    return {word: value for word, value in found.items() if value}

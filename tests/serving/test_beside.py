@@ -22,6 +22,7 @@ from gates import (
     gate_with,
     leave,
     prepared,
+    results,
     size,
     two_small_sources,
     until,
@@ -34,17 +35,6 @@ from merged_lora.vllm_plugin.api_server.routes import report
 from merged_lora.vllm_plugin.identity import MergeIdentity
 from merged_lora.vllm_plugin.rpc import agreed_under
 from merged_lora.vllm_plugin.worker.makers import HostMaker
-
-
-def results(registry: CollectorRegistry, strategy: str = "sum") -> dict[str, float]:
-    """The number of new merges of a strategy, by result."""
-    words = ("made", "shared", "refused", "busy", "cancelled", "failed")
-    found = {
-        word: registry.get_sample_value("merged_lora_merges_total", {"strategy": strategy, "result": word})
-        for word in words
-    }
-    return {word: value for word, value in found.items() if value}
-
 
 # Clients that leave
 

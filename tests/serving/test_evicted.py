@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 import tiny
-from gates import SteeredMaker, gate_with, until, worker
+from gates import SMALL, KnownPace, SteeredMaker, ask, gate_with, leave, until, worker
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import Lease
 from merged_lora.vllm_plugin.rpc import CacheFullError
-from test_beside import SMALL, KnownPace, ask, leave
 
 SPEC = "ties(a, 0.5*b)"
 

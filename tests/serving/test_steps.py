@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ from vllm_server import PROMPT, Server
 pytestmark = pytest.mark.engine
 
 STEP_LIMIT = 10
-"""Seconds after which vLLM counts a step as hung and ends; its default is 300.  With 5, an engine ended at its
-first request, before any merge, on cores that other tests used too."""
+"""Seconds after which vLLM counts a step as hung and ends; its default is 300.  With 5, an engine ended at
+its first request, before any merge, on cores that other tests used too."""
 ROUNDS, ALONE, BESIDE = 3, 2.0, 4.0
 """How often a stream is watched for that many seconds without a merge, and then beside one."""
 SHARE = 0.1
@@ -106,8 +107,6 @@ def asking(server: Server, model: str) -> Iterator[None]:
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps({"model": model, "prompt": "x", "max_tokens": 1}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    import socket
-
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
         yield
