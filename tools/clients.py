@@ -2,8 +2,9 @@
 
     python3 tools/clients.py [--venv DIR]
 
-They get an environment of their own, `clients` in the project's, and what comes by npm a folder in it. Run
-again, it does only what is missing. Standard library only.
+They get an environment of their own, `clients` in the project's, and what comes by npm a folder in it. So do
+programs that need other releases than the clients, one each. Run again, it does only what is missing.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ PYTHON = (
 )
 # Its pins contradict those of the others; what it imports comes with them.
 ALONE = "lorax-client==0.6.3"
+# Each in an environment of its own.  The proxy is of the last release all of whose parts pip finds.
+APART = {"litellm-proxy": "litellm[proxy]==1.108.7", "lm-eval": "lm-eval[api]==0.4.13"}
 NODE = ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92")
 
 
@@ -40,13 +43,17 @@ def install(venv: Path) -> None:
         raise InstallError(f"{venv} is no environment: `make install` makes it")
     folder = folder_of(venv)
     done = folder / "installed"
-    wanted = "\n".join((*PYTHON, ALONE, *NODE))
+    wanted = "\n".join((*PYTHON, ALONE, *APART.values(), *NODE))
     if done.is_file() and done.read_text(encoding="utf-8") == wanted:
         return
-    say(f"clients of other projects for the tests, in {folder} (some 750 MB)")
+    say(f"clients of other projects for the tests, in {folder} (some 2.3 GB)")
     environments.create(folder, with_pip=True, clear=True)
     if not (run_pip(folder, "install", *PYTHON) and run_pip(folder, "install", "--no-deps", ALONE)):
         raise InstallError("pip could not install the clients; its message is above")
+    for name, program in APART.items():
+        environments.create(folder / name, with_pip=True)
+        if not run_pip(folder / name, "install", program):
+            raise InstallError(f"pip could not install {program}; its message is above")
     npm = shutil.which("npm")
     if npm is not None:
         command = [npm, "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(folder), *NODE]

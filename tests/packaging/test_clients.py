@@ -14,7 +14,10 @@ def asked(venv: Path, monkeypatch: pytest.MonkeyPatch, works: bool = True) -> li
     calls: list[tuple[str, ...]] = []
 
     def run_pip(folder: Path, *arguments: str) -> bool:
-        assert folder == clients.folder_of(venv)
+        assert folder in (
+            clients.folder_of(venv),
+            *(clients.folder_of(venv) / name for name in clients.APART),
+        )
         calls.append(arguments)
         return works
 
@@ -31,14 +34,15 @@ def test_clients_are_installed_once_and_again_if_that_failed(
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
     assert asked(tmp_path, monkeypatch, works=False) == [("install", *clients.PYTHON)]
-    assert len(asked(tmp_path, monkeypatch)) == 2
+    everything = 2 + len(clients.APART)
+    assert len(asked(tmp_path, monkeypatch)) == everything
     assert asked(tmp_path, monkeypatch) == []
     monkeypatch.setattr(clients, "PYTHON", ("anthropic==2.15.0",))
-    assert len(asked(tmp_path, monkeypatch)) == 2
+    assert len(asked(tmp_path, monkeypatch)) == everything
 
 
 def test_every_client_is_pinned() -> None:
-    assert all("==" in client for client in (*clients.PYTHON, clients.ALONE))
+    assert all("==" in client for client in (*clients.PYTHON, clients.ALONE, *clients.APART.values()))
     assert all("@" in client[1:] for client in clients.NODE)
 
 

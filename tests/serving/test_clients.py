@@ -1,17 +1,26 @@
 """Clients of other projects ask a real server for a merge, in one piece and as a stream.
 
-The OpenAI client is in the environment.  ``make clients`` installs the others into one of their own.
+The OpenAI client is in the environment.  ``make clients`` installs the others into environments of their own,
+with LiteLLM's proxy, which stands between a client and the server, and lm-eval.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from clients import folder_of
@@ -27,7 +36,7 @@ OPENAI = """
 import json, sys
 from openai import OpenAI
 url, model = sys.argv[1:]
-client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+client = OpenAI(base_url=url + "/v1", max_retries=0)
 asked = dict(model=model, messages=[{"role": "user", "content": "hello"}], max_tokens=4, temperature=0)
 plain = client.chat.completions.create(**asked).choices[0].message.content
 stream = client.chat.completions.create(stream=True, **asked)
@@ -124,14 +133,27 @@ def answer(server: Server, model: str, **more: object) -> str:
     return text
 
 
-def printed(command: list[str], server: Server, model: str) -> object:
+def environment(**more: str) -> dict[str, str]:
+    """The environment of other projects' programs, which reach nothing but this machine."""
+    home = os.environ.get("HOME", "/")
+    return {"PATH": os.environ["PATH"], "HOME": home, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def printed(command: list[str], url: str, model: str, key: str = "none") -> object:
     """The JSON that a client's program prints."""
-    quiet = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run(
-        [*command, server.url, model], capture_output=True, text=True, timeout=240, env=quiet
-    )
+    env = environment(OPENAI_API_KEY=key)
+    done = subprocess.run([*command, url, model], capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def completed(server: Server, model: str, prompt: str) -> str:
+    """What the server itself answers to a prompt without a chat."""
+    asked = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0}
+    status, reply = server.post("/v1/completions", asked)
+    assert status == 200, reply
+    text: str = reply["choices"][0]["text"]
+    return text
 
 
 def installed() -> Path:
@@ -146,7 +168,7 @@ def installed() -> Path:
 def test_the_openai_client_gets_a_merge(server: Server, model: str) -> None:
     expected = answer(server, USUAL)
     assert expected != answer(server, "base")
-    assert printed([sys.executable, "-c", OPENAI], server, model) == [expected, expected]
+    assert printed([sys.executable, "-c", OPENAI], server.url, model) == [expected, expected]
 
 
 @pytest.mark.soak
@@ -155,14 +177,14 @@ def test_the_openai_client_gets_a_merge(server: Server, model: str) -> None:
 def test_a_client_in_python_gets_a_merge(server: Server, client: str, model: str) -> None:
     python = str(installed() / "bin" / "python")
     expected = answer(server, USUAL)
-    assert printed([python, "-c", OTHERS[client]], server, model) == [expected, expected]
+    assert printed([python, "-c", OTHERS[client]], server.url, model) == [expected, expected]
 
 
 @pytest.mark.soak
 def test_a_router_with_a_wildcard_gets_a_merge_in_the_spelling_for_gateways(server: Server) -> None:
     python = str(installed() / "bin" / "python")
     expected = answer(server, USUAL)
-    assert printed([python, "-c", LITELLM_ROUTER], server, PLAIN) == [expected, expected]
+    assert printed([python, "-c", LITELLM_ROUTER], server.url, PLAIN) == [expected, expected]
 
 
 @pytest.mark.soak
@@ -174,15 +196,151 @@ def test_a_client_in_javascript_gets_a_merge(server: Server, model: str) -> None
     program = folder / "ask.mjs"
     program.write_text(AI_SDK, encoding="utf-8")
     expected = answer(server, USUAL)
-    assert printed([node, str(program)], server, model) == [expected, expected]
+    assert printed([node, str(program)], server.url, model) == [expected, expected]
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("strategy", ["linear", "ties", "dare_linear", "dare_ties"])
 def test_the_fields_of_loraxs_client_are_taken_as_they_are(server: Server, strategy: str) -> None:
-    fields = printed([str(installed() / "bin" / "python"), "-c", LORAX], server, strategy)
+    fields = printed([str(installed() / "bin" / "python"), "-c", LORAX], server.url, strategy)
     assert isinstance(fields, dict)
     assert set(fields) == {"ids", "weights", "merge_strategy", "density", "majority_sign_method"}
     density = "" if strategy == "linear" else ", density=0.4"
     expected = answer(server, f"{strategy}(0.7*sql, 0.3*chat{density})")
     assert answer(server, "base", merged_adapters=fields) == expected
+
+
+# LiteLLM's proxy
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A proxy between a client and the server, and the key that it asks for."""
+
+    url: str
+    key: str
+
+    def post(self, model: str) -> httpx.Response:
+        """The reply to a request for a model."""
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        headers = {"Authorization": f"Bearer {self.key}"}
+        with httpx.Client(trust_env=False, timeout=240) as client:
+            return client.post(
+                f"{self.url}/v1/chat/completions", json=body | {"temperature": 0}, headers=headers
+            )
+
+
+@pytest.fixture(scope="module")
+def proxy(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """LiteLLM's proxy with a wildcard model, ``merges/*``, and an alias under a name of its own, ``team``."""
+    program, folder = installed() / "litellm-proxy" / "bin" / "litellm", tmp_path_factory.mktemp("proxy")
+    to = {"api_base": f"{server.url}/v1", "api_key": "none"}
+    models = [
+        {"model_name": "merges/*", "litellm_params": {"model": "openai/*", **to}},
+        {"model_name": "team", "litellm_params": {"model": "openai/mix", **to}},
+    ]
+    (folder / "config.yaml").write_text(json.dumps({"model_list": models}), encoding="utf-8")  # JSON is YAML
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = Proxy(f"http://127.0.0.1:{port}", f"sk-{secrets.token_hex(24)}")
+    env = environment(LITELLM_MASTER_KEY=made.key, LITELLM_LOCAL_MODEL_COST_MAP="True")
+    flags = ("--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port))
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([program, *flags], cwd=folder, env=env, stdout=log, stderr=log)
+    try:
+        wait_for(f"{made.url}/health/liveliness", process, folder / "log")
+        yield made
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a process answers."""
+    end = time.monotonic() + 240
+    while True:
+        with suppress(httpx.TransportError), httpx.Client(trust_env=False) as client:
+            if client.get(url).status_code == 200:
+                return
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        assert time.monotonic() < end, log.read_text(encoding="utf-8")
+        time.sleep(0.5)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("asked", "merge"),
+    [
+        (f"merges/{PLAIN}", USUAL),
+        ("merges/0.7*sql + 0.3*chat", "0.7*sql + 0.3*chat"),
+        ("merges/mix", "mix"),
+        ("team", "mix"),
+    ],
+)
+def test_a_proxy_passes_on_names_without_a_comma(
+    server: Server, proxy: Proxy, asked: str, merge: str
+) -> None:
+    expected = answer(server, merge)
+    program = [sys.executable, "-c", OPENAI]
+    assert printed(program, proxy.url, asked, proxy.key) == [expected, expected]
+    assert re.match(r'"\w+";new=0;ms=', proxy.post(asked).headers["llm_provider-merged-lora"])
+
+
+@pytest.mark.soak
+def test_a_proxy_splits_a_name_at_its_commas(server: Server, proxy: Proxy) -> None:
+    parts = proxy.post(f"merges/{USUAL}").json()  # with status 200
+    assert [part["model"] for part in parts] == ["openai/ties(0.7*sql", "0.3*chat", "density=0.4)"]
+    assert [part["status_code"] for part in parts] == [400, 400, 400]
+
+
+# lm-eval
+
+
+TASK = {
+    "task": "tiny",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"max_gen_toks": 4, "until": ["<eos>"]},
+    "metric_list": [{"metric": "exact_match"}],
+}
+
+
+def evaluated(folder: Path, arguments: str, questions: list[str]) -> list[str]:
+    """The answers that lm-eval gets to these questions.
+
+    folder:    for its files.
+    arguments: its ``--model_args``.
+    """
+    lines = [json.dumps({"question": question, "answer": "-"}) for question in questions]
+    (folder / "tiny.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = {"dataset_kwargs": {"data_files": {"test": str(folder / "tiny.jsonl")}}}
+    (folder / "tiny.yaml").write_text(json.dumps(TASK | data), encoding="utf-8")
+    program = str(installed() / "lm-eval" / "bin" / "lm-eval")
+    command = [program, "run", "--model", "local-completions", "--model_args", arguments, "--log_samples"]
+    command += ["--tasks", "tiny", "--include_path", str(folder), "--output_path", str(folder / "out")]
+    env = environment(HF_HOME=str(folder / "cache"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (samples,) = folder.glob("out/**/samples_tiny_*.jsonl")
+    found = {
+        sample["doc"]["question"]: sample["resps"][0][0]
+        for sample in map(json.loads, samples.read_text(encoding="utf-8").splitlines())
+    }
+    return [found[question] for question in questions]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model", [USUAL, PLAIN])
+def test_an_evaluation_asks_for_a_merge(server: Server, tmp_path: Path, model: str) -> None:
+    to = f"base_url={server.url}/v1/completions,tokenizer_backend=None,tokenized_requests=False"
+    questions = ["one", "two", "three", "four"]
+    expected = [completed(server, USUAL, question) for question in questions]
+    assert evaluated(tmp_path, f"model={model},{to}", questions) == expected
