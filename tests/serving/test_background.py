@@ -225,13 +225,18 @@ def test_a_thread_that_cannot_start_fails_all_work_instead_of_hanging(
     assert logged_failures(caplog) == ["no priority"]
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_thread_that_breaks_fails_what_waits_and_what_comes_later_and_says_so_once(
-    nested: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    depth: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     thread = Background("test")
-    steps = Steps("running", 100.0, 1 if nested else 0, [])
-    jobs = [begun(thread, steps)] if nested else []
+    running = [Steps(f"running {i}", 100.0 / 2**i, 2, []) for i in range(depth)]
+    jobs = []
+    for i, steps in enumerate(running):
+        jobs.append(thread.submit(steps.task))
+        if i:
+            running[i - 1].let(1)
+        assert steps.begun.wait(PATIENCE)
     original = background._order
 
     def fail_once(_: Job[Any]) -> Any:
@@ -240,7 +245,8 @@ def test_a_thread_that_breaks_fails_what_waits_and_what_comes_later_and_says_so_
 
     monkeypatch.setattr(background, "_order", fail_once)
     jobs += [thread.submit(Steps("waiting", 1.0, 0, []).task) for _ in range(3)]
-    steps.let(1)
+    for steps in running[-1:]:
+        steps.let(1)
     for job in jobs:
         assert "no memory for the thread" in str(eventual_error(job))
     with pytest.raises(RuntimeError, match="has failed: MemoryError: no memory for the thread"):
@@ -368,6 +374,13 @@ def test_finished_work_keeps_nothing_that_its_run_knew(thread: Background, fails
         eventually(lambda: left() is None)
     finally:
         gc.enable()
+
+
+def test_what_finished_work_gave_stays_only_with_who_handed_it_over(thread: Background) -> None:
+    job = thread.submit(lambda: Task(0.0, 1, lambda _: Large()))
+    left = weakref.ref(job.result())
+    del job
+    eventually(lambda: left() is None)
 
 
 def test_what_a_lesson_raises_is_the_outcome_and_the_thread_lives_on(thread: Background) -> None:

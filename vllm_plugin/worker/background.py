@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 from merged_lora.backends import Progress
 
@@ -148,7 +149,7 @@ class Background:
         self._enter = enter
         self._changed = threading.Condition()
         self._waiting: list[Job[Any]] = []
-        self._unfinished: list[Job[Any]] = []
+        self._jobs: WeakSet[Job[Any]] = WeakSet()  # what is over stays only with those who want it
         self._stopping = False
         self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
@@ -161,7 +162,7 @@ class Background:
         with self._changed:
             broken = self._broken
             if broken is None:
-                self._unfinished = [job, *(other for other in self._unfinished if not other.finished)]
+                self._jobs.add(job)
                 self._waiting.append(job)
                 self._changed.notify()
         if broken is not None:
@@ -190,7 +191,7 @@ class Background:
 
     def _fail_all(self, broken: BaseException) -> None:
         with self._changed:  # what is handed over after this sees that the thread is broken
-            left = [job for job in self._unfinished if not job.finished]
+            left = [job for job in self._jobs if not job.finished]
         for job in left:
             job.finish(error=_failure(broken))
         logger.error("the thread %s has ended, and all its work fails", self._thread.name, exc_info=broken)
@@ -202,10 +203,12 @@ class Background:
 
         Raises what goes wrong in the thread itself; what work raises is its outcome.
         """
+        if self._broken is not None:
+            raise self._broken  # what is running takes this for its own, and then the thread ends
         try:
             return self._begin(running)
         except BaseException as error:
-            self._broken = error  # what is running takes this for its own, and then the thread ends
+            self._broken = error
             raise
 
     def _begin(self, running: tuple[Job[Any], ...]) -> bool:
