@@ -133,7 +133,8 @@ def agreed(replies: Sequence[Reply]) -> Reply:
     """One reply for all ranks: the first failure, or the results they agree on with their bytes added up.
 
     As long as work goes on in any of them, the reply is that of the one that has the longest way to go.  The
-    facts of a merge are those of the rank that took longest, for which the request waited.
+    facts of a merge are those of the rank that took longest, for which the request waited, with the bytes of
+    the rank where it takes most.
     """
     for reply in replies:
         if not reply["ok"]:
@@ -148,8 +149,12 @@ def agreed(replies: Sequence[Reply]) -> Reply:
             "error": "the workers read different content for one adapter",
         }
     made = any(reply.get("made", False) for reply in replies)
-    slowest = max(replies, key=lambda reply: reply.get("facts", {}).get("seconds", 0.0))
-    return {**slowest, "held": sum(reply["held"] for reply in replies), "made": made}
+    reply = {**replies[0], "held": sum(reply["held"] for reply in replies), "made": made}
+    facts = [each["facts"] for each in replies if "facts" in each]
+    if facts:
+        slowest = max(facts, key=lambda each: each["seconds"])
+        reply["facts"] = {**slowest, "nbytes": max(each["nbytes"] for each in facts)}
+    return reply
 
 
 def agreed_under(ticket: str, replies: Sequence[Reply]) -> Reply:

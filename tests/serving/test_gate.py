@@ -88,6 +88,8 @@ def test_ranks_that_disagree_fail_the_request() -> None:
     assert agreed([good, good])["held"] == 2
     assert agreed([good, bad]) == bad
     assert not agreed([good, other])["ok"]
+    ranks = [good | {"facts": {"seconds": 1.0, "nbytes": 5}}, good | {"facts": {"seconds": 2.0, "nbytes": 3}}]
+    assert agreed(ranks)["facts"] == {"seconds": 2.0, "nbytes": 5}
 
 
 def test_a_component_reloaded_with_other_content_is_a_new_identity(tmp_path: Path) -> None:
