@@ -169,5 +169,5 @@ def test_a_merge_that_takes_longer_than_announced_is_a_line_in_the_log_and_a_les
         await ask(gate, "sum(a)")
 
     asyncio.run(run())
-    assert "sum(a) took 0.0 s instead of the 0.0 s that were expected" in caplog.text
+    assert re.search(r"sum\(a\) took \d+\.\d s instead of the 0.0 s that were expected", caplog.text)
     assert list(pace._learned.values()) == [pytest.approx(1.75e-12)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
-from gates import SteeredMaker, captured, gate_with, register, replies, until, worker
+from gates import SMALL, SteeredMaker, captured, gate_with, register, replies, until, worker
 from merged_lora.adapters import Adapter
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import Lease
@@ -31,7 +31,7 @@ class Clock:
         return self.now
 
 
-class KnownPace(Pace):
+class LongPace(Pace):
     """Merges take a hundred times as many seconds as their source has weight, so that none passes another."""
 
     def seconds(self, plan: Any) -> float:
@@ -46,9 +46,9 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.maker = Clock(), SteeredMaker()
-        self.worker: MergeWorker[Adapter] = worker(maker=self.maker, pace=KnownPace())
+        self.worker: MergeWorker[Adapter] = worker(maker=self.maker, pace=LongPace())
         self.worker._silence = Silence(self.clock)
-        tiny.make_adapter(1, only="layers.0.self_attn.k_proj").save(folder / "a")
+        tiny.make_adapter(1, only=SMALL).save(folder / "a")
         self._key = captured(self.worker, "killed", None, str(folder / "a"))["key"]
 
     def path(self, weight: int) -> str:
@@ -75,8 +75,10 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    yield made
+    made.worker.stop()  # merges that are still held up would disturb other tests
 
 
 def begun(place: Place, *specs: str) -> Any:
@@ -122,9 +124,9 @@ def test_what_a_killed_api_server_needed_stays_for_its_requests_in_the_engine(pl
 def test_a_step_that_takes_long_makes_nobody_silent(servers: int) -> None:
     clock, tickets = Clock(), [f"of {i}" for i in range(servers)]
     silence = Silence(clock)
-    for _ in range(100):
+    for i in range(100):
         clock.now += 300.0  # and then the questions of all, in any order
-        for ticket in tickets:
+        for ticket in tickets if i % 2 else reversed(tickets):
             assert silence.heard([ticket], tickets) == []
 
 
@@ -152,7 +154,7 @@ def test_an_api_server_that_was_only_held_up_has_an_error_and_serves_on(tmp_path
         merges = worker(maker=maker)
         merges._silence = Silence(clock)
         gate = gate_with(merges)
-        await register(gate, "a", tmp_path, 1, only="layers.0.self_attn.k_proj")
+        await register(gate, "a", tmp_path, 1, only=SMALL)
         ready = await gate.ready(parse("sum(a)"), request := Lease())
         maker.let.clear()
         asked = asyncio.create_task(gate.ready(parse("sum(2*a)"), Lease()))

@@ -243,4 +243,4 @@ def test_a_server_that_is_stopped_in_the_middle_of_a_merge_ends_at_once(limited:
         eventually(lambda: [m["state"] for m in making(limited)] == ["merging"])
         assert len(limited.processes()) > 2  # with the engine's and the worker's, which end by themselves
         os.kill(limited.pid, signal.SIGTERM)
-        eventually(lambda: limited.processes() == [], 10)
+        eventually(lambda: limited.processes() == [], 20)

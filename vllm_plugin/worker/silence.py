@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 SILENT = 30.0
 """Seconds after which work that was not asked for is given up.  API servers ask for all their work at once,
-at least four times a second."""
+at least four times a second between two steps."""
 STRIDE = 1.0
 """Longest time between two questions that counts, in seconds.  A step of the engine lets no question through,
 however long it takes, and those of all API servers come after it."""
