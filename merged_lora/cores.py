@@ -52,7 +52,7 @@ def _groups(root: Path) -> Iterator[tuple[Path, bool]]:
     """Folders of the cgroups of this process that may have a quota, and whether they are of version 2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except (OSError, ValueError):  # not Linux, or a name that is no text
+    except (OSError, ValueError):  # not Linux, or a name that cannot be decoded
         return
     for line in lines:
         _, controllers, name = line.split(":", 2)
