@@ -67,6 +67,17 @@ class Steps:
         return Task(self.seconds, self.steps, run)
 
 
+def nested(thread: Background, given: list[Steps]) -> list[Job[str]]:
+    """Begin work, each of which interrupts the one before at its first step."""
+    jobs = []
+    for outer, steps in zip([None, *given], given, strict=False):
+        jobs.append(thread.submit(steps.task))
+        if outer is not None:
+            outer.let(1)
+        assert steps.begun.wait(PATIENCE)
+    return jobs
+
+
 def begun(thread: Background, steps: Steps) -> Job[str]:
     """The job of work that was handed over and has begun."""
     job = thread.submit(steps.task)
@@ -231,12 +242,7 @@ def test_a_thread_that_breaks_fails_what_waits_and_what_comes_later_and_says_so_
 ) -> None:
     thread = Background("test")
     running = [Steps(f"running {i}", 100.0 / 2**i, 2, []) for i in range(depth)]
-    jobs = []
-    for i, steps in enumerate(running):
-        jobs.append(thread.submit(steps.task))
-        if i:
-            running[i - 1].let(1)
-        assert steps.begun.wait(PATIENCE)
+    jobs = nested(thread, running)
     original = background._order
 
     def fail_once(_: Job[Any]) -> Any:
@@ -451,12 +457,7 @@ def test_brief_work_alone_interrupts_the_last_of_those_that_interrupted_each_oth
 ) -> None:
     notes: list[str] = []
     given = [Steps(f"{n} s ", float(n), 2, notes) for n in (300, 150, 100)]
-    jobs = []
-    for outer, steps in zip([None, *given], given, strict=False):
-        jobs.append(thread.submit(steps.task))
-        if outer is not None:
-            outer.let(1)
-        assert steps.begun.wait(PATIENCE)
+    jobs = nested(thread, given)
     short = Steps("short", seconds, 1, notes)
     short.let(1)
     jobs.append(thread.submit(short.task))
@@ -475,12 +476,7 @@ def test_brief_work_passes_longer_work_that_is_due_before_and_may_not_interrupt(
     notes: list[str] = []
     given = [Steps(f"{n} s ", float(n), 2, notes) for n in (300, 150, 100)]
     longer, brief = Steps("longer", 10.0, 1, notes), Steps("brief", BRIEF, 1, notes)
-    jobs = []
-    for outer, steps in zip([None, *given], given, strict=False):
-        jobs.append(thread.submit(steps.task))
-        if outer is not None:
-            outer.let(1)
-        assert steps.begun.wait(PATIENCE)
+    jobs = nested(thread, given)
     jobs.append(thread.submit(longer.task))
     clock[0] = 30.0
     jobs.append(thread.submit(brief.task))
