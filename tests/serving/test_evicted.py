@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
 from merged_lora.spec import parse
 from merged_lora.vllm_plugin.api_server.gate import Lease
+from merged_lora.vllm_plugin.api_server.ready import LiveMerge
 from merged_lora.vllm_plugin.rpc import CacheFullError
+from merged_lora.vllm_plugin.worker.merge_worker import MergeWorker
 
 SPEC = "ties(a, 0.5*b)"
 
@@ -38,6 +41,15 @@ def room(copies: int) -> int:
     return int((copies + 0.5) * made(0).nbytes)
 
 
+def assert_is_offline_merge(
+    merges: MergeWorker[Adapter], live: LiveMerge, adapters: Mapping[str, Adapter]
+) -> None:
+    """The worker has the bits of the same merge made offline of these adapters."""
+    spec = live.identity.spec
+    expected = merge(spec, {name: adapters[name] for name in spec.names}, backend="cpu").digest
+    assert merges.load_merge(live.identity.path).digest == expected
+
+
 def test_sources_of_a_merge_in_the_making_make_no_room_for_others(
     tmp_path: Path, adapters: dict[str, Adapter]
 ) -> None:
@@ -59,9 +71,7 @@ def test_sources_of_a_merge_in_the_making_make_no_room_for_others(
             await ask(gate, "sum(c)")
         maker.let.set()
         for live in await asyncio.gather(client, other):
-            spec = live.identity.spec
-            expected = merge(spec, {name: adapters[name] for name in spec.names}, backend="cpu").digest
-            assert merges.load_merge(live.identity.path).digest == expected
+            assert_is_offline_merge(merges, live, adapters)
         del request, another, client, other
         gc.collect()
         await ask(gate, "sum(c)")  # now one of them makes room
@@ -87,9 +97,7 @@ def test_a_merge_whose_sources_the_worker_drops_meanwhile_is_the_same(
         assert len(maker.begun) == 1  # the other one is announced to take longer, and waits
         maker.let.set()
         for live in await asyncio.gather(*clients):
-            spec = live.identity.spec
-            expected = merge(spec, {name: adapters[name] for name in spec.names}, backend="cpu").digest
-            assert merges.load_merge(live.identity.path).digest == expected
+            assert_is_offline_merge(merges, live, adapters)
 
     asyncio.run(run())
 
@@ -109,9 +117,8 @@ def test_sources_that_change_meanwhile_make_another_merge_and_the_old_copies_go_
         assert merges._snapshots.nbytes == 3 * made(0).nbytes
         maker.let.set()
         for live, a in zip(await asyncio.gather(*clients), (adapters["a"], made(7)), strict=True):
-            expected = merge(SPEC, {"a": a, "b": adapters["b"]}, backend="cpu").digest
             assert live.identity.spec == parse(SPEC)
-            assert merges.load_merge(live.identity.path).digest == expected
+            assert_is_offline_merge(merges, live, adapters | {"a": a})
         del first, second
         clients.clear()
         gc.collect()
