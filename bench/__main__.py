@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from merged_lora.commands import terminated_cleanly
 from merged_lora.errors import MergeError
 
 from .first_day import MINUTES
@@ -124,7 +125,8 @@ def main(arguments: list[str]) -> int:
         if options.json.exists() and options.json.is_dir() != first_day:
             parser.error(f"{options.json} is {'no' if first_day else 'a'} folder")
     try:
-        return _run(options)
+        with terminated_cleanly():
+            return _run(options)
     except ImportError as error:
         parser.error(f"{error.name} is not installed; `make install` brings it")
     except MergeError as error:

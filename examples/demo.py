@@ -19,6 +19,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.bench.launcher import VllmServer, print_dot
 from merged_lora.calibrating import calibrate
 from merged_lora.calibration import Calibration
+from merged_lora.commands import terminated_cleanly
 from merged_lora.language_model import LanguageModel
 from merged_lora.spec import canonical
 from merged_lora.vllm_plugin.merge_log import merge_milliseconds
@@ -122,7 +123,7 @@ def main() -> int:
     calibrate_adapters()
     flags = server_flags()
     print(f"starting vllm serve (a minute or so; its log: {LOG}) ", end="", flush=True)
-    with VllmServer(MODEL_DIR, *flags, log=LOG, waiting=print_dot) as server:
+    with terminated_cleanly(), VllmServer(MODEL_DIR, *flags, log=LOG, waiting=print_dot) as server:
         print(f" ready at {server.url}\n")
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         print_answers(client)

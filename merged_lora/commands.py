@@ -59,7 +59,7 @@ def merge(arguments: argparse.Namespace) -> int:
     from .files.writing import check_target
 
     started = time.perf_counter()
-    with _terminated_cleanly():
+    with terminated_cleanly():
         check_target(arguments.output, arguments.overwrite)
         sources = _load(arguments, paths)
         planned = plan(spec, sources, arguments.rank, arguments.base_model)
@@ -88,7 +88,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     _, folder = arguments.adapter
-    with _terminated_cleanly(), _shares() as progress:
+    with terminated_cleanly(), _shares() as progress:
         made = calibrate(
             arguments.model,
             folder,
@@ -124,7 +124,7 @@ def check(arguments: argparse.Namespace) -> int:
 
     from .checking import check
 
-    with _terminated_cleanly(), _shares() as progress:
+    with terminated_cleanly(), _shares() as progress:
         found = check(
             spec,
             _load(arguments, paths),
@@ -228,8 +228,8 @@ def _load(arguments: argparse.Namespace, paths: Mapping[str, Path | str]) -> dic
 
 
 @contextmanager
-def _terminated_cleanly() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that a half-written scratch folder is removed."""
+def terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, which removes scratch folders and stops servers."""
 
     def leave(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
