@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -201,7 +202,7 @@ def _paths(spec: MergeSpec, named: Sequence[tuple[str, Path | str]]) -> dict[str
     paths = dict(named)
     for name in spec.names:
         if name not in paths:
-            term = meant_by(name, paths)
+            term = meant_by(name, paths) or next(iter(get_close_matches(name, paths, 1)), None)
             hint = f"did you mean {term}? Otherwise, " if term else ""
             raise UnknownAdapterError(
                 f"unknown adapter {name!r}; {hint}say where it is with --adapter {name}=PATH"

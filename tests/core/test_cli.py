@@ -270,6 +270,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["merge", "a-b", *AB, "--output", "out"],
         "unknown adapter 'a-b'; did you mean a - b? Otherwise, say where it is with --adapter a-b=PATH",
     ),
+    "a misspelt source": (
+        ["merge", "base + tone", "--adapter", "base=a", "--adapter", "tonne=b", "--output", "out"],
+        "unknown adapter 'tone'; did you mean tonne? Otherwise, say where it is with --adapter tone=PATH",
+    ),
     "a weight without a star": (
         ["merge", "0.5a + 0.5b", *AB, "--output", "out"],
         "unknown adapter '0.5a'; did you mean 0.5*a? Otherwise, say where it is with --adapter 0.5a=PATH",
