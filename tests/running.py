@@ -1,4 +1,4 @@
-"""Runs the command ``merged-lora``, above all in a process of its own."""
+"""Runs the command ``merged-lora`` or other code, above all in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ def environment() -> dict[str, str]:
 
 def started(code: str, *arguments: str) -> subprocess.Popen[str]:
     """The command in a process of its own, after ``code`` has changed something about it."""
+    return program(f"{code}\nfrom merged_lora.cli import main\nsys.exit(main())", *arguments)
+
+
+def program(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Python code in a process of its own, which an interrupt ends."""
     # A test run in a shell's background has SIGINT ignored, and would hand that on.
-    first = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-    script = f"{first}\n{code}\nfrom merged_lora.cli import main\nsys.exit(main())"
+    script = f"import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment()
