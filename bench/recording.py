@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from types import FrameType
 from typing import Any
+
+from merged_lora.commands import terminated_cleanly
 
 FAILED, WRONG = "FAILED", "WRONG"
 
@@ -63,13 +63,10 @@ class Record:
         SIGTERM ends the work as Ctrl-C does, so that everything it started ends too.
         """
 
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGTERM, interrupt)
         try:
-            work()
-        except KeyboardInterrupt:
+            with terminated_cleanly():
+                work()
+        except (KeyboardInterrupt, SystemExit):
             self.set("state", "interrupted")
         else:
             self.set("state", "finished")
