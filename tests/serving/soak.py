@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from merged_lora.bench import machine, serving
 from merged_lora.bench.launcher import print_dot
+from merged_lora.commands import terminated_cleanly
 from merged_lora.errors import MergeError
 from merged_lora.files.layout import WEIGHTS_NAME
 from merged_lora.spec import MergeSpec, parse
@@ -129,7 +130,8 @@ def run(minutes: float, file: Path | None) -> int:
         print("starting a server ", end="", flush=True)
         log, threads = place / "server.log", serving.threads()
         flags = _flags(place)
-        with Server(serving.MODEL, *flags, log=log, waiting=print_dot, environment=threads) as server:
+        server = Server(serving.MODEL, *flags, log=log, waiting=print_dot, environment=threads)
+        with terminated_cleanly(), server:
             print(f" ready; {minutes:g} minutes of load from {CLIENTS} clients", flush=True)
             soak = Soak(server, place)
             asyncio.run(soak.load(minutes * MINUTE))
