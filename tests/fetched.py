@@ -37,7 +37,7 @@ class Site:
 
 
 def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache, in a new folder as the hub's is; failures end soon, and no setting of the machine counts."""
+    """The cache, in a new folder as the hub's is; no pause before a new try, no setting of the machine."""
     from huggingface_hub import constants
 
     monkeypatch.setenv("MERGED_LORA_CACHE", str(tmp_path / "cache"))
@@ -45,9 +45,13 @@ def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(transfer, "PATIENCE", 0.5)
     monkeypatch.setattr(transfer, "PAUSE", 0.001)
     return tmp_path / "cache"
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up soon what stalls.  A busy machine then asks again for what did not: nothing may be counted."""
+    monkeypatch.setattr(transfer, "PATIENCE", 0.5)
 
 
 @contextmanager

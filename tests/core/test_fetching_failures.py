@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fetched import Site, speak_s3
+from fetched import Site, impatient, speak_s3
 from merged_lora import Adapter
 from merged_lora.calibration import CALIBRATION_NAME
 from merged_lora.errors import AdapterError, FetchError, ForbiddenError, MergeError, NotFoundError
@@ -57,8 +57,9 @@ def test_a_server_that_fails_now_and_then_does_no_harm(https: Site, s3: Site, ad
 
 @pytest.mark.slow
 def test_a_server_that_stalls_is_given_up(
-    https: Site, s3: Site, gs: Site, adapter: Path, caches: Path
+    https: Site, s3: Site, gs: Site, adapter: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    impatient(monkeypatch)
     for site in (https, s3, gs):
         location = site.put("sql", adapter)
 
@@ -73,7 +74,10 @@ def test_a_server_that_stalls_is_given_up(
     assert nothing_half_done(caches)
 
 
-def test_a_server_that_sends_byte_by_byte_is_given_up(https: Site, adapter: Path, caches: Path) -> None:
+def test_a_server_that_sends_byte_by_byte_is_given_up(
+    https: Site, adapter: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
     location = https.put("sql", adapter)
 
     def dripping(asked: Asked, answer: Answer) -> Answer:

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import tiny
-from fetched import Site, hf_site, https_site, own_caches
+from fetched import Site, hf_site, https_site, impatient, own_caches
 from gates import gate_with, until, worker
 from merged_lora.errors import (
     AdapterError,
@@ -159,8 +159,6 @@ def test_what_is_not_there_is_not_found_and_not_asked_for_again_at_once(
 def test_a_source_that_takes_long_is_503_and_comes_in_all_the_same(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("merged_lora.fetching.transfer.PATIENCE", 60.0)
-
     async def run() -> None:
         gate = gate_for(site, fetch_seconds=0.2)
         site.server.fault = stalled
@@ -182,8 +180,6 @@ def test_a_source_that_takes_long_is_503_and_comes_in_all_the_same(
 
 
 def test_the_server_goes_on_while_a_source_comes_in(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merged_lora.fetching.transfer.PATIENCE", 60.0)
-
     async def run() -> None:
         gate = gate_for(site)
         site.server.fault = lambda asked, answer: stalled(asked, answer) if "/sql/" in asked.path else answer
@@ -215,8 +211,6 @@ def test_a_fetch_that_fails_fails_all_who_wait_for_it(site: Site) -> None:
 
 
 def test_only_so_many_sources_may_be_on_their_way(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merged_lora.fetching.transfer.PATIENCE", 60.0)
-
     async def run() -> None:
         gate = gate_for(site, max_waiting=1, fetch_seconds=0.0)
         site.server.fault = stalled
@@ -449,6 +443,7 @@ def test_in_chaos_every_request_gets_its_merge_or_a_reason_and_later_its_merge(
 ) -> None:
     monkeypatch.setattr(fetched, "QUIET", 0.0)
     monkeypatch.setattr(fetched, "RECHECK", 0.0)
+    impatient(monkeypatch)
     chance = random.Random(0)
     other = tiny.make_adapter(3)
     other.save(tmp_path / "other")
