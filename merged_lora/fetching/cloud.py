@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
+from inspect import unwrap
+from types import MethodType
 from typing import Any, TypeVar
 
 from merged_lora.errors import FetchError, ForbiddenError, MergeError
@@ -68,13 +70,15 @@ class BucketStore:
         except TimeoutError:
             raise TransientError("it does not answer") from None
         except Exception as error:  # of three libraries, which raise whatever they like
-            if isinstance(error, PermissionError) or _status(error) in (401, 403):
+            status = _status(error)
+            if isinstance(error, PermissionError) or status in (401, 403):
                 raise ForbiddenError(
                     f"{self._location}: access to {name} is denied ({_line(error)})"
                 ) from None
             if "Credentials" in type(error).__name__:
                 raise ForbiddenError(f"{self._location}: there are no credentials ({_line(error)})") from None
-            raise TransientError(_line(error)) from None
+            fault = status is not None and status >= 500  # of the server, whose words add nothing
+            raise TransientError(f"status {status}" if fault else _line(error)) from None
         finally:
             asked.cancel()
 
@@ -133,6 +137,8 @@ class GcsStore(BucketStore):
         self._files = GCSFileSystem(
             skip_instance_cache=True, use_listings_cache=False, access="read_only", requests_timeout=patience
         )
+        once = unwrap(GCSFileSystem._request)  # without six tries and their pauses
+        self._files._request = MethodType(once, self._files)  # the transfer itself is tried again
 
     async def _head(self, key: str) -> Remote | None:
         from base64 import b64decode
