@@ -182,11 +182,11 @@ def test_no_option_takes_a_number_that_is_not_finite(strategy: str, option: str,
     ids=lambda text: f"{text[:12]}... {len(text)}",
 )
 def test_a_hostile_text_is_refused_at_once_with_a_short_message(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(SpecError) as caught:
         parse(text)
-    # One pass over 2,048 characters takes well under a millisecond; a second leaves room for any machine.
-    assert time.perf_counter() - started < 1.0
+    # One pass over 2,048 characters takes well under a millisecond of a core, however busy the others are.
+    assert time.process_time() - started < 1.0
     assert len(str(caught.value)) < 500
 
 

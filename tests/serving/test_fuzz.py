@@ -174,9 +174,9 @@ def test_mutated_names_and_bodies_get_a_merge_or_an_error(gate: MergeGate) -> No
                     body = json.loads(text)
                 except (ValueError, RecursionError):
                     continue
-            start = time.perf_counter()
+            start = time.process_time()
             await knock(gate, text if body is None else "base", body)
-            assert time.perf_counter() - start < 1.0, text
+            assert time.process_time() - start < 1.0, text
 
     asyncio.run(run())
     assert_bounded(gate)
