@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from making import random_adapter
 from merged_lora.adapters import Adapter
@@ -93,6 +92,9 @@ class Place:
 
 def make_model(folder: Path) -> Path:
     """Write the model; returns its folder."""
+    # Takes seconds, which tests of a file that needs no model do not wait for.
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
