@@ -111,6 +111,13 @@ async def knock(gate: MergeGate, model: str, body: object) -> None:
     assert 0 < len(message) < 2_000, model
 
 
+async def knock_in_passing(gate: MergeGate, model: str, body: object) -> None:
+    """Ask a gate whose merges cost nothing, which takes less than a second of a core."""
+    start = time.process_time()
+    await knock(gate, model, body)
+    assert time.process_time() - start < 1.0, model
+
+
 @pytest.fixture(scope="module")
 def gate() -> MergeGate:
     """A gate whose merges cost nothing; three adapters are registered."""
@@ -141,7 +148,7 @@ def assert_bounded(gate: MergeGate) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=GENERATED, deadline=1_000, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=GENERATED, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     st.one_of(st.text(max_size=3_000), st.lists(st.sampled_from(WORDS), max_size=60).map("".join)),
     st.one_of(
@@ -159,7 +166,7 @@ def assert_bounded(gate: MergeGate) -> None:
 def test_generated_names_and_bodies_get_a_merge_or_an_error(
     gate: MergeGate, model: str, body: object
 ) -> None:
-    asyncio.run(knock(gate, model if body is None else "base", body))
+    asyncio.run(knock_in_passing(gate, model if body is None else "base", body))
 
 
 def test_mutated_names_and_bodies_get_a_merge_or_an_error(gate: MergeGate) -> None:
@@ -174,9 +181,7 @@ def test_mutated_names_and_bodies_get_a_merge_or_an_error(gate: MergeGate) -> No
                     body = json.loads(text)
                 except (ValueError, RecursionError):
                     continue
-            start = time.process_time()
-            await knock(gate, text if body is None else "base", body)
-            assert time.process_time() - start < 1.0, text
+            await knock_in_passing(gate, text if body is None else "base", body)
 
     asyncio.run(run())
     assert_bounded(gate)
