@@ -1,11 +1,14 @@
-"""Runs the command ``merged-lora`` or other code, above all in a process of its own."""
+"""Runs the command ``merged-lora`` or other code: in a process of its own, or within a second."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 Run = Callable[..., tuple[int, str, str]]
@@ -34,3 +37,16 @@ def program(code: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment()
     )
+
+
+@contextmanager
+def within_a_second(what: object) -> Iterator[None]:
+    """Fail if the work takes a second of a core: other processes and garbage of other tests do not count."""
+    gc.disable()
+    begin = time.process_time()
+    try:
+        yield
+        spent = time.process_time() - begin
+    finally:
+        gc.enable()
+    assert spent < 1.0, what
