@@ -70,15 +70,13 @@ class BucketStore:
         except TimeoutError:
             raise TransientError("it does not answer") from None
         except Exception as error:  # of three libraries, which raise whatever they like
-            status = _status(error)
-            if isinstance(error, PermissionError) or status in (401, 403):
+            if isinstance(error, PermissionError) or _status(error) in (401, 403):
                 raise ForbiddenError(
                     f"{self._location}: access to {name} is denied ({_line(error)})"
                 ) from None
             if "Credentials" in type(error).__name__:
                 raise ForbiddenError(f"{self._location}: there are no credentials ({_line(error)})") from None
-            fault = status is not None and status >= 500  # of the server, whose words add nothing
-            raise TransientError(f"status {status}" if fault else _line(error)) from None
+            raise TransientError(_line(error)) from None
         finally:
             asked.cancel()
 
@@ -180,5 +178,9 @@ def _status(error: BaseException) -> int | None:
 
 
 def _line(error: BaseException) -> str:
+    """What an error says; of a fault of the server its status, to which its words add nothing."""
+    status = _status(error)
+    if status is not None and status >= 500:
+        return f"status {status}"
     text = " ".join(str(error).split())
     return text[:256] or type(error).__name__
