@@ -170,8 +170,8 @@ def truncated(
     even = torch.where(length_a * length_b > 0, (length_a / length_b).sqrt(), 1.0)
     rows /= even[:, :, None]
     columns *= even[:, None, :]
-    basis_b, root_b = _basis(columns.mT @ columns)  # [M, R, R] each
-    basis_a, root_a = _basis(rows @ rows.mT)
+    basis_b, root_b = basis_of(columns.mT @ columns)  # [M, R, R] each
+    basis_a, root_a = basis_of(rows @ rows.mT)
     # B = U_b root_b and A = root_a^T V_a^T with orthonormal U_b and V_a, so the core root_b root_a^T has the
     # singular values of B A.
     left, values, right = torch.linalg.svd(root_b @ root_a.mT)  # [M, R, R], [M, R], [M, R, R]
@@ -187,6 +187,26 @@ def truncated(
     return new_a, new_b, torch.stack([squares[:, :k].sum(1), squares.sum(1)], dim=1)
 
 
+def singular_values(
+    gram_a: torch.Tensor, gram_b: torch.Tensor, ranks: Sequence[int], weights: torch.Tensor
+) -> torch.Tensor:
+    """The singular values of ``sum_i weights[i] B_i A_i`` of every module, largest first, ``[modules, R]``.
+
+    gram_a:  of the rows of all A, float64 ``[modules, R, R]``.
+    gram_b:  of the columns of all B, float64 ``[modules, R, R]``.
+    ranks:   of the sources.
+    weights: float64 ``[modules, sources]``.
+    """
+    signed = per_column(weights, ranks)  # [M, R]
+    length_a = gram_a.diagonal(dim1=1, dim2=2).sqrt()
+    length_b = gram_b.diagonal(dim1=1, dim2=2).sqrt() * signed.abs()
+    even = torch.where(length_a * length_b > 0, (length_a / length_b).sqrt(), 1.0)
+    by_row, by_column = 1.0 / even, signed * even
+    root_a = basis_of(gram_a * by_row[:, :, None] * by_row[:, None, :])[1]
+    root_b = basis_of(gram_b * by_column[:, :, None] * by_column[:, None, :])[1]
+    return torch.linalg.svdvals(root_b @ root_a.mT)
+
+
 def flattened(values: torch.Tensor, full: int) -> torch.Tensor:
     """FLAT times the mean singular value, for each that is not zero.
 
@@ -199,7 +219,7 @@ def flattened(values: torch.Tensor, full: int) -> torch.Tensor:
     return torch.where(values > FLAT_ZERO * values.amax(1, keepdim=True), mean, 0.0)
 
 
-def _basis(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def basis_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """From ``G = X^T X``: T with orthonormal ``X T``, and S with ``X = (X T) S``.
 
     Directions whose squared length is below the rounding error of the Gram matrix are dropped: their columns
