@@ -1,0 +1,113 @@
+"""Looks at adapters before they are merged: may they be, which merges fit, and what will hurt.
+
+Makes no merge and runs no model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+
+from .adapters import Adapter
+from .alignment import align
+from .calibration import Calibration
+from .comparing import compare
+from .engine import plan
+from .errors import AdapterError, MergeError, PlanError, SpecError
+from .fitting import check_shapes, header_of
+from .inspection import Fact, Fit, Inspection, kind_of
+from .lowrank import gram_of
+from .recipe import Value
+from .spec import MergeSpec, Source, check_own_name
+
+DENSITY = 0.2
+"""Share of the entries whose signs are compared by default, as in the ``ties`` of docs/quality.md."""
+CANDIDATES: tuple[tuple[str, tuple[tuple[str, Value], ...]], ...] = (
+    ("regmean", ()),
+    ("knots", (("weights", "auto"),)),
+    ("core_ties", (("weights", "auto"),)),
+    ("iso", ()),
+    ("ties", (("density", 0.2),)),
+    ("linear", ()),
+    ("sum", ()),
+    ("cat", ()),
+)
+"""Merges of all sources, in the order of what they keep in docs/quality.md."""
+
+
+def inspect(
+    adapters: Mapping[str, str | os.PathLike[str] | Adapter],
+    *,
+    density: float = DENSITY,
+    load: Callable[[str | os.PathLike[str]], Adapter] = Adapter.load,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Inspection:
+    """Look at adapters that are to be merged.
+
+    An adapter that cannot be read, and adapters that do not go together, are a part of what is found.
+
+    adapters: by source name a PEFT folder, a location such as ``hf:org/repo``, or an :class:`Adapter`.
+    density:  share of the entries of each delta, the largest ones, whose signs are compared.
+    load:     reads an adapter.
+    progress: called with the number of modules that were compared since the last call.
+
+    Raises SpecError for names that no source may have, and for a density that is none.
+    """
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise AdapterError("adapters are a mapping from names to folders, with at least one")
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0.0 < density <= 1.0:
+        raise SpecError(f"the density must be a number above 0 and at most 1, got {density!r}")
+    facts, read = [], dict[str, Adapter]()
+    for name, place in adapters.items():
+        check_own_name(name)
+        shown = "" if isinstance(place, Adapter) else os.fspath(place)
+        try:
+            read[name] = place if isinstance(place, Adapter) else load(place)
+        except MergeError as error:
+            facts.append(Fact(name, shown, str(error)))
+        else:
+            facts.append(_fact(name, shown, read[name]))
+    refused, comparison = None, None
+    try:
+        sources = align(read)
+        check_shapes(sources, {name for adapter in sources.values() for name in adapter.modules})
+        header_of(sources, {name for adapter in sources.values() for name in adapter.modules})
+    except PlanError as error:
+        refused = str(error)
+    else:
+        comparison = compare(sources, density, progress) if len(sources) > 1 else None
+    fits = () if comparison is None else tuple(_fit(*each, read) for each in CANDIDATES)
+    return Inspection(tuple(facts), refused, fits, comparison, density)
+
+
+def _fact(name: str, place: str, adapter: Adapter) -> Fact:
+    factors = list(adapter.modules.values())
+    ranks, scalings = [f.rank for f in factors], [f.scaling for f in factors]
+    squares = sum(float(gram_of([f], [f.scaling])) for f in factors)
+    return Fact(
+        name=name,
+        place=place,
+        base_model=adapter.header.base_model,
+        modules=len(factors),
+        kinds=tuple(dict.fromkeys(map(kind_of, adapter.modules))),
+        ranks=(min(ranks), max(ranks)),
+        scalings=(min(scalings), max(scalings)),
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for f in factors for t in (f.a, f.b)})),
+        nbytes=sum(f.nbytes for f in factors),
+        length=math.sqrt(max(squares, 0.0)),
+        zero=sum(f.why_zero is not None for f in factors),
+        calibration=adapter.calibration
+        if isinstance(adapter.calibration, str)
+        else isinstance(adapter.calibration, Calibration),
+    )
+
+
+def _fit(strategy: str, options: tuple[tuple[str, Value], ...], sources: Mapping[str, Adapter]) -> Fit:
+    spec = MergeSpec(strategy, tuple(map(Source, sources)), options)
+    try:
+        planned = plan(spec, sources)
+    except MergeError as error:
+        return Fit(str(spec), str(error))
+    rank = max(module.results[0][0][0] for module in planned.modules.values())
+    return Fit(str(spec), None, rank, planned.notes)

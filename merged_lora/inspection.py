@@ -1,0 +1,403 @@
+"""What is known of adapters before they are merged, and how it is shown: text, tables and JSON.
+
+Knows nothing of how it was found.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .comparing import Comparison
+from .errors import PlanError, listed
+from .tables import Table
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as ``--max-lora-rank``."""
+ALIKE, OPPOSED = 0.9, -0.3
+"""Cosines of whole adapters from which on they count as nearly the same, and as opposed."""
+SHARED = 0.5
+"""Share of the row spaces in common from which on two adapters count as begun with the same A."""
+UNEVEN = 2.0
+"""Ratio of lengths from which on the longer adapter drowns the shorter one."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What one source is.
+
+    name:        of the source.
+    place:       where it is, as it was given.
+    refused:     why it cannot be merged; all that follows is then empty.
+    base_model:  the model that it names.
+    modules:     number of modules.
+    kinds:       last parts of their names, such as ``q_proj``.
+    ranks:       smallest and largest rank.
+    scalings:    smallest and largest scaling.
+    dtypes:      of the factors.
+    nbytes:      of the factors.
+    length:      Frobenius norm of all deltas together.
+    zero:        number of modules whose delta is zero.
+    calibration: whether one is there, or why it is not used.
+    """
+
+    name: str
+    place: str
+    refused: str | None = None
+    base_model: str | None = None
+    modules: int = 0
+    kinds: tuple[str, ...] = ()
+    ranks: tuple[int, int] = (0, 0)
+    scalings: tuple[float, float] = (0.0, 0.0)
+    dtypes: tuple[str, ...] = ()
+    nbytes: int = 0
+    length: float = 0.0
+    zero: int = 0
+    calibration: bool | str = False
+
+    @property
+    def max_lora_rank(self) -> int | None:
+        """The smallest ``--max-lora-rank`` with which vLLM serves it; None if that takes no such rank."""
+        return next((rank for rank in RANKS if rank >= self.ranks[1]), None)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a merge can be made.
+
+    spec:    its text.
+    refused: why it cannot.
+    rank:    of the result, by the sources' own ranks.
+    notes:   what a user should know of it.
+    """
+
+    spec: str
+    refused: str | None
+    rank: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What was found.
+
+    facts:      of each source.
+    refused:    why those that could be read do not go together.
+    fits:       of usual merges.
+    comparison: numbers of each module; None if there are not two sources that go together.
+    density:    share of entries whose signs were compared.
+    """
+
+    facts: tuple[Fact, ...]
+    refused: str | None
+    fits: tuple[Fit, ...]
+    comparison: Comparison | None
+    density: float
+
+    def lengths(self, kind: str | None = None) -> torch.Tensor:
+        """Frobenius norm of the deltas of each source, float64 ``[N]``.
+
+        kind: last part of the names of the modules to look at, None for all; so too in the other methods.
+        """
+        return self._total("inner", kind).diagonal().clamp(min=0.0).sqrt()
+
+    def cosines(self, kind: str | None = None) -> torch.Tensor:
+        """Cosines between deltas, of all modules together, float64 ``[N, N]``; NaN beside zero."""
+        lengths = self.lengths(kind)
+        return self._total("inner", kind) / (lengths[:, None] * lengths)
+
+    def conflicts(self, kind: str | None = None) -> torch.Tensor:
+        """Of the entries that two sources keep, the share whose signs differ, ``[N, N]``; NaN without any."""
+        return self._total("opposite", kind).double() / self._total("both", kind).double()
+
+    def overlaps(self, kind: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares of the row and of the column spaces in common, the mean of the modules that both have."""
+        chosen, compared = self._chosen(kind), self._compared()
+        present = compared.present[chosen].double()
+        both = torch.einsum("mi,mj->ij", present, present)
+        return compared.rows[chosen].sum(0) / both, compared.columns[chosen].sum(0) / both
+
+    def energy(self, kind: str | None = None) -> torch.Tensor:
+        """The share of the squared norm that a sum of all keeps at rank 1, 2, ..., float64 ``[R]``."""
+        squares = self._total("squares", kind)
+        return squares.cumsum(0) / squares.sum()
+
+    def disturbances(self, kind: str | None = None) -> torch.Tensor:
+        """What source j adds to the outputs of source i, relative to what i adds itself, float64 ``[N, N]``.
+
+        Both are root mean squares over the inputs of i, and modules count by how much its answers depend on
+        them.
+        NaN for a source i without a calibration.
+        """
+        outputs = self._total("outputs", kind)  # [N, N, N]
+        squares = outputs.diagonal(dim1=1, dim2=2).clamp(min=0.0)  # [N, N]
+        return (squares / squares.diagonal()[:, None]).sqrt()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Last parts of the names of all modules, in the order of the first."""
+        return tuple(dict.fromkeys(map(kind_of, self._compared().modules)))
+
+    def _compared(self) -> Comparison:
+        if self.comparison is None:
+            raise PlanError("there are not two sources that go together, so nothing was compared")
+        return self.comparison
+
+    def _chosen(self, kind: str | None) -> torch.Tensor:
+        return torch.tensor([kind in (None, kind_of(name)) for name in self._compared().modules])
+
+    def _total(self, values: str, kind: str | None) -> torch.Tensor:
+        found: torch.Tensor = getattr(self._compared(), values)[self._chosen(kind)]
+        return found.nansum(0) if values == "outputs" and not found.isnan().all() else found.sum(0)
+
+    def tables(self) -> list[Table]:
+        """All that was found, as tables."""
+        found = [self._facts_table()]
+        if self.comparison is not None:
+            found += [self._pairs_table(), self._kinds_table(), self._energy_table()]
+        if self.fits:
+            rows = tuple(
+                (fit.spec, str(fit.rank) if fit.rank else "-", fit.refused or "") for fit in self.fits
+            )
+            found.append(Table("usual merges", ("spec", "rank", "refused because"), rows))
+        return found
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """The merges that fit, the one that keeps most in docs/quality.md first."""
+        return tuple(fit.spec for fit in self.fits if fit.refused is None)
+
+    def verdict(self) -> list[str]:
+        """What to know and to do, a sentence or two each."""
+        found = [f"{f.name} cannot be merged: {f.refused}" for f in self.facts if f.refused]
+        if self.refused:
+            found.append(f"The sources do not go together: {self.refused}")
+        if self.comparison is None:
+            return found
+        found += self._about_pairs() + self._about_lengths() + self._about_calibrations()
+        highest = max(f.ranks[1] for f in self.facts)
+        served = next((f.max_lora_rank for f in self.facts if f.ranks[1] == highest), None)
+        if served is None:
+            found.append(f"Rank {highest} is more than vLLM serves.")
+        elif served > 16:
+            found.append(f"vLLM needs --max-lora-rank {served} to serve them.")
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """All that was found, for JSON: what is not known is None."""
+        found: dict[str, Any] = {
+            "sources": [asdict(f) | {"max_lora_rank": f.max_lora_rank} for f in self.facts],
+            "refused": self.refused,
+            "density": self.density,
+            "merges": [asdict(fit) for fit in self.fits],
+            "verdict": self.verdict(),
+            "specs": list(self.specs),
+        }
+        if self.comparison is not None:
+            found["all"] = self._numbers(None)
+            found["kinds"] = {kind: self._numbers(kind) for kind in self.kinds}
+            found["modules"] = {
+                name: {"shape": shape, "inner": _plain(inner), "squares": _plain(squares)}
+                for name, shape, inner, squares in zip(
+                    self.comparison.modules,
+                    self.comparison.shapes,
+                    self.comparison.inner,
+                    self.comparison.squares,
+                    strict=True,
+                )
+            }
+        return found
+
+    def __str__(self) -> str:
+        """The tables and the verdict as plain text."""
+        parts = [table.text() for table in self.tables()]
+        if verdict := self.verdict():
+            parts.append("\n".join(["verdict", *(f"  {line}" for line in verdict)]))
+        if self.specs:
+            parts.append("\n".join(["specs that fit", *(f"  {spec}" for spec in self.specs)]))
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        import html
+
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.verdict())
+        specs = "".join(f"<li><code>{html.escape(spec)}</code></li>" for spec in self.specs)
+        return "".join(table.html() for table in self.tables()) + f"<ul>{lines}</ul><ul>{specs}</ul>"
+
+    def _numbers(self, kind: str | None) -> dict[str, Any]:
+        rows, columns = self.overlaps(kind)
+        return {
+            "length": _plain(self.lengths(kind)),
+            "cosine": _plain(self.cosines(kind)),
+            "sign_conflicts": _plain(self.conflicts(kind)),
+            "row_overlap": _plain(rows),
+            "column_overlap": _plain(columns),
+            "energy": _plain(self.energy(kind)),
+            "disturbance": _plain(self.disturbances(kind)),
+        }
+
+    def _facts_table(self) -> Table:
+        headings = (
+            "source",
+            "base model",
+            "modules",
+            "rank",
+            "scaling",
+            "dtype",
+            "MB",
+            "length",
+            "calibration",
+        )
+        rows = [
+            (
+                f.name,
+                f.base_model or "-",
+                f"{f.modules} ({listed(f.kinds, 8)})",
+                _range(*f.ranks),
+                _range(*f.scalings),
+                ", ".join(f.dtypes),
+                f"{f.nbytes / 1e6:.1f}",
+                f"{f.length:.3g}",
+                "not used" if isinstance(f.calibration, str) else "yes" if f.calibration else "none",
+            )
+            if f.refused is None
+            else (f.name, f"refused: {f.refused}", *[""] * 7)
+            for f in self.facts
+        ]
+        return Table("sources", headings, tuple(rows))
+
+    def _pairs_table(self) -> Table:
+        cosines, conflicts, disturbed = self.cosines(), self.conflicts(), self.disturbances()
+        overlaps = self.overlaps()
+        names = self._compared().sources
+        rows = [
+            (
+                f"{names[i]}, {names[j]}",
+                f"{cosines[i, j]:+.3f}",
+                _percent(conflicts[i, j]),
+                _percent(overlaps[0][i, j]),
+                _percent(overlaps[1][i, j]),
+                _percent(disturbed[i, j]),
+                _percent(disturbed[j, i]),
+            )
+            for i in range(len(names))
+            for j in range(i + 1, len(names))
+        ]
+        headings = (
+            "pair",
+            "cosine",
+            f"opposite signs at density {self.density:g}",
+            "rows in common",
+            "columns in common",
+            "first disturbed",
+            "second disturbed",
+        )
+        return Table("pairs, all modules together", headings, tuple(rows))
+
+    def _kinds_table(self) -> Table:
+        names = self._compared().sources
+        headings = ("modules", *(f"length of {name}" for name in names), "largest cosine", "opposite signs")
+        rows = []
+        for kind in self.kinds:
+            off = ~torch.eye(len(names), dtype=torch.bool)
+            cosines = self.cosines(kind)[off].nan_to_num(0.0)
+            conflicts = self.conflicts(kind)[off]
+            known = conflicts[~conflicts.isnan()]
+            rows.append(
+                (
+                    kind,
+                    *(f"{length:.3g}" for length in self.lengths(kind).tolist()),
+                    f"{cosines[cosines.abs().argmax()]:+.3f}",
+                    _percent(known.max()) if len(known) else "-",
+                )
+            )
+        return Table("kinds of modules", headings, tuple(rows))
+
+    def _energy_table(self) -> Table:
+        energy = self.energy()
+        ranks = sorted({r for r in (1, 2, 4, 8, 16, 32, 64, 128) if r < len(energy)} | {len(energy)})
+        rows = tuple((str(rank), _percent(energy[rank - 1])) for rank in ranks)
+        return Table("what a sum of all keeps of its squared norm", ("rank", "kept"), rows)
+
+    def _about_pairs(self) -> list[str]:
+        names, cosines, rows = self._compared().sources, self.cosines(), self.overlaps()[0]
+        found = []
+        for i, first in enumerate(names):
+            for j, second in list(enumerate(names))[i + 1 :]:
+                cosine = float(cosines[i, j])
+                if cosine >= ALIKE:
+                    found.append(
+                        f"{first} and {second} are nearly the same (cosine {cosine:.2f}): a sum counts twice "
+                        "what they learned; merge one of them."
+                    )
+                elif cosine <= OPPOSED:
+                    found.append(
+                        f"{first} and {second} are opposed (cosine {cosine:.2f}): each undoes what the other "
+                        "learned."
+                    )
+                elif rows[i, j] >= SHARED:
+                    found.append(
+                        f"{first} and {second} share {rows[i, j]:.0%} of the directions of their A, as after "
+                        "trainings with one seed: linear and its kin add up what does not belong together; "
+                        "sum does not."
+                    )
+        return found
+
+    def _about_lengths(self) -> list[str]:
+        lengths = dict(zip(self._compared().sources, self.lengths().tolist(), strict=True))
+        zero = [name for name, length in lengths.items() if not length]
+        found = [f"{name} changes nothing: its delta is zero." for name in zero]
+        heard = {name: length for name, length in lengths.items() if length}
+        if len(heard) > 1:
+            longest, shortest = max(heard, key=heard.__getitem__), min(heard, key=heard.__getitem__)
+            ratio = heard[longest] / heard[shortest]
+            if ratio >= UNEVEN:
+                found.append(
+                    f"{longest} is {ratio:.1f} times as long as {shortest} and may drown it: give {shortest} "
+                    "a larger weight, or take weights=auto."
+                )
+        return found
+
+    def _about_calibrations(self) -> list[str]:
+        without = [f.name for f in self.facts if f.refused is None and f.calibration is not True]
+        if without:
+            return [
+                f"{listed(without)} {'has' if len(without) == 1 else 'have'} no calibration. No strategy is "
+                "safe without: make one of each with merged-lora calibrate, and then merge with regmean."
+            ]
+        disturbed = self.disturbances()
+        names = self._compared().sources
+        others = disturbed.masked_fill(torch.eye(len(names), dtype=torch.bool), 0.0)
+        i, j = divmod(int(others.argmax()), len(names))
+        if not math.isfinite(float(others[i, j])):
+            return []
+        return [
+            f"{names[i]} is disturbed most: on its inputs, {names[j]} adds {_percent(others[i, j])} of what "
+            f"{names[i]} adds. regmean takes that into account; check what is left with merged-lora check."
+        ]
+
+
+def kind_of(module: str) -> str:
+    """The last part of a module's name without the number of an expert."""
+    return re.sub(r"\[\d+\]$", "", module.rpartition(".")[2])
+
+
+def _plain(values: torch.Tensor) -> Any:
+    """The values as lists, with None for NaN, which JSON lacks."""
+    if values.ndim:
+        return [_plain(each) for each in values]
+    value = float(values)
+    return value if math.isfinite(value) else None
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _percent(value: torch.Tensor) -> str:
+    return f"{float(value):.0%}" if math.isfinite(float(value)) else "-"
