@@ -29,6 +29,7 @@ COMMANDS = {
     "merge": commands.merge,
     "calibrate": commands.calibrate,
     "check": commands.check,
+    "inspect": commands.inspect,
     "strategies": commands.strategies,
 }
 
@@ -40,6 +41,13 @@ examples:
       --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
   merged-lora merge '{"ids": ["sql", "chat"], "weights": [0.7, 0.3], "merge_strategy": "linear"}' \\
       --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
+"""
+
+
+INSPECT_EXAMPLES = """\
+examples:
+  merged-lora inspect sql=adapters/sql chat=adapters/chat
+  merged-lora inspect sql=adapters/sql chat=adapters/chat --json --plot alike.png
 """
 
 
@@ -101,6 +109,7 @@ def parser() -> Parser:
     _add_merge(added)
     _add_calibrate(added)
     _add_check(added)
+    _add_inspect(added)
     _add_strategies(added)
     return parser
 
@@ -188,6 +197,39 @@ def _add_check(added: Any) -> None:
     _add_method(check)
     check.add_argument("--json", action="store_true", help="print a JSON list")
     _add_reading(check)
+
+
+def _add_inspect(added: Any) -> None:
+    """Add the command ``inspect``."""
+    inspect = added.add_parser(
+        "inspect",
+        help="see whether adapters may be merged, how, and what will hurt",
+        description="Compare adapters without running a model: what each is, how alike their deltas are, "
+        "which merges fit, and what to do. The exit code is 3 if one cannot be merged with the others.",
+        epilog=INSPECT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    inspect.add_argument(
+        "adapters",
+        metavar="NAME=LOCATION",
+        type=_named_location,
+        nargs="+",
+        help="where a source is: a PEFT folder, hf:org/repo[@revision][/folder], s3://bucket/folder, "
+        "gs://bucket/folder or https://host/folder",
+    )
+    inspect.add_argument(
+        "--density",
+        metavar="D",
+        type=float,
+        default=0.2,
+        help="share of each delta's entries, the largest ones, whose signs are compared (0.2)",
+    )
+    inspect.add_argument("--json", action="store_true", help="print one JSON object, with every module")
+    inspect.add_argument(
+        "--plot", metavar="FILE", type=Path, help="write a heat map of all modules as .png, .svg or .pdf"
+    )
+    _add_reading(inspect, sources=False)
 
 
 def _add_strategies(added: Any) -> None:

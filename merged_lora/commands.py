@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -27,12 +28,15 @@ from .spec import MergeSpec, from_json, parse
 if TYPE_CHECKING:
     from .adapters import Adapter
     from .backends import Result
+    from .inspection import Inspection
 
 T = TypeVar("T")
 
 LOGGER = logging.getLogger("merged_lora")
 SKILL_LOST = 3
 """Exit code of a check that found a source of which most is lost."""
+NOT_TOGETHER = 3
+"""Exit code of an inspection of adapters that cannot be merged."""
 
 
 class UsageError(MergeError):
@@ -142,6 +146,32 @@ def check(arguments: argparse.Namespace) -> int:
     return SKILL_LOST if any(each.lost for each in found) else 0
 
 
+def inspect(arguments: argparse.Namespace) -> int:
+    """Print what is to be known of adapters before they are merged."""
+    paths = _once(arguments.adapters)
+
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from .adapters import Adapter
+    from .figures import check_path, heat_map, save
+    from .inspecting import inspect
+
+    if arguments.plot is not None:
+        check_path(arguments.plot)
+    load = partial(Adapter.load, drop=arguments.drop, allow_pickle=arguments.allow_pickle)
+    bar = tqdm(unit="module", leave=False, disable=None)  # None: only if stderr is a terminal
+    with terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
+        found = inspect(paths, density=arguments.density, load=load, progress=bar.update)
+    if arguments.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        _show(found)
+    if arguments.plot is not None:
+        save(heat_map(found), arguments.plot)
+    return NOT_TOGETHER if found.refused or any(fact.refused for fact in found.facts) else 0
+
+
 @contextmanager
 def _shares() -> Iterator[Callable[[float], object]]:
     """Show a bar for work of which shares are reported, on a terminal, and none of transformers' own."""
@@ -158,6 +188,23 @@ def _shares() -> Iterator[Callable[[float], object]]:
     bar = tqdm(total=1.0, bar_format=layout, leave=False, disable=None)  # None: only if stderr is a terminal
     with bar, logging_redirect_tqdm([LOGGER]):
         yield bar.update
+
+
+def _show(found: Inspection) -> None:
+    """Print an inspection: tables as wide as the terminal, or as plain text into a pipe."""
+    if not sys.stdout.isatty():
+        print(found)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in found.tables():
+        console.print(table.rich())
+    for heading, lines in (("verdict", found.verdict()), ("specs that fit", found.specs)):
+        if lines:
+            console.print(heading, style="italic")
+        for line in lines:
+            console.print(printable(line), markup=False, soft_wrap=heading != "verdict")
 
 
 def _kept(result: Result) -> list[str]:

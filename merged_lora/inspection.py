@@ -116,7 +116,7 @@ class Inspection:
 
     def overlaps(self, kind: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Shares of the row and of the column spaces in common, the mean of the modules that both have."""
-        chosen, compared = self._chosen(kind), self._compared()
+        chosen, compared = self._chosen(kind), self.compared
         present = compared.present[chosen].double()
         both = torch.einsum("mi,mj->ij", present, present)
         return compared.rows[chosen].sum(0) / both, compared.columns[chosen].sum(0) / both
@@ -140,18 +140,20 @@ class Inspection:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Last parts of the names of all modules, in the order of the first."""
-        return tuple(dict.fromkeys(map(kind_of, self._compared().modules)))
+        return tuple(dict.fromkeys(map(kind_of, self.compared.modules)))
 
-    def _compared(self) -> Comparison:
+    @property
+    def compared(self) -> Comparison:
+        """The numbers of each module; raises PlanError if nothing was compared."""
         if self.comparison is None:
             raise PlanError("there are not two sources that go together, so nothing was compared")
         return self.comparison
 
     def _chosen(self, kind: str | None) -> torch.Tensor:
-        return torch.tensor([kind in (None, kind_of(name)) for name in self._compared().modules])
+        return torch.tensor([kind in (None, kind_of(name)) for name in self.compared.modules])
 
     def _total(self, values: str, kind: str | None) -> torch.Tensor:
-        found: torch.Tensor = getattr(self._compared(), values)[self._chosen(kind)]
+        found: torch.Tensor = getattr(self.compared, values)[self._chosen(kind)]
         return found.nansum(0) if values == "outputs" and not found.isnan().all() else found.sum(0)
 
     def tables(self) -> list[Table]:
@@ -274,7 +276,7 @@ class Inspection:
     def _pairs_table(self) -> Table:
         cosines, conflicts, disturbed = self.cosines(), self.conflicts(), self.disturbances()
         overlaps = self.overlaps()
-        names = self._compared().sources
+        names = self.compared.sources
         rows = [
             (
                 f"{names[i]}, {names[j]}",
@@ -300,7 +302,7 @@ class Inspection:
         return Table("pairs, all modules together", headings, tuple(rows))
 
     def _kinds_table(self) -> Table:
-        names = self._compared().sources
+        names = self.compared.sources
         headings = ("modules", *(f"length of {name}" for name in names), "largest cosine", "opposite signs")
         rows = []
         for kind in self.kinds:
@@ -325,7 +327,7 @@ class Inspection:
         return Table("what a sum of all keeps of its squared norm", ("rank", "kept"), rows)
 
     def _about_pairs(self) -> list[str]:
-        names, cosines, rows = self._compared().sources, self.cosines(), self.overlaps()[0]
+        names, cosines, rows = self.compared.sources, self.cosines(), self.overlaps()[0]
         found = []
         for i, first in enumerate(names):
             for j, second in list(enumerate(names))[i + 1 :]:
@@ -349,7 +351,7 @@ class Inspection:
         return found
 
     def _about_lengths(self) -> list[str]:
-        lengths = dict(zip(self._compared().sources, self.lengths().tolist(), strict=True))
+        lengths = dict(zip(self.compared.sources, self.lengths().tolist(), strict=True))
         zero = [name for name, length in lengths.items() if not length]
         found = [f"{name} changes nothing: its delta is zero." for name in zero]
         heard = {name: length for name, length in lengths.items() if length}
@@ -371,7 +373,7 @@ class Inspection:
                 "safe without: make one of each with merged-lora calibrate, and then merge with regmean."
             ]
         disturbed = self.disturbances()
-        names = self._compared().sources
+        names = self.compared.sources
         others = disturbed.masked_fill(torch.eye(len(names), dtype=torch.bool), 0.0)
         i, j = divmod(int(others.argmax()), len(names))
         if not math.isfinite(float(others[i, j])):
@@ -385,6 +387,12 @@ class Inspection:
 def kind_of(module: str) -> str:
     """The last part of a module's name without the number of an expert."""
     return re.sub(r"\[\d+\]$", "", module.rpartition(".")[2])
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module is in; None for one outside layers."""
+    number = re.search(r"\.(\d+)\.", module)
+    return int(number[1]) if number else None
 
 
 def _plain(values: torch.Tensor) -> Any:
