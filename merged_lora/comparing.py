@@ -93,7 +93,7 @@ def compare(
         _compare_stack(found, torch.tensor([index[x] for x in names]), present, stack, calibrations)
         for k, name in enumerate(names):
             both, opposite = _signs([own[k] for own in stack], density)
-            at = index[name], *torch.meshgrid(*[torch.tensor(present)] * 2, indexing="ij")
+            at = index[name], torch.tensor(present)[:, None], torch.tensor(present)
             found.both[at], found.opposite[at] = both, opposite
         progress(len(names))
     return found
@@ -103,16 +103,15 @@ def _stacks(
     sources: Sequence[Adapter], modules: Sequence[str]
 ) -> Iterator[tuple[list[str], tuple[int, ...]]]:
     """Modules that the same sources have in the same shapes and ranks, a bounded number at a time."""
-    alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    alike: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]], list[str]] = defaultdict(list)
     for name in modules:
         present = tuple(i for i, adapter in enumerate(sources) if name in adapter.modules)
         ranks = tuple(sources[i].modules[name].rank for i in present)
         alike[present, ranks, sources[present[0]].modules[name].shape].append(name)
     for (present, ranks, shape), names in alike.items():
-        nbytes = 8 * sum(ranks) * sum(shape)  # type: ignore[arg-type, call-overload]
-        count = max(1, STACK_BYTES // nbytes)
+        count = max(1, STACK_BYTES // (8 * sum(ranks) * sum(shape)))
         for start in range(0, len(names), count):
-            yield names[start : start + count], present  # type: ignore[misc]
+            yield names[start : start + count], present
 
 
 def _compare_stack(

@@ -71,8 +71,9 @@ def inspect(
     refused, comparison = None, None
     try:
         sources = align(read)
-        check_shapes(sources, {name for adapter in sources.values() for name in adapter.modules})
-        header_of(sources, {name for adapter in sources.values() for name in adapter.modules})
+        names = sorted({name for adapter in sources.values() for name in adapter.modules})
+        check_shapes(sources, names)
+        header_of(sources, names)
     except PlanError as error:
         refused = str(error)
     else:

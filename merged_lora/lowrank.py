@@ -204,7 +204,8 @@ def singular_values(
     by_row, by_column = 1.0 / even, signed * even
     root_a = basis_of(gram_a * by_row[:, :, None] * by_row[:, None, :])[1]
     root_b = basis_of(gram_b * by_column[:, :, None] * by_column[:, None, :])[1]
-    return torch.linalg.svdvals(root_b @ root_a.mT)
+    values: torch.Tensor = torch.linalg.svdvals(root_b @ root_a.mT)
+    return values
 
 
 def flattened(values: torch.Tensor, full: int) -> torch.Tensor:
