@@ -44,6 +44,10 @@ class CalibrationError(MergeError):
     """A calibration is missing, damaged, or made for another adapter, or cannot be made as asked."""
 
 
+class EvaluationError(MergeError):
+    """A merge cannot be judged as asked: by its examples, by its server, or by what that can do."""
+
+
 class PlanError(MergeError):
     """The sources are valid, but do not fit together, or do not fit the rank limit or the model."""
 
