@@ -1,0 +1,102 @@
+"""How right an answer is, and how sure a mean or a share of it is.  Knows nothing of servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import EvaluationError
+
+RESAMPLES = 2000
+SURE = 95.0
+"""Per cent of the resamples that an interval holds."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the interval that resampling its examples gives.
+
+    value: of all examples.
+    low:   below it are 2.5 % of the resamples.
+    high:  above it are 2.5 % of the resamples.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.0%} ({self.low:.0%} to {self.high:.0%})"
+
+
+def exact(given: str, right: Sequence[str]) -> float:
+    """1 if an answer is one of the right ones, up to space around it, else 0."""
+    return float(given.strip() in {each.strip() for each in right})
+
+
+def contains(given: str, right: Sequence[str]) -> float:
+    """1 if an answer holds one of the right ones, else 0."""
+    return float(any(each.strip() in given for each in right))
+
+
+def rouge_l(given: str, right: Sequence[str]) -> float:
+    """The largest ROUGE-L F-measure with a right answer, from 0 to 1.
+
+    C.-Y. Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; computed by rouge-score.
+
+    Raises EvaluationError without rouge-score, of the extra ``eval``.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise EvaluationError(
+            f"ROUGE-L needs rouge-score, which cannot be imported ({error}): "
+            "pip install 'vllm-merged-lora[eval]'"
+        ) from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    return max(float(scorer.score(each, given)["rougeL"].fmeasure) for each in right)
+
+
+METRICS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact,
+    "contains": contains,
+    "rouge-l": rouge_l,
+}
+"""Scores of an answer from 0 to 1, by name."""
+
+
+def mean(values: Sequence[float]) -> Interval:
+    """The mean of the scores of some examples."""
+    scores = np.asarray(values, dtype=np.float64)
+    return _interval(lambda picked: scores[picked].mean(axis=-1), len(scores))
+
+
+def retention(merged: Sequence[float], alone: Sequence[float]) -> Interval | None:
+    """The share of a specialist's score that a merge keeps, None if the specialist has none.
+
+    Both are resampled together, example by example, so that hard examples count in both.
+
+    merged: scores of the merge.
+    alone:  scores of the specialist on the same examples.
+    """
+    own, other = np.asarray(alone, dtype=np.float64), np.asarray(merged, dtype=np.float64)
+    if not own.sum():
+        return None
+
+    def share(picked: NDArray[np.int64]) -> NDArray[np.float64]:
+        below = own[picked].mean(axis=-1)
+        ratio: NDArray[np.float64] = other[picked].mean(axis=-1) / np.where(below > 0, below, np.nan)
+        return ratio
+
+    return _interval(share, len(own))
+
+
+def _interval(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int) -> Interval:
+    """The percentile bootstrap (B. Efron, "Bootstrap Methods", Ann. Statist. 7, 1979), the same each time."""
+    picked = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    tail = (100.0 - SURE) / 2
+    low, high = np.nanpercentile(statistic(picked), (tail, 100.0 - tail))
+    return Interval(float(statistic(np.arange(count)[None])[0]), float(low), float(high))
