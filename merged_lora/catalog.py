@@ -47,7 +47,7 @@ def as_markdown() -> str:
         (PLACES[place], RESULT_RANK[rank], ", ".join(f"`{name}`" for name in names))
         for (place, rank), names in _by_place().items()
     ]
-    options = [(f"`{assignment(option)}`", option.help, _few_takers(option)) for option in _options()]
+    options = [(f"`{assignment(option)}`", option.help, _few_takers(option)) for option in options()]
     tables = (
         _table(("strategies", "what they do", "options of their own", "source"), families),
         _table(("computed on", "rank of the result", "strategies"), places),
@@ -97,7 +97,7 @@ def as_text() -> str:
             "",
         ]
     lines += ["options", ""]
-    for option in _options():
+    for option in options():
         lines += [f"  {assignment(option)}", *_indented(option.help), *_indented(f"for: {_takers(option)}")]
     return "\n".join(lines) + "\n"
 
@@ -116,7 +116,7 @@ def _own(strategy: Strategy) -> list[Option]:
     return [option for option in strategy.options if option not in EVERYWHERE]
 
 
-def _options() -> list[Option]:
+def options() -> list[Option]:
     """Every option once, in the order of the table.  Those that every strategy takes come last."""
     seen = {option.name: option for strategy in TABLE.values() for option in _own(strategy)}
     return [*seen.values(), *EVERYWHERE]

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, commands
+from . import __version__, catalog, commands
 from .commands import LOGGER, UsageError, printable
 from .errors import MergeError
 from .locations import Location, locate
@@ -25,6 +25,8 @@ from .spec import check_own_name
 PROG = "merged-lora"
 SLOW = logging.getLogger("merged_lora.cpu_kernels.compiling")
 """Logs as information what a user at a terminal waits for."""
+OWN_FLAGS = frozenset(("weights", "rank", "modules", "without"))
+"""Options of strategies for which ``merge`` has a flag that does more."""
 COMMANDS = {
     "merge": commands.merge,
     "calibrate": commands.calibrate,
@@ -39,6 +41,7 @@ examples:
       --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
   merged-lora merge "0.7*sql + 0.3*chat" --rank 16 \\
       --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
+  merged-lora merge adapters/sql adapters/chat --strategy ties --weights 1 0.5 --density 0.3 --output merged
   merged-lora merge '{"ids": ["sql", "chat"], "weights": [0.7, 0.3], "merge_strategy": "linear"}' \\
       --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
 """
@@ -124,7 +127,15 @@ def _add_merge(added: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_sources(merge)
+    merge.add_argument(
+        "what",
+        metavar="SPEC",
+        nargs="+",
+        help='what to merge: "ties(a, 0.5*b)", "a + b", or JSON, after "--" if it begins with a minus sign; '
+        "or with --strategy the sources themselves: FOLDER, LOCATION or NAME=LOCATION",
+    )
+    _add_adapters(merge, required=False)
+    _add_strategy(merge)
     merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
     _add_choice(merge)
     _add_method(merge)
@@ -247,12 +258,37 @@ def _add_sources(parser: Parser) -> None:
         metavar="SPEC",
         help='what to merge: "ties(a, 0.5*b)", "a + b", or JSON. After "--" it may begin with a minus sign',
     )
+    _add_adapters(parser, required=True)
+
+
+def _add_strategy(parser: Parser) -> None:
+    """Add what says how to merge sources that are not in a spec: a strategy and its options."""
+    parser.add_argument("--strategy", metavar="NAME", help="how to merge sources that are given as folders")
+    parser.add_argument(
+        "--weights",
+        metavar="W",
+        nargs="+",
+        help="with --strategy: the weight of each source in their order, or auto",
+    )
+    for option in catalog.options():
+        if option.name not in OWN_FLAGS:
+            parser.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                metavar="X",
+                nargs="+" if option.per_source else 1,
+                dest=f"option_{option.name}",
+                help=f"with --strategy: {option.help}",
+            )
+
+
+def _add_adapters(parser: Parser, required: bool) -> None:
     parser.add_argument(
         "--adapter",
         metavar="NAME=LOCATION",
         type=_named_location,
         action="append",
-        required=True,
+        default=None if required else [],
+        required=required,
         dest="adapters",
         help="where a source is, once per source: a PEFT folder, hf:org/repo[@revision][/folder], "
         "s3://bucket/folder, gs://bucket/folder or https://host/folder",

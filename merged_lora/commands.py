@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import re
 import signal
 import sys
 import time
@@ -22,8 +24,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from . import catalog
 from .errors import MergeError, SpecError, UnknownAdapterError
 from .grammar import meant_by
+from .locations import Location, locate
 from .names import shortened
-from .spec import MergeSpec, from_json, parse
+from .recipe import Value
+from .spec import MergeSpec, Source, check_own_name, from_json, parse
 
 if TYPE_CHECKING:
     from .adapters import Adapter
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_WORDS = {"true": True, "false": False}
 LOGGER = logging.getLogger("merged_lora")
 SKILL_LOST = 3
 """Exit code of a check that found a source of which most is lost."""
@@ -54,8 +60,9 @@ def strategies(arguments: argparse.Namespace) -> int:
 
 def merge(arguments: argparse.Namespace) -> int:
     """Merge adapters and write the result."""
-    spec = _chosen(_read_spec(arguments.spec), arguments)
-    paths = _paths(spec, arguments.adapters)
+    spec, named = _asked(arguments)
+    spec = _chosen(spec, arguments)
+    paths = _paths(spec, named)
 
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -212,6 +219,71 @@ def _kept(result: Result) -> list[str]:
     shares = result.kept_by_module().values()
     by_module = f" ({min(shares):.2%} to {max(shares):.2%} by module)" if len(shares) > 1 else ""
     return [f"{result.kept_energy():.2%} of the squared norm kept{by_module}"] if shares else []
+
+
+def _asked(arguments: argparse.Namespace) -> tuple[MergeSpec, Sequence[tuple[str, Path | str]]]:
+    """The merge that the arguments of ``merge`` ask for, and where its sources are; raises UsageError."""
+    given = {
+        name.removeprefix("option_"): texts
+        for name, texts in vars(arguments).items()
+        if name.startswith("option_") and texts is not None
+    }
+    if arguments.strategy is None:
+        if given or arguments.weights is not None:
+            flag = "weights" if not given else next(iter(given)).replace("_", "-")
+            raise UsageError(
+                f"--{flag} goes with --strategy and folders; in a spec, options and weights are a part of it: "
+                '"ties(0.7*a, b, density=0.3)"'
+            )
+        if len(arguments.what) > 1 or not arguments.adapters:
+            if any(os.path.isdir(text) for text in arguments.what):
+                raise UsageError("folders are merged with --strategy NAME, such as --strategy ties")
+            if len(arguments.what) > 1:
+                raise UsageError(
+                    f"one spec is expected, not {len(arguments.what)} arguments; put it in quotes, and give "
+                    "each source an --adapter of its own"
+                )
+            raise UsageError("say where the sources are: --adapter NAME=PATH for each of them")
+        return _read_spec(arguments.what[0]), arguments.adapters
+    if arguments.adapters:
+        raise UsageError("with --strategy, the sources are given without --adapter: NAME=PATH or PATH")
+    named = [_named_source(text) for text in arguments.what]
+    weights, options = [1.0] * len(named), {name: _option_value(texts) for name, texts in given.items()}
+    if arguments.weights == ["auto"]:
+        options["weights"] = "auto"
+    elif arguments.weights is not None:
+        weights = [_weight(text) for text in arguments.weights]
+        if len(weights) != len(named):
+            raise UsageError(f"--weights gives {len(weights)} of them for {len(named)} sources")
+    sources = tuple(Source(name, weight) for (name, _), weight in zip(named, weights, strict=True))
+    return MergeSpec(arguments.strategy, sources, tuple(options.items())), named
+
+
+def _named_source(text: str) -> tuple[str, Path | str]:
+    """A source as an argument names it: NAME=LOCATION, or a location whose last part is its name."""
+    name, equals, place = text.partition("=")
+    if not (equals and name and "/" not in name):
+        place = text
+        name = re.split(r"[/:]", place.partition("@")[0].rstrip("/"))[-1] or Path(place).resolve().name
+    try:
+        check_own_name(name)
+        found = locate(place)
+    except MergeError as error:
+        raise UsageError(f"{shortened(text)}: {error}; name the source: NAME=PATH") from None
+    return name, place if isinstance(found, Location) else found
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--weights takes numbers, or auto; {shortened(text)!r} is neither") from None
+
+
+def _option_value(texts: Sequence[str]) -> Value:
+    """The value of an option, which its strategy checks: numbers, words, and a number for each source."""
+    found = [float(text) if _NUMBER.fullmatch(text) else _WORDS.get(text, text) for text in texts]
+    return found[0] if len(found) == 1 else tuple(found)  # type: ignore[return-value]
 
 
 def _read_spec(text: str) -> MergeSpec:
