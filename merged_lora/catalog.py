@@ -47,11 +47,11 @@ def as_markdown() -> str:
         (PLACES[place], RESULT_RANK[rank], ", ".join(f"`{name}`" for name in names))
         for (place, rank), names in _by_place().items()
     ]
-    options = [(f"`{assignment(option)}`", option.help, _few_takers(option)) for option in options()]
+    taken = [(f"`{assignment(option)}`", option.help, _few_takers(option)) for option in options()]
     tables = (
         _table(("strategies", "what they do", "options of their own", "source"), families),
         _table(("computed on", "rank of the result", "strategies"), places),
-        _table(("option", "what it does", "taken by"), options),
+        _table(("option", "what it does", "taken by"), taken),
     )
     return "\n\n".join(tables) + "\n"
 

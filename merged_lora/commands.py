@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import re
 import signal
 import sys
@@ -232,11 +231,11 @@ def _asked(arguments: argparse.Namespace) -> tuple[MergeSpec, Sequence[tuple[str
         if given or arguments.weights is not None:
             flag = "weights" if not given else next(iter(given)).replace("_", "-")
             raise UsageError(
-                f"--{flag} goes with --strategy and folders; in a spec, options and weights are a part of it: "
+                f"--{flag} goes with --strategy and folders; a spec holds its options and weights itself: "
                 '"ties(0.7*a, b, density=0.3)"'
             )
         if len(arguments.what) > 1 or not arguments.adapters:
-            if any(os.path.isdir(text) for text in arguments.what):
+            if any(Path(text).is_dir() for text in arguments.what):
                 raise UsageError("folders are merged with --strategy NAME, such as --strategy ties")
             if len(arguments.what) > 1:
                 raise UsageError(
