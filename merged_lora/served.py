@@ -1,0 +1,201 @@
+"""Asks a served model for answers, and how likely right ones are; speaks OpenAI's API, and vLLM's beyond it.
+
+Knows nothing of tasks or of merges: a model is a name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from .errors import EvaluationError
+from .names import shortened
+from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+ATTEMPTS = 6
+"""How often the client asks again after status 408, 409, 429 or one from 500, or if no answer came."""
+TIMEOUT = 600.0
+"""Seconds for an answer, which a new merge may have to be made for."""
+
+
+class RefusedError(EvaluationError):
+    """The server refuses this model, or this prompt; others may do."""
+
+
+class NoLikelihoodError(EvaluationError):
+    """The server cannot say how likely an answer is."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely an answer is.
+
+    log_likelihood: sum over its tokens, in nats.
+    tokens:         their number, with the one that ends the answer.
+    """
+
+    log_likelihood: float
+    tokens: int
+
+
+class Served:
+    """A server.
+
+    base_url:    of OpenAI's API, such as ``http://localhost:8000/v1``.
+    api_key:     None for that in the environment variable OPENAI_API_KEY.
+    concurrency: requests at a time.
+
+    Raises EvaluationError without the package openai, of the extra ``eval``.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None, concurrency: int = 8) -> None:
+        try:
+            from openai import AsyncOpenAI
+        except ImportError as error:
+            raise EvaluationError(
+                f"asking a server needs the package openai, which cannot be imported ({error}): "
+                "pip install 'vllm-merged-lora[eval]'"
+            ) from None
+        split = urlsplit(base_url)
+        if split.scheme not in ("http", "https") or not split.netloc:
+            raise EvaluationError(f"{base_url!r} is no address of a server, such as http://localhost:8000/v1")
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise EvaluationError(f"the number of requests at a time must be at least 1, got {concurrency!r}")
+        self.base_url = base_url.rstrip("/")
+        self._root = f"{split.scheme}://{split.netloc}{split.path.rstrip('/').removesuffix('/v1')}"
+        self._client: AsyncOpenAI = AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=ATTEMPTS,
+            timeout=TIMEOUT,
+        )
+        self._free = asyncio.Semaphore(concurrency)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.close()
+
+    async def models(self) -> Mapping[str, str | None]:
+        """The names that the server lists, each with the model that it is an adapter of."""
+        with self._explained("the list of models"):
+            found = await self._client.models.list()
+        return {each.id: getattr(each, "parent", None) for each in found.data}
+
+    async def answer(self, model: str, prompt: Prompt, limit: int) -> str:
+        """What a model answers, greedily.
+
+        limit: largest number of tokens.
+
+        Raises RefusedError if the server refuses the model or the prompt, and EvaluationError if it fails.
+        """
+        client: Any = self._client
+        async with self._free:
+            with self._explained(model):
+                if isinstance(prompt, str):
+                    reply = await client.completions.create(
+                        model=model, prompt=prompt, max_tokens=limit, temperature=0.0
+                    )
+                    return reply.choices[0].text or ""
+                reply = await client.chat.completions.create(
+                    model=model, messages=prompt, max_tokens=limit, temperature=0.0
+                )
+                return reply.choices[0].message.content or ""
+
+    async def tokens(self, model: str, prompt: Prompt, answer: str) -> tuple[list[int], list[int]]:
+        """The token ids of a prompt, and of the answer with the token that ends it in a chat.
+
+        Raises NoLikelihoodError if the server does not tokenize.
+        """
+        if isinstance(prompt, str):
+            asked = await self._tokenize(model, prompt=prompt)
+            return asked, await self._tokenize(model, prompt=answer, add_special_tokens=False)
+        asked = await self._tokenize(model, messages=prompt, add_generation_prompt=True)
+        reply = {"role": "assistant", "content": answer}
+        whole = await self._tokenize(model, messages=[*prompt, reply], add_generation_prompt=False)
+        alone = await self._tokenize(model, prompt=answer, add_special_tokens=False)
+        given = whole[len(asked) :]
+        if whole[: len(asked)] != asked or given[: len(alone)] != alone:
+            return asked, alone  # a template that changes an answer, or what stands before it
+        return asked, given[: len(alone) + 1]
+
+    async def likelihood(self, model: str, asked: Sequence[int], answer: Sequence[int]) -> Likelihood:
+        """How likely an answer to a prompt is, both as token ids.
+
+        Raises RefusedError and EvaluationError as :meth:`answer` does, and NoLikelihoodError if the server
+        gives no log-probabilities of prompts.
+        """
+        client: Any = self._client
+        async with self._free:
+            with self._explained(model):
+                reply = await client.completions.create(
+                    model=model,
+                    prompt=[*asked, *answer],
+                    max_tokens=1,
+                    temperature=0.0,
+                    extra_body={"prompt_logprobs": 0},
+                )
+        rated = getattr(reply.choices[0], "prompt_logprobs", None)
+        if not isinstance(rated, list) or len(rated) != len(asked) + len(answer):
+            raise NoLikelihoodError(f"{self.base_url} gives no log-probabilities of prompts")
+        total = 0.0
+        for token, entries in zip(answer, rated[len(asked) :], strict=True):
+            total += float(entries[str(token)]["logprob"])
+        return Likelihood(total, len(answer))
+
+    async def _tokenize(self, model: str, **body: object) -> list[int]:
+        client: Any = self._client
+        try:
+            async with self._free:
+                with self._explained(model):
+                    reply = await client.post(
+                        f"{self._root}/tokenize", body={"model": model, **body}, cast_to=object
+                    )
+        except RefusedError as error:
+            raise NoLikelihoodError(f"{self.base_url} does not tokenize ({error})") from None
+        tokens: list[int] = reply["tokens"]
+        return tokens
+
+    @contextmanager
+    def _explained(self, model: str) -> Iterator[None]:
+        """Raise EvaluationError with what a user has to know of a request that failed."""
+        import openai
+
+        try:
+            yield
+        except openai.APIStatusError as error:
+            status, words = error.status_code, _words(error)
+            if status in (400, 404, 422):
+                raise RefusedError(f"{shortened(model)}: {words}") from None
+            if status in (401, 403):
+                raise EvaluationError(
+                    f"{self.base_url} refuses access ({words}); give its key in OPENAI_API_KEY"
+                ) from None
+            raise EvaluationError(
+                f"{self.base_url} answers status {status} for {shortened(model)}, after {ATTEMPTS} more "
+                f"attempts: {words}"
+            ) from None
+        except openai.APITimeoutError:
+            raise EvaluationError(
+                f"{self.base_url} does not answer within {TIMEOUT:.0f} s for {shortened(model)}"
+            ) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise EvaluationError(f"no server answers at {self.base_url} ({cause})") from None
+        except openai.OpenAIError as error:
+            raise EvaluationError(f"{self.base_url}: the answer cannot be read ({error})") from None
+
+
+def _words(error: Any) -> str:
+    """What the server says of an error."""
+    body = error.body if isinstance(error.body, dict) else {}
+    inner = body.get("error", body)
+    text = inner.get("message") if isinstance(inner, dict) else None
+    return " ".join(str(text or error.message).split())[:1000]
