@@ -67,12 +67,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_measured(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with (
-        pytest.raises(EvaluationError, match="cannot write .*No space left"),
-        Results(file, ABOUT).open() as r,
-    ):
+    with Results(file, ABOUT).open() as results:
         monkeypatch.setattr(os, "fsync", full)
-        r.add("row 3", {})
+        with pytest.raises(EvaluationError, match=r"cannot write .*No space left"):
+            results.add("row 3", {})
     assert len(Results(file, ABOUT)) >= 3
 
 

@@ -1,0 +1,205 @@
+"""Evaluates merges on a server: the base model, each source and each merge on labelled examples."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from .errors import EvaluationError, listed
+from .evaluation import LIKELIHOOD, Evaluation, Row
+from .prompts import Example, read_examples
+from .results import Results
+from .scores import METRICS
+from .served import Likelihood, NoLikelihoodError, RefusedError, Served
+from .spec import MergeSpec, parse
+
+logger = logging.getLogger(__name__)
+
+Tasks = Mapping[str, Sequence[Example]]
+Progress = Callable[[int], object]
+
+LIMIT = 256
+"""Tokens of an answer."""
+
+
+def evaluate(
+    base_url: str,
+    data: Mapping[str, str | os.PathLike[str] | Sequence[Example]],
+    specs: Iterable[str | MergeSpec] = (),
+    *,
+    sources: Mapping[str, str] | None = None,
+    metric: str = "exact",
+    count: int | None = None,
+    limit: int = LIMIT,
+    likelihood: bool = True,
+    concurrency: int = 8,
+    results: str | os.PathLike[str] | None = None,
+    api_key: str | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Evaluation:
+    """Run a served base model, its adapters and merges of them on labelled examples.
+
+    Models are run one after the other, and the examples of each at the same time.  What ``results`` has is
+    not measured again.  A merge that the server refuses is a part of the result.
+
+    base_url:    of the server's API, such as ``http://localhost:8000/v1``.
+    data:        for each task a file of examples, or the examples.
+    specs:       merges to evaluate.
+    sources:     for each task the name of the adapter that was trained for it; by default the task's own.
+    metric:      ``exact``, ``contains``, ``rouge-l`` or ``likelihood``: what the tables and retention are of.
+    count:       the first so many examples of each task alone.
+    limit:       largest number of tokens of an answer.
+    likelihood:  whether to measure how likely right answers are, where the server can say.
+    concurrency: requests at a time.
+    results:     a file of rows, which is written as they are measured.
+    api_key:     of the server; by default in the environment variable OPENAI_API_KEY.
+    progress:    called with the number of examples that are done, and of all.
+
+    Raises MergeError: for examples that cannot be read, a server that fails, and results that cannot be
+    written.
+    """
+    tasks = read_tasks(data, count)
+    if metric not in (*METRICS, LIKELIHOOD):
+        raise EvaluationError(
+            f"the metric must be one of {', '.join((*METRICS, LIKELIHOOD))}, got {metric!r}"
+        )
+    merges = tuple(dict.fromkeys(str(parse(each) if isinstance(each, str) else each) for each in specs))
+    named = {task: (sources or {}).get(task, task) for task in tasks}
+    unused = sorted((sources or {}).keys() - tasks.keys())
+    if unused:
+        raise EvaluationError(f"{listed(unused)} has a source and no examples")
+    about = {"metrics": sorted({metric, "exact", "contains"} - {LIKELIHOOD}), "limit": limit}
+    kept = Results(None if results is None else Path(results), about)
+    run = _Run(tasks, named, merges, metric, limit, likelihood, kept, progress)
+    return asyncio.run(run.run(Served(base_url, api_key, concurrency)))
+
+
+def read_tasks(
+    data: Mapping[str, str | os.PathLike[str] | Sequence[Example]], count: int | None = None
+) -> dict[str, Sequence[Example]]:
+    """The examples of every task; raises EvaluationError.
+
+    count: the first so many of each alone.
+    """
+    if not isinstance(data, Mapping) or not data:
+        raise EvaluationError("there is no task; name at least one with a file of examples")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise EvaluationError(f"the number of examples must be at least 1, got {count!r}")
+    found = {
+        task: read_examples(Path(given)) if isinstance(given, str | os.PathLike) else list(given)
+        for task, given in data.items()
+    }
+    empty = [task for task, examples in found.items() if not examples]
+    if empty:
+        raise EvaluationError(f"{listed(empty)} has no examples")
+    return {task: examples[:count] for task, examples in found.items()}
+
+
+class _Run:
+    """One evaluation."""
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        sources: Mapping[str, str],
+        specs: tuple[str, ...],
+        metric: str,
+        limit: int,
+        likelihood: bool,
+        results: Results,
+        progress: Callable[[int, int], object],
+    ) -> None:
+        self._tasks, self._sources, self._specs = tasks, sources, specs
+        self._metric, self._limit, self._likelihood = metric, limit, likelihood
+        self._results, self._progress = results, progress
+        self._tokens: dict[str, tuple[list[int], list[int]]] = {}
+        self._notes: list[str] = []
+        self._done = self._total = 0
+
+    async def run(self, server: Served) -> Evaluation:
+        """Measure what is missing."""
+        try:
+            listed_models = await server.models()
+            base = self._base(listed_models, server.base_url)
+            jobs = [(base, task) for task in self._tasks]
+            jobs += [(source, task) for task, source in self._sources.items()]
+            jobs += [(spec, task) for spec in self._specs for task in self._tasks]
+            self._total = sum(len(self._tasks[task]) for _, task in jobs)
+            refused: dict[str, str] = {}
+            rows: dict[tuple[str, str], Sequence[Row]] = {}
+            with self._results.open():
+                for model, task in jobs:
+                    if model not in refused:
+                        try:
+                            rows[model, task] = await self._measure(server, model, task)
+                        except RefusedError as error:
+                            if model not in self._specs:
+                                raise
+                            refused[model] = str(error)
+                            rows = {key: value for key, value in rows.items() if key[0] != model}
+            return Evaluation(
+                base, self._sources, self._specs, refused, rows, self._metric, tuple(self._notes)
+            )
+        finally:
+            await server.close()
+
+    def _base(self, models: Mapping[str, str | None], base_url: str) -> str:
+        """The name of the base model; raises EvaluationError if a source is not served."""
+        missing = sorted(set(self._sources.values()) - models.keys())
+        if missing:
+            raise EvaluationError(
+                f"{base_url} serves no {listed(map(repr, missing))}; it lists {listed(models)}; say which "
+                "adapter belongs to a task with --source TASK=NAME"
+            )
+        bases = [name for name, parent in models.items() if parent is None]
+        if not bases:
+            raise EvaluationError(f"{base_url} lists no base model")
+        return bases[0]
+
+    async def _measure(self, server: Served, model: str, task: str) -> Sequence[Row]:
+        """A row for each example of a task, all at the same time."""
+        work = [asyncio.ensure_future(self._row(server, model, task, each)) for each in self._tasks[task]]
+        try:
+            return await asyncio.gather(*work)
+        finally:
+            for each in work:
+                each.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+    async def _row(self, server: Served, model: str, task: str, example: Example) -> Row:
+        key = hashlib.blake2b(
+            json.dumps([model, task, example.prompt, example.answers]).encode(), digest_size=16
+        ).hexdigest()
+        if key not in self._results:
+            answer = await server.answer(model, example.prompt, self._limit)
+            metrics = {"exact", "contains", self._metric} - {LIKELIHOOD}
+            scores = {name: METRICS[name](answer, example.answers) for name in sorted(metrics)}
+            if (found := await self._rated(server, model, example)) is not None:
+                scores[LIKELIHOOD] = math.exp(found.log_likelihood / found.tokens)
+            self._results.add(key, {"model": model, "task": task, "answer": answer, "scores": scores})
+        row = self._results[key]
+        self._done += 1
+        self._progress(self._done, self._total)
+        return Row(row["answer"], row["scores"])
+
+    async def _rated(self, server: Served, model: str, example: Example) -> Likelihood | None:
+        """How likely the first right answer is; None if the server cannot say."""
+        if not self._likelihood:
+            return None
+        try:
+            key = json.dumps([example.prompt, example.answers[0]])
+            if key not in self._tokens:
+                self._tokens[key] = await server.tokens(model, example.prompt, example.answers[0])
+            return await server.likelihood(model, *self._tokens[key])
+        except NoLikelihoodError as error:
+            if self._metric == LIKELIHOOD:
+                raise
+            self._likelihood = False
+            self._notes.append(f"The likelihood of right answers was not measured: {error}.")
+            return None
