@@ -94,6 +94,41 @@ def retention(merged: Sequence[float], alone: Sequence[float]) -> Interval | Non
     return _interval(share, len(own))
 
 
+def worst_difference(
+    better: Mapping[str, Sequence[float]],
+    other: Mapping[str, Sequence[float]],
+    alone: Mapping[str, Sequence[float]],
+) -> Interval:
+    """By how much the worst retention of one merge is above that of another.
+
+    In each resample, both merges and all sources have the same examples, and each merge its own worst task.
+
+    better, other: scores of the merges by task, example by example.
+    alone:         scores of each task's source on the same examples.
+    """
+    rng = np.random.default_rng(0)
+    resampled: list[list[NDArray[np.float64]]] = [[], []]
+    whole: list[list[float]] = [[], []]
+    for task, own in alone.items():
+        picked = rng.integers(0, len(own), (RESAMPLES, len(own)))
+        below = np.asarray(own, dtype=np.float64)
+        if not below.sum():
+            continue
+        for i, merged in enumerate((better[task], other[task])):
+            scores = np.asarray(merged, dtype=np.float64)
+            means = below[picked].mean(axis=1)
+            resampled[i].append(scores[picked].mean(axis=1) / np.where(means > 0, means, np.nan))
+            whole[i].append(float(scores.mean() / below.mean()))
+    if not whole[0]:
+        raise EvaluationError(
+            "no source has a score above zero on its own examples, so nothing is kept of any"
+        )
+    tail = (100.0 - SURE) / 2
+    worst = [np.min(np.stack(each), axis=0) for each in resampled]
+    low, high = np.nanpercentile(worst[0] - worst[1], (tail, 100.0 - tail))
+    return Interval(min(whole[0]) - min(whole[1]), float(low), float(high))
+
+
 def _interval(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int) -> Interval:
     """The percentile bootstrap (B. Efron, "Bootstrap Methods", Ann. Statist. 7, 1979), the same each time."""
     picked = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))

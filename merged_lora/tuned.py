@@ -1,0 +1,197 @@
+"""What a search for a merge found: its trials, and how the best one does on examples it was not chosen on.
+
+Knows nothing of servers or of the optimiser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .evaluation import Evaluation
+from .scores import Interval
+from .tables import Table
+
+State = Literal["done", "given up", "refused"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A merge that was tried.
+
+    number:  of the trial.
+    spec:    the merge.
+    default: whether it is one of those that a user would take without a search.
+    state:   ``given up`` if its first examples showed that it would not be the best.
+    gains:   by task, how far it comes from the base model (0) to the task's source (1) on the dev examples;
+             of a trial that was given up, on those that it was scored on.
+    value:   the objective; NaN if it was refused.
+    seconds: that it took, with making the merge.
+    reason:  why it was refused.
+    """
+
+    number: int
+    spec: str
+    default: bool
+    state: State
+    gains: Mapping[str, float]
+    value: float
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """A search and its report.
+
+    objective:  how gains became one value: ``worst``, ``mean``, or weights by task.
+    trials:     in their order.
+    best:       the trial with the largest value; may be a default.
+    default:    the best of the defaults.
+    gains:      of both on the report examples, by their specs and by task.
+    evaluation: both on the report examples, with answers.
+    margin:     by how much the worst-task retention of ``best`` is above that of ``default`` there.
+    importance: share of the variation of the value that each choice explains.
+    seconds:    of the search and of the report.
+    requests:   that the server answered.
+    """
+
+    objective: str | Mapping[str, float]
+    trials: tuple[Trial, ...]
+    best: Trial
+    default: Trial
+    gains: Mapping[str, Mapping[str, float]]
+    evaluation: Evaluation
+    margin: Interval
+    importance: Mapping[str, float]
+    seconds: tuple[float, float]
+    requests: int
+
+    @property
+    def beats(self) -> bool:
+        """Whether the margin is above zero beyond what chance gives."""
+        return self.margin.low > 0.0
+
+    @property
+    def luck(self) -> float:
+        """By how much the worst gain of the best trial is larger on the dev than on the report examples."""
+        return min(self.best.gains.values()) - min(self.gains[self.best.spec].values())
+
+    @property
+    def front(self) -> tuple[Trial, ...]:
+        """The trials than which no other is better on one task and as good on all others."""
+        done = [trial for trial in self.trials if trial.state == "done"]
+        return tuple(
+            trial
+            for trial in done
+            if not any(
+                all(other.gains[task] >= gain for task, gain in trial.gains.items())
+                and any(other.gains[task] > gain for task, gain in trial.gains.items())
+                for other in done
+            )
+        )
+
+    def module_argument(self, name: str) -> str:
+        """The best merge as an alias of this name, for ``--merged-lora-modules``."""
+        return f"{name}={self.best.spec}"
+
+    def body(self) -> str:
+        """The best merge as the body of ``POST /v1/merged_lora/{alias}``."""
+        return json.dumps({"spec": self.best.spec})
+
+    def verdict(self) -> list[str]:
+        """What came of it, in sentences."""
+        done = sum(trial.state == "done" for trial in self.trials)
+        given_up = sum(trial.state == "given up" for trial in self.trials)
+        refused = len(self.trials) - done - given_up
+        found = []
+        if self.best.spec == self.default.spec:
+            found.append(f"No merge that was tried is better than the default {self.default.spec}.")
+        elif self.beats:
+            found.append(
+                f"On examples that it was not chosen on, the worst-task retention of {self.best.spec} is "
+                f"{self.margin} above that of the best default, {self.default.spec}."
+            )
+        else:
+            found.append(
+                f"{self.best.spec} is not better than the best default, {self.default.spec}, beyond what "
+                "chance gives: on examples that it was not chosen on, their worst-task retentions differ by "
+                f"{self.margin}."
+            )
+        found.append(
+            f"It was lucky by {self.luck:+.2f}: its worst gain is {min(self.best.gains.values()):.2f} on the "
+            f"dev examples and {min(self.gains[self.best.spec].values()):.2f} on the report examples."
+        )
+        each = sorted(trial.seconds for trial in self.trials)[len(self.trials) // 2]
+        found.append(
+            f"{len(self.trials)} trials ({given_up} given up, {refused} refused), {each:.1f} s each in the "
+            f"median; {sum(self.seconds):.0f} s and {self.requests} requests in all."
+        )
+        return found
+
+    def tables(self) -> list[Table]:
+        """The best trials and the report."""
+        tasks = tuple(self.best.gains)
+        ordered = sorted((t for t in self.trials if t.state == "done"), key=lambda t: -t.value)
+        rows = tuple(
+            (
+                str(trial.number),
+                trial.spec,
+                "default" if trial.default else "",
+                f"{trial.value:.3f}",
+                *(f"{trial.gains[task]:.2f}" for task in tasks),
+            )
+            for trial in ordered[:10]
+        )
+        found = [Table("best trials on the dev examples", ("trial", "merge", "", "value", *tasks), rows)]
+        if self.importance:
+            shares = sorted(self.importance.items(), key=lambda each: -each[1])
+            found.append(
+                Table(
+                    "what the value depends on",
+                    ("choice", "share"),
+                    tuple((n, f"{s:.0%}") for n, s in shares),
+                )
+            )
+        return [*found, *self.evaluation.tables()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All that was found, for JSON."""
+
+        def plain(trial: Trial) -> dict[str, Any]:
+            found = asdict(trial)
+            return found | {"value": trial.value if math.isfinite(trial.value) else None}
+
+        return {
+            "objective": self.objective if isinstance(self.objective, str) else dict(self.objective),
+            "best": plain(self.best),
+            "default": plain(self.default),
+            "margin": asdict(self.margin),
+            "beats": self.beats,
+            "luck": self.luck,
+            "verdict": self.verdict(),
+            "front": [trial.number for trial in self.front],
+            "importance": dict(self.importance),
+            "trials": list(map(plain, self.trials)),
+            "report": self.evaluation.as_dict(),
+            "seconds": list(self.seconds),
+            "requests": self.requests,
+        }
+
+    def __str__(self) -> str:
+        """The tables and the verdict as plain text."""
+        parts = [table.text() for table in self.tables()]
+        return "\n\n".join([*parts, "\n".join(["verdict", *(f"  {line}" for line in self.verdict())])])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return "".join(table.html() for table in self.tables())
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """The finished trial with the largest value, the earlier one if two have the same; None without any."""
+    done = [trial for trial in trials if trial.state == "done"]
+    return max(done, key=lambda trial: (trial.value, -trial.number), default=None)
