@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merged_lora.commands import terminated_cleanly
+from merged_lora.commands.running import terminated_cleanly
 from merged_lora.errors import MergeError
 
 from .first_day import MINUTES

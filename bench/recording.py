@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from merged_lora.commands import terminated_cleanly
+from merged_lora.commands.running import terminated_cleanly
 
 FAILED, WRONG = "FAILED", "WRONG"
 

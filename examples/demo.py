@@ -19,7 +19,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.bench.launcher import VllmServer, print_dot
 from merged_lora.calibrating import calibrate
 from merged_lora.calibration import Calibration
-from merged_lora.commands import terminated_cleanly
+from merged_lora.commands.running import terminated_cleanly
 from merged_lora.language_model import LanguageModel
 from merged_lora.spec import canonical
 from merged_lora.vllm_plugin.merge_log import merge_milliseconds

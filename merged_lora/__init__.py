@@ -1,7 +1,8 @@
 """LoRA adapters merged on demand inside vLLM.
 
-``from merged_lora import merge, Adapter, parse`` is the public entry, with ``calibrate`` and ``check``.  Each
-name is loaded when it is first asked for, because vLLM imports the plugin in every one of its processes.
+``from merged_lora import merge, Adapter, parse`` is the public entry, with ``calibrate`` and ``check``,
+and ``inspect``, ``evaluate`` and ``tune``.  Each name is loaded when it is first asked for, because vLLM
+imports the plugin in every one of its processes.
 """
 
 from importlib import import_module
@@ -13,9 +14,24 @@ if TYPE_CHECKING:
     from .checking import check
     from .engine import merge
     from .errors import MergeError
+    from .judging.evaluating import evaluate
+    from .judging.inspecting import inspect
+    from .judging.tuning import tune
     from .spec import MergeSpec, parse
 
-__all__ = ["Adapter", "MergeError", "MergeSpec", "calibrate", "check", "load_sources", "merge", "parse"]
+__all__ = [
+    "Adapter",
+    "MergeError",
+    "MergeSpec",
+    "calibrate",
+    "check",
+    "evaluate",
+    "inspect",
+    "load_sources",
+    "merge",
+    "parse",
+    "tune",
+]
 __version__ = "0.2.0"  # pyproject.toml reads it from here
 
 _HOMES = {
@@ -24,9 +40,12 @@ _HOMES = {
     "MergeSpec": "spec",
     "calibrate": "calibrating",
     "check": "checking",
+    "evaluate": "judging.evaluating",
+    "inspect": "judging.inspecting",
     "load_sources": "adapters",
     "merge": "engine",
     "parse": "spec",
+    "tune": "judging.tuning",
 }
 
 

@@ -121,7 +121,7 @@ def _prompt_and_answers(value: object) -> tuple[Prompt, tuple[str, ...]]:
             return prompt, (text,)
         case {"answer": list(texts)} if texts and all(isinstance(text, str) and text for text in texts):
             return prompt, tuple(texts)
-        case {"messages": list(messages)} if "answer" not in value:
+        case {"messages": list(messages), **rest} if "answer" not in rest:
             said = "".join(message["content"] for message in messages[len(_asked(messages)) :])
             if said:
                 return prompt, (said,)

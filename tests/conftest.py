@@ -10,8 +10,12 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from running import Run
 
 # torch and NumPy read it while they are imported.  With more, the helpers of each process that runs tests
 # and of each server that a test starts spin on the cores that the others need.
@@ -64,6 +68,18 @@ class CpuBackendGate(MetaPathFinder):
 
 
 sys.meta_path.insert(0, CpuBackendGate())
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> "Run":
+    """Run the command in this process; returns its exit code, stdout and stderr."""
+    from merged_lora.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def pytest_report_header() -> str:

@@ -10,24 +10,11 @@ import tiny
 from calibrations import TEXTS, write
 from fetched import KINDS, Site, gs_site, hf_site, https_site, own_caches, s3_site
 from making import SMALL, random_adapter
-from merged_lora.cli import main
 from merged_lora.language_model import LanguageModel
-from running import Run
 
 # A deadline per example would make tests fail on a busy machine; pytest's timeout guards the whole test.
 settings.register_profile("merged-lora", deadline=None)
 settings.load_profile("merged-lora")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

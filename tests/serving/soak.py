@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from merged_lora.bench import machine, serving
 from merged_lora.bench.launcher import print_dot
-from merged_lora.commands import terminated_cleanly
+from merged_lora.commands.running import terminated_cleanly
 from merged_lora.errors import MergeError
 from merged_lora.files.layout import WEIGHTS_NAME
 from merged_lora.spec import MergeSpec, parse

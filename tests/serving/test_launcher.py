@@ -13,7 +13,7 @@ from running import program
 STARTS_A_SERVER = """
 from pathlib import Path
 from merged_lora.bench import launcher
-from merged_lora.commands import terminated_cleanly
+from merged_lora.commands.running import terminated_cleanly
 
 launcher.vllm_command = lambda: [sys.executable, "-c", "import time; time.sleep(120)"]
 waiting = lambda: print(server.pid, flush=True)

@@ -1,4 +1,4 @@
-"""Tables for a terminal, a pipe and a notebook.  Knows nothing of what stands in them."""
+"""Tables for a terminal, a pipe and a notebook.  Knows nothing of their contents."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Table:
         for heading, to_right in zip(self.headings, self._right(), strict=True):
             table.add_column(Text(heading), justify="right" if to_right else "left")
         for cells in self.rows:
-            table.add_row(*map(Text, cells))  # Text: brackets in a name are no markup
+            table.add_row(*map(Text, cells))  # Text: brackets in a name are not markup
         return table
 
     def _right(self) -> list[bool]:

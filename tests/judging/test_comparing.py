@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from making import SMALL, random_adapter
-from merged_lora import comparing
 from merged_lora.adapters import Adapter
 from merged_lora.calibration import Calibration
-from merged_lora.comparing import Comparison, compare
 from merged_lora.factors import Factors
+from merged_lora.judging import comparing
+from merged_lora.judging.comparing import Comparison, compare
 
 Array = NDArray[np.float64]
 ONE = "model.layers.0.self_attn.q_proj"
@@ -35,7 +35,7 @@ def sources() -> dict[str, Adapter]:
 
 
 def delta(adapter: Adapter, module: str) -> Array:
-    """The delta of a module ``[out, in]``, zero where the adapter lacks it."""
+    """The delta of a module ``[out, in]``, zero if the adapter lacks it."""
     if module not in adapter.modules:
         return np.zeros(SMALL[module])
     found: Array = adapter.modules[module].delta().numpy()

@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .errors import EvaluationError, listed
+from merged_lora.errors import EvaluationError, listed
+from merged_lora.prompts import Example, read_examples
+from merged_lora.spec import MergeSpec, parse
+
 from .evaluation import LIKELIHOOD, Evaluation, Row
-from .prompts import Example, read_examples
 from .results import Results
 from .scores import METRICS
 from .served import Likelihood, NoLikelihoodError, RefusedError, Served
-from .spec import MergeSpec, parse
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def evaluate(
     metric:      ``exact``, ``contains``, ``rouge-l`` or ``likelihood``: what the tables and retention are of.
     count:       the first so many examples of each task alone.
     limit:       largest number of tokens of an answer.
-    likelihood:  whether to measure how likely right answers are, where the server can say.
+    likelihood:  whether to measure how likely right answers are, if the server can say.
     concurrency: requests at a time.
     results:     a file of rows, which is written as they are measured.
     api_key:     of the server; by default in the environment variable OPENAI_API_KEY.

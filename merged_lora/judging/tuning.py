@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import EvaluationError
+from merged_lora.errors import EvaluationError
+from merged_lora.prompts import Example
+from merged_lora.recipe import SCALED, Value
+from merged_lora.spec import MergeSpec, Source
+from merged_lora.strategies import find
+
 from .evaluating import Tasks, evaluate, read_tasks
-from .prompts import Example
-from .recipe import SCALED, Value
 from .results import Results
 from .scores import worst_difference
 from .served import RefusedError, Served
-from .spec import MergeSpec, Source
-from .strategies import find
-from .tuned import Trial, Tuning, best_of
+from .tuned import State, Trial, Tuning, best_of
 
 if TYPE_CHECKING:
     import optuna
@@ -126,7 +127,7 @@ def tune(
     objective:   what is made large: the ``worst`` gain, the ``mean``, or a mean with these weights of tasks.
     trials:      how many merges are tried at most, with those of an earlier run.
     minutes:     after which no trial is begun.
-    metric:      of the report, as in :func:`merged_lora.evaluating.evaluate`.
+    metric:      of the report, as in :func:`merged_lora.judging.evaluating.evaluate`.
     count:       the first so many examples of each task alone.
     limit:       largest number of tokens of an answer in the report.
     concurrency: requests at a time.
@@ -150,9 +151,13 @@ def tune(
         raise EvaluationError(f"the objective must be worst, mean or weights of tasks, got {objective!r}")
     for name in strategies:
         find(name)
-    about = {"sources": names, "strategies": list(strategies), "ranks": list(ranks),
-             "objective": objective if isinstance(objective, str) else dict(objective),
-             "examples": {task: [[e.prompt, e.answers] for e in each] for task, each in dev.items()}}  # fmt: skip
+    about = {
+        "sources": names,
+        "strategies": list(strategies),
+        "ranks": list(ranks),
+        "objective": objective if isinstance(objective, str) else dict(objective),
+        "examples": {task: [[e.prompt, e.answers] for e in each] for task, each in dev.items()},
+    }
     kept = Results(None if study is None else Path(study), about)
     search = _Search(dev, names, strategies, ranks, objective, kept, progress)
     began = time.monotonic()
@@ -306,8 +311,8 @@ class _Search:
             self._scale[task] = float((own - self._base[task]).mean())
             if self._scale[task] <= 0:
                 raise EvaluationError(
-                    f"{task}: {self._sources[task]} does not make right answers more likely than {base} does, "
-                    "so there is nothing to keep; leave the task out, or name its adapter with --source"
+                    f"{task}: {self._sources[task]} does not make right answers more likely than {base} "
+                    "does, so there is nothing to keep; leave the task out, or name its adapter with --source"
                 )
 
     async def _all(self, server: Served, model: str, task: str, which: Sequence[int]) -> list[float]:
@@ -351,14 +356,15 @@ class _Search:
         return study
 
     async def _try(self, server: Served, study: optuna.Study) -> None:
-        """One trial: made by the server, scored block by block, given up if it cannot be the best any more."""
+        """One trial: made by the server, scored block by block, given up if it cannot win any more."""
         import optuna
 
         asked = study.ask()
         spec = str(proposal(asked, list(self._sources.values()), self._strategies, self._ranks))
         default = bool(asked.user_attrs.get("default", False))
         values: dict[str, list[float]] = {task: [] for task in self._tasks}
-        began, state, reason = time.monotonic(), "done", ""
+        state: State = "done"
+        began, reason = time.monotonic(), ""
         try:
             for block in range(BLOCKS):
                 for task, examples in self._tasks.items():

@@ -14,7 +14,7 @@ from merged_lora.adapters import Adapter
 from merged_lora.errors import AdapterError, PlanError, SpecError
 from merged_lora.factors import Factors
 from merged_lora.files.layout import Header
-from merged_lora.inspecting import inspect
+from merged_lora.judging.inspecting import inspect
 from running import Run
 
 

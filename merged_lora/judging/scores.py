@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EvaluationError
+from merged_lora.errors import EvaluationError
 
 RESAMPLES = 2000
 SURE = 95.0

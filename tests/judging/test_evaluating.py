@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from merged_lora import served
 from merged_lora.errors import EvaluationError
-from merged_lora.evaluating import evaluate
+from merged_lora.judging import served
+from merged_lora.judging.evaluating import evaluate
 from merged_lora.prompts import Example
 from openai_server import OpenAIServer
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .adapters import Adapter
-from .bases import joined, normalized
-from .calibration import Calibration
-from .factors import Factors
-from .lowrank import basis_of, inner_products, singular_values
+from merged_lora.adapters import Adapter
+from merged_lora.bases import joined, normalized
+from merged_lora.calibration import Calibration
+from merged_lora.factors import Factors
+from merged_lora.lowrank import basis_of, inner_products, singular_values
 
 STACK_BYTES = 1 << 28
 """Largest number of bytes that the factors of modules take in float64 which are compared together."""
@@ -29,7 +29,7 @@ SAMPLED = 1 << 15
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Numbers of every module and source; zeros where a source lacks the module.
+    """Numbers of every module and source; zeros if a source lacks the module.
 
     modules:     names of the M modules.
     sources:     names of the N sources.
@@ -179,7 +179,7 @@ def _overlaps(gram: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
 
 
 def _signs(factors: Sequence[Factors], density: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the entries that two sources keep, how many there are and how many have opposite signs.
+    """How many entries two sources both keep, and how many of these have opposite signs.
 
     Entries are those of rows that are drawn at random, always the same ones for the same shape.
 

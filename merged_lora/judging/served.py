@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .errors import EvaluationError
-from .names import shortened
-from .prompts import Prompt
+from merged_lora.errors import EvaluationError
+from merged_lora.names import shortened
+from merged_lora.prompts import Prompt
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -123,7 +123,7 @@ class Served:
         alone = await self._tokenize(model, prompt=answer, add_special_tokens=False)
         given = whole[len(asked) :]
         if whole[: len(asked)] != asked or given[: len(alone)] != alone:
-            return asked, alone  # a template that changes an answer, or what stands before it
+            return asked, alone  # a template that changes an answer, or the prompt
         return asked, given[: len(alone) + 1]
 
     async def likelihood(self, model: str, asked: Sequence[int], answer: Sequence[int]) -> Likelihood:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from merged_lora.errors import EvaluationError
-from merged_lora.results import Results
+from merged_lora.judging.results import Results
 
 ABOUT = {"metric": "exact", "limit": 64}
 

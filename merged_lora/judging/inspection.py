@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from merged_lora.errors import PlanError, listed
+
 from .comparing import Comparison
-from .errors import PlanError, listed
 from .tables import Table
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,7 +32,7 @@ class Fact:
     """What one source is.
 
     name:        of the source.
-    place:       where it is, as it was given.
+    place:       its folder or location, as it was given.
     refused:     why it cannot be merged; all that follows is then empty.
     base_model:  the model that it names.
     modules:     number of modules.
@@ -111,7 +112,7 @@ class Inspection:
         return self._total("inner", kind) / (lengths[:, None] * lengths)
 
     def conflicts(self, kind: str | None = None) -> torch.Tensor:
-        """Of the entries that two sources keep, the share whose signs differ, ``[N, N]``; NaN without any."""
+        """The share of entries with opposite signs, among those that both keep, ``[N, N]``; NaN if none."""
         return self._total("opposite", kind).double() / self._total("both", kind).double()
 
     def overlaps(self, kind: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from .errors import EvaluationError
+from merged_lora.errors import EvaluationError
 
 Row = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merged_lora.scores import contains, exact, mean, retention
+from merged_lora.judging.scores import contains, exact, mean, retention
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import MergeError
+from merged_lora.errors import MergeError
+
 from .inspection import Inspection, kind_of, layer_of
 
 if TYPE_CHECKING:

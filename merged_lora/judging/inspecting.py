@@ -9,17 +9,18 @@ import math
 import os
 from collections.abc import Callable, Mapping
 
-from .adapters import Adapter
-from .alignment import align
-from .calibration import Calibration
+from merged_lora.adapters import Adapter
+from merged_lora.alignment import align
+from merged_lora.calibration import Calibration
+from merged_lora.engine import plan
+from merged_lora.errors import AdapterError, MergeError, PlanError, SpecError
+from merged_lora.fitting import check_shapes, header_of
+from merged_lora.lowrank import gram_of
+from merged_lora.recipe import Value
+from merged_lora.spec import MergeSpec, Source, check_own_name
+
 from .comparing import compare
-from .engine import plan
-from .errors import AdapterError, MergeError, PlanError, SpecError
-from .fitting import check_shapes, header_of
 from .inspection import Fact, Fit, Inspection, kind_of
-from .lowrank import gram_of
-from .recipe import Value
-from .spec import MergeSpec, Source, check_own_name
 
 DENSITY = 0.2
 """Share of the entries whose signs are compared by default, as in the ``ties`` of docs/quality.md."""

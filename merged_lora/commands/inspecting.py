@@ -1,0 +1,101 @@
+"""``merged-lora inspect``: what is to be known of adapters before they are merged."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import add_reading, named_location, once
+from .running import LOGGER, printable, terminated_cleanly
+
+if TYPE_CHECKING:
+    from merged_lora.judging.inspection import Inspection
+
+NOT_TOGETHER = 3
+"""Exit code of an inspection of adapters that cannot be merged."""
+
+EXAMPLES = """\
+examples:
+  merged-lora inspect sql=adapters/sql chat=adapters/chat
+  merged-lora inspect sql=adapters/sql chat=adapters/chat --json --plot alike.png
+"""
+
+
+def add(added: Any) -> None:
+    """Add the command ``inspect``."""
+    inspect = added.add_parser(
+        "inspect",
+        help="see whether adapters may be merged, how, and what will hurt",
+        description="Compare adapters without running a model: what each is, how alike their deltas are, "
+        "which merges fit, and what to do. The exit code is 3 if one cannot be merged with the others.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    inspect.add_argument(
+        "adapters",
+        metavar="NAME=LOCATION",
+        type=named_location,
+        nargs="+",
+        help="where a source is: a PEFT folder, hf:org/repo[@revision][/folder], s3://bucket/folder, "
+        "gs://bucket/folder or https://host/folder",
+    )
+    inspect.add_argument(
+        "--density",
+        metavar="D",
+        type=float,
+        default=0.2,
+        help="share of each delta's entries, the largest ones, whose signs are compared (0.2)",
+    )
+    inspect.add_argument("--json", action="store_true", help="print one JSON object, with every module")
+    inspect.add_argument(
+        "--plot", metavar="FILE", type=Path, help="write a heat map of all modules as .png, .svg or .pdf"
+    )
+    add_reading(inspect, sources=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what is to be known of adapters before they are merged."""
+    paths = once(arguments.adapters)
+
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from merged_lora.adapters import Adapter
+    from merged_lora.judging.figures import check_path, heat_map, save
+    from merged_lora.judging.inspecting import inspect
+
+    if arguments.plot is not None:
+        check_path(arguments.plot)
+    load = partial(Adapter.load, drop=arguments.drop, allow_pickle=arguments.allow_pickle)
+    bar = tqdm(unit="module", leave=False, disable=None)  # None: only if stderr is a terminal
+    with terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
+        found = inspect(paths, density=arguments.density, load=load, progress=bar.update)
+    if arguments.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        _show(found)
+    if arguments.plot is not None:
+        save(heat_map(found), arguments.plot)
+    return NOT_TOGETHER if found.refused or any(fact.refused for fact in found.facts) else 0
+
+
+def _show(found: Inspection) -> None:
+    """Print an inspection: tables as wide as the terminal, or as plain text into a pipe."""
+    if not sys.stdout.isatty():
+        print(found)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in found.tables():
+        console.print(table.rich())
+    for heading, lines in (("verdict", found.verdict()), ("specs that fit", found.specs)):
+        if lines:
+            console.print(heading, style="italic")
+        for line in lines:
+            console.print(printable(line), markup=False, soft_wrap=heading != "verdict")

@@ -1,0 +1,202 @@
+"""``merged-lora merge``: adapters become a new one on disk."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merged_lora import catalog
+from merged_lora.errors import MergeError
+from merged_lora.locations import Location, locate
+from merged_lora.names import shortened
+from merged_lora.recipe import Value
+from merged_lora.spec import MergeSpec, Source, check_own_name
+
+from .arguments import add_adapters, add_choice, add_method, add_reading, chosen, load, paths_of, read_spec
+from .running import LOGGER, UsageError, printable, terminated_cleanly
+
+if TYPE_CHECKING:
+    from merged_lora.backends import Result
+
+OWN_FLAGS = frozenset(("weights", "rank", "modules", "without"))
+"""Options of strategies for which there is a flag that does more."""
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_WORDS = {"true": True, "false": False}
+
+EXAMPLES = """\
+examples:
+  merged-lora merge "ties(sql, 0.5*chat, density=0.3)" \\
+      --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
+  merged-lora merge "0.7*sql + 0.3*chat" --rank 16 \\
+      --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
+  merged-lora merge adapters/sql adapters/chat --strategy ties --weights 1 0.5 --density 0.3 --output merged
+  merged-lora merge '{"ids": ["sql", "chat"], "weights": [0.7, 0.3], "merge_strategy": "linear"}' \\
+      --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
+"""
+
+
+def add(added: Any) -> None:
+    """Add the command ``merge``."""
+    merge = added.add_parser(
+        "merge",
+        help="merge adapters into a new one",
+        description="Merge adapters and write the result as a PEFT folder.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    merge.add_argument(
+        "what",
+        metavar="SPEC",
+        nargs="+",
+        help='what to merge: "ties(a, 0.5*b)", "a + b", or JSON, after "--" if it begins with a minus sign; '
+        "or with --strategy the sources themselves: FOLDER, LOCATION or NAME=LOCATION",
+    )
+    add_adapters(merge, required=False)
+    _add_strategy(merge)
+    merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    add_choice(merge)
+    add_method(merge)
+    merge.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="the base model that the result names; by default the one that most sources name",
+    )
+    merge.add_argument("--overwrite", action="store_true", help="replace the adapter in DIR")
+    merge.add_argument(
+        "--keep-ranks",
+        action="store_true",
+        help="if modules differ in rank, do not pad them with zeros to the largest; the file is smaller, "
+        "and not every program reads it right",
+    )
+    add_reading(merge)
+
+
+def _add_strategy(parser: argparse.ArgumentParser) -> None:
+    """Add what says how to merge sources that are not in a spec: a strategy and its options."""
+    parser.add_argument("--strategy", metavar="NAME", help="how to merge sources that are given as folders")
+    parser.add_argument(
+        "--weights",
+        metavar="W",
+        nargs="+",
+        help="with --strategy: the weight of each source in their order, or auto",
+    )
+    for option in catalog.options():
+        if option.name not in OWN_FLAGS:
+            parser.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                metavar="X",
+                nargs="+" if option.per_source else 1,
+                dest=f"option_{option.name}",
+                help=f"with --strategy: {option.help}",
+            )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merge adapters and write the result."""
+    spec, named = _asked(arguments)
+    spec = chosen(spec, arguments)
+    paths = paths_of(spec, named)
+
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from merged_lora.engine import plan, run
+    from merged_lora.files.writing import check_target
+
+    started = time.perf_counter()
+    with terminated_cleanly():
+        check_target(arguments.output, arguments.overwrite)
+        sources = load(arguments, paths)
+        planned = plan(spec, sources, arguments.rank, arguments.base_model)
+        # disable=None: a bar is shown only if stderr is a terminal
+        bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
+        with bar, logging_redirect_tqdm([LOGGER]):
+            made = run(planned, arguments.backend, bar.update)
+        made.adapter.save(arguments.output, arguments.overwrite, keep_ranks=arguments.keep_ranks)
+
+    parts = [
+        str(spec),
+        f"rank {made.adapter.rank}",
+        f"{len(made.adapter.modules)} modules",
+        *_kept(made.result),
+        f"{time.perf_counter() - started:.1f} s",
+    ]
+    print(printable(f"{arguments.output}: {', '.join(parts)}"))
+    return 0
+
+
+def _kept(result: Result) -> list[str]:
+    """How much of the squared norm is left, with the range over modules, if the rank of any was cut."""
+    shares = result.kept_by_module().values()
+    by_module = f" ({min(shares):.2%} to {max(shares):.2%} by module)" if len(shares) > 1 else ""
+    return [f"{result.kept_energy():.2%} of the squared norm kept{by_module}"] if shares else []
+
+
+def _asked(arguments: argparse.Namespace) -> tuple[MergeSpec, Sequence[tuple[str, Path | str]]]:
+    """The merge that the arguments of ``merge`` ask for, and where its sources are; raises UsageError."""
+    given = {
+        name.removeprefix("option_"): texts
+        for name, texts in vars(arguments).items()
+        if name.startswith("option_") and texts is not None
+    }
+    if arguments.strategy is None:
+        if given or arguments.weights is not None:
+            flag = "weights" if not given else next(iter(given)).replace("_", "-")
+            raise UsageError(
+                f"--{flag} goes with --strategy and folders; a spec holds its options and weights itself: "
+                '"ties(0.7*a, b, density=0.3)"'
+            )
+        if len(arguments.what) > 1 or not arguments.adapters:
+            if any(Path(text).is_dir() for text in arguments.what):
+                raise UsageError("folders are merged with --strategy NAME, such as --strategy ties")
+            if len(arguments.what) > 1:
+                raise UsageError(
+                    f"one spec is expected, not {len(arguments.what)} arguments; put it in quotes, and give "
+                    "each source an --adapter of its own"
+                )
+            raise UsageError("say where the sources are: --adapter NAME=PATH for each of them")
+        return read_spec(arguments.what[0]), arguments.adapters
+    if arguments.adapters:
+        raise UsageError("with --strategy, the sources are given without --adapter: NAME=PATH or PATH")
+    named = [_named_source(text) for text in arguments.what]
+    weights, options = [1.0] * len(named), {name: _option_value(texts) for name, texts in given.items()}
+    if arguments.weights == ["auto"]:
+        options["weights"] = "auto"
+    elif arguments.weights is not None:
+        weights = [_weight(text) for text in arguments.weights]
+        if len(weights) != len(named):
+            raise UsageError(f"--weights gives {len(weights)} of them for {len(named)} sources")
+    sources = tuple(Source(name, weight) for (name, _), weight in zip(named, weights, strict=True))
+    return MergeSpec(arguments.strategy, sources, tuple(options.items())), named
+
+
+def _named_source(text: str) -> tuple[str, Path | str]:
+    """A source as an argument names it: NAME=LOCATION, or a location whose last part is its name."""
+    name, equals, place = text.partition("=")
+    if not (equals and name and "/" not in name):
+        place = text
+        name = re.split(r"[/:]", place.partition("@")[0].rstrip("/"))[-1] or Path(place).resolve().name
+    try:
+        check_own_name(name)
+        found = locate(place)
+    except MergeError as error:
+        raise UsageError(f"{shortened(text)}: {error}; name the source: NAME=PATH") from None
+    return name, place if isinstance(found, Location) else found
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--weights takes numbers, or auto; {shortened(text)!r} is neither") from None
+
+
+def _option_value(texts: Sequence[str]) -> Value:
+    """The value of an option, which its strategy checks: numbers, words, and a number for each source."""
+    found = [float(text) if _NUMBER.fullmatch(text) else _WORDS.get(text, text) for text in texts]
+    return found[0] if len(found) == 1 else tuple(found)  # type: ignore[arg-type]

@@ -1,0 +1,55 @@
+"""How every command runs: its errors, its bars and what ends it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+from merged_lora.errors import MergeError
+
+LOGGER = logging.getLogger("merged_lora")
+
+
+class UsageError(MergeError):
+    """The command line itself is wrong."""
+
+
+@contextmanager
+def shares() -> Iterator[Callable[[float], object]]:
+    """Show a bar for work of which shares are reported, on a terminal, and none of transformers' own."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with suppress(ImportError):
+        import transformers
+
+        quieted: Any = transformers.utils.logging
+        quieted.disable_progress_bar()
+        quieted.set_verbosity_error()
+    layout = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    bar = tqdm(total=1.0, bar_format=layout, leave=False, disable=None)  # None: only if stderr is a terminal
+    with bar, logging_redirect_tqdm([LOGGER]):
+        yield bar.update
+
+
+@contextmanager
+def terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, which removes scratch folders and stops servers."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def printable(text: str) -> str:
+    """The text on one line: names and paths may contain line ends, terminal codes or undecodable bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
