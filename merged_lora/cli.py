@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from . import __version__
-from .commands import calibrating, checking, inspecting, merging, strategies
+from .commands import calibrating, checking, inspecting, merging, strategies, tuning
 from .commands.running import LOGGER, UsageError, printable
 from .errors import MergeError
 
@@ -30,6 +30,7 @@ COMMANDS: dict[str, ModuleType] = {
     "calibrate": calibrating,
     "check": checking,
     "inspect": inspecting,
+    "tune": tuning,
     "strategies": strategies,
 }
 

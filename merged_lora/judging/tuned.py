@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from .evaluation import Evaluation
 from .scores import Interval
 from .tables import Table
 
-State = Literal["done", "given up", "refused"]
+State = Literal["complete", "pruned", "refused"]
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,39 @@ class Trial:
 
     number:  of the trial.
     spec:    the merge.
-    default: whether it is one of those that a user would take without a search.
-    state:   ``given up`` if its first examples showed that it would not be the best.
+    params:  the choices that it follows from.
+    default: whether it is one of those that a user is advised to take without a search.
+    state:   ``pruned`` if its first examples showed that it would not be the best.
     gains:   by task, how far it comes from the base model (0) to the task's source (1) on the dev examples;
-             of a trial that was given up, on those that it was scored on.
-    value:   the objective; NaN if it was refused.
+             of a pruned trial, on those that it was rated on.
+    value:   the objective, which of a pruned trial is estimated; NaN if it was refused.
     seconds: that it took, with making the merge.
     reason:  why it was refused.
     """
 
     number: int
     spec: str
+    params: Mapping[str, Any]
     default: bool
     state: State
     gains: Mapping[str, float]
     value: float
     seconds: float
     reason: str = ""
+
+    @property
+    def strategy(self) -> str:
+        """The name of the strategy."""
+        return str(self.params["strategy"])
+
+    def as_row(self) -> dict[str, Any]:
+        """The trial for JSON, which has no NaN."""
+        return asdict(self) | {"value": self.value if math.isfinite(self.value) else None}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Trial:
+        """The trial that a row is of."""
+        return cls(**{**row, "value": math.nan if row["value"] is None else row["value"]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +100,7 @@ class Tuning:
     @property
     def front(self) -> tuple[Trial, ...]:
         """The trials than which no other is better on one task and as good on all others."""
-        done = [trial for trial in self.trials if trial.state == "done"]
+        done = [trial for trial in self.trials if trial.state == "complete"]
         return tuple(
             trial
             for trial in done
@@ -104,9 +121,9 @@ class Tuning:
 
     def verdict(self) -> list[str]:
         """What came of it, in sentences."""
-        done = sum(trial.state == "done" for trial in self.trials)
-        given_up = sum(trial.state == "given up" for trial in self.trials)
-        refused = len(self.trials) - done - given_up
+        done = sum(trial.state == "complete" for trial in self.trials)
+        pruned = sum(trial.state == "pruned" for trial in self.trials)
+        refused = len(self.trials) - done - pruned
         found = []
         if self.best.spec == self.default.spec:
             found.append(f"No merge that was tried is better than the default {self.default.spec}.")
@@ -127,7 +144,7 @@ class Tuning:
         )
         each = sorted(trial.seconds for trial in self.trials)[len(self.trials) // 2]
         found.append(
-            f"{len(self.trials)} trials ({given_up} given up, {refused} refused), {each:.1f} s each in the "
+            f"{len(self.trials)} trials ({pruned} pruned, {refused} refused), {each:.1f} s each in the "
             f"median; {sum(self.seconds):.0f} s and {self.requests} requests in all."
         )
         return found
@@ -135,7 +152,7 @@ class Tuning:
     def tables(self) -> list[Table]:
         """The best trials and the report."""
         tasks = tuple(self.best.gains)
-        ordered = sorted((t for t in self.trials if t.state == "done"), key=lambda t: -t.value)
+        ordered = sorted((t for t in self.trials if t.state == "complete"), key=lambda t: -t.value)
         rows = tuple(
             (
                 str(trial.number),
@@ -160,31 +177,40 @@ class Tuning:
 
     def as_dict(self) -> dict[str, Any]:
         """All that was found, for JSON."""
-
-        def plain(trial: Trial) -> dict[str, Any]:
-            found = asdict(trial)
-            return found | {"value": trial.value if math.isfinite(trial.value) else None}
-
         return {
             "objective": self.objective if isinstance(self.objective, str) else dict(self.objective),
-            "best": plain(self.best),
-            "default": plain(self.default),
+            "best": self.best.as_row(),
+            "default": self.default.as_row(),
             "margin": asdict(self.margin),
             "beats": self.beats,
             "luck": self.luck,
             "verdict": self.verdict(),
             "front": [trial.number for trial in self.front],
             "importance": dict(self.importance),
-            "trials": list(map(plain, self.trials)),
+            "trials": [trial.as_row() for trial in self.trials],
             "report": self.evaluation.as_dict(),
             "seconds": list(self.seconds),
             "requests": self.requests,
         }
 
+    def sections(self) -> list[tuple[str, list[str]]]:
+        """What follows from the tables, each part with its heading."""
+        return [("verdict", self.verdict()), ("how to serve it", self.serving())]
+
+    def serving(self) -> list[str]:
+        """The best merge as a flag of ``vllm serve``, and as a request to a running server."""
+        return [
+            f"--merged-lora-modules {shlex.quote(self.module_argument('tuned'))}",
+            f"POST /v1/merged_lora/tuned {self.body()}",
+        ]
+
     def __str__(self) -> str:
         """The tables and the verdict as plain text."""
         parts = [table.text() for table in self.tables()]
-        return "\n\n".join([*parts, "\n".join(["verdict", *(f"  {line}" for line in self.verdict())])])
+        parts += [
+            "\n".join([heading, *(f"  {line}" for line in lines)]) for heading, lines in self.sections()
+        ]
+        return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -192,6 +218,6 @@ class Tuning:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The finished trial with the largest value, the earlier one if two have the same; None without any."""
-    done = [trial for trial in trials if trial.state == "done"]
+    """The complete trial with the largest value, the earlier one if two have the same; None without any."""
+    done = [trial for trial in trials if trial.state == "complete"]
     return max(done, key=lambda trial: (trial.value, -trial.number), default=None)

@@ -1,0 +1,218 @@
+"""``merged-lora tune``: the merge that keeps most of every source, searched for on a server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import once
+from .running import LOGGER, UsageError, printable, terminated_cleanly
+
+if TYPE_CHECKING:
+    from merged_lora.judging.tuned import Trial, Tuning
+
+EXAMPLES = """\
+examples:
+  merged-lora tune --base-url http://localhost:8000/v1 --data sql=sql.jsonl --data chat=chat.jsonl
+  merged-lora tune --base-url http://localhost:8000/v1 --data sql=sql.jsonl --data chat=chat.jsonl \\
+      --strategy regmean ties --objective mean --trials 30 --minutes 5 --study study.jsonl --plot front.png
+"""
+
+
+def add(added: Any) -> None:
+    """Add the command ``tune``."""
+    tune = added.add_parser(
+        "tune",
+        help="search for the merge that keeps most of every source",
+        description="Try merges on a server that serves the sources with --enable-merged-lora, on examples "
+        "with answers. Half of them choose, the other half shows how the chosen merge compares with the best "
+        "one that needs no search. The result is a spec, ready to be served.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    tune.add_argument(
+        "--base-url", metavar="URL", required=True, help="of the server's API: http://localhost:8000/v1"
+    )
+    _add_examples(tune)
+    _add_choices(tune)
+    tune.add_argument("--trials", metavar="N", type=int, default=60, help="merges to try (60)")
+    tune.add_argument(
+        "--minutes", metavar="M", type=float, help="begin no trial after so many minutes; the report follows"
+    )
+    tune.add_argument("--concurrency", metavar="N", type=int, default=8, help="requests at a time (8)")
+    tune.add_argument(
+        "--study",
+        metavar="FILE",
+        type=Path,
+        help="keep every trial in FILE; the same command goes on from there",
+    )
+    tune.add_argument("--json", action="store_true", help="print one JSON object, with every trial")
+    tune.add_argument(
+        "--plot", metavar="FILE", type=Path, help="write all trials by task as .png, .svg or .pdf"
+    )
+
+
+def _add_examples(tune: argparse.ArgumentParser) -> None:
+    """Add what says on which examples merges are tried."""
+    tune.add_argument(
+        "--data",
+        metavar="TASK=FILE",
+        type=_named_file,
+        action="append",
+        required=True,
+        help='examples of a task, a JSON object on each line: {"prompt": "..." or "messages": [...], '
+        '"answer": "..."}',
+    )
+    tune.add_argument(
+        "--report",
+        metavar="TASK=FILE",
+        type=_named_file,
+        action="append",
+        default=[],
+        help="examples of a task for the report alone; by default every second one of --data",
+    )
+    tune.add_argument(
+        "--source",
+        metavar="TASK=NAME",
+        type=_named_value,
+        action="append",
+        default=[],
+        help="the adapter that was trained for a task; by default the one of its name",
+    )
+    tune.add_argument("--count", metavar="N", type=int, help="use the first N examples of each file alone")
+
+
+def _add_choices(tune: argparse.ArgumentParser) -> None:
+    """Add what says what is tried, and what is made large."""
+    from merged_lora.judging.proposals import STRATEGIES
+
+    tune.add_argument(
+        "--strategy",
+        metavar="NAME",
+        nargs="+",
+        default=list(STRATEGIES),
+        help=f"strategies to try ({' '.join(STRATEGIES)})",
+    )
+    tune.add_argument(
+        "--rank", metavar="K", type=int, nargs="+", default=[], help="ranks to try beside a strategy's own"
+    )
+    tune.add_argument(
+        "--objective",
+        metavar="WHAT",
+        nargs="+",
+        default=["worst"],
+        help="make the worst gain large, the mean, or a mean with weights: sql=2 chat=1 (worst)",
+    )
+    tune.add_argument(
+        "--score",
+        default="likelihood",
+        help="choose by the likelihood of right answers, or by exact, contains or rouge-l (likelihood)",
+    )
+    tune.add_argument("--metric", default="exact", help="of the report: exact, contains or rouge-l (exact)")
+    tune.add_argument(
+        "--limit", metavar="N", type=int, default=256, help="largest number of tokens of an answer (256)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what a search finds."""
+    data, report, sources = (once(each) for each in (arguments.data, arguments.report, arguments.source))
+    objective = _objective(arguments.objective)
+
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from merged_lora.judging.figures import check_path, save, trials_by_task
+    from merged_lora.judging.tuning import tune
+
+    if arguments.plot is not None:
+        check_path(arguments.plot)
+    bar = tqdm(total=arguments.trials, unit="trial", disable=None)  # None: only if stderr is a terminal
+    best: list[Trial] = []
+
+    def show(trial: Trial, leader: Trial | None) -> None:
+        bar.update()
+        if leader is not None and leader.number == trial.number:
+            best.append(trial)
+            bar.write(printable(f"trial {trial.number}: {trial.value:.3f}  {trial.spec}"), file=sys.stderr)
+
+    try:
+        with terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
+            found = tune(
+                arguments.base_url,
+                data,
+                report=report or None,
+                sources=sources,
+                strategies=arguments.strategy,
+                ranks=arguments.rank,
+                objective=objective,
+                score=arguments.score,
+                trials=arguments.trials,
+                minutes=arguments.minutes,
+                metric=arguments.metric,
+                count=arguments.count,
+                limit=arguments.limit,
+                concurrency=arguments.concurrency,
+                study=arguments.study,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        _interrupted(best, arguments.study)
+        raise
+    if arguments.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        _show(found)
+    if arguments.plot is not None:
+        save(trials_by_task(found), arguments.plot)
+    return 0
+
+
+def _show(found: Tuning) -> None:
+    """Print a search: tables as wide as the terminal, or as plain text into a pipe."""
+    if not sys.stdout.isatty():
+        print(found)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in found.tables():
+        console.print(table.rich())
+    for heading, lines in found.sections():
+        console.print(heading, style="italic")
+        for line in lines:
+            console.print(printable(line), markup=False, soft_wrap=heading != "verdict")
+
+
+def _interrupted(best: list[Trial], study: Path | None) -> None:
+    """Say on stderr what an interrupted search has found, and what is kept of it."""
+    found = f"best so far: {best[-1].spec} ({best[-1].value:.3f})" if best else "no merge was rated yet"
+    kept = f"the same command goes on from {study}" if study else "--study FILE would have kept the trials"
+    print(printable(f"merged-lora: interrupted; {found}; {kept}"), file=sys.stderr)
+
+
+def _objective(words: list[str]) -> str | dict[str, float]:
+    """The objective as the arguments give it: a word, or weights of tasks."""
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    found = once(map(_named_value, words))
+    try:
+        return {task: float(weight) for task, weight in found.items()}
+    except ValueError:
+        raise UsageError("--objective takes worst, mean, or weights of tasks: sql=2 chat=1") from None
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    task, file = _named_value(text)
+    return task, Path(file)
+
+
+def _named_value(text: str) -> tuple[str, str]:
+    task, equals, value = text.partition("=")
+    if not (task and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TASK=VALUE")
+    return task, value

@@ -1,0 +1,83 @@
+"""Rates a served model on labelled examples, each by one number: for a search, which compares many models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+
+from merged_lora.errors import EvaluationError, listed
+from merged_lora.prompts import Example
+
+from .evaluation import LIKELIHOOD
+from .scores import METRICS
+from .served import NoLikelihoodError, Served
+
+Tasks = Mapping[str, Sequence[Example]]
+
+
+class Rater:
+    """Rates models of a server.
+
+    server:   which is asked.
+    score:    ``likelihood``, in nats per token of the first right answer, or a metric of the model's answer.
+    limit:    largest number of tokens of such an answer.
+    requests: how many the server has answered.
+    """
+
+    def __init__(self, server: Served, score: str, limit: int) -> None:
+        if score not in (LIKELIHOOD, *METRICS):
+            raise EvaluationError(
+                f"the score must be one of {', '.join((LIKELIHOOD, *METRICS))}, got {score!r}"
+            )
+        self._server, self._score, self._limit = server, score, limit
+        self._tokens: dict[tuple[str, int], tuple[list[int], list[int]]] = {}
+        self.requests = 0
+
+    async def base(self, sources: Collection[str]) -> str:
+        """The name of the base model; raises EvaluationError if a source is not served."""
+        models = await self._server.models()
+        missing = sorted(set(sources) - models.keys())
+        if missing:
+            raise EvaluationError(
+                f"{self._server.base_url} serves no {listed(map(repr, missing))}; it lists {listed(models)}; "
+                "say which adapter belongs to a task with --source TASK=NAME"
+            )
+        base = next((name for name, parent in models.items() if parent is None), None)
+        if base is None:
+            raise EvaluationError(f"{self._server.base_url} lists no base model")
+        return base
+
+    async def rate(
+        self, model: str, tasks: Tasks, which: Mapping[str, Sequence[int]]
+    ) -> dict[str, list[float]]:
+        """The ratings of some examples of each task, by their numbers, all asked for at the same time.
+
+        Raises RefusedError if the server refuses the model.
+        """
+        asked = [(task, i) for task, numbers in which.items() for i in numbers]
+        work = [asyncio.ensure_future(self._rated(model, task, i, tasks[task][i])) for task, i in asked]
+        try:
+            found = await asyncio.gather(*work)
+        finally:
+            for each in work:
+                each.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+        rated: dict[str, list[float]] = {task: [] for task in which}
+        for (task, _), value in zip(asked, found, strict=True):
+            rated[task].append(value)
+        return rated
+
+    async def _rated(self, model: str, task: str, i: int, example: Example) -> float:
+        if self._score != LIKELIHOOD:
+            answer = await self._server.answer(model, example.prompt, self._limit)
+            self.requests += 1
+            return METRICS[self._score](answer, example.answers)
+        try:
+            if (task, i) not in self._tokens:
+                self._tokens[task, i] = await self._server.tokens(model, example.prompt, example.answers[0])
+                self.requests += 1
+            found = await self._server.likelihood(model, *self._tokens[task, i])
+        except NoLikelihoodError as error:
+            raise EvaluationError(f"{error}; score answers instead, such as with --score exact") from None
+        self.requests += 1
+        return found.log_likelihood / found.tokens

@@ -1,0 +1,263 @@
+"""Tries merges on a server, one after the other, and learns from each which to try next.
+
+A trial is rated block by block on the same examples as all others, so that two are compared by the
+differences of single examples, and is pruned as soon as these say that it cannot win.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merged_lora.errors import EvaluationError, listed
+from merged_lora.prompts import Example
+
+from .proposals import defaults, proposal
+from .rating import Rater
+from .results import Results
+from .served import RefusedError
+from .tuned import State, Trial, best_of
+
+if TYPE_CHECKING:
+    import optuna
+
+Tasks = Mapping[str, Sequence[Example]]
+Scores = Mapping[str, Sequence[float]]
+"""By task, example by example, in the order of :func:`order`."""
+Objective = str | Mapping[str, float]
+
+BLOCKS = 4
+"""A trial is rated on so many parts of the examples, one after the other, and may be pruned after each."""
+FEW = 3
+"""Examples of a task below which nothing is pruned."""
+ERRORS = 2.0
+"""Standard errors by which a trial has to be behind the best one to be pruned."""
+SEED = 0
+
+
+def order(count: int) -> list[int]:
+    """The examples of a task in the order in which the blocks rate them."""
+    return [i for block in range(BLOCKS) for i in range(count)[block::BLOCKS]]
+
+
+class Scale:
+    """How scores become gains: 0 is the base model, 1 the source of the task.
+
+    Raises EvaluationError for a task on which its source is not better than the base model.
+    """
+
+    def __init__(self, sources: Mapping[str, str], base: Scores, own: Scores) -> None:
+        self._base = {task: np.array(scores) for task, scores in base.items()}
+        self._unit: dict[str, float] = {}
+        for task, source in sources.items():
+            self._unit[task] = float((np.array(own[task]) - self._base[task]).mean())
+            if not self._unit[task] > 0:
+                raise EvaluationError(
+                    f"{task}: {source} is not better at it than the base model, so there is nothing to keep; "
+                    "leave the task out, or name its adapter with --source"
+                )
+
+    def gains(self, scores: Scores) -> dict[str, float]:
+        """The gain of each task, on the examples rated so far."""
+        return {
+            task: float((np.array(each) - self._base[task][: len(each)]).mean()) / self._unit[task]
+            for task, each in scores.items()
+        }
+
+    def differences(self, scores: Scores, others: Scores, task: str) -> NDArray[np.float64]:
+        """By how much the gain on each example of a task is above that of another merge."""
+        mine = np.array(scores[task])
+        found: NDArray[np.float64] = (mine - np.array(others[task])[: len(mine)]) / self._unit[task]
+        return found
+
+
+class Search:
+    """One search.
+
+    tasks:      the examples to choose on.
+    sources:    the adapter of each task.
+    strategies: that are tried.
+    ranks:      that are tried, beside each strategy's own.
+    objective:  ``worst``, ``mean``, or weights of tasks.
+    results:    the file of trials; those that it has count.
+    progress:   called with every trial that ended, and with the best one so far.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        sources: Mapping[str, str],
+        strategies: Sequence[str],
+        ranks: Sequence[int],
+        objective: Objective,
+        results: Results,
+        progress: Callable[[Trial, Trial | None], object],
+    ) -> None:
+        self._tasks, self._sources, self._objective = tasks, sources, objective
+        self._names = tuple(dict.fromkeys(sources.values()))
+        self._strategies, self._ranks = strategies, ranks
+        self._results, self._progress = results, progress
+        self._best: Scores = {}
+        self._study: optuna.Study | None = None
+        self.trials: list[Trial] = []
+
+    async def run(self, rater: Rater, trials: int, minutes: float | None) -> None:
+        """Try merges until there are so many, or the time is over."""
+        import optuna
+
+        end = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
+        self._scale = await reference(rater, self._tasks, self._sources)
+        with self._results.open():
+            self._recall()
+            known = {trial.spec for trial in self.trials if trial.default}
+            for spec, params in defaults(self._names, self._strategies, self._ranks):
+                if str(spec) not in known and len(self.trials) < trials:
+                    await self._try(rater, str(spec), params, default=True)
+            useful = self._useful()
+            sampler = optuna.samplers.TPESampler(seed=SEED, multivariate=True, group=True, n_startup_trials=0)
+            study = self._study = optuna.create_study(direction="maximize", sampler=sampler)
+            self._teach(study, useful)
+            while len(self.trials) < trials and time.monotonic() < end:
+                asked = study.ask()
+                spec = proposal(asked, self._names, useful, self._ranks)
+                trial = await self._try(rater, str(spec), dict(asked.params))
+                study.tell(asked, self._lesson(trial))
+
+    def importance(self) -> dict[str, float]:
+        """The share of each choice in what made trials of the best one's strategy good or bad.
+
+        S. Watanabe, A. Bansal and F. Hutter, "PED-ANOVA", IJCAI 2023; computed by Optuna.  Empty with fewer
+        than ten such trials.
+        """
+        import optuna
+
+        best = best_of(self.trials)
+        if best is None or self._study is None:
+            return {}
+        same = [
+            trial
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.value is not None and trial.params["strategy"] == best.strategy
+        ]
+        if len(same) < 10 or len({trial.value for trial in same}) < 2:
+            return {}
+        study = optuna.create_study(direction="maximize")
+        study.add_trials(same)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        shares = {name.partition(" ")[2]: share for name, share in found.items() if name != "strategy"}
+        return {name: float(share / sum(shares.values())) for name, share in shares.items()}
+
+    def _useful(self) -> list[str]:
+        """The strategies of which the server made a default; raises EvaluationError without any."""
+        made = {trial.strategy for trial in self.trials if trial.state != "refused"}
+        if not made:
+            reasons = listed(dict.fromkeys(trial.reason for trial in self.trials), 2)
+            raise EvaluationError(f"the server refuses every merge that the search begins with: {reasons}")
+        return [name for name in self._strategies if name in made]
+
+    def _teach(self, study: optuna.Study, strategies: Sequence[str]) -> None:
+        """Let the optimiser learn from the trials so far."""
+        import optuna
+
+        for trial in self.trials:
+            if trial.strategy not in strategies:
+                continue
+            given = optuna.trial.FixedTrial(dict(trial.params))
+            proposal(given, self._names, strategies, self._ranks)
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=given.params, distributions=given.distributions, value=self._lesson(trial)
+                )
+            )
+
+    def _lesson(self, trial: Trial) -> float:
+        """What the optimiser learns of a trial; one that was refused counts as the worst of the others."""
+        if trial.state != "refused":
+            return trial.value
+        return min(other.value for other in self.trials if other.state != "refused")
+
+    def _recall(self) -> None:
+        """Take over the trials of an earlier run."""
+        for i in range(len(self._results)):
+            row = self._results[str(i)]
+            self._keep(Trial.from_row(row["trial"]), row["scores"])
+
+    async def _try(self, rater: Rater, spec: str, params: Mapping[str, Any], default: bool = False) -> Trial:
+        """One trial: made by the server, rated block by block, pruned if it cannot win any more."""
+        state: State = "complete"
+        began, reason = time.monotonic(), ""
+        scores: dict[str, list[float]] = {task: [] for task in self._tasks}
+        try:
+            for block in range(BLOCKS):
+                parts = {task: range(len(each))[block::BLOCKS] for task, each in self._tasks.items()}
+                rated = await rater.rate(spec, self._tasks, parts)
+                for task, values in rated.items():
+                    scores[task] += values
+                if not default and block < BLOCKS - 1 and self._hopeless(scores):
+                    state = "pruned"
+                    break
+        except RefusedError as error:
+            state, reason, scores = "refused", str(error), {}
+        gains = self._scale.gains(scores)
+        value = self._estimate(scores, gains) if scores else math.nan
+        number, seconds = len(self.trials), time.monotonic() - began
+        trial = Trial(number, spec, dict(params), default, state, gains, value, seconds, reason)
+        self._results.add(str(trial.number), {"trial": trial.as_row(), "scores": scores})
+        self._keep(trial, scores)
+        self._progress(trial, best_of(self.trials))
+        return trial
+
+    def _keep(self, trial: Trial, scores: Scores) -> None:
+        self.trials.append(trial)
+        if trial is best_of(self.trials):
+            self._best = scores
+
+    def _estimate(self, scores: Scores, gains: Mapping[str, float]) -> float:
+        """The value of a merge; of one rated in part, the best one's less what it is behind there."""
+        value = self._value(gains)
+        if not self._best or all(len(scores[task]) == len(each) for task, each in self._best.items()):
+            return value
+        return self._value(self._scale.gains(self._best)) + value - self._value(self._best_gains(scores))
+
+    def _value(self, gains: Mapping[str, float]) -> float:
+        return sum(weight * gains[task] for task, weight in self._weights(gains).items())
+
+    def _weights(self, gains: Mapping[str, float]) -> dict[str, float]:
+        """How much each task counts in the value, which sums to 1."""
+        if self._objective == "worst":
+            worst = min(gains, key=gains.__getitem__)
+            return {task: float(task == worst) for task in gains}
+        given = dict.fromkeys(gains, 1.0) if isinstance(self._objective, str) else self._objective
+        whole = sum(given.values())
+        return {task: given.get(task, 0.0) / whole for task in gains}
+
+    def _best_gains(self, scores: Scores) -> dict[str, float]:
+        """The gains of the best trial on the examples that another was rated on."""
+        return self._scale.gains({task: self._best[task][: len(each)] for task, each in scores.items()})
+
+    def _hopeless(self, scores: Scores) -> bool:
+        """Whether a trial is behind the best one on the same examples by more than chance gives."""
+        if not self._best or min(map(len, scores.values())) < FEW:
+            return False
+        gains = self._scale.gains(scores)
+        variance = 0.0
+        for task, weight in self._weights(gains).items():
+            differences = self._scale.differences(scores, self._best, task)
+            variance += weight**2 * float(differences.var(ddof=1)) / len(differences)
+        return self._value(gains) + ERRORS * math.sqrt(variance) < self._value(self._best_gains(scores))
+
+
+async def reference(rater: Rater, tasks: Tasks, sources: Mapping[str, str]) -> Scale:
+    """The scale between the base model and each source, which are rated on all examples."""
+    base = await rater.base(sources.values())
+    every = {task: order(len(examples)) for task, examples in tasks.items()}
+    own: dict[str, Sequence[float]] = {}
+    for task, source in sources.items():
+        own |= await rater.rate(source, tasks, {task: every[task]})
+    return Scale(sources, await rater.rate(base, tasks, every), own)
