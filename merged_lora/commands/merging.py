@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from merged_lora import catalog
 from merged_lora.errors import MergeError
 from merged_lora.locations import Location, locate
 from merged_lora.names import shortened
-from merged_lora.recipe import Value
-from merged_lora.spec import MergeSpec, Source, check_own_name
+from merged_lora.recipe import Option, Value
+from merged_lora.spec import MergeSpec, Source, check_own_name, is_spec
+from merged_lora.strategies import find
 
 from .arguments import add_adapters, add_choice, add_method, add_reading, chosen, load, paths_of, read_spec
 from .running import LOGGER, UsageError, printable, terminated_cleanly
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 OWN_FLAGS = frozenset(("weights", "rank", "modules", "without"))
 """Options of strategies for which there is a flag that does more."""
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_NEGATIVE = re.compile(rf"(?=-){_NUMBER.pattern}$")
 _WORDS = {"true": True, "false": False}
 
 EXAMPLES = """\
@@ -49,10 +52,11 @@ def add(added: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    merge._negative_number_matcher = _NEGATIVE  # argparse's own takes -1e-3 for an option
     merge.add_argument(
         "what",
         metavar="SPEC",
-        nargs="+",
+        nargs="*",
         help='what to merge: "ties(a, 0.5*b)", "a + b", or JSON, after "--" if it begins with a minus sign; '
         "or with --strategy the sources themselves: FOLDER, LOCATION or NAME=LOCATION",
     )
@@ -87,13 +91,22 @@ def _add_strategy(parser: argparse.ArgumentParser) -> None:
     )
     for option in catalog.options():
         if option.name not in OWN_FLAGS:
+            switch = isinstance(option.default, bool)
+            how: dict[str, Any] = (
+                {"action": "store_const", "const": ["true"]}
+                if switch
+                else {"metavar": "X", "nargs": "+" if option.per_source else 1}
+            )
             parser.add_argument(
-                f"--{option.name.replace('_', '-')}",
-                metavar="X",
-                nargs="+" if option.per_source else 1,
+                _flag(option.name),
                 dest=f"option_{option.name}",
                 help=f"with --strategy: {option.help}",
+                **how,
             )
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -144,59 +157,150 @@ def _asked(arguments: argparse.Namespace) -> tuple[MergeSpec, Sequence[tuple[str
         for name, texts in vars(arguments).items()
         if name.startswith("option_") and texts is not None
     }
+    if arguments.weights is not None:
+        given["weights"] = arguments.weights
     if arguments.strategy is None:
-        if given or arguments.weights is not None:
-            flag = "weights" if not given else next(iter(given)).replace("_", "-")
-            raise UsageError(
-                f"--{flag} goes with --strategy and folders; a spec holds its options and weights itself: "
-                '"ties(0.7*a, b, density=0.3)"'
-            )
-        if len(arguments.what) > 1 or not arguments.adapters:
-            if any(Path(text).is_dir() for text in arguments.what):
-                raise UsageError("folders are merged with --strategy NAME, such as --strategy ties")
-            if len(arguments.what) > 1:
-                raise UsageError(
-                    f"one spec is expected, not {len(arguments.what)} arguments; put it in quotes, and give "
-                    "each source an --adapter of its own"
-                )
-            raise UsageError("say where the sources are: --adapter NAME=PATH for each of them")
-        return read_spec(arguments.what[0]), arguments.adapters
+        return _asked_by_spec(arguments, given)
     if arguments.adapters:
         raise UsageError("with --strategy, the sources are given without --adapter: NAME=PATH or PATH")
-    named = [_named_source(text) for text in arguments.what]
-    weights, options = [1.0] * len(named), {name: _option_value(texts) for name, texts in given.items()}
-    if arguments.weights == ["auto"]:
-        options["weights"] = "auto"
-    elif arguments.weights is not None:
-        weights = [_weight(text) for text in arguments.weights]
-        if len(weights) != len(named):
-            raise UsageError(f"--weights gives {len(weights)} of them for {len(named)} sources")
+    named = _named_sources(_sources_among(arguments.what, given))
+    weights = [1.0] * len(named)
+    if "weights" in given and given["weights"] != ["auto"]:
+        weights = _weights(given.pop("weights"), len(named))
+    _check_flags(arguments.strategy, given)
+    options = {name: _option_value(texts) for name, texts in given.items()}
+    if arguments.rank is not None and find(arguments.strategy).option("rank"):
+        options["rank"] = arguments.rank
     sources = tuple(Source(name, weight) for (name, _), weight in zip(named, weights, strict=True))
     return MergeSpec(arguments.strategy, sources, tuple(options.items())), named
+
+
+def _asked_by_spec(
+    arguments: argparse.Namespace, given: Mapping[str, Sequence[str]]
+) -> tuple[MergeSpec, Sequence[tuple[str, Path | str]]]:
+    """The merge of a spec, whose sources have an ``--adapter`` each."""
+    if given:
+        raise UsageError(
+            f"{_flag(next(iter(given)))} goes with --strategy and folders; a spec holds its options and "
+            'weights itself: "ties(0.7*a, b, density=0.3)"'
+        )
+    if not arguments.what:
+        raise UsageError(
+            "say what to merge: a SPEC, or folders and --strategy (see merged-lora merge --help)"
+        )
+    if len(arguments.what) > 1 or not arguments.adapters:
+        if any(Path(text).is_dir() for text in arguments.what):
+            raise UsageError("folders are merged with --strategy NAME, such as --strategy ties")
+        if len(arguments.what) > 1:
+            raise UsageError(
+                f"one spec is expected, not {len(arguments.what)} arguments; put it in quotes, and give "
+                "each source an --adapter of its own"
+            )
+        raise UsageError("say where the sources are: --adapter NAME=PATH for each of them")
+    return read_spec(arguments.what[0]), arguments.adapters
+
+
+def _sources_among(what: Sequence[str], given: dict[str, list[str]]) -> Sequence[str]:
+    """The sources in their order, also if a flag in front of them took them for values of its own.
+
+    given: the values of each flag, which keeps those that it can have.
+    """
+    if what:
+        return what
+    found = []
+    for name, texts in given.items():
+        count = next((i for i, text in enumerate(texts) if i and not _NUMBER.fullmatch(text)), len(texts))
+        if count < len(texts):
+            found.append(texts[count:])
+            given[name] = texts[:count]
+    if len(found) > 1:
+        raise UsageError("the sources are in several places, and their order counts; write them side by side")
+    if not found:
+        raise UsageError("say what to merge: with --strategy, the folders of the sources")
+    return found[0]
+
+
+def _named_sources(texts: Sequence[str]) -> list[tuple[str, Path | str]]:
+    """Sources with their names, no two of which are the same; raises UsageError."""
+    places: dict[str, str] = {}
+    named = []
+    for text in texts:
+        name, place = _named_source(text)
+        if name in places:
+            raise UsageError(
+                f"{shortened(places[name])} and {shortened(text)} would both be called {name!r}; "
+                "name them: NAME=PATH"
+            )
+        places[name] = text
+        named.append((name, place))
+    return named
 
 
 def _named_source(text: str) -> tuple[str, Path | str]:
     """A source as an argument names it: NAME=LOCATION, or a location whose last part is its name."""
     name, equals, place = text.partition("=")
-    if not (equals and name and "/" not in name):
-        place = text
-        name = re.split(r"[/:]", place.partition("@")[0].rstrip("/"))[-1] or Path(place).resolve().name
+    own = bool(equals and name and "/" not in name)
+    place = place if own else text
+    try:
+        found = locate(place)
+    except MergeError as error:
+        raise UsageError(str(error)) from None
+    if not own:
+        name = _last_part(found)
+        if is_spec(text) and isinstance(found, Path) and not found.exists():
+            raise UsageError(
+                f"{shortened(text)} is no folder; --strategy goes with folders, and a spec has its strategy "
+                "in itself"
+            )
     try:
         check_own_name(name)
-        found = locate(place)
     except MergeError as error:
         raise UsageError(f"{shortened(text)}: {error}; name the source: NAME=PATH") from None
     return name, place if isinstance(found, Location) else found
 
 
-def _weight(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"--weights takes numbers, or auto; {shortened(text)!r} is neither") from None
+def _last_part(found: Location | Path) -> str:
+    """The last part of a location; for the file of an adapter, its folder's."""
+    if isinstance(found, Location):
+        return (found.folder or found.place).rpartition("/")[2]
+    folder = found.parent if found.is_file() else found
+    return os.path.basename(os.path.abspath(folder))  # noqa: PTH100, PTH119 - resolve() would follow links
+
+
+def _weights(texts: Sequence[str], count: int) -> list[float]:
+    """A weight for each of ``count`` sources; raises UsageError."""
+    unfit = next((text for text in texts if not _NUMBER.fullmatch(text)), None)
+    if unfit is not None:
+        raise UsageError(
+            f"--weights takes a number for each source, or auto alone; {shortened(unfit)!r} is neither"
+        )
+    if len(texts) != count:
+        raise UsageError(
+            f"--weights has {len(texts)} value{'s' * (len(texts) > 1)} for {count} sources; give one for each"
+        )
+    return [float(text) for text in texts]
+
+
+def _check_flags(strategy: str, given: Mapping[str, object]) -> None:
+    """Raise UsageError for a flag of another strategy's option."""
+    taken = find(strategy).options
+    for name in given:
+        if name not in [option.name for option in taken]:
+            flags = [_flag(option.name) for option in taken if _has_flag(option)]
+            raise UsageError(f"{_flag(name)} does not go with {strategy}, which takes {', '.join(flags)}")
+
+
+def _has_flag(option: Option) -> bool:
+    return option.name not in OWN_FLAGS or option.name in ("weights", "rank")
 
 
 def _option_value(texts: Sequence[str]) -> Value:
     """The value of an option, which its strategy checks: numbers, words, and a number for each source."""
-    found = [float(text) if _NUMBER.fullmatch(text) else _WORDS.get(text, text) for text in texts]
+    found = [_value(text) for text in texts]
     return found[0] if len(found) == 1 else tuple(found)  # type: ignore[arg-type]
+
+
+def _value(text: str) -> Value:
+    if re.fullmatch(r"[-+]?\d+", text):
+        return int(text)  # a seed may have more digits than a float holds
+    return float(text) if _NUMBER.fullmatch(text) else _WORDS.get(text, text)

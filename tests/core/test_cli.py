@@ -234,7 +234,7 @@ def test_the_command_merges_more_sources_than_a_server_does_by_default(run: Run,
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no command": ([], "the following arguments are required: COMMAND"),
     "no such command": (["nosuch"], "invalid choice: 'nosuch'"),
-    "no spec": (["merge"], "the following arguments are required: SPEC, --output"),
+    "no spec": (["merge", "--output", "out"], "say what to merge: a SPEC, or folders and --strategy"),
     "no output": (["merge", "a + b", *AB], "the following arguments are required: --output"),
     "no such flag": (
         ["merge", "a + b", *AB, "--nosuch"],
