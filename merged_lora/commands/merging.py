@@ -7,11 +7,12 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merged_lora import catalog
-from merged_lora.errors import MergeError
+from merged_lora import catalog, mergekit
+from merged_lora.errors import MergeError, PlanError, SpecError
 from merged_lora.locations import Location, locate
 from merged_lora.names import shortened
 from merged_lora.recipe import Option, Value
@@ -23,6 +24,7 @@ from .running import LOGGER, UsageError, printable, terminated_cleanly
 
 if TYPE_CHECKING:
     from merged_lora.backends import Result
+    from merged_lora.plan import MergePlan
 
 OWN_FLAGS = frozenset(("weights", "rank", "modules", "without"))
 """Options of strategies for which there is a flag that does more."""
@@ -37,6 +39,8 @@ examples:
   merged-lora merge "0.7*sql + 0.3*chat" --rank 16 \\
       --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
   merged-lora merge adapters/sql adapters/chat --strategy ties --weights 1 0.5 --density 0.3 --output merged
+  # a merge of LoRAs in mergekit's YAML:
+  merged-lora merge --mergekit ties.yaml --output merged
   merged-lora merge '{"ids": ["sql", "chat"], "weights": [0.7, 0.3], "merge_strategy": "linear"}' \\
       --adapter sql=adapters/sql --adapter chat=adapters/chat --output merged
 """
@@ -62,6 +66,12 @@ def add(added: Any) -> None:
     )
     add_adapters(merge, required=False)
     _add_strategy(merge)
+    merge.add_argument(
+        "--mergekit",
+        metavar="FILE",
+        type=Path,
+        help="a merge of LoRAs in mergekit's YAML, if it means here what it means there",
+    )
     merge.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
     add_choice(merge)
     add_method(merge)
@@ -111,7 +121,11 @@ def _flag(option: str) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge adapters and write the result."""
-    spec, named = _asked(arguments)
+    configuration = _configuration(arguments)
+    if configuration is None:
+        spec, named = _asked(arguments)
+    else:
+        spec, named = _ranked(configuration.spec, arguments.rank), list(configuration.places.items())
     spec = chosen(spec, arguments)
     paths = paths_of(spec, named)
 
@@ -126,6 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_target(arguments.output, arguments.overwrite)
         sources = load(arguments, paths)
         planned = plan(spec, sources, arguments.rank, arguments.base_model)
+        if configuration is not None and configuration.everywhere:
+            _check_everywhere(planned)
         # disable=None: a bar is shown only if stderr is a terminal
         bar = tqdm(total=len(planned.modules), unit="module", leave=False, disable=None)
         with bar, logging_redirect_tqdm([LOGGER]):
@@ -152,13 +168,7 @@ def _kept(result: Result) -> list[str]:
 
 def _asked(arguments: argparse.Namespace) -> tuple[MergeSpec, Sequence[tuple[str, Path | str]]]:
     """The merge that the arguments of ``merge`` ask for, and where its sources are; raises UsageError."""
-    given = {
-        name.removeprefix("option_"): texts
-        for name, texts in vars(arguments).items()
-        if name.startswith("option_") and texts is not None
-    }
-    if arguments.weights is not None:
-        given["weights"] = arguments.weights
+    given = _given(arguments)
     if arguments.strategy is None:
         return _asked_by_spec(arguments, given)
     if arguments.adapters:
@@ -169,10 +179,59 @@ def _asked(arguments: argparse.Namespace) -> tuple[MergeSpec, Sequence[tuple[str
         weights = _weights(given.pop("weights"), len(named))
     _check_flags(arguments.strategy, given)
     options = {name: _option_value(texts) for name, texts in given.items()}
-    if arguments.rank is not None and find(arguments.strategy).option("rank"):
-        options["rank"] = arguments.rank
     sources = tuple(Source(name, weight) for (name, _), weight in zip(named, weights, strict=True))
-    return MergeSpec(arguments.strategy, sources, tuple(options.items())), named
+    spec = MergeSpec(arguments.strategy, sources, tuple(options.items()))
+    return _ranked(spec, arguments.rank), named
+
+
+def _ranked(spec: MergeSpec, rank: int | None) -> MergeSpec:
+    """The merge with this rank, if its strategy takes one; the rank limits others all the same."""
+    if rank is None or find(spec.strategy).option("rank") is None:
+        return spec
+    return replace(spec, options=(*spec.options, ("rank", rank)))
+
+
+def _configuration(arguments: argparse.Namespace) -> mergekit.Configuration | None:
+    """The merge in a file of mergekit, if one is given; raises UsageError or SpecError."""
+    if arguments.mergekit is None:
+        return None
+    if arguments.what or arguments.adapters or arguments.strategy or _given(arguments):
+        raise UsageError(
+            "--mergekit says what to merge and how; leave out a SPEC, --adapter, --strategy and options"
+        )
+    try:
+        with arguments.mergekit.open("rb") as file:
+            content = file.read(mergekit.MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{arguments.mergekit}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{arguments.mergekit} is no text in UTF-8") from None
+    try:
+        return mergekit.read(text)
+    except SpecError as error:
+        raise SpecError(f"{arguments.mergekit}: {error}") from None
+
+
+def _check_everywhere(planned: MergePlan) -> None:
+    """Raise PlanError if a source lacks a module that others have."""
+    for name, module in planned.modules.items():
+        if len(module.present) < len(planned.spec.sources):
+            lacking = [s for i, s in enumerate(planned.spec.names) if i not in module.present]
+            raise PlanError(
+                f"{name} is not in {lacking[0]}: mergekit takes a delta of zeros there, and "
+                f"{planned.spec.strategy} the other sources alone; --only and --without choose modules"
+            )
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """The values of each flag of an option, by the option's name."""
+    given = {
+        name.removeprefix("option_"): texts
+        for name, texts in vars(arguments).items()
+        if name.startswith("option_") and texts is not None
+    }
+    return given if arguments.weights is None else given | {"weights": arguments.weights}
 
 
 def _asked_by_spec(

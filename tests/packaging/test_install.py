@@ -139,7 +139,7 @@ def test_a_machine_whose_nvidia_smi_lists_a_device_gets_the_gpu_build_and_nothin
     machine.add_program("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
     machine.set_pip(has_cpu_torch=False, works=True)
     assert machine.install() == 0
-    assert f"{machine.checkout}[gpu,hub,s3,gs,tune,demo,docs,test]" in machine.installation()
+    assert f"{machine.checkout}[gpu,hub,s3,gs,mergekit,tune,demo,docs,test]" in machine.installation()
     assert "--extra-index-url" not in machine.installation()
     assert [line.split()[0:2] for line in machine.commands()] == [["-m", "venv"], ["-m", "pip"]]
 
@@ -154,12 +154,13 @@ def test_a_machine_whose_nvidia_smi_lists_no_device_gets_the_cpu_build(
 ) -> None:
     machine.add_program("nvidia-smi", nvidia_smi)
     assert machine.install() == 0
-    assert f"{machine.checkout}[cpu,interpreter,hub,s3,gs,tune,demo,docs,test]" in machine.installation()
+    extras = "cpu,interpreter,hub,s3,gs,mergekit,tune,demo,docs,test"
+    assert f"{machine.checkout}[{extras}]" in machine.installation()
 
 
 def test_an_extra_asked_for_by_name_is_installed_whatever_the_machine_has(machine: Machine) -> None:
     assert machine.install("--extra", "gpu") == 0
-    assert f"{machine.checkout}[gpu,hub,s3,gs,tune,demo,docs,test]" in machine.installation()
+    assert f"{machine.checkout}[gpu,hub,s3,gs,mergekit,tune,demo,docs,test]" in machine.installation()
 
 
 def test_on_a_cpu_the_cuda_builds_go_and_the_name_vllm_comes_after_the_packages(machine: Machine) -> None:
