@@ -15,7 +15,7 @@ from landscape import TASKS, Landscape, examples, gain, rows
 from merged_lora import MergeError, tune
 from merged_lora.errors import EvaluationError
 from merged_lora.judging import served
-from merged_lora.judging.tuned import Trial, Tuning, best_of
+from merged_lora.judging.tuned import Trial, Tuning
 from merged_lora.prompts import Example
 from merged_lora.spec import parse
 
