@@ -37,7 +37,7 @@ def gain(model: str, task: str) -> float:
         return float(model == task)
     spec = parse(model)
     weights = {source.name: source.weight for source in spec.sources}
-    octaves = math.log2(weights["chat"] / weights["sql"]) - 1.0
+    octaves = math.log2(weights.get("chat", 2.0) / weights.get("sql", 1.0)) - 1.0
     lost = 0.2 * max(0.0, -octaves if task == "chat" else octaves)
     return (0.5 if spec.strategy == "knots" else 1.0) * (1.0 - lost)
 
