@@ -8,6 +8,7 @@ and 143 if the run was interrupted or terminated.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from . import __version__
-from .commands import calibrating, checking, inspecting, merging, strategies, tuning
+from .commands import calibrating, checking, evaluating, inspecting, merging, strategies, tuning
 from .commands.running import LOGGER, UsageError, printable
 from .errors import MergeError
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, ModuleType] = {
     "calibrate": calibrating,
     "check": checking,
     "inspect": inspecting,
+    "eval": evaluating,
     "tune": tuning,
     "strategies": strategies,
 }
@@ -76,10 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of stdout is gone. The interpreter flushes stdout once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_stdout()
+        print(f"{PROG}: error: cannot write: {error.strerror}", file=sys.stderr)
+        return 2
     return code
+
+
+def _drop_stdout() -> None:
+    """Let nothing more reach stdout, which the interpreter flushes once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> Parser:

@@ -26,6 +26,8 @@ class OpenAIServer:
     models:  names, each with the model that it is an adapter of.
     fault:   status, body and headers instead of an answer, by path and body; None for none.
     rates:   whether it gives log-probabilities of prompts.
+    raw:     text instead of an answer, by path.
+    keys:    every header ``Authorization`` that came.
     asked:   how often each model was asked, by path and name.
     most:    the largest number of requests at a time.
     """
@@ -37,6 +39,8 @@ class OpenAIServer:
     )
     fault: Fault = lambda path, body: None
     rates: bool = True
+    raw: dict[str, str] = field(default_factory=dict)
+    keys: set[str | None] = field(default_factory=set)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
     most: int = 0
 
@@ -64,9 +68,11 @@ class OpenAIServer:
                         busy[0] -= 1
 
             def _reply(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-                data = json.dumps(body).encode()
+                server.keys.add(self.headers["Authorization"])
+                data = (server.raw.get(self.path) or json.dumps(body)).encode()
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
+                kind = "text/html" if server.raw.get(self.path, "").startswith("<") else "application/json"
+                for name, value in {"Content-Type": kind, **headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

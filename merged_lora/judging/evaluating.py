@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from merged_lora.errors import EvaluationError, listed
 from merged_lora.prompts import Example, read_examples
@@ -51,7 +52,7 @@ def evaluate(
 
     base_url:    of the server's API, such as ``http://localhost:8000/v1``.
     data:        for each task a file of examples, or the examples.
-    specs:       merges to evaluate.
+    specs:       merges to evaluate, or names of served models, such as aliases.
     sources:     for each task the name of the adapter that was trained for it; by default the task's own.
     metric:      ``exact``, ``contains``, ``rouge-l`` or ``likelihood``: what the tables and retention are of.
     count:       the first so many examples of each task alone.
@@ -70,7 +71,9 @@ def evaluate(
         raise EvaluationError(
             f"the metric must be one of {', '.join((*METRICS, LIKELIHOOD))}, got {metric!r}"
         )
-    merges = tuple(dict.fromkeys(str(parse(each) if isinstance(each, str) else each) for each in specs))
+    merges = {each: str(parse(each)) if isinstance(each, str) else str(each) for each in specs}
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise EvaluationError(f"the number of tokens of an answer must be at least 1, got {limit!r}")
     named = {task: (sources or {}).get(task, task) for task in tasks}
     unused = sorted((sources or {}).keys() - tasks.keys())
     if unused:
@@ -92,13 +95,16 @@ def read_tasks(
         raise EvaluationError("there is no task; name at least one with a file of examples")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise EvaluationError(f"the number of examples must be at least 1, got {count!r}")
-    found = {
-        task: read_examples(Path(given)) if isinstance(given, str | os.PathLike) else list(given)
-        for task, given in data.items()
-    }
-    empty = [task for task, examples in found.items() if not examples]
-    if empty:
-        raise EvaluationError(f"{listed(empty)} has no examples")
+    found: dict[str, Sequence[Example]] = {}
+    for task, given in data.items():
+        found[task] = read_examples(Path(given)) if isinstance(given, str | os.PathLike) else list(given)
+        if not found[task]:
+            raise EvaluationError(f"{task} has no examples")
+        blank = [
+            each.line for each in found[task] if not each.answers or not all(map(str.strip, each.answers))
+        ]
+        if blank:
+            raise EvaluationError(f"line {blank[0]} of {task} has an answer without any text, or none")
     return {task: examples[:count] for task, examples in found.items()}
 
 
@@ -109,14 +115,15 @@ class _Run:
         self,
         tasks: Tasks,
         sources: Mapping[str, str],
-        specs: tuple[str, ...],
+        specs: Mapping[str | MergeSpec, str],
         metric: str,
         limit: int,
         likelihood: bool,
         results: Results,
         progress: Callable[[int, int], object],
     ) -> None:
-        self._tasks, self._sources, self._specs = tasks, sources, specs
+        self._tasks, self._sources, self._given = tasks, sources, specs
+        self._specs: tuple[str, ...] = ()
         self._metric, self._limit, self._likelihood = metric, limit, likelihood
         self._results, self._progress = results, progress
         self._tokens: dict[str, tuple[list[int], list[int]]] = {}
@@ -128,6 +135,9 @@ class _Run:
         try:
             listed_models = await server.models()
             base = self._base(listed_models, server.base_url)
+            self._specs = tuple(
+                dict.fromkeys(str(g) if g in listed_models else spec for g, spec in self._given.items())
+            )
             jobs = [(base, task) for task in self._tasks]
             jobs += [(source, task) for task, source in self._sources.items()]
             jobs += [(spec, task) for spec in self._specs for task in self._tasks]
@@ -177,17 +187,33 @@ class _Run:
         key = hashlib.blake2b(
             json.dumps([model, task, example.prompt, example.answers]).encode(), digest_size=16
         ).hexdigest()
-        if key not in self._results:
-            answer = await server.answer(model, example.prompt, self._limit)
-            metrics = {"exact", "contains", self._metric} - {LIKELIHOOD}
-            scores = {name: METRICS[name](answer, example.answers) for name in sorted(metrics)}
-            if (found := await self._rated(server, model, example)) is not None:
-                scores[LIKELIHOOD] = math.exp(found.log_likelihood / found.tokens)
-            self._results.add(key, {"model": model, "task": task, "answer": answer, "scores": scores})
-        row = self._results[key]
+        there = self._results.get(key)
+        try:
+            row = await self._measured(server, model, example, there)
+        except RefusedError as error:
+            if model in self._specs:
+                raise
+            raise EvaluationError(f"line {example.line} of {task}: {error}") from None
+        if row is not there:
+            self._results.add(key, {"model": model, "task": task, **row})
         self._done += 1
         self._progress(self._done, self._total)
         return Row(row["answer"], row["scores"])
+
+    async def _measured(
+        self, server: Served, model: str, example: Example, there: Mapping[str, Any] | None
+    ) -> Mapping[str, Any]:
+        """An answer and its scores: those that are there, or with what they lack."""
+        row = there
+        if row is None:
+            answer = await server.answer(model, example.prompt, self._limit)
+            metrics = {"exact", "contains", self._metric} - {LIKELIHOOD}
+            scores = {name: METRICS[name](answer, example.answers) for name in sorted(metrics)}
+            row = {"answer": answer, "scores": scores}
+        if LIKELIHOOD in row["scores"] or (found := await self._rated(server, model, example)) is None:
+            return row
+        likelihood = math.exp(found.log_likelihood / found.tokens)
+        return {"answer": row["answer"], "scores": {**row["scores"], LIKELIHOOD: likelihood}}
 
     async def _rated(self, server: Served, model: str, example: Example) -> Likelihood | None:
         """How likely the first right answer is; None if the server cannot say."""
@@ -201,6 +227,7 @@ class _Run:
         except NoLikelihoodError as error:
             if self._metric == LIKELIHOOD:
                 raise
-            self._likelihood = False
-            self._notes.append(f"The likelihood of right answers was not measured: {error}.")
+            if self._likelihood:  # else another request, which ran beside this one, has said so
+                self._likelihood = False
+                self._notes.append(f"The likelihood of right answers was not measured: {error}.")
             return None

@@ -33,6 +33,8 @@ class Results:
         self._rows: dict[str, Row] = {}
         self._written: TextIO | None = None
         if file is not None and file.exists():
+            if not file.is_file():
+                raise EvaluationError(f"{file}: is no file")  # a device may be read without an end
             self._read(file)
 
     def __contains__(self, key: str) -> bool:
@@ -40,6 +42,10 @@ class Results:
 
     def __getitem__(self, key: str) -> Row:
         return self._rows[key]
+
+    def get(self, key: str) -> Row | None:
+        """The row of a key, None if it was not measured."""
+        return self._rows.get(key)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from merged_lora.errors import EvaluationError
 
 RESAMPLES = 2000
+WORD = re.compile(r"[^\W_]+")
 SURE = 95.0
 """Per cent of the resamples that an interval holds."""
 
@@ -45,7 +47,8 @@ def contains(given: str, right: Sequence[str]) -> float:
 def rouge_l(given: str, right: Sequence[str]) -> float:
     """The largest ROUGE-L F-measure with a right answer, from 0 to 1.
 
-    C.-Y. Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; computed by rouge-score.
+    C.-Y. Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; computed by rouge-score on
+    words in small letters, each of letters and digits of any script.
 
     Raises EvaluationError without rouge-score, of the extra ``eval``.
     """
@@ -56,8 +59,15 @@ def rouge_l(given: str, right: Sequence[str]) -> float:
             f"ROUGE-L needs rouge-score, which cannot be imported ({error}): "
             "pip install 'vllm-merged-lora[eval]'"
         ) from None
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     return max(float(scorer.score(each, given)["rougeL"].fmeasure) for each in right)
+
+
+class _Words:
+    """The tokenizer of rouge-score without its limit to ASCII."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text.lower())
 
 
 METRICS: Mapping[str, Callable[[str, Sequence[str]], float]] = {

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 ATTEMPTS = 6
-"""How often the client asks again after status 408, 409, 429 or one from 500, or if no answer came."""
+"""How often the client asks again after status 408, 409, 429 or one from 500, or if the connection broke."""
 TIMEOUT = 600.0
-"""Seconds for an answer, which a new merge may have to be made for."""
+"""Seconds for an answer with all attempts, which a new merge may have to be made for."""
 
 
 class RefusedError(EvaluationError):
@@ -58,7 +58,7 @@ class Served:
 
     def __init__(self, base_url: str, api_key: str | None = None, concurrency: int = 8) -> None:
         try:
-            from openai import AsyncOpenAI
+            from openai import AsyncOpenAI, Timeout
         except ImportError as error:
             raise EvaluationError(
                 f"asking a server needs the package openai, which cannot be imported ({error}): "
@@ -75,7 +75,7 @@ class Served:
             base_url=self.base_url,
             api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=ATTEMPTS,
-            timeout=TIMEOUT,
+            timeout=Timeout(None, connect=10.0),  # that of all attempts together is in _asking
         )
         self._free = asyncio.Semaphore(concurrency)
 
@@ -85,9 +85,15 @@ class Served:
 
     async def models(self) -> Mapping[str, str | None]:
         """The names that the server lists, each with the model that it is an adapter of."""
-        with self._explained("the list of models"):
-            found = await self._client.models.list()
-        return {each.id: getattr(each, "parent", None) for each in found.data}
+        hasty: Any = self._client.with_options(max_retries=0)  # a mistaken address is known at once
+        try:
+            async with self._asking("the list of models", attempts=0):
+                found = await hasty.models.list()
+                return {each.id: getattr(each, "parent", None) for each in found.data}
+        except RefusedError as error:
+            raise EvaluationError(
+                f"{self.base_url} has no list of models ({error}); the address of a server ends in /v1"
+            ) from None
 
     async def answer(self, model: str, prompt: Prompt, limit: int) -> str:
         """What a model answers, greedily.
@@ -97,17 +103,16 @@ class Served:
         Raises RefusedError if the server refuses the model or the prompt, and EvaluationError if it fails.
         """
         client: Any = self._client
-        async with self._free:
-            with self._explained(model):
-                if isinstance(prompt, str):
-                    reply = await client.completions.create(
-                        model=model, prompt=prompt, max_tokens=limit, temperature=0.0
-                    )
-                    return reply.choices[0].text or ""
-                reply = await client.chat.completions.create(
-                    model=model, messages=prompt, max_tokens=limit, temperature=0.0
+        async with self._asking(model):
+            if isinstance(prompt, str):
+                reply = await client.completions.create(
+                    model=model, prompt=prompt, max_tokens=limit, temperature=0.0
                 )
-                return reply.choices[0].message.content or ""
+                return str(reply.choices[0].text or "")
+            reply = await client.chat.completions.create(
+                model=model, messages=prompt, max_tokens=limit, temperature=0.0
+            )
+            return str(reply.choices[0].message.content or "")
 
     async def tokens(self, model: str, prompt: Prompt, answer: str) -> tuple[list[int], list[int]]:
         """The token ids of a prompt, and of the answer with the token that ends it in a chat.
@@ -133,43 +138,48 @@ class Served:
         gives no log-probabilities of prompts.
         """
         client: Any = self._client
-        async with self._free:
-            with self._explained(model):
-                reply = await client.completions.create(
-                    model=model,
-                    prompt=[*asked, *answer],
-                    max_tokens=1,
-                    temperature=0.0,
-                    extra_body={"prompt_logprobs": 0},
-                )
-        rated = getattr(reply.choices[0], "prompt_logprobs", None)
-        if not isinstance(rated, list) or len(rated) != len(asked) + len(answer):
-            raise NoLikelihoodError(f"{self.base_url} gives no log-probabilities of prompts")
-        total = 0.0
-        for token, entries in zip(answer, rated[len(asked) :], strict=True):
-            total += float(entries[str(token)]["logprob"])
-        return Likelihood(total, len(answer))
+        async with self._asking(model):
+            reply = await client.completions.create(
+                model=model,
+                prompt=[*asked, *answer],
+                max_tokens=1,
+                temperature=0.0,
+                extra_body={"prompt_logprobs": 0},
+            )
+            rated = getattr(reply.choices[0], "prompt_logprobs", None)
+            if not isinstance(rated, list) or len(rated) != len(asked) + len(answer):
+                raise NoLikelihoodError(f"{self.base_url} gives no log-probabilities of prompts")
+            own = zip(answer, rated[len(asked) :], strict=True)
+            return Likelihood(
+                sum(float(entries[str(token)]["logprob"]) for token, entries in own), len(answer)
+            )
 
     async def _tokenize(self, model: str, **body: object) -> list[int]:
         client: Any = self._client
         try:
-            async with self._free:
-                with self._explained(model):
-                    reply = await client.post(
-                        f"{self._root}/tokenize", body={"model": model, **body}, cast_to=object
-                    )
+            async with self._asking(model):
+                reply = await client.post(
+                    f"{self._root}/tokenize", body={"model": model, **body}, cast_to=object
+                )
+                return [int(token) for token in reply["tokens"]]
         except RefusedError as error:
             raise NoLikelihoodError(f"{self.base_url} does not tokenize ({error})") from None
-        tokens: list[int] = reply["tokens"]
-        return tokens
 
-    @contextmanager
-    def _explained(self, model: str) -> Iterator[None]:
-        """Raise EvaluationError with what a user has to know of a request that failed."""
+    @asynccontextmanager
+    async def _asking(self, model: str, attempts: int | None = None) -> AsyncIterator[None]:
+        """Wait for a free place and ask; raises EvaluationError with what is to be known of a failure.
+
+        attempts: how often the client asks again.
+        """
         import openai
 
         try:
-            yield
+            async with self._free, asyncio.timeout(TIMEOUT):
+                yield
+        except TimeoutError:
+            raise EvaluationError(
+                f"{self.base_url} does not answer within {TIMEOUT:g} s for {shortened(model)}"
+            ) from None
         except openai.APIStatusError as error:
             status, words = error.status_code, _words(error)
             if status in (400, 404, 422):
@@ -178,24 +188,24 @@ class Served:
                 raise EvaluationError(
                     f"{self.base_url} refuses access ({words}); give its key in OPENAI_API_KEY"
                 ) from None
+            again = ATTEMPTS if attempts is None else attempts
             raise EvaluationError(
-                f"{self.base_url} answers status {status} for {shortened(model)}, after {ATTEMPTS} more "
-                f"attempts: {words}"
-            ) from None
-        except openai.APITimeoutError:
-            raise EvaluationError(
-                f"{self.base_url} does not answer within {TIMEOUT:.0f} s for {shortened(model)}"
+                f"{self.base_url} answers status {status} for {shortened(model)}"
+                + (f", after {again} more attempts" if again else "")
+                + f": {words}"
             ) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise EvaluationError(f"no server answers at {self.base_url} ({cause})") from None
-        except openai.OpenAIError as error:
-            raise EvaluationError(f"{self.base_url}: the answer cannot be read ({error})") from None
+        except (openai.OpenAIError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise EvaluationError(
+                f"{self.base_url} answers what OpenAI's API does not: {type(error).__name__}: {error}"
+            ) from None
 
 
 def _words(error: Any) -> str:
     """What the server says of an error."""
     body = error.body if isinstance(error.body, dict) else {}
     inner = body.get("error", body)
-    text = inner.get("message") if isinstance(inner, dict) else None
+    text = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else None
     return " ".join(str(text or error.message).split())[:1000]

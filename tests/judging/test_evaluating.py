@@ -136,9 +136,9 @@ def test_too_many_requests_are_asked_again(server: OpenAIServer, monkeypatch: py
     ("status", "words"),
     [
         (401, "refuses access .*OPENAI_API_KEY"),
-        (404, "base: sorry"),
-        (429, "status 429 for base, after 0 more attempts: sorry"),
-        (503, "status 503 for base, after 0 more attempts: sorry"),
+        (404, "line 0 of sql: base: sorry"),
+        (429, "status 429 for base: sorry"),
+        (503, "status 503 for base: sorry"),
     ],
 )
 def test_a_server_that_fails_is_one_line(server: OpenAIServer, status: int, words: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merged_lora.judging.scores import contains, exact, mean, retention
+from merged_lora.judging.scores import contains, exact, mean, retention, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,25 @@ def test_an_answer_is_right_or_holds_what_is(
     given: str, right: list[str], is_exact: float, holds: float
 ) -> None:
     assert (exact(given, right), contains(given, right)) == (is_exact, holds)
+
+
+@pytest.mark.parametrize(
+    ("given", "score"),
+    [
+        ("the cat sat", 1.0),
+        ("The CAT, sat!", 1.0),
+        ("the cat", 0.8),  # two words of two, and of three
+        ("sat cat the", 1 / 3),
+        ("", 0.0),
+    ],
+)
+def test_rouge_l_is_the_share_of_words_in_the_same_order(given: str, score: float) -> None:
+    assert rouge_l(given, ["the cat sat", "nothing"]) == pytest.approx(score)
+
+
+def test_rouge_l_knows_the_words_of_every_script() -> None:
+    assert rouge_l("кошка über, 猫", ["Кошка ÜBER 猫"]) == 1.0
+    assert rouge_l("собака", ["кошка"]) == 0.0
 
 
 def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
