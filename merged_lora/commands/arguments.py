@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class ExamplesFormatter(argparse.HelpFormatter):
+    """Wraps a paragraph of the help, and leaves examples, which are on lines of their own, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 def add_adapters(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--adapter",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from merged_lora.errors import listed
 
-from .arguments import once, read_spec
+from .arguments import ExamplesFormatter, once, read_spec
 from .running import LOGGER, UsageError, printable, terminated_cleanly
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add(added: Any) -> None:
         "wants one is read from the environment variable OPENAI_API_KEY. Run again with the same --results, "
         "it measures only what is missing.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ExamplesFormatter,
         allow_abbrev=False,
     )
     evaluate.add_argument(

@@ -20,6 +20,7 @@ from .evaluation import LIKELIHOOD, Evaluation, Row
 from .results import Results
 from .scores import METRICS
 from .served import Likelihood, NoLikelihoodError, RefusedError, Served
+from .waiting import finished
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def evaluate(
     about = {"metrics": sorted({metric, "exact", "contains"} - {LIKELIHOOD}), "limit": limit}
     kept = Results(None if results is None else Path(results), about)
     run = _Run(tasks, named, merges, metric, limit, likelihood, kept, progress)
-    return asyncio.run(run.run(Served(base_url, api_key, concurrency)))
+    return finished(run.run(Served(base_url, api_key, concurrency)))
 
 
 def read_tasks(

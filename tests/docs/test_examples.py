@@ -26,7 +26,7 @@ ROUTES = (
 )
 """Where the examples send their requests."""
 ALIAS = "team"
-UNCHECKED = ("jq", "ray", "pip", "pre-commit")
+UNCHECKED = ("jq", "lm-eval", "ray", "pip", "pre-commit")
 """Programs in examples that are not ours."""
 
 
@@ -92,7 +92,9 @@ def needs_a_server(program: ast.Module) -> bool:
     """Whether a program imports what only runs beside a server or a model."""
     imports = [node for node in ast.walk(program) if isinstance(node, ast.ImportFrom)]
     names = {alias.name for node in imports for alias in node.names}
-    return any(node.module in ("openai", "vllm") for node in imports) or bool(names & {"calibrate", "check"})
+    return any(node.module in ("openai", "vllm") for node in imports) or bool(
+        names & {"calibrate", "check", "evaluate"}
+    )
 
 
 @pytest.mark.slow

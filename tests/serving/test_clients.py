@@ -24,6 +24,7 @@ import httpx
 import pytest
 
 from clients import folder_of
+from fences import all_blocks, commands_of
 from vllm_server import Server
 
 pytestmark = pytest.mark.engine
@@ -313,21 +314,30 @@ TASK = {
 }
 
 
-def evaluated(folder: Path, arguments: str, questions: list[str]) -> list[str]:
+def benchmarks() -> list[list[str]]:
+    """The commands of the page about evaluations, without the program's name."""
+    blocks = [block for block in all_blocks("bash") if block.page == "docs/eval.md"]
+    commands = [command for block in blocks for command in commands_of(block.text)]
+    return [command[1:] for command in commands if command[0] == "lm-eval"]
+
+
+def evaluated(folder: Path, url: str, command: list[str], questions: list[str]) -> list[str]:
     """The answers that lm-eval gets to these questions.
 
-    folder:    for its files.
-    arguments: its ``--model_args``.
+    folder:  for its files.
+    url:     of the server, instead of that in the command.
+    command: its arguments; their task is replaced by one of these questions.
     """
     lines = [json.dumps({"question": question, "answer": "-"}) for question in questions]
     (folder / "tiny.jsonl").write_text("\n".join(lines), encoding="utf-8")
     data = {"dataset_kwargs": {"data_files": {"test": str(folder / "tiny.jsonl")}}}
     (folder / "tiny.yaml").write_text(json.dumps(TASK | data), encoding="utf-8")
+    given = [word.replace("http://localhost:8000", url) for word in command]
+    given[given.index("--tasks") + 1] = "tiny"
     program = str(installed() / "lm-eval" / "bin" / "lm-eval")
-    command = [program, "run", "--model", "local-completions", "--model_args", arguments, "--log_samples"]
-    command += ["--tasks", "tiny", "--include_path", str(folder), "--output_path", str(folder / "out")]
-    env = environment(HF_HOME=str(folder / "cache"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    more = ["--log_samples", "--include_path", str(folder), "--output_path", str(folder / "out")]
+    env = environment(HF_HOME=str(folder / "cache"), OPENAI_API_KEY="none")
+    done = subprocess.run([program, *given, *more], capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (samples,) = folder.glob("out/**/samples_tiny_*.jsonl")
     found = {
@@ -337,10 +347,27 @@ def evaluated(folder: Path, arguments: str, questions: list[str]) -> list[str]:
     return [found[question] for question in questions]
 
 
+QUESTIONS = ["one", "two", "three", "four"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("command", benchmarks(), ids=lambda command: command[command.index("--model") + 1])
+def test_a_benchmark_of_the_page_asks_for_a_merge(server: Server, tmp_path: Path, command: list[str]) -> None:
+    model = next(word for word in command if word.startswith("model=")).removeprefix("model=")
+    chat = "local-chat-completions" in command
+    expected = [
+        answer(server, model, messages=[{"role": "user", "content": question}])
+        if chat
+        else completed(server, model, question)
+        for question in QUESTIONS
+    ]
+    assert evaluated(tmp_path, server.url, command, QUESTIONS) == expected
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("model", [USUAL, PLAIN])
 def test_an_evaluation_asks_for_a_merge(server: Server, tmp_path: Path, model: str) -> None:
     to = f"base_url={server.url}/v1/completions,tokenizer_backend=None,tokenized_requests=False"
-    questions = ["one", "two", "three", "four"]
-    expected = [completed(server, USUAL, question) for question in questions]
-    assert evaluated(tmp_path, f"model={model},{to}", questions) == expected
+    command = ["run", "--model", "local-completions", "--tasks", "-", "--model_args", f"model={model},{to}"]
+    expected = [completed(server, USUAL, question) for question in QUESTIONS]
+    assert evaluated(tmp_path, server.url, command, QUESTIONS) == expected

@@ -1,0 +1,53 @@
+"""Writes examples of the tasks as files of JSON lines, for `merged-lora eval` and `merged-lora tune`.
+
+    python examples/task_files.py DIR [TASK ...] [--count 60] [--split test]
+
+A line of DIR/TASK.jsonl is {"messages": [...], "answer": "..."}, or {"prompt": "...", "answer": "..."} for a
+task without a chat. Needs nothing but the standard library.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from more_tasks import ALL_TASKS
+from tasks import TASKS, TEST_SIZE, TRAIN_SIZE, Example, Split, Task, examples
+
+
+def line(task: Task, example: Example) -> str:
+    """One example as JSON."""
+    asked = [{"role": "user", "content": example.prompt}]
+    prompt = {"messages": asked} if task.chat else {"prompt": example.prompt}
+    return json.dumps({**prompt, "answer": example.answer}, ensure_ascii=False)
+
+
+def write(folder: Path, task: Task, split: Split, count: int) -> Path:
+    """Write the first `count` examples of one split of a task; returns the file, which is replaced."""
+    file = folder / f"{task.name}.jsonl"
+    lines = [line(task, example) for example in examples(task, split, count)]
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write examples of the tasks as JSON lines.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write TASK.jsonl")
+    parser.add_argument(
+        "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(ALL_TASKS)}; default: {', '.join(TASKS)}"
+    )
+    parser.add_argument("--count", type=int, default=60, help="examples of each; default: %(default)s")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="default: %(default)s")
+    arguments = parser.parse_args()
+    largest = TEST_SIZE if arguments.split == "test" else TRAIN_SIZE
+    if not 0 < arguments.count <= largest:
+        parser.error(f"--count must be 1 to {largest} for the {arguments.split} split, got {arguments.count}")
+    unknown = [name for name in arguments.tasks if name not in ALL_TASKS]
+    if unknown:
+        parser.error(f"no task {unknown[0]!r}; there are {', '.join(ALL_TASKS)}")
+    for name in arguments.tasks or TASKS:
+        print(write(arguments.folder, ALL_TASKS[name], arguments.split, arguments.count))
+
+
+if __name__ == "__main__":
+    main()
