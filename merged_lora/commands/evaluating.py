@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.plot is not None:
         check_path(arguments.plot)
-    bar = tqdm(unit="example", leave=False, disable=None)  # None: only if stderr is a terminal
+    bar = tqdm(unit=" examples", leave=False, disable=None)  # None: only if stderr is a terminal
 
     def progress(done: int, total: int) -> None:
         bar.total = total

@@ -135,8 +135,10 @@ class Served:
         """How likely an answer to a prompt is, both as token ids.
 
         Raises RefusedError and EvaluationError as :meth:`answer` does, and NoLikelihoodError if the server
-        gives no log-probabilities of prompts.
+        gives no log-probabilities of prompts, or if the answer has no tokens.
         """
+        if not answer:
+            raise NoLikelihoodError("an answer without any token has no likelihood")
         client: Any = self._client
         async with self._asking(model):
             reply = await client.completions.create(
