@@ -144,6 +144,55 @@ def named_location(text: str) -> tuple[str, Path | str]:
     return name, place if isinstance(found, Location) else found
 
 
+def add_served(parser: argparse.ArgumentParser) -> None:
+    """Add what says which server to ask, and what."""
+    parser.add_argument(
+        "--base-url",
+        metavar="URL",
+        required=True,
+        help="address of the server's OpenAI API, such as http://localhost:8000/v1",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="TASK=FILE",
+        type=named_file,
+        action="append",
+        required=True,
+        help="examples of a task as JSON lines, once for each task, which has the name of the adapter that "
+        "was trained for it",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="TASK=NAME",
+        type=named_value,
+        action="append",
+        default=[],
+        dest="sources",
+        help="the adapter of a task whose name is another",
+    )
+    parser.add_argument(
+        "--count", metavar="N", type=int, help="the first so many examples of each task alone"
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=int, default=256, help="largest number of tokens of an answer (256)"
+    )
+    parser.add_argument("--concurrency", metavar="N", type=int, default=8, help="requests at a time (8)")
+
+
+def named_value(text: str) -> tuple[str, str]:
+    """What belongs to a task."""
+    task, equals, value = text.partition("=")
+    if not (task and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TASK=VALUE")
+    return task, value
+
+
+def named_file(text: str) -> tuple[str, Path]:
+    """The file that belongs to a task."""
+    task, file = named_value(text)
+    return task, Path(file)
+
+
 def read_spec(text: str) -> MergeSpec:
     if not text.lstrip().startswith("{"):
         return parse(text)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from merged_lora.errors import listed
 
-from .arguments import ExamplesFormatter, once, read_spec
-from .running import LOGGER, UsageError, printable, terminated_cleanly
+from .arguments import ExamplesFormatter, add_served, once, read_spec
+from .running import LOGGER, UsageError, printable, show, terminated_cleanly
 
 if TYPE_CHECKING:
     from merged_lora.judging.evaluation import Evaluation
@@ -45,21 +45,7 @@ def add(added: Any) -> None:
         formatter_class=ExamplesFormatter,
         allow_abbrev=False,
     )
-    evaluate.add_argument(
-        "--base-url",
-        metavar="URL",
-        required=True,
-        help="address of the server's OpenAI API, such as http://localhost:8000/v1",
-    )
-    evaluate.add_argument(
-        "--data",
-        metavar="TASK=FILE",
-        type=_file,
-        action="append",
-        required=True,
-        help="examples of a task as JSON lines, once for each task, which has the name of the adapter that "
-        "was trained for it",
-    )
+    add_served(evaluate)
     evaluate.add_argument(
         "--spec",
         metavar="SPEC",
@@ -69,27 +55,11 @@ def add(added: Any) -> None:
         help='a merge, such as "ties(sql, chat)", or JSON, or the name of a served model; once for each',
     )
     evaluate.add_argument(
-        "--source",
-        metavar="TASK=NAME",
-        type=_source,
-        action="append",
-        default=[],
-        dest="sources",
-        help="the adapter of a task whose name is another",
-    )
-    evaluate.add_argument(
         "--metric",
         default="exact",
         help="what the tables are of: exact (default), contains, rouge-l, or likelihood, the mean "
         "probability of the right answer's tokens",
     )
-    evaluate.add_argument(
-        "--count", metavar="N", type=int, help="the first so many examples of each task alone"
-    )
-    evaluate.add_argument(
-        "--limit", metavar="N", type=int, default=256, help="largest number of tokens of an answer (256)"
-    )
-    evaluate.add_argument("--concurrency", metavar="N", type=int, default=8, help="requests at a time (8)")
     evaluate.add_argument(
         "--results",
         metavar="FILE",
@@ -153,24 +123,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        _show(found)
+        show(found)
     if arguments.plot is not None:
         save(retentions(found), arguments.plot)
     return _code(found, arguments.fail_under)
-
-
-def _show(found: Evaluation) -> None:
-    """Print an evaluation: tables as wide as the terminal, or as plain text into a pipe."""
-    if not sys.stdout.isatty():
-        print(found)
-        return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for table in found.tables():
-        console.print(table.rich())
-    for note in found.notes:
-        console.print(printable(note), markup=False)
 
 
 def _code(found: Evaluation, least: float | None) -> int:
@@ -193,20 +149,6 @@ def _shortfall(found: Evaluation, spec: str, least: float) -> str | None:
     if worst.retention is None or worst.retention.value >= least:
         return None
     return f"{spec} keeps {worst.retention} of {worst.task}, and less than {least:.0%}"
-
-
-def _file(text: str) -> tuple[str, Path]:
-    task, equals, file = text.partition("=")
-    if not (task and equals and file):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TASK=FILE")
-    return task, Path(file)
-
-
-def _source(text: str) -> tuple[str, str]:
-    task, equals, name = text.partition("=")
-    if not (task and equals and name):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TASK=NAME")
-    return task, name
 
 
 def _share(text: str) -> float:

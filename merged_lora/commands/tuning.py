@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import once
-from .running import LOGGER, UsageError, printable, terminated_cleanly
+from .arguments import ExamplesFormatter, add_served, named_file, named_value, once
+from .running import LOGGER, UsageError, printable, show, terminated_cleanly
 
 if TYPE_CHECKING:
-    from merged_lora.judging.tuned import Trial, Tuning
+    from merged_lora.judging.tuned import Trial
 
 EXAMPLES = """\
 examples:
@@ -31,19 +31,23 @@ def add(added: Any) -> None:
         "with answers. Half of them choose, the other half shows how the chosen merge compares with the best "
         "one that needs no search. The result is a spec, ready to be served.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ExamplesFormatter,
         allow_abbrev=False,
     )
+    add_served(tune)
     tune.add_argument(
-        "--base-url", metavar="URL", required=True, help="of the server's API: http://localhost:8000/v1"
+        "--report",
+        metavar="TASK=FILE",
+        type=named_file,
+        action="append",
+        default=[],
+        help="examples of a task for the report alone; by default every second one of --data",
     )
-    _add_examples(tune)
     _add_choices(tune)
     tune.add_argument("--trials", metavar="N", type=int, default=60, help="merges to try (60)")
     tune.add_argument(
         "--minutes", metavar="M", type=float, help="begin no trial after so many minutes; the report follows"
     )
-    tune.add_argument("--concurrency", metavar="N", type=int, default=8, help="requests at a time (8)")
     tune.add_argument(
         "--study",
         metavar="FILE",
@@ -54,36 +58,6 @@ def add(added: Any) -> None:
     tune.add_argument(
         "--plot", metavar="FILE", type=Path, help="write all trials by task as .png, .svg or .pdf"
     )
-
-
-def _add_examples(tune: argparse.ArgumentParser) -> None:
-    """Add what says on which examples merges are tried."""
-    tune.add_argument(
-        "--data",
-        metavar="TASK=FILE",
-        type=_named_file,
-        action="append",
-        required=True,
-        help='examples of a task, a JSON object on each line: {"prompt": "..." or "messages": [...], '
-        '"answer": "..."}',
-    )
-    tune.add_argument(
-        "--report",
-        metavar="TASK=FILE",
-        type=_named_file,
-        action="append",
-        default=[],
-        help="examples of a task for the report alone; by default every second one of --data",
-    )
-    tune.add_argument(
-        "--source",
-        metavar="TASK=NAME",
-        type=_named_value,
-        action="append",
-        default=[],
-        help="the adapter that was trained for a task; by default the one of its name",
-    )
-    tune.add_argument("--count", metavar="N", type=int, help="use the first N examples of each file alone")
 
 
 def _add_choices(tune: argparse.ArgumentParser) -> None:
@@ -113,14 +87,11 @@ def _add_choices(tune: argparse.ArgumentParser) -> None:
         help="choose by the likelihood of right answers, or by exact, contains or rouge-l (likelihood)",
     )
     tune.add_argument("--metric", default="exact", help="of the report: exact, contains or rouge-l (exact)")
-    tune.add_argument(
-        "--limit", metavar="N", type=int, default=256, help="largest number of tokens of an answer (256)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what a search finds."""
-    data, report, sources = (once(each) for each in (arguments.data, arguments.report, arguments.source))
+    data, report, sources = (once(each) for each in (arguments.data, arguments.report, arguments.sources))
     objective = _objective(arguments.objective)
 
     from tqdm import tqdm
@@ -134,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     bar = tqdm(total=arguments.trials, unit="trial", disable=None)  # None: only if stderr is a terminal
     best: list[Trial] = []
 
-    def show(trial: Trial, leader: Trial | None) -> None:
+    def progress(trial: Trial, leader: Trial | None) -> None:
         bar.update()
         if leader is not None and leader.number == trial.number:
             best.append(trial)
@@ -158,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
                 limit=arguments.limit,
                 concurrency=arguments.concurrency,
                 study=arguments.study,
-                progress=show,
+                progress=progress,
             )
     except KeyboardInterrupt:
         _interrupted(best, arguments.study)
@@ -166,26 +137,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        _show(found)
+        show(found)
     if arguments.plot is not None:
         save(trials_by_task(found), arguments.plot)
     return 0
-
-
-def _show(found: Tuning) -> None:
-    """Print a search: tables as wide as the terminal, or as plain text into a pipe."""
-    if not sys.stdout.isatty():
-        print(found)
-        return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for table in found.tables():
-        console.print(table.rich())
-    for heading, lines in found.sections():
-        console.print(heading, style="italic")
-        for line in lines:
-            console.print(printable(line), markup=False, soft_wrap=heading != "verdict")
 
 
 def _interrupted(best: list[Trial], study: Path | None) -> None:
@@ -199,20 +154,8 @@ def _objective(words: list[str]) -> str | dict[str, float]:
     """The objective as the arguments give it: a word, or weights of tasks."""
     if len(words) == 1 and "=" not in words[0]:
         return words[0]
-    found = once(map(_named_value, words))
+    found = once(map(named_value, words))
     try:
         return {task: float(weight) for task, weight in found.items()}
     except ValueError:
         raise UsageError("--objective takes worst, mean, or weights of tasks: sql=2 chat=1") from None
-
-
-def _named_file(text: str) -> tuple[str, Path]:
-    task, file = _named_value(text)
-    return task, Path(file)
-
-
-def _named_value(text: str) -> tuple[str, str]:
-    task, equals, value = text.partition("=")
-    if not (task and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TASK=VALUE")
-    return task, value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
@@ -19,13 +18,12 @@ from merged_lora.spec import MergeSpec, parse
 from .evaluation import LIKELIHOOD, Evaluation, Row
 from .results import Results
 from .scores import METRICS
-from .served import Likelihood, NoLikelihoodError, RefusedError, Served
-from .waiting import finished
+from .served import Likelihood, NoLikelihoodError, RefusedError, Served, base_among
+from .waiting import finished, gathered
 
 logger = logging.getLogger(__name__)
 
 Tasks = Mapping[str, Sequence[Example]]
-Progress = Callable[[int], object]
 
 LIMIT = 256
 """Tokens of an answer."""
@@ -135,7 +133,7 @@ class _Run:
         """Measure what is missing."""
         try:
             listed_models = await server.models()
-            base = self._base(listed_models, server.base_url)
+            base = base_among(listed_models, self._sources.values(), server.base_url)
             self._specs = tuple(
                 dict.fromkeys(str(g) if g in listed_models else spec for g, spec in self._given.items())
             )
@@ -161,28 +159,9 @@ class _Run:
         finally:
             await server.close()
 
-    def _base(self, models: Mapping[str, str | None], base_url: str) -> str:
-        """The name of the base model; raises EvaluationError if a source is not served."""
-        missing = sorted(set(self._sources.values()) - models.keys())
-        if missing:
-            raise EvaluationError(
-                f"{base_url} serves no {listed(map(repr, missing))}; it lists {listed(models)}; say which "
-                "adapter belongs to a task with --source TASK=NAME"
-            )
-        bases = [name for name, parent in models.items() if parent is None]
-        if not bases:
-            raise EvaluationError(f"{base_url} lists no base model")
-        return bases[0]
-
     async def _measure(self, server: Served, model: str, task: str) -> Sequence[Row]:
         """A row for each example of a task, all at the same time."""
-        work = [asyncio.ensure_future(self._row(server, model, task, each)) for each in self._tasks[task]]
-        try:
-            return await asyncio.gather(*work)
-        finally:
-            for each in work:
-                each.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+        return await gathered(self._row(server, model, task, each) for each in self._tasks[task])
 
     async def _row(self, server: Served, model: str, task: str, example: Example) -> Row:
         key = hashlib.blake2b(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .scores import Interval, mean, retention
-from .tables import Table
+from .tables import Table, as_html, as_text
 
 LIKELIHOOD = "likelihood"
 """The metric of how likely right answers are: the geometric mean of the probability of their tokens."""
@@ -146,13 +146,17 @@ class Evaluation:
             ],
         }
 
+    def sections(self) -> list[tuple[str, list[str]]]:
+        """The notes, if there are any, with their heading."""
+        return [("notes", list(self.notes))] if self.notes else []
+
     def __str__(self) -> str:
         """The tables and the notes as plain text."""
-        return "\n\n".join([*(table.text() for table in self.tables()), *self.notes])
+        return as_text(self.tables(), self.sections())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return "".join(table.html() for table in self.tables())
+        return as_html(self.tables(), self.sections())
 
     def _shown(self, model: str, task: str) -> str:
         return str(self.judged(model, task).score) if (model, task) in self.rows else "-"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Mapping, Sequence
 
-from merged_lora.errors import EvaluationError, listed
+from merged_lora.errors import EvaluationError
 from merged_lora.prompts import Example
 
 from .evaluation import LIKELIHOOD
 from .scores import METRICS
-from .served import NoLikelihoodError, Served
+from .served import NoLikelihoodError, Served, base_among
+from .waiting import gathered
 
 Tasks = Mapping[str, Sequence[Example]]
 
@@ -35,17 +35,7 @@ class Rater:
 
     async def base(self, sources: Collection[str]) -> str:
         """The name of the base model; raises EvaluationError if a source is not served."""
-        models = await self._server.models()
-        missing = sorted(set(sources) - models.keys())
-        if missing:
-            raise EvaluationError(
-                f"{self._server.base_url} serves no {listed(map(repr, missing))}; it lists {listed(models)}; "
-                "say which adapter belongs to a task with --source TASK=NAME"
-            )
-        base = next((name for name, parent in models.items() if parent is None), None)
-        if base is None:
-            raise EvaluationError(f"{self._server.base_url} lists no base model")
-        return base
+        return base_among(await self._server.models(), sources, self._server.base_url)
 
     async def rate(
         self, model: str, tasks: Tasks, which: Mapping[str, Sequence[int]]
@@ -55,13 +45,7 @@ class Rater:
         Raises RefusedError if the server refuses the model.
         """
         asked = [(task, i) for task, numbers in which.items() for i in numbers]
-        work = [asyncio.ensure_future(self._rated(model, task, i, tasks[task][i])) for task, i in asked]
-        try:
-            found = await asyncio.gather(*work)
-        finally:
-            for each in work:
-                each.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+        found = await gathered(self._rated(model, task, i, tasks[task][i]) for task, i in asked)
         rated: dict[str, list[float]] = {task: [] for task in which}
         for (task, _), value in zip(asked, found, strict=True):
             rated[task].append(value)

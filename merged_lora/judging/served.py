@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from merged_lora.errors import EvaluationError
+from merged_lora.errors import EvaluationError, listed
 from merged_lora.names import shortened
 from merged_lora.prompts import Prompt
 
@@ -203,6 +203,23 @@ class Served:
             raise EvaluationError(
                 f"{self.base_url} answers what OpenAI's API does not: {type(error).__name__}: {error}"
             ) from None
+
+
+def base_among(models: Mapping[str, str | None], adapters: Collection[str], base_url: str) -> str:
+    """The base model among those that a server lists; raises EvaluationError if it lacks one of the adapters.
+
+    models: as :meth:`Served.models` gives them.
+    """
+    missing = sorted(set(adapters) - models.keys())
+    if missing:
+        raise EvaluationError(
+            f"{base_url} serves no {listed(map(repr, missing))}; it lists {listed(models)}; say which "
+            "adapter belongs to a task with --source TASK=NAME"
+        )
+    base = next((name for name, parent in models.items() if parent is None), None)
+    if base is None:
+        raise EvaluationError(f"{base_url} lists no base model")
+    return base
 
 
 def _words(error: Any) -> str:

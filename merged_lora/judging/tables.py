@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,22 @@ class Table:
         if not self.rows:
             return [False] * len(self.headings)
         return [all(NUMERIC.issuperset(cell) for cell in column) for column in zip(*self.rows, strict=True)]
+
+
+def as_text(tables: Iterable[Table], sections: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Tables, and lines under headings, as plain text."""
+    parts = [table.text() for table in tables]
+    parts += ["\n".join([heading, *(f"  {line}" for line in lines)]) for heading, lines in sections if lines]
+    return "\n\n".join(parts)
+
+
+def as_html(tables: Iterable[Table], sections: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Tables, and lines under headings, for a notebook."""
+    parts = [table.html() for table in tables]
+    for heading, lines in sections:
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        parts.append(f"<p>{html.escape(heading)}</p><ul>{items}</ul>")
+    return "".join(parts)
 
 
 def _width(text: str) -> int:

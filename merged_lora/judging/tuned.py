@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .evaluation import Evaluation
 from .scores import Interval
-from .tables import Table
+from .tables import Table, as_html, as_text
 
 State = Literal["complete", "pruned", "refused"]
 
@@ -206,15 +206,11 @@ class Tuning:
 
     def __str__(self) -> str:
         """The tables and the verdict as plain text."""
-        parts = [table.text() for table in self.tables()]
-        parts += [
-            "\n".join([heading, *(f"  {line}" for line in lines)]) for heading, lines in self.sections()
-        ]
-        return "\n\n".join(parts)
+        return as_text(self.tables(), self.sections())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return "".join(table.html() for table in self.tables())
+        return as_html(self.tables(), self.sections())
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:

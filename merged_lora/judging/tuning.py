@@ -18,7 +18,6 @@ from merged_lora.errors import EvaluationError, listed
 from merged_lora.prompts import Example
 from merged_lora.strategies import find
 
-from .awaiting import completed
 from .evaluating import LIMIT, evaluate, read_tasks
 from .evaluation import LIKELIHOOD
 from .proposals import STRATEGIES
@@ -28,6 +27,7 @@ from .scores import METRICS, worst_difference
 from .searching import Objective, Search, order, reference
 from .served import Served
 from .tuned import Trial, Tuning, best_of
+from .waiting import finished
 
 Data = Mapping[str, str | os.PathLike[str] | Sequence[Example]]
 Progress = Callable[[Trial, Trial | None], object]
@@ -110,13 +110,13 @@ def tune(
             await server.close()
 
     began = time.monotonic()
-    requests = completed(searched())
+    requests = finished(searched())
     ended = time.monotonic()
     best, default = best_of(search.trials), best_of([trial for trial in search.trials if trial.default])
     assert best is not None
     assert default is not None  # a search without any has raised
     specs = list(dict.fromkeys((best.spec, default.spec)))
-    gains, more = completed(reported(specs))
+    gains, more = finished(reported(specs))
     evaluation = evaluate(
         base_url,
         rest,
