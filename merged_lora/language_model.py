@@ -55,19 +55,10 @@ class LanguageModel:
         A model that the hub has is downloaded into its cache, and taken from there if the hub is silent.
         Raises CalibrationError.
         """
-        if not isinstance(name, str | os.PathLike):
-            raise CalibrationError(f"a model is a folder or a name on the hub, not {type(name).__name__}")
-        try:
-            import transformers
-        except ImportError as error:
-            raise CalibrationError(
-                "running a model needs transformers; install it with: "
-                f'pip install "vllm-merged-lora[calibrate]" ({error})'
-            ) from None
+        transformers, place = _found(name)
         make_tokenizer: Any = transformers.AutoTokenizer
         make_model: Any = transformers.AutoModelForCausalLM
         on_gpu = torch.cuda.is_available()
-        place = name if Path(name).exists() else _on_hub_or_cached(os.fspath(name))
         try:
             tokenizer = make_tokenizer.from_pretrained(place)
             model = make_model.from_pretrained(place, dtype="auto" if on_gpu else torch.float32)
@@ -284,6 +275,54 @@ class _Steps:
 
     def finish(self) -> None:
         self.progress(1 - self.done / self.limit)
+
+
+def outline(name: str | os.PathLike[str]) -> Any:
+    """A model of transformers without weights, on the device ``meta``: its configuration alone is read.
+
+    name: folder or name on the hub, as :meth:`LanguageModel.load` takes it.
+
+    Raises CalibrationError.
+    """
+    transformers, place = _found(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+        own = [getattr(transformers, each, None) for each in config.architectures or ()]
+        with torch.device("meta"):
+            if own and own[0] is not None:
+                return own[0](config)
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise CalibrationError(f"cannot read the model {os.fspath(name)}: {one_line(error)}") from None
+
+
+def matrices_of(model: Any) -> Iterator[tuple[str, tuple[int, int], bool]]:
+    """Name, shape ``(out, in)`` and whether it is an embedding, of each matrix that may have factors.
+
+    Those of experts in one parameter have its name and their number.
+    """
+    for name, module in model.named_modules():
+        shape, embedding = _shape(module)
+        if shape is not None:
+            yield name, shape, embedding
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and ".experts." in name:
+            for expert in range(parameter.shape[0]):
+                yield f"{name}[{expert}]", (parameter.shape[1], parameter.shape[2]), False
+
+
+def _found(name: str | os.PathLike[str]) -> tuple[Any, str | os.PathLike[str]]:
+    """transformers, and a place from which it loads the model of that name; raises CalibrationError."""
+    if not isinstance(name, str | os.PathLike):
+        raise CalibrationError(f"a model is a folder or a name on the hub, not {type(name).__name__}")
+    try:
+        import transformers
+    except ImportError as error:
+        raise CalibrationError(
+            "running a model needs transformers; install it with: "
+            f'pip install "vllm-merged-lora[calibrate]" ({error})'
+        ) from None
+    return transformers, name if Path(name).exists() else _on_hub_or_cached(os.fspath(name))
 
 
 def _on_hub_or_cached(name: str) -> str:

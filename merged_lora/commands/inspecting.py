@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ NOT_TOGETHER = 3
 EXAMPLES = """\
 examples:
   merged-lora inspect sql=adapters/sql chat=adapters/chat
+  merged-lora inspect sql=adapters/sql chat=adapters/chat --model models/base
   merged-lora inspect sql=adapters/sql chat=adapters/chat --json --plot alike.png
 """
 
@@ -31,7 +31,8 @@ def add(added: Any) -> None:
         "inspect",
         help="see whether adapters may be merged, how, and what will hurt",
         description="Compare adapters without running a model: what each is, how alike their deltas are, "
-        "which merges fit, and what to do. The exit code is 3 if one cannot be merged with the others.",
+        "which merges fit, and what to do. The exit code is 3 if one cannot be merged with the others, or "
+        "does not fit the model.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -43,6 +44,11 @@ def add(added: Any) -> None:
         nargs="+",
         help="where a source is: a PEFT folder, hf:org/repo[@revision][/folder], s3://bucket/folder, "
         "gs://bucket/folder or https://host/folder",
+    )
+    inspect.add_argument(
+        "--model",
+        help="folder of the base model, or its name on the hub: say whether the adapters fit; its "
+        "configuration alone is read",
     )
     inspect.add_argument(
         "--density",
@@ -65,23 +71,28 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from merged_lora.adapters import Adapter
     from merged_lora.judging.figures import check_path, heat_map, save
     from merged_lora.judging.inspecting import inspect
 
     if arguments.plot is not None:
         check_path(arguments.plot)
-    load = partial(Adapter.load, drop=arguments.drop, allow_pickle=arguments.allow_pickle)
     bar = tqdm(unit="module", leave=False, disable=None)  # None: only if stderr is a terminal
     with terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
-        found = inspect(paths, density=arguments.density, load=load, progress=bar.update)
+        found = inspect(
+            paths,
+            density=arguments.density,
+            model=arguments.model,
+            drop=arguments.drop,
+            allow_pickle=arguments.allow_pickle,
+            progress=bar.update,
+        )
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
         _show(found)
     if arguments.plot is not None:
         save(heat_map(found), arguments.plot)
-    return NOT_TOGETHER if found.refused or any(fact.refused for fact in found.facts) else 0
+    return NOT_TOGETHER if found.fails else 0
 
 
 def _show(found: Inspection) -> None:

@@ -1,25 +1,27 @@
 """Looks at adapters before they are merged: may they be, which merges fit, and what will hurt.
 
-Makes no merge and runs no model.
+Makes no merge and runs no model, and reads the weights of none.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from merged_lora.adapters import Adapter
 from merged_lora.alignment import align
 from merged_lora.calibration import Calibration
 from merged_lora.engine import plan
 from merged_lora.errors import AdapterError, MergeError, PlanError, SpecError
-from merged_lora.fitting import check_shapes, header_of
+from merged_lora.files.parts import Choice
+from merged_lora.fitting import check_experts, check_shapes, header_of
 from merged_lora.lowrank import gram_of
 from merged_lora.recipe import Value
 from merged_lora.spec import MergeSpec, Source, check_own_name
 
-from .comparing import compare
+from .comparing import compare, one_thread
+from .hosting import Host, serving_of
 from .inspection import Fact, Fit, Inspection, kind_of
 
 DENSITY = 0.2
@@ -41,49 +43,83 @@ def inspect(
     adapters: Mapping[str, str | os.PathLike[str] | Adapter],
     *,
     density: float = DENSITY,
-    load: Callable[[str | os.PathLike[str]], Adapter] = Adapter.load,
+    model: str | os.PathLike[str] | None = None,
+    drop: Iterable[str] = (),
+    allow_pickle: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Inspection:
     """Look at adapters that are to be merged.
 
-    An adapter that cannot be read, and adapters that do not go together, are a part of what is found.
+    An adapter that cannot be read, one that does not fit the base model, and adapters that do not go together
+    are a part of what is found.
 
     adapters: by source name a PEFT folder, a location such as ``hf:org/repo``, or an :class:`Adapter`.
     density:  share of the entries of each delta, the largest ones, whose signs are compared.
-    load:     reads an adapter.
+    model:    folder or name of the base model, of which the configuration alone is read; needs transformers,
+              of the extra ``calibrate``.
+    drop:     parts to leave out of the adapters, as :meth:`Adapter.load` takes them.
+    allow_pickle: read pickled weights if there are no others.
     progress: called with the number of modules that were compared since the last call.
 
-    Raises SpecError for names that no source may have, and for a density that is none.
+    Raises SpecError for names that no source may have, and for a density that is none; CalibrationError for a
+    model that cannot be read.
     """
     if not isinstance(adapters, Mapping) or not adapters:
         raise AdapterError("adapters are a mapping from names to folders, with at least one")
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0.0 < density <= 1.0:
         raise SpecError(f"the density must be a number above 0 and at most 1, got {density!r}")
-    facts, read = [], dict[str, Adapter]()
-    for name, place in adapters.items():
+    drop = sorted(Choice.of(drop, (), None).drop)  # which raises for words that are none
+    for name in adapters:
         check_own_name(name)
-        shown = "" if isinstance(place, Adapter) else os.fspath(place)
+    host = Host(model) if model is not None else None
+    facts, read = [], dict[str, Adapter]()
+    with one_thread():
+        for name, place in adapters.items():
+            shown = "" if isinstance(place, Adapter) else os.fspath(place)
+            try:
+                read[name] = _read(place, drop, allow_pickle)
+            except MergeError as error:
+                facts.append(Fact(name, shown, str(error)))
+            else:
+                as_it_is = _why_refused(place) if drop or allow_pickle else None
+                facts.append(_fact(name, shown, read[name], host, as_it_is))
+        comparison, refused = None, None
         try:
-            read[name] = place if isinstance(place, Adapter) else load(place)
-        except MergeError as error:
-            facts.append(Fact(name, shown, str(error)))
+            sources = _together(read) if len(read) > 1 else read
+        except PlanError as error:
+            refused = str(error)
         else:
-            facts.append(_fact(name, shown, read[name]))
-    refused, comparison = None, None
+            comparison = compare(sources, density, progress) if len(sources) > 1 else None
+        fits = () if comparison is None else tuple(_fit(*each, read) for each in CANDIDATES)
+    return Inspection(tuple(facts), refused, fits, comparison, density, host.name if host else None)
+
+
+def _read(place: str | os.PathLike[str] | Adapter, drop: Iterable[str], allow_pickle: bool) -> Adapter:
+    if isinstance(place, Adapter):
+        return place
+    return Adapter.load(place, drop=drop, allow_pickle=allow_pickle)
+
+
+def _why_refused(place: str | os.PathLike[str] | Adapter) -> str | None:
+    """Why an adapter cannot be read without leaving anything out; None if it can."""
     try:
-        sources = align(read)
-        names = sorted({name for adapter in sources.values() for name in adapter.modules})
-        check_shapes(sources, names)
-        header_of(sources, names)
-    except PlanError as error:
-        refused = str(error)
-    else:
-        comparison = compare(sources, density, progress) if len(sources) > 1 else None
-    fits = () if comparison is None else tuple(_fit(*each, read) for each in CANDIDATES)
-    return Inspection(tuple(facts), refused, fits, comparison, density)
+        _read(place, (), False)
+    except MergeError as error:
+        return str(error)
+    return None
 
 
-def _fact(name: str, place: str, adapter: Adapter) -> Fact:
+def _together(read: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The sources under names that agree; raises PlanError if they do not go together."""
+    sources = align(read)
+    names = sorted({name for adapter in sources.values() for name in adapter.modules})
+    check_shapes(sources, names)
+    check_experts(sources, names)
+    header_of(sources, names)
+    return sources
+
+
+def _fact(name: str, place: str, adapter: Adapter, host: Host | None, refused: str | None) -> Fact:
     factors = list(adapter.modules.values())
     ranks, scalings = [f.rank for f in factors], [f.scaling for f in factors]
     squares = sum(float(gram_of([f], [f.scaling])) for f in factors)
@@ -102,6 +138,9 @@ def _fact(name: str, place: str, adapter: Adapter) -> Fact:
         calibration=adapter.calibration
         if isinstance(adapter.calibration, str)
         else isinstance(adapter.calibration, Calibration),
+        vllm=serving_of(adapter, refused),
+        misfit=host.misfit(adapter) if host else None,
+        named=host.is_named_by(adapter) if host else None,
     )
 
 

@@ -15,10 +15,9 @@ import torch
 from merged_lora.errors import PlanError, listed
 
 from .comparing import Comparison
+from .hosting import Serving
 from .tables import Table
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as ``--max-lora-rank``."""
 ALIKE, OPPOSED = 0.9, -0.3
 """Cosines of whole adapters from which on they count as nearly the same, and as opposed."""
 SHARED = 0.5
@@ -44,6 +43,9 @@ class Fact:
     length:      Frobenius norm of all deltas together.
     zero:        number of modules whose delta is zero.
     calibration: whether one is there, or why it is not used.
+    vllm:        what vLLM makes of it.
+    misfit:      why it does not fit the base model that was given.
+    named:       whether it names that model; None if no model was given.
     """
 
     name: str
@@ -59,11 +61,9 @@ class Fact:
     length: float = 0.0
     zero: int = 0
     calibration: bool | str = False
-
-    @property
-    def max_lora_rank(self) -> int | None:
-        """The smallest ``--max-lora-rank`` with which vLLM serves it; None if that takes no such rank."""
-        return next((rank for rank in RANKS if rank >= self.ranks[1]), None)
+    vllm: Serving | None = None
+    misfit: str | None = None
+    named: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Inspection:
     fits:       of usual merges.
     comparison: numbers of each module; None if there are not two sources that go together.
     density:    share of entries whose signs were compared.
+    model:      the base model that was given.
     """
 
     facts: tuple[Fact, ...]
@@ -98,6 +99,7 @@ class Inspection:
     fits: tuple[Fit, ...]
     comparison: Comparison | None
     density: float
+    model: str | None = None
 
     def lengths(self, kind: str | None = None) -> torch.Tensor:
         """Frobenius norm of the deltas of each source, float64 ``[N]``.
@@ -159,7 +161,7 @@ class Inspection:
 
     def tables(self) -> list[Table]:
         """All that was found, as tables."""
-        found = [self._facts_table()]
+        found = [self._facts_table(), self._vllm_table()]
         if self.comparison is not None:
             found += [self._pairs_table(), self._kinds_table(), self._energy_table()]
         if self.fits:
@@ -179,21 +181,21 @@ class Inspection:
         found = [f"{f.name} cannot be merged: {f.refused}" for f in self.facts if f.refused]
         if self.refused:
             found.append(f"The sources do not go together: {self.refused}")
-        if self.comparison is None:
-            return found
-        found += self._about_pairs() + self._about_lengths() + self._about_calibrations()
-        highest = max(f.ranks[1] for f in self.facts)
-        served = next((f.max_lora_rank for f in self.facts if f.ranks[1] == highest), None)
-        if served is None:
-            found.append(f"Rank {highest} is more than vLLM serves.")
-        elif served > 16:
-            found.append(f"vLLM needs --max-lora-rank {served} to serve them.")
+        found += self._about_model()
+        if self.comparison is not None:
+            found += self._about_pairs() + self._about_lengths() + self._about_calibrations()
         return found
+
+    @property
+    def fails(self) -> bool:
+        """Whether a source cannot be merged with the others, or does not fit the base model."""
+        return self.refused is not None or any(f.refused or f.misfit for f in self.facts)
 
     def as_dict(self) -> dict[str, Any]:
         """All that was found, for JSON: what is not known is None."""
         found: dict[str, Any] = {
-            "sources": [asdict(f) | {"max_lora_rank": f.max_lora_rank} for f in self.facts],
+            "sources": [asdict(f) for f in self.facts],
+            "model": self.model,
             "refused": self.refused,
             "density": self.density,
             "merges": [asdict(fit) for fit in self.fits],
@@ -274,6 +276,17 @@ class Inspection:
         ]
         return Table("sources", headings, tuple(rows))
 
+    def _vllm_table(self) -> Table:
+        rows = []
+        for f in self.facts:
+            if f.vllm is not None:
+                fits = () if self.model is None else ("no" if f.misfit else "yes",)
+                shown = (listed(f.vllm.flags, 8), "; ".join(f.vllm.packed), "; ".join(f.vllm.limits))
+                rows.append((f.name, *fits, *(each or "-" for each in shown)))
+        fits_model = () if self.model is None else ("fits the model",)
+        headings = ("source", *fits_model, "flags it needs", "put together", "refused or on a condition")
+        return Table("in vLLM", headings, tuple(rows))
+
     def _pairs_table(self) -> Table:
         cosines, conflicts, disturbed = self.cosines(), self.conflicts(), self.disturbances()
         overlaps = self.overlaps()
@@ -326,6 +339,16 @@ class Inspection:
         ranks = sorted({r for r in (1, 2, 4, 8, 16, 32, 64, 128) if r < len(energy)} | {len(energy)})
         rows = tuple((str(rank), _percent(energy[rank - 1])) for rank in ranks)
         return Table("what a sum of all keeps of its squared norm", ("rank", "kept"), rows)
+
+    def _about_model(self) -> list[str]:
+        found = [f"{f.name} does not fit the base model: {f.misfit}" for f in self.facts if f.misfit]
+        found += [
+            f"{f.name} names {f.base_model or 'no base model'} and not {self.model}, whose modules have the "
+            "same names and shapes: make sure that it was trained on that model."
+            for f in self.facts
+            if f.named is False and f.misfit is None
+        ]
+        return found
 
     def _about_pairs(self) -> list[str]:
         names, cosines, rows = self.compared.sources, self.cosines(), self.overlaps()[0]

@@ -72,7 +72,10 @@ class Table:
         """Which columns hold numbers alone, and so are aligned at their end."""
         if not self.rows:
             return [False] * len(self.headings)
-        return [all(NUMERIC.issuperset(cell) for cell in column) for column in zip(*self.rows, strict=True)]
+        return [
+            all(map(NUMERIC.issuperset, column)) and any(c.isdigit() for cell in column for c in cell)
+            for column in zip(*self.rows, strict=True)
+        ]
 
 
 def as_text(tables: Iterable[Table], sections: Iterable[tuple[str, Sequence[str]]]) -> str:

@@ -34,7 +34,8 @@ def test_facts_are_those_of_the_adapter(tmp_path: Path) -> None:
     assert (fact.name, fact.place, fact.refused) == ("a", str(tmp_path / "a"), None)
     assert (fact.base_model, fact.modules, fact.ranks, fact.scalings) == ("org/base", 4, (6, 6), (2.0, 2.0))
     assert (fact.kinds, fact.dtypes) == (("down_proj", "k_proj", "q_proj"), ("bfloat16",))
-    assert (fact.max_lora_rank, fact.zero, fact.calibration) == (8, 0, False)
+    assert fact.vllm is not None
+    assert (fact.vllm.max_lora_rank, fact.zero, fact.calibration) == (8, 0, False)
     squares = sum(float(f.delta().square().sum()) for f in plain(1, 6, torch.bfloat16).modules.values())
     assert fact.length == pytest.approx(squares**0.5)
 
@@ -44,6 +45,12 @@ def test_an_adapter_that_cannot_be_read_is_found_and_the_others_are_compared(tmp
     assert found.facts[1].refused == f"{tmp_path / 'gone'}: no such adapter folder"
     assert found.compared.sources == ("a", "b")
     assert f"gone cannot be merged: {tmp_path / 'gone'}: no such adapter folder" in found.verdict()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_adapters_of_which_none_can_be_read_are_found_so(tmp_path: Path, count: int) -> None:
+    found = inspect({f"a{i}": tmp_path / "gone" for i in range(count)})
+    assert (found.fails, found.refused, len(found.verdict())) == (True, None, count)
 
 
 def test_sources_of_different_shapes_are_refused_with_the_reason() -> None:
