@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from merged_lora.adapters import Adapter
 from merged_lora.alignment import align
@@ -20,7 +21,7 @@ from merged_lora.lowrank import gram_of
 from merged_lora.recipe import Value
 from merged_lora.spec import MergeSpec, Source, check_own_name
 
-from .comparing import compare, one_thread
+from .comparing import Comparison, compare, one_thread
 from .hosting import Host, serving_of
 from .inspection import Fact, Fit, Inspection, kind_of
 
@@ -72,24 +73,27 @@ def inspect(
     for name in adapters:
         check_own_name(name)
     host = Host(model) if model is not None else None
-    facts, read = [], dict[str, Adapter]()
+    read, unread = dict[str, Adapter](), dict[str, str]()
+    refused, comparison = None, None
     with one_thread():
         for name, place in adapters.items():
-            shown = "" if isinstance(place, Adapter) else os.fspath(place)
             try:
                 read[name] = _read(place, drop, allow_pickle)
             except MergeError as error:
-                facts.append(Fact(name, shown, str(error)))
-            else:
+                unread[name] = str(error)
+        if len(read) > 1:
+            try:
+                comparison = compare(_together(read), density, progress)
+            except PlanError as error:
+                refused = str(error)
+        lengths = _lengths(read, comparison)
+        facts = []
+        for name, place in adapters.items():
+            fact = Fact(name, "" if isinstance(place, Adapter) else os.fspath(place), unread.get(name))
+            if name in read:
                 as_it_is = _why_refused(place) if drop or allow_pickle else None
-                facts.append(_fact(name, shown, read[name], host, as_it_is))
-        comparison, refused = None, None
-        try:
-            sources = _together(read) if len(read) > 1 else read
-        except PlanError as error:
-            refused = str(error)
-        else:
-            comparison = compare(sources, density, progress) if len(sources) > 1 else None
+                fact = _described(fact, read[name], lengths[name], host, as_it_is)
+            facts.append(fact)
         fits = () if comparison is None else tuple(_fit(*each, read) for each in CANDIDATES)
     return Inspection(tuple(facts), refused, fits, comparison, density, host.name if host else None)
 
@@ -119,13 +123,23 @@ def _together(read: Mapping[str, Adapter]) -> dict[str, Adapter]:
     return sources
 
 
-def _fact(name: str, place: str, adapter: Adapter, host: Host | None, refused: str | None) -> Fact:
+def _lengths(read: Mapping[str, Adapter], comparison: Comparison | None) -> dict[str, float]:
+    """The Frobenius norm of all deltas together, by source."""
+    if comparison is not None:
+        squares = comparison.inner.diagonal(dim1=1, dim2=2).sum(0)
+        return dict(zip(comparison.sources, squares.clamp(min=0.0).sqrt().tolist(), strict=True))
+    return {
+        name: math.sqrt(max(0.0, sum(float(gram_of([f], [f.scaling])) for f in adapter.modules.values())))
+        for name, adapter in read.items()
+    }
+
+
+def _described(fact: Fact, adapter: Adapter, length: float, host: Host | None, refused: str | None) -> Fact:
+    """All that is known of a source; ``refused``: why a server cannot merge it as it is."""
     factors = list(adapter.modules.values())
     ranks, scalings = [f.rank for f in factors], [f.scaling for f in factors]
-    squares = sum(float(gram_of([f], [f.scaling])) for f in factors)
-    return Fact(
-        name=name,
-        place=place,
+    return replace(
+        fact,
         base_model=adapter.header.base_model,
         modules=len(factors),
         kinds=tuple(dict.fromkeys(map(kind_of, adapter.modules))),
@@ -133,7 +147,7 @@ def _fact(name: str, place: str, adapter: Adapter, host: Host | None, refused: s
         scalings=(min(scalings), max(scalings)),
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for f in factors for t in (f.a, f.b)})),
         nbytes=sum(f.nbytes for f in factors),
-        length=math.sqrt(max(squares, 0.0)),
+        length=length,
         zero=sum(f.why_zero is not None for f in factors),
         calibration=adapter.calibration
         if isinstance(adapter.calibration, str)

@@ -16,6 +16,7 @@ from merged_lora.calibration import Calibration
 from merged_lora.factors import Factors
 from merged_lora.judging import comparing
 from merged_lora.judging.comparing import Comparison, compare
+from running import program
 
 Array = NDArray[np.float64]
 ONE = "model.layers.0.self_attn.q_proj"
@@ -167,3 +168,43 @@ def test_factors_of_very_different_size_have_the_spaces_that_they_span() -> None
     torch.testing.assert_close(odd.rows, even.rows, rtol=0, atol=1e-6)
     torch.testing.assert_close(odd.columns, even.columns, rtol=0, atol=1e-6)
     torch.testing.assert_close(odd.squares, even.squares, rtol=1e-5, atol=0)
+
+
+LARGE = """
+import resource, sys
+import torch
+from merged_lora.adapters import Adapter
+from merged_lora.factors import Factors
+from merged_lora.judging.comparing import STACK_BYTES, compare, one_thread
+
+SHAPES = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096),
+          "gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
+def adapter(seed):
+    g = torch.Generator().manual_seed(seed)
+    one = {k: Factors(torch.randn(16, i, generator=g).bfloat16(), torch.randn(o, 16, generator=g).bfloat16())
+           for k, (o, i) in SHAPES.items()}
+    return Adapter({f"model.layers.{layer}.{k}": f for layer in range(32) for k, f in one.items()})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+sources = {name: adapter(i) for i, name in enumerate("abc")}
+with one_thread():
+    before = peak()
+    compare(sources, 0.2)
+grown = peak() - before
+assert grown < 2 * STACK_BYTES, grown
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_for_a_model_of_8_billion_parameters_is_bounded() -> None:
+    process = program(LARGE)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+
+
+def test_torch_has_its_threads_back_after_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = [3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    with comparing.one_thread():
+        pass
+    assert threads == [3, 1, 3]
