@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import add_reading, named_location, once
-from .running import LOGGER, printable, terminated_cleanly
+from .running import LOGGER, UsageError, printable, terminated_cleanly
 
 if TYPE_CHECKING:
     from merged_lora.judging.inspection import Inspection
@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     from merged_lora.judging.inspecting import inspect
 
     if arguments.plot is not None:
+        if len(paths) < 2:
+            raise UsageError("--plot compares sources, and there is one; name another, or leave out --plot")
         check_path(arguments.plot)
     bar = tqdm(unit="module", leave=False, disable=None)  # None: only if stderr is a terminal
     with terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
