@@ -348,6 +348,12 @@ class Inspection:
             for f in self.facts
             if f.named is False and f.misfit is None
         ]
+        bases = sorted({f.base_model for f in self.facts if f.base_model})
+        if self.model is None and len(bases) > 1:
+            found.append(
+                f"The sources name different base models: {listed(bases)}. Merge them only if these are "
+                "copies of one model."
+            )
         return found
 
     def _about_pairs(self) -> list[str]:
