@@ -299,7 +299,7 @@ def outline(name: str | os.PathLike[str]) -> Any:
 def matrices_of(model: Any) -> Iterator[tuple[str, tuple[int, int], bool]]:
     """Name, shape ``(out, in)`` and whether it is an embedding, of each matrix that may have factors.
 
-    Those of experts in one parameter have its name and their number.
+    An expert in a parameter has the parameter's name, and its number in brackets.
     """
     for name, module in model.named_modules():
         shape, embedding = _shape(module)

@@ -44,7 +44,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "merged-lora merge": lambda: help_of("merge"),
     "merged-lora calibrate": lambda: help_of("calibrate"),
     "merged-lora check": lambda: help_of("check"),
+    "merged-lora inspect": lambda: help_of("inspect"),
     "merged-lora eval": lambda: help_of("eval"),
+    "merged-lora tune": lambda: help_of("tune"),
     "merged-lora strategies": lambda: help_of("strategies"),
 }
 """What can be rendered, by the name that a page asks for it with."""

@@ -36,7 +36,7 @@ class Serving:
     """What vLLM makes of an adapter.
 
     max_lora_rank: the smallest ``--max-lora-rank`` that it needs; None if vLLM takes no such rank.
-    packed:        modules that vLLM has in one piece with others, as far as is usual.
+    packed:        modules of most models of vLLM that hold several of the adapter's, or one beside others.
     flags:         what a server has to be started with.
     limits:        what vLLM or merges on a server refuse, or take on a condition alone.
     """
@@ -80,11 +80,7 @@ def serving_of(adapter: Adapter, refused: str | None = None) -> Serving:
     if experts:
         flags.append("--merged-lora-backend cpu")
     kinds = {name.rpartition(".")[2] for name in adapter.modules if name not in experts}
-    packed = (
-        f"{', '.join(part for part in parts if part in kinds)} in {whole}"
-        for whole, parts in PACKED.items()
-        if kinds.intersection(parts)
-    )
+    packed = [whole for whole, parts in PACKED.items() if kinds.intersection(parts)]
     return Serving(rank, tuple(packed), tuple(flags), tuple(limits))
 
 
@@ -150,6 +146,6 @@ def _empty(shape: tuple[int, int], embedding: bool) -> Factors:
 
 
 def _last(name: str) -> str:
-    """What a model is called, without where it is."""
+    """What a model is called, without the folders above it."""
     cached = re.findall(r"models--(?:[^/]*--)?([^/]*)/snapshots/", name)  # a folder in the hub's cache
     return (cached[0] if cached else name.rstrip("/").rpartition("/")[2]).lower()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from merged_lora.errors import PlanError, listed
 
 from .comparing import Comparison
-from .hosting import Serving
+from .hosting import Serving, max_lora_rank
 from .tables import Table
 
+WIDTH = 118
+"""Columns of the verdict as plain text."""
 ALIKE, OPPOSED = 0.9, -0.3
 """Cosines of whole adapters from which on they count as nearly the same, and as opposed."""
 SHARED = 0.5
@@ -166,9 +169,10 @@ class Inspection:
             found += [self._pairs_table(), self._kinds_table(), self._energy_table()]
         if self.fits:
             rows = tuple(
-                (fit.spec, str(fit.rank) if fit.rank else "-", fit.refused or "") for fit in self.fits
+                (fit.spec, *(("-", "refused") if fit.refused else (str(fit.rank), _flag(fit.rank))))
+                for fit in self.fits
             )
-            found.append(Table("usual merges", ("spec", "rank", "refused because"), rows))
+            found.append(Table("usual merges", ("spec", "rank", "--max-lora-rank"), rows))
         return found
 
     @property
@@ -182,6 +186,7 @@ class Inspection:
         if self.refused:
             found.append(f"The sources do not go together: {self.refused}")
         found += self._about_model()
+        found += [f"{fit.spec} is refused: {fit.refused}" for fit in self.fits if fit.refused]
         if self.comparison is not None:
             found += self._about_pairs() + self._about_lengths() + self._about_calibrations()
         return found
@@ -221,7 +226,10 @@ class Inspection:
         """The tables and the verdict as plain text."""
         parts = [table.text() for table in self.tables()]
         if verdict := self.verdict():
-            parts.append("\n".join(["verdict", *(f"  {line}" for line in verdict)]))
+            wrapped = (
+                textwrap.fill(x, WIDTH, initial_indent="  ", subsequent_indent="    ") for x in verdict
+            )
+            parts.append("\n".join(["verdict", *wrapped]))
         if self.specs:
             parts.append("\n".join(["specs that fit", *(f"  {spec}" for spec in self.specs)]))
         return "\n\n".join(parts)
@@ -262,7 +270,7 @@ class Inspection:
             (
                 f.name,
                 f.base_model or "-",
-                f"{f.modules} ({listed(f.kinds, 8)})",
+                f"{f.modules} of {len(f.kinds)} kinds" if len(f.kinds) > 1 else str(f.modules),
                 _range(*f.ranks),
                 _range(*f.scalings),
                 ", ".join(f.dtypes),
@@ -281,10 +289,10 @@ class Inspection:
         for f in self.facts:
             if f.vllm is not None:
                 fits = () if self.model is None else ("no" if f.misfit else "yes",)
-                shown = (listed(f.vllm.flags, 8), "; ".join(f.vllm.packed), "; ".join(f.vllm.limits))
+                shown = (listed(f.vllm.flags, 8), ", ".join(f.vllm.packed), "; ".join(f.vllm.limits))
                 rows.append((f.name, *fits, *(each or "-" for each in shown)))
         fits_model = () if self.model is None else ("fits the model",)
-        headings = ("source", *fits_model, "flags it needs", "put together", "refused or on a condition")
+        headings = ("source", *fits_model, "flags it needs", "packed in", "refused or on a condition")
         return Table("in vLLM", headings, tuple(rows))
 
     def _pairs_table(self) -> Table:
@@ -307,11 +315,11 @@ class Inspection:
         headings = (
             "pair",
             "cosine",
-            f"opposite signs at density {self.density:g}",
-            "rows in common",
-            "columns in common",
-            "first disturbed",
-            "second disturbed",
+            f"opposite signs ({self.density:g})",
+            "rows shared",
+            "columns shared",
+            "1st disturbed",
+            "2nd disturbed",
         )
         return Table("pairs, all modules together", headings, tuple(rows))
 
@@ -431,6 +439,10 @@ def _plain(values: torch.Tensor) -> Any:
         return [_plain(each) for each in values]
     value = float(values)
     return value if math.isfinite(value) else None
+
+
+def _flag(rank: int) -> str:
+    return str(max_lora_rank(rank) or "none")
 
 
 def _range(low: float, high: float) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,33 @@ def test_the_table_and_the_plot_of_quality_are_those_of_the_measured_rows() -> N
     rows = json.loads(measured.read_text(encoding="utf-8"))["rows"]
     assert quality.markdown(rows) in read("docs/quality.md")
     assert quality.plot(rows) == read("docs/quality.svg")
+
+
+def drawn(svg: Path) -> tuple[list[str], list[bytes]]:
+    """The words of a plot and the pixels of its maps, which are the same in every release of matplotlib."""
+    from PIL import Image
+
+    text = svg.read_text(encoding="utf-8")
+    images = re.findall(r'data:image/png;base64,([^"]*)"', text)
+    pixels = [Image.open(io.BytesIO(base64.b64decode(image))).tobytes() for image in images]
+    return re.findall(r"<text [^>]*>([^<]*)</text>", text), pixels
+
+
+@pytest.mark.slow
+def test_the_plot_of_an_inspection_is_what_its_command_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    (command,) = re.findall(
+        r"^merged-lora (inspect .*(?:\\\n.*)?--plot docs/inspect\.svg)$", read("docs/inspect.md"), re.M
+    )
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(command.replace("\\\n", " "))) == 0
+    made = drawn(tmp_path / "docs/inspect.svg")
+    assert len(made[1]) > 3
+    assert made == drawn(ROOT / "docs/inspect.svg")
 
 
 def flag_rows() -> dict[str, str]:

@@ -168,8 +168,8 @@ def test_the_exit_code_says_that_something_cannot_be_merged(run: Run, tmp_path: 
         (["a=x", "a=y"], '"a" is given twice; give it once'),
         (["a=x", "--density", "0"], "the density must be a number above 0 and at most 1, got 0.0"),
         (["a=x", "--density", "nan"], "the density must be a number above 0"),
-        (["a=x", "--plot", "x.jpg"], "x.jpg: a plot is written as .png, .svg, .pdf"),
-        (["a=x", "--plot", "none/x.png"], "none is no folder"),
+        (["a=x", "b=y", "--plot", "x.jpg"], "x.jpg: a plot is written as .png, .svg, .pdf"),
+        (["a=x", "b=y", "--plot", "none/x.png"], "none is no folder"),
         (["ties(a)=x"], "ties(a)"),
     ],
 )
