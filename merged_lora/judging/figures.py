@@ -79,7 +79,7 @@ class _Grids:
         """Sums over the modules of each cell, ``[layers, kinds, ...]``."""
         count = len(self.layers) * len(self.kinds)
         found = values.new_zeros(count, *values.shape[1:]).index_add_(0, torch.tensor(self._cells), values)
-        return found.unflatten(0, (len(self.layers), len(self.kinds)))
+        return found.view(len(self.layers), len(self.kinds), *values.shape[1:])
 
     def cosines(self) -> torch.Tensor:
         inner = self._summed(self.compared.inner)
