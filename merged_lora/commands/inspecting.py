@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_reading, named_location, once
-from .running import LOGGER, UsageError, printable, terminated_cleanly
+from .arguments import ExamplesFormatter, add_reading, named_location, once
+from .running import LOGGER, UsageError, show, terminated_cleanly
 
 if TYPE_CHECKING:
-    from merged_lora.judging.inspection import Inspection
+    pass
 
 NOT_TOGETHER = 3
 """Exit code of an inspection of adapters that cannot be merged."""
@@ -34,7 +33,7 @@ def add(added: Any) -> None:
         "which merges fit, and what to do. The exit code is 3 if one cannot be merged with the others, or "
         "does not fit the model.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ExamplesFormatter,
         allow_abbrev=False,
     )
     inspect.add_argument(
@@ -91,24 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        _show(found)
+        show(found)
     if arguments.plot is not None:
         save(heat_map(found), arguments.plot)
     return NOT_TOGETHER if found.fails else 0
-
-
-def _show(found: Inspection) -> None:
-    """Print an inspection: tables as wide as the terminal, or as plain text into a pipe."""
-    if not sys.stdout.isatty():
-        print(found)
-        return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for table in found.tables():
-        console.print(table.rich())
-    for heading, lines in (("verdict", found.verdict()), ("specs that fit", found.specs)):
-        if lines:
-            console.print(heading, style="italic")
-        for line in lines:
-            console.print(printable(line), markup=False, soft_wrap=heading != "verdict")

@@ -19,7 +19,17 @@ from merged_lora.recipe import Option, Value
 from merged_lora.spec import MergeSpec, Source, check_own_name, is_spec
 from merged_lora.strategies import find
 
-from .arguments import add_adapters, add_choice, add_method, add_reading, chosen, load, paths_of, read_spec
+from .arguments import (
+    ExamplesFormatter,
+    add_adapters,
+    add_choice,
+    add_method,
+    add_reading,
+    chosen,
+    load,
+    paths_of,
+    read_spec,
+)
 from .running import LOGGER, UsageError, printable, terminated_cleanly
 
 if TYPE_CHECKING:
@@ -53,7 +63,7 @@ def add(added: Any) -> None:
         help="merge adapters into a new one",
         description="Merge adapters and write the result as a PEFT folder.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ExamplesFormatter,
         allow_abbrev=False,
     )
     merge._negative_number_matcher = _NEGATIVE  # argparse's own takes -1e-3 for an option

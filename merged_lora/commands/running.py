@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from merged_lora.errors import MergeError
 
 if TYPE_CHECKING:
-    from merged_lora.judging.tables import Table
+    from merged_lora.judging.tables import Report
 
 LOGGER = logging.getLogger("merged_lora")
 
@@ -53,15 +53,7 @@ def terminated_cleanly() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Shown(Protocol):
-    """What can be shown as tables, and lines in sections."""
-
-    def tables(self) -> Sequence[Table]: ...
-
-    def sections(self) -> Sequence[tuple[str, Sequence[str]]]: ...
-
-
-def show(found: Shown) -> None:
+def show(found: Report) -> None:
     """Print tables and sections, as wide as the terminal, or as plain text into a pipe."""
     if not sys.stdout.isatty():
         print(found)
@@ -71,11 +63,11 @@ def show(found: Shown) -> None:
     console = Console(highlight=False)
     for table in found.tables():
         console.print(table.rich())
-    for heading, lines in found.sections():
-        console.print(heading, style="italic")
-        for line in lines:
-            # A spec or a command stays on one line, so that it can be copied.
-            console.print(printable(line), markup=False, soft_wrap=heading not in ("verdict", "notes"))
+    for section in found.sections():
+        if section.lines:
+            console.print(section.heading, style="italic")
+        for line in section.lines:
+            console.print(printable(line), markup=False, soft_wrap=not section.prose)
 
 
 def printable(text: str) -> str:

@@ -154,8 +154,7 @@ def _objective(words: list[str]) -> str | dict[str, float]:
     """The objective as the arguments give it: a word, or weights of tasks."""
     if len(words) == 1 and "=" not in words[0]:
         return words[0]
-    found = once(map(named_value, words))
     try:
-        return {task: float(weight) for task, weight in found.items()}
-    except ValueError:
+        return {task: float(weight) for task, weight in once(map(named_value, words)).items()}
+    except (ValueError, argparse.ArgumentTypeError):
         raise UsageError("--objective takes worst, mean, or weights of tasks: sql=2 chat=1") from None

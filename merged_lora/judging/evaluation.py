@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .scores import Interval, mean, retention
-from .tables import Table, as_html, as_text
+from .tables import Report, Section, Table
 
 LIKELIHOOD = "likelihood"
 """The metric of how likely right answers are: the geometric mean of the probability of their tokens."""
@@ -49,7 +49,7 @@ class Judged:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Report):
     """Everything that was measured.
 
     base:    name of the base model.
@@ -146,17 +146,9 @@ class Evaluation:
             ],
         }
 
-    def sections(self) -> list[tuple[str, list[str]]]:
-        """The notes, if there are any, with their heading."""
-        return [("notes", list(self.notes))] if self.notes else []
-
-    def __str__(self) -> str:
-        """The tables and the notes as plain text."""
-        return as_text(self.tables(), self.sections())
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return as_html(self.tables(), self.sections())
+    def sections(self) -> list[Section]:
+        """The notes."""
+        return [Section("notes", self.notes)]
 
     def _shown(self, model: str, task: str) -> str:
         return str(self.judged(model, task).score) if (model, task) in self.rows else "-"

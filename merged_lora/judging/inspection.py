@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +16,8 @@ from merged_lora.errors import PlanError, listed
 
 from .comparing import Comparison
 from .hosting import Serving, max_lora_rank
-from .tables import Table
+from .tables import Report, Section, Table
 
-WIDTH = 118
-"""Columns of the verdict as plain text."""
 ALIKE, OPPOSED = 0.9, -0.3
 """Cosines of whole adapters from which on they count as nearly the same, and as opposed."""
 SHARED = 0.5
@@ -86,7 +83,7 @@ class Fit:
 
 
 @dataclass(frozen=True, eq=False)
-class Inspection:
+class Inspection(Report):
     """What was found.
 
     facts:      of each source.
@@ -222,25 +219,9 @@ class Inspection:
             }
         return found
 
-    def __str__(self) -> str:
-        """The tables and the verdict as plain text."""
-        parts = [table.text() for table in self.tables()]
-        if verdict := self.verdict():
-            wrapped = (
-                textwrap.fill(x, WIDTH, initial_indent="  ", subsequent_indent="    ") for x in verdict
-            )
-            parts.append("\n".join(["verdict", *wrapped]))
-        if self.specs:
-            parts.append("\n".join(["specs that fit", *(f"  {spec}" for spec in self.specs)]))
-        return "\n\n".join(parts)
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        import html
-
-        lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.verdict())
-        specs = "".join(f"<li><code>{html.escape(spec)}</code></li>" for spec in self.specs)
-        return "".join(table.html() for table in self.tables()) + f"<ul>{lines}</ul><ul>{specs}</ul>"
+    def sections(self) -> list[Section]:
+        """The verdict, and the specs that fit."""
+        return [Section("verdict", self.verdict()), Section("specs that fit", self.specs, prose=False)]
 
     def _numbers(self, kind: str | None) -> dict[str, Any]:
         rows, columns = self.overlaps(kind)

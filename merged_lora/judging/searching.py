@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,6 @@ class Search:
 
     async def run(self, rater: Rater, trials: int, minutes: float | None) -> None:
         """Try merges until there are so many, or the time is over."""
-        import optuna
 
         end = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
         self._scale = await reference(rater, self._tasks, self._sources)
@@ -119,8 +119,7 @@ class Search:
                 if str(spec) not in known and len(self.trials) < trials:
                     await self._try(rater, str(spec), params, default=True)
             useful = self._useful()
-            sampler = optuna.samplers.TPESampler(seed=SEED, multivariate=True, group=True, n_startup_trials=0)
-            study = self._study = optuna.create_study(direction="maximize", sampler=sampler)
+            study = self._study = _study()
             self._teach(study, useful)
             while len(self.trials) < trials and time.monotonic() < end:
                 asked = study.ask()
@@ -261,3 +260,13 @@ async def reference(rater: Rater, tasks: Tasks, sources: Mapping[str, str]) -> S
     for task, source in sources.items():
         own |= await rater.rate(source, tasks, {task: every[task]})
     return Scale(sources, await rater.rate(base, tasks, every), own)
+
+
+def _study() -> optuna.Study:
+    """A study that looks at the choices of each strategy together."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group`
+        sampler = optuna.samplers.TPESampler(seed=SEED, multivariate=True, group=True, n_startup_trials=0)
+    return optuna.create_study(direction="maximize", sampler=sampler)

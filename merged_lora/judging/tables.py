@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+WIDTH = 118
+"""Columns that prose is as wide as."""
 NUMERIC = frozenset("0123456789.,+-%± eEnaif/")
 
 
@@ -78,20 +81,52 @@ class Table:
         ]
 
 
-def as_text(tables: Iterable[Table], sections: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Tables, and lines under headings, as plain text."""
-    parts = [table.text() for table in tables]
-    parts += ["\n".join([heading, *(f"  {line}" for line in lines)]) for heading, lines in sections if lines]
-    return "\n\n".join(parts)
+@dataclass(frozen=True)
+class Section:
+    """Lines under a heading.
+
+    prose: whether a long line may be broken; a spec or a command may not, so that it can be copied.
+    """
+
+    heading: str
+    lines: Sequence[str]
+    prose: bool = True
+
+    def text(self) -> str:
+        """The section as plain text."""
+        if not self.prose:
+            return "\n".join([self.heading, *(f"  {line}" for line in self.lines)])
+        wrapped = [textwrap.fill(x, WIDTH, initial_indent="  ", subsequent_indent="    ") for x in self.lines]
+        return "\n".join([self.heading, *wrapped])
+
+    def html(self) -> str:
+        """The section for a notebook."""
+        tag = "span" if self.prose else "code"
+        items = "".join(f"<li><{tag}>{html.escape(line)}</{tag}></li>" for line in self.lines)
+        return f"<p>{html.escape(self.heading)}</p><ul>{items}</ul>"
 
 
-def as_html(tables: Iterable[Table], sections: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Tables, and lines under headings, for a notebook."""
-    parts = [table.html() for table in tables]
-    for heading, lines in sections:
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-        parts.append(f"<p>{html.escape(heading)}</p><ul>{items}</ul>")
-    return "".join(parts)
+class Report:
+    """What has tables and sections: plain text, and what a notebook shows."""
+
+    def tables(self) -> Sequence[Table]:
+        """The tables, in their order."""
+        raise NotImplementedError
+
+    def sections(self) -> Sequence[Section]:
+        """What follows them; those without a line are not shown."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Everything as plain text."""
+        return "\n\n".join(part.text() for part in self._parts())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return "".join(part.html() for part in self._parts())
+
+    def _parts(self) -> list[Table | Section]:
+        return [*self.tables(), *(section for section in self.sections() if section.lines)]
 
 
 def _width(text: str) -> int:

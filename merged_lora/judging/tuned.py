@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .evaluation import Evaluation
 from .scores import Interval
-from .tables import Table, as_html, as_text
+from .tables import Report, Section, Table
 
 State = Literal["complete", "pruned", "refused"]
 
@@ -61,7 +61,7 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False)
-class Tuning:
+class Tuning(Report):
     """A search and its report.
 
     objective:  how gains became one value: ``worst``, ``mean``, or weights by task.
@@ -193,9 +193,12 @@ class Tuning:
             "requests": self.requests,
         }
 
-    def sections(self) -> list[tuple[str, list[str]]]:
-        """What follows from the tables, each part with its heading."""
-        return [("verdict", self.verdict()), ("how to serve it", self.serving())]
+    def sections(self) -> list[Section]:
+        """The verdict, and how the best merge is served."""
+        return [
+            Section("verdict", self.verdict()),
+            Section("how to serve it", self.serving(), prose=False),
+        ]
 
     def serving(self) -> list[str]:
         """The best merge as a flag of ``vllm serve``, and as a request to a running server."""
@@ -203,14 +206,6 @@ class Tuning:
             f"--merged-lora-modules {shlex.quote(self.module_argument('tuned'))}",
             f"POST /v1/merged_lora/tuned {self.body()}",
         ]
-
-    def __str__(self) -> str:
-        """The tables and the verdict as plain text."""
-        return as_text(self.tables(), self.sections())
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return as_html(self.tables(), self.sections())
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:

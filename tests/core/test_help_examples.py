@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import tiny
 from merged_lora import cli
+from openai_server import OpenAIServer
 from running import Run
+
+URL = "http://localhost:8000/v1"
+YAML = """\
+merge_method: ties
+base_model: base
+models:
+  - {model: base+adapters/sql, parameters: {weight: 1.0, density: 0.5}}
+  - {model: base+adapters/chat, parameters: {weight: 1.0, density: 0.5}}
+"""
 
 
 def examples() -> list[str]:
@@ -18,32 +30,47 @@ def examples() -> list[str]:
     (added,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
     found = []
     for name, parser in added.choices.items():
-        text = (parser.epilog or "").replace("\\\n", " ")
-        lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+        text = (parser.epilog or "").replace("\\\n", " ").partition("\n\n")[0]
+        lines = [line.strip() for line in text.splitlines()[1:] if not line.strip().startswith("#")]
         assert all(line.startswith(f"merged-lora {name} ") for line in lines), name
         found += lines
     return found
 
 
 @pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    """A server on which each model but the base model is always right."""
+    made = OpenAIServer(
+        answers=lambda model, prompt: "wrong" if model == "base" else prompt.upper(), likely={"base": 0.1}
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of the examples: two small adapters and a base model that they fit."""
+    """The working directory of the examples: two small adapters, a base model that they fit, and files."""
     tiny.make_model(tmp_path / "models" / "base")
     for seed, name in enumerate(("sql", "chat"), 1):
         tiny.make_adapter(seed=seed).save(tmp_path / "adapters" / name)
+        prompts = [f"{name} {number}" for number in range(8)]
+        lines = [json.dumps({"prompt": prompt, "answer": prompt.upper()}) for prompt in prompts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "ties.yaml").write_text(YAML)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_there_are_examples() -> None:
-    assert any(line.startswith("merged-lora inspect ") for line in examples())
+@pytest.mark.parametrize("command", ["merge", "inspect", "eval", "tune"])
+def test_a_command_has_examples(command: str) -> None:
+    assert any(line.startswith(f"merged-lora {command} ") for line in examples())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", examples())
-def test_an_example_of_the_help_runs(line: str, place: Path, run: Run) -> None:
+def test_an_example_of_the_help_runs(line: str, place: Path, server: OpenAIServer, run: Run) -> None:
     words = shlex.split(line)
-    code, out, err = run(*words[1:])
+    code, out, err = run(*(server.url if word == URL else word for word in words[1:]))
     assert code == 0, err
     assert out
     for word in words:

@@ -173,7 +173,7 @@ def test_the_floors_of_the_core_hold_all_of_it_and_imports_go_down() -> None:
     here = ROOT / "merged_lora"
     core = {path.stem: [path] for path in here.glob("*.py") if not path.stem.startswith("__")}
     folders = [path.parent for path in here.glob("*/__init__.py") if not path.parent.is_symlink()]
-    core |= {folder.name: list(folder.glob("*.py")) for folder in folders}
+    core |= {folder.name: list(folder.rglob("*.py")) for folder in folders}
     floors = rooms()[: next(i for i, floor in enumerate(rooms()) if "errors" in floor) + 1]
     height = {name: -i for i, floor in enumerate(floors) for name in floor}
     assert height.keys() == core.keys()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shlex
 import signal
 import subprocess
 import threading
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from merged_lora.commands import evaluating
 from merged_lora.judging import served
 from openai_server import OpenAIServer
 from running import Run, command, environment, program
@@ -118,23 +116,6 @@ def test_the_name_of_a_served_model_is_that_model(run: Run, server: OpenAIServer
     assert {m for _, m in server.asked} == {"base", "sql", "chat", "team/mix", "sum(chat, sql)"}
 
 
-def examples() -> list[str]:
-    text = evaluating.EXAMPLES.replace("\\\n", " ")
-    return [line.strip() for line in text.splitlines() if "merged-lora eval" in line]
-
-
-@pytest.mark.parametrize("line", examples())
-def test_examples_of_the_help_run(
-    run: Run, server: OpenAIServer, data: Path, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.likely[MIX] = 0.85
-    monkeypatch.chdir(data)
-    _, *arguments = shlex.split(line.replace("http://localhost:8000/v1", server.url))
-    code, out, err = run(*arguments)
-    assert (code, err) == (0, "")
-    assert out
-
-
 # What a script heeds
 
 
@@ -179,8 +160,8 @@ def test_a_spec_that_the_server_refuses_is_reported_and_the_rest_goes_on(
         (["--plot", "kept.svg"], "--plot is about merges"),
         (["--plot", "kept.jpg", "--spec", MIX], "kept.jpg: a plot is written as .png, .svg, .pdf"),
         (["--data", "sql=again.jsonl"], '"sql" is given twice; give it once'),
-        (["--data", "sql"], "'sql' is not of the form TASK=FILE"),
-        (["--source", "sql="], "'sql=' is not of the form TASK=NAME"),
+        (["--data", "sql"], "'sql' is not of the form TASK=VALUE"),
+        (["--source", "sql="], "'sql=' is not of the form TASK=VALUE"),
         (["--source", "tone=tone"], "tone has a source and no examples"),
         (["--metric", "bleu"], "the metric must be one of exact, contains, rouge-l, likelihood, got 'bleu'"),
         (["--count", "0"], "the number of examples must be at least 1, got 0"),
@@ -307,7 +288,7 @@ def test_a_server_that_does_not_tokenize_is_done_without(
     code, out, err = run(*asked, "--spec", MIX)
     assert (code, err) == (0, "")
     note = f"The likelihood of right answers was not measured: {server.url} does not tokenize"
-    assert out.endswith(f"\n\n{note} (base: Not Found).\n")
+    assert out.endswith(f"\n\nnotes\n  {note} (base: Not Found).\n")
     assert out.count("does not tokenize") == 1
     assert "does not tokenize" in one_line(run(*asked, "--metric", "likelihood"))
 

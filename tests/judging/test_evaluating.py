@@ -136,7 +136,7 @@ def test_too_many_requests_are_asked_again(server: OpenAIServer, monkeypatch: py
     ("status", "words"),
     [
         (401, "refuses access .*OPENAI_API_KEY"),
-        (404, "line 0 of sql: base: sorry"),
+        (404, r"line \d of sql: base: sorry"),
         (429, "status 429 for base: sorry"),
         (503, "status 503 for base: sorry"),
     ],

@@ -1,34 +1,19 @@
-"""Figures of what was found, by matplotlib, which is imported when one is drawn.
-
-Colours are those of maps that read alike to all eyes and in grey.
-"""
+"""Heat maps of an inspection: how alike sources are, layer by layer."""
 
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merged_lora.errors import MergeError
+from merged_lora.judging.inspection import Inspection, kind_of, layer_of
 
-from .inspection import Inspection, kind_of, layer_of
+from .files import blank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMATS = (".png", ".svg", ".pdf")
-_UNDATED: dict[str, dict[str, str | None]] = {
-    ".png": {},
-    ".svg": {"Date": None, "Creator": None},
-    ".pdf": {"CreationDate": None},
-}
-"""Metadata by which the same figure makes the same file."""
 
 
 PAIRS, COLUMNS = 15, 5
@@ -53,7 +38,7 @@ def heat_map(inspection: Inspection) -> Figure:
         blocks.append(_Block("disturbance", disturbed, known, titles, "Purples"))
     heights = [block.rows * grids.height for block in blocks]
     width = 1.6 + max(1.3, 0.22 * len(grids.kinds)) * max(block.columns for block in blocks)
-    figure = _figure(max(width, 4.5), 0.4 + sum(heights))
+    figure = blank(max(width, 4.5), 0.4 + sum(heights))
     parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, block in zip(parts, blocks, strict=True):
         block.draw(part, grids)
@@ -149,45 +134,3 @@ class _Block:
 
 def _short(title: str) -> str:
     return title if len(title) <= 28 else f"{title[:27]}…"
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, completely or not at all; raises MergeError.
-
-    path: the file, which is replaced; its ending is one of FORMATS.
-    """
-    from matplotlib import rc_context
-
-    check_path(path)
-    scratch = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
-    try:
-        with rc_context({"svg.hashsalt": "merged-lora", "svg.fonttype": "none"}):
-            figure.savefig(scratch, format=path.suffix[1:], dpi=150, metadata=_UNDATED[path.suffix])
-        scratch.replace(path)
-    except OSError as error:
-        raise MergeError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink()  # which is not there any more if all went well
-
-
-def check_path(path: Path) -> None:
-    """Raise MergeError for a file that no figure can be written to, and without matplotlib."""
-    if path.suffix not in FORMATS:
-        raise MergeError(f"{path}: a plot is written as {', '.join(FORMATS)}; end the name with one of these")
-    if not path.parent.is_dir():
-        raise MergeError(f"cannot write {path}: {path.parent} is no folder")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise MergeError(f"cannot write {path}: {'a folder' if path.is_dir() else 'no permission'}")
-    _figure(1.0, 1.0)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, which no window shows."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MergeError(
-            f"plots need matplotlib, which cannot be imported ({error}): pip install 'vllm-merged-lora[plot]'"
-        ) from None
-    return Figure(figsize=(width, height), layout="constrained")
