@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         bar.update()
         if leader is not None and leader.number == trial.number:
             best.append(trial)
-            bar.write(printable(f"trial {trial.number}: {trial.value:.3f}  {trial.spec}"), file=sys.stderr)
+            bar.write(printable(f"trial {trial.number}: {trial.value:.1%}  {trial.spec}"), file=sys.stderr)
 
     try:
         with terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _interrupted(best: list[Trial], study: Path | None) -> None:
     """Say on stderr what an interrupted search has found, and what is kept of it."""
-    found = f"best so far: {best[-1].spec} ({best[-1].value:.3f})" if best else "no merge was rated yet"
+    found = f"best so far: {best[-1].spec} ({best[-1].value:.1%})" if best else "no merge was rated yet"
     kept = f"the same command goes on from {study}" if study else "--study FILE would have kept the trials"
     print(printable(f"merged-lora: interrupted; {found}; {kept}"), file=sys.stderr)
 

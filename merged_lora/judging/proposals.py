@@ -41,7 +41,7 @@ class Suggests(Protocol):
 
 
 class Neutral:
-    """Suggests a strategy and its own defaults, but for what is given.
+    """Suggests a strategy and its own defaults, except for what is given.
 
     params: what was suggested, by name.
     """

@@ -108,31 +108,33 @@ def worst_difference(
     better: Mapping[str, Sequence[float]],
     other: Mapping[str, Sequence[float]],
     alone: Mapping[str, Sequence[float]],
-) -> Interval:
-    """By how much the worst retention of one merge is above that of another.
+    without: Mapping[str, Sequence[float]] | None = None,
+) -> Interval | None:
+    """By how much one merge keeps more than another of the source of which each keeps least.
 
     In each resample, both merges and all sources have the same examples, and each merge its own worst task.
+    None if no source has a score to keep.
 
     better, other: scores of the merges by task, example by example.
     alone:         scores of each task's source on the same examples.
+    without:       scores of what has nothing to keep, which counts as 0; by default 0.
     """
     rng = np.random.default_rng(0)
     resampled: list[list[NDArray[np.float64]]] = [[], []]
     whole: list[list[float]] = [[], []]
     for task, own in alone.items():
+        zero = np.asarray(without[task] if without else np.zeros(len(own)), dtype=np.float64)
+        above = np.asarray(own, dtype=np.float64) - zero
         picked = rng.integers(0, len(own), (RESAMPLES, len(own)))
-        below = np.asarray(own, dtype=np.float64)
-        if not below.sum():
+        if not above.sum() > 0:
             continue
         for i, merged in enumerate((better[task], other[task])):
-            scores = np.asarray(merged, dtype=np.float64)
-            means = below[picked].mean(axis=1)
+            scores = np.asarray(merged, dtype=np.float64) - zero
+            means = above[picked].mean(axis=1)
             resampled[i].append(scores[picked].mean(axis=1) / np.where(means > 0, means, np.nan))
-            whole[i].append(float(scores.mean() / below.mean()))
+            whole[i].append(float(scores.mean() / above.mean()))
     if not whole[0]:
-        raise EvaluationError(
-            "no source has a score above zero on its own examples, so nothing is kept of any"
-        )
+        return None
     tail = (100.0 - SURE) / 2
     worst = [np.min(np.stack(each), axis=0) for each in resampled]
     low, high = np.nanpercentile(worst[0] - worst[1], (tail, 100.0 - tail))

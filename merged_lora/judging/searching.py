@@ -49,10 +49,14 @@ def order(count: int) -> list[int]:
 class Scale:
     """How scores become gains: 0 is the base model, 1 the source of the task.
 
+    base: scores of the base model on all examples.
+    own:  scores of each task's source on them.
+
     Raises EvaluationError for a task on which its source is not better than the base model.
     """
 
     def __init__(self, sources: Mapping[str, str], base: Scores, own: Scores) -> None:
+        self.base, self.own = base, own
         self._base = {task: np.array(scores) for task, scores in base.items()}
         self._unit: dict[str, float] = {}
         for task, source in sources.items():
@@ -108,15 +112,15 @@ class Search:
         self.trials: list[Trial] = []
 
     async def run(self, rater: Rater, trials: int, minutes: float | None) -> None:
-        """Try merges until there are so many, or the time is over."""
-
+        """Try merges until there are so many, or the time is over, and one in any case."""
         end = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
         self._scale = await reference(rater, self._tasks, self._sources)
         with self._results.open():
             self._recall()
             known = {trial.spec for trial in self.trials if trial.default}
             for spec, params in defaults(self._names, self._strategies, self._ranks):
-                if str(spec) not in known and len(self.trials) < trials:
+                late = bool(self.trials) and time.monotonic() >= end
+                if str(spec) not in known and len(self.trials) < trials and not late:
                     await self._try(rater, str(spec), params, default=True)
             useful = self._useful()
             study = self._study = _study()

@@ -70,7 +70,9 @@ class Tuning(Report):
     default:    the best of the defaults.
     gains:      of both on the report examples, by their specs and by task.
     evaluation: both on the report examples, with answers.
-    margin:     by how much the worst-task retention of ``best`` is above that of ``default`` there.
+    margin:     by how much the worst-task retention of ``best`` is above that of ``default`` there, by the
+                report's metric; None if no source has a score by that.
+    gain_margin: the same of worst gains.
     importance: share of the variation of the value that each choice explains.
     seconds:    of the search and of the report.
     requests:   that the server answered.
@@ -82,7 +84,8 @@ class Tuning(Report):
     default: Trial
     gains: Mapping[str, Mapping[str, float]]
     evaluation: Evaluation
-    margin: Interval
+    margin: Interval | None
+    gain_margin: Interval | None
     importance: Mapping[str, float]
     seconds: tuple[float, float]
     requests: int
@@ -90,7 +93,7 @@ class Tuning(Report):
     @property
     def beats(self) -> bool:
         """Whether the margin is above zero beyond what chance gives."""
-        return self.margin.low > 0.0
+        return self.margin is not None and self.margin.low > 0.0
 
     @property
     def luck(self) -> float:
@@ -121,33 +124,45 @@ class Tuning(Report):
 
     def verdict(self) -> list[str]:
         """What came of it, in sentences."""
-        done = sum(trial.state == "complete" for trial in self.trials)
-        pruned = sum(trial.state == "pruned" for trial in self.trials)
-        refused = len(self.trials) - done - pruned
-        found = []
-        if self.best.spec == self.default.spec:
-            found.append(f"No merge that was tried is better than the default {self.default.spec}.")
+        return [*self._compared(), self._lucky(), self._cost()]
+
+    def _compared(self) -> list[str]:
+        """The best merge beside the best default, on the report examples."""
+        if self.best is self.default:
+            return [f"Nothing that was tried is better than the default {self.default.spec}."]
+        best, default, metric = self.best.spec, self.default.spec, self.evaluation.metric
+        report = "On examples that took no part in the search"
+        if self.margin is None:
+            first = f"{report}, no source has a right answer by {metric}, so retention says nothing."
         elif self.beats:
-            found.append(
-                f"On examples that it was not chosen on, the worst-task retention of {self.best.spec} is "
-                f"{self.margin} above that of the best default, {self.default.spec}."
+            first = (
+                f"{report}, the worst-task retention of {best} is {self.margin} above that of the best "
+                f"default, {default}."
             )
         else:
-            found.append(
-                f"{self.best.spec} is not better than the best default, {self.default.spec}, beyond what "
-                "chance gives: on examples that it was not chosen on, their worst-task retentions differ by "
-                f"{self.margin}."
+            first = (
+                f"{report}, {best} is not better than the best default, {default}, beyond what chance gives: "
+                f"their worst-task retentions differ by {self.margin}."
             )
-        found.append(
-            f"It was lucky by {self.luck:+.2f}: its worst gain is {min(self.best.gains.values()):.2f} on the "
-            f"dev examples and {min(self.gains[self.best.spec].values()):.2f} on the report examples."
+        if self.gain_margin is None:
+            return [first]
+        return [first, f"Its worst gain is there {self.gain_margin} above that of the default."]
+
+    def _lucky(self) -> str:
+        chosen, other = min(self.best.gains.values()), min(self.gains[self.best.spec].values())
+        return (
+            f"It was lucky by {self.luck:+.1%}: its worst gain is {chosen:.1%} on the examples that it was "
+            f"chosen on, and {other:.1%} on the others."
         )
-        each = sorted(trial.seconds for trial in self.trials)[len(self.trials) // 2]
-        found.append(
-            f"{len(self.trials)} trials ({pruned} pruned, {refused} refused), {each:.1f} s each in the "
-            f"median; {sum(self.seconds):.0f} s and {self.requests} requests in all."
+
+    def _cost(self) -> str:
+        pruned, refused = (sum(t.state == state for t in self.trials) for state in ("pruned", "refused"))
+        seconds = sorted(trial.seconds for trial in self.trials)
+        return (
+            f"{len(self.trials)} trials ({pruned} pruned, {refused} refused), in the median of "
+            f"{seconds[len(seconds) // 2]:.1f} s: {self.seconds[0]:.0f} s for the search, "
+            f"{self.seconds[1]:.0f} s for the report, and {self.requests} requests."
         )
-        return found
 
     def tables(self) -> list[Table]:
         """The best trials and the report."""
@@ -158,8 +173,8 @@ class Tuning(Report):
                 str(trial.number),
                 trial.spec,
                 "default" if trial.default else "",
-                f"{trial.value:.3f}",
-                *(f"{trial.gains[task]:.2f}" for task in tasks),
+                f"{trial.value:.1%}",
+                *(f"{trial.gains[task]:.1%}" for task in tasks),
             )
             for trial in ordered[:10]
         )
@@ -181,7 +196,8 @@ class Tuning(Report):
             "objective": self.objective if isinstance(self.objective, str) else dict(self.objective),
             "best": self.best.as_row(),
             "default": self.default.as_row(),
-            "margin": asdict(self.margin),
+            "margin": asdict(self.margin) if self.margin else None,
+            "gain_margin": asdict(self.gain_margin) if self.gain_margin else None,
             "beats": self.beats,
             "luck": self.luck,
             "verdict": self.verdict(),

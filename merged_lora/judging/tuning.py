@@ -24,7 +24,7 @@ from .proposals import STRATEGIES
 from .rating import Rater, Tasks
 from .results import Results
 from .scores import METRICS, worst_difference
-from .searching import Objective, Search, order, reference
+from .searching import Objective, Scale, Search, order, reference
 from .served import Served
 from .tuned import Trial, Tuning, best_of
 from .waiting import finished
@@ -99,13 +99,14 @@ def tune(
         finally:
             await server.close()
 
-    async def reported(specs: Sequence[str]) -> tuple[dict[str, dict[str, float]], int]:
+    async def reported(specs: Sequence[str]) -> tuple[Scale, dict[str, dict[str, list[float]]], int]:
         server = Served(base_url, api_key, concurrency)
         try:
             rater = Rater(server, score, limit)
             scale = await reference(rater, rest, names)
             every = {task: order(len(examples)) for task, examples in rest.items()}
-            return {spec: scale.gains(await rater.rate(spec, rest, every)) for spec in specs}, rater.requests
+            rated = {spec: await rater.rate(spec, rest, every) for spec in specs}
+            return scale, rated, rater.requests
         finally:
             await server.close()
 
@@ -116,7 +117,7 @@ def tune(
     assert best is not None
     assert default is not None  # a search without any has raised
     specs = list(dict.fromkeys((best.spec, default.spec)))
-    gains, more = finished(reported(specs))
+    scale, rated, more = finished(reported(specs))
     evaluation = evaluate(
         base_url,
         rest,
@@ -128,7 +129,7 @@ def tune(
         concurrency=concurrency,
         api_key=api_key,
     )
-    kept_of = [
+    right = [
         {task: evaluation.scores(model or names[task], task) for task in rest}
         for model in (best.spec, default.spec, None)
     ]
@@ -137,9 +138,10 @@ def tune(
         trials=tuple(search.trials),
         best=best,
         default=default,
-        gains=gains,
+        gains={spec: scale.gains(scores) for spec, scores in rated.items()},
         evaluation=evaluation,
-        margin=worst_difference(*kept_of),
+        margin=worst_difference(*right),
+        gain_margin=worst_difference(rated[best.spec], rated[default.spec], scale.own, scale.base),
         importance=search.importance(),
         seconds=(ended - began, time.monotonic() - ended),
         requests=requests + more + sum(map(len, evaluation.rows.values())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merged_lora.judging.scores import contains, exact, mean, retention, rouge_l
+from merged_lora.judging.scores import Interval, contains, exact, mean, retention, rouge_l, worst_difference
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,35 @@ def test_retention_is_the_share_of_the_specialist() -> None:
     assert same is not None
     assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)  # resampled together
     assert retention([1.0], [0.0]) is None
+
+
+ALONE = {"sql": [1.0] * 20, "chat": [1.0] * 20}
+
+
+def test_the_worst_tasks_of_two_merges_are_compared_each_with_its_own() -> None:
+    better = {"sql": [1.0] * 18 + [0.0] * 2, "chat": [1.0] * 20}
+    other = {"sql": [1.0] * 20, "chat": [1.0] * 10 + [0.0] * 10}
+    found = worst_difference(better, other, ALONE)
+    assert found is not None
+    assert found.value == pytest.approx(0.9 - 0.5)
+    assert 0.1 < found.low < found.value < found.high < 0.7
+    turned = worst_difference(other, better, ALONE)
+    assert turned is not None
+    assert (turned.value, turned.low, turned.high) == pytest.approx((-found.value, -found.high, -found.low))
+
+
+def test_a_merge_differs_from_itself_by_nothing() -> None:
+    merged = {"sql": [1.0, 0.0] * 10, "chat": [0.0] * 20}
+    assert worst_difference(merged, merged, ALONE) == Interval(0.0, 0.0, 0.0)
+
+
+def test_the_base_model_is_the_zero_of_gains() -> None:
+    base, own = {"sql": [-3.0] * 8}, {"sql": [-1.0] * 8}
+    found = worst_difference({"sql": [-1.5] * 8}, {"sql": [-2.0] * 8}, own, base)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_nothing_is_kept_of_sources_without_a_score() -> None:
+    none = {"sql": [0.0] * 4}
+    assert worst_difference({"sql": [1.0] * 4}, none, none) is None

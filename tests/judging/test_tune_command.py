@@ -59,7 +59,7 @@ def test_json_has_every_trial(run: Run, server: Landscape) -> None:
     found = json.loads(out)
     assert len(found["trials"]) == 4
     assert found["best"]["number"] in found["front"]
-    assert "trial 0: 0.800  sum(" in err
+    assert "trial 0: 80.0%  sum(" in err
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
@@ -147,7 +147,7 @@ def test_ctrl_c_says_what_was_found_and_what_is_kept(server: Landscape, study: l
     assert process.returncode == 130
     assert "Traceback" not in err
     kept = "the same command goes on from study.jsonl" if study else "--study FILE would have kept the trials"
-    assert f'interrupted; best so far: sum(chat, sql, weights="auto") (0.800); {kept}' in err
+    assert f'interrupted; best so far: sum(chat, sql, weights="auto") (80.0%); {kept}' in err
     assert Path("study.jsonl").exists() == bool(study)
 
 
