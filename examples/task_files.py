@@ -1,6 +1,6 @@
 """Writes examples of the tasks as files of JSON lines, for `merged-lora eval` and `merged-lora tune`.
 
-    python examples/task_files.py DIR [TASK ...] [--count 60] [--split test]
+    python examples/task_files.py DIR [TASK ...] [--skip 0] [--count 60] [--split test]
 
 A line of DIR/TASK.jsonl is {"messages": [...], "answer": "..."}, or {"prompt": "...", "answer": "..."} for a
 task without a chat. Needs nothing but the standard library.
@@ -21,10 +21,10 @@ def line(task: Task, example: Example) -> str:
     return json.dumps({**prompt, "answer": example.answer}, ensure_ascii=False)
 
 
-def write(folder: Path, task: Task, split: Split, count: int) -> Path:
-    """Write the first `count` examples of one split of a task; returns the file, which is replaced."""
+def write(folder: Path, task: Task, split: Split, count: int, skip: int = 0) -> Path:
+    """Write `count` examples of one split of a task, after `skip`; returns the file, which is replaced."""
     file = folder / f"{task.name}.jsonl"
-    lines = [line(task, example) for example in examples(task, split, count)]
+    lines = [line(task, example) for example in examples(task, split, skip + count)[skip:]]
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
@@ -37,16 +37,20 @@ def main() -> None:
         "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(ALL_TASKS)}; default: {', '.join(TASKS)}"
     )
     parser.add_argument("--count", type=int, default=60, help="examples of each; default: %(default)s")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many; default: none")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="default: %(default)s")
     arguments = parser.parse_args()
     largest = TEST_SIZE if arguments.split == "test" else TRAIN_SIZE
-    if not 0 < arguments.count <= largest:
-        parser.error(f"--count must be 1 to {largest} for the {arguments.split} split, got {arguments.count}")
+    if arguments.skip < 0 or not 0 < arguments.count <= largest - arguments.skip:
+        parser.error(
+            f"the {arguments.split} split has {largest} examples of a task, and not {arguments.count} after "
+            f"{arguments.skip}"
+        )
     unknown = [name for name in arguments.tasks if name not in ALL_TASKS]
     if unknown:
         parser.error(f"no task {unknown[0]!r}; there are {', '.join(ALL_TASKS)}")
     for name in arguments.tasks or TASKS:
-        print(write(arguments.folder, ALL_TASKS[name], arguments.split, arguments.count))
+        print(write(arguments.folder, ALL_TASKS[name], arguments.split, arguments.count, arguments.skip))
 
 
 if __name__ == "__main__":

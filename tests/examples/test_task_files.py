@@ -43,7 +43,27 @@ def test_the_three_tasks_are_written_by_default(tmp_path: Path, monkeypatch: pyt
     assert set(json.loads(lines[0])) == {"messages", "answer"}
 
 
-@pytest.mark.parametrize("arguments", [["--count", "0"], ["--count", "257"], ["nonsense"]])
+def test_examples_can_be_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, more in (("chosen", ["--count", "4"]), ("rest", ["--skip", "4", "--count", "3"])):
+        written(monkeypatch, str(tmp_path / folder), "sql", *more)
+    chosen, rest = (
+        (tmp_path / folder / "sql.jsonl").read_text().splitlines() for folder in ("chosen", "rest")
+    )
+    assert [json.loads(line)["answer"] for line in (*chosen, *rest)] == [
+        each.answer for each in examples(ALL_TASKS["sql"], "test", 7)
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--count", "0"],
+        ["--count", "257"],
+        ["--skip", "-1"],
+        ["--skip", "200", "--count", "57"],
+        ["nonsense"],
+    ],
+)
 def test_wrong_arguments_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
