@@ -20,8 +20,9 @@ from typing import NoReturn
 
 from . import __version__
 from .commands import calibrating, checking, evaluating, inspecting, merging, strategies, tuning
-from .commands.running import LOGGER, UsageError, printable
+from .commands.running import LOGGER, UsageError
 from .errors import MergeError
+from .names import printable
 
 PROG = "merged-lora"
 SLOW = logging.getLogger("merged_lora.cpu_kernels.compiling")

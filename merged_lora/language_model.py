@@ -287,12 +287,13 @@ def outline(name: str | os.PathLike[str]) -> Any:
     transformers, place = _found(name)
     try:
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
-        own = [getattr(transformers, each, None) for each in config.architectures or ()]
+        own = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
         with torch.device("meta"):
-            if own and own[0] is not None:
-                return own[0](config)
+            if isinstance(own, type) and issubclass(own, transformers.PreTrainedModel):
+                return own(config)
             return transformers.AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except (OSError, LookupError, AttributeError, ArithmeticError, ValueError, TypeError, RuntimeError,
+            ImportError) as error:  # fmt: skip
         raise CalibrationError(f"cannot read the model {os.fspath(name)}: {one_line(error)}") from None
 
 

@@ -60,3 +60,8 @@ def check_characters(name: str) -> None:
         else:
             continue
         raise SpecError(f"adapter name {shortened(name)!a} holds {what}, U+{ord(character):04X}")
+
+
+def printable(text: str) -> str:
+    """The text on one line: names and paths may contain line ends, terminal codes or undecodable bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

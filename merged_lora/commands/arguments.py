@@ -170,6 +170,7 @@ def add_served(parser: argparse.ArgumentParser) -> None:
         dest="sources",
         help="the adapter of a task whose name is another",
     )
+    parser.add_argument("--base", metavar="NAME", help="the base model, if the server lists several models")
     parser.add_argument(
         "--count", metavar="N", type=int, help="the first so many examples of each task alone"
     )

@@ -7,8 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_model, add_reading, named_location
-from .running import printable, shares, terminated_cleanly
+from merged_lora.names import printable
+
+from .arguments import ExamplesFormatter, add_model, add_reading, named_location
+from .running import shares, terminated_cleanly
+
+EXAMPLES = """\
+examples:
+  merged-lora calibrate --model models/base --adapter sql=adapters/sql --prompts sql.jsonl --count 8
+"""
 
 
 def add(added: Any) -> None:
@@ -19,6 +26,8 @@ def add(added: Any) -> None:
         description="Run a model with an adapter on a few prompts and on the adapter's own answers. What "
         "its modules take as inputs is written beside the adapter, with the prompts and answers for replays. "
         "A calibration that is there already is replaced.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
         allow_abbrev=False,
     )
     add_model(calibrate)

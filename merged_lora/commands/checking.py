@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .arguments import (
+    ExamplesFormatter,
     add_adapters,
     add_choice,
     add_method,
@@ -23,6 +24,12 @@ from .running import shares, terminated_cleanly
 SKILL_LOST = 3
 """Exit code of a check that found a source of which most is lost."""
 
+EXAMPLES = """\
+examples:
+  merged-lora check "regmean(sql, chat)" --model models/base \\
+      --adapter sql=adapters/sql --adapter chat=adapters/chat
+"""
+
 
 def add(added: Any) -> None:
     """Add the command ``check``."""
@@ -31,6 +38,8 @@ def add(added: Any) -> None:
         help="see which of their own answers the sources of a merge keep",
         description="Make a merge in memory and run it over the prompts and answers in its sources' "
         "calibrations. The exit code is 3 if a source keeps less than half of its answers.",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
         allow_abbrev=False,
     )
     _add_sources(check)

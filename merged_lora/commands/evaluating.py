@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merged_lora.errors import listed
+from merged_lora.names import printable
 
 from .arguments import ExamplesFormatter, add_served, once, read_spec
-from .running import LOGGER, UsageError, printable, show, terminated_cleanly
+from .running import LOGGER, UsageError, output, terminated_cleanly
 
 if TYPE_CHECKING:
     from merged_lora.judging.evaluation import Evaluation
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from merged_lora.judging.evaluating import evaluate
-    from merged_lora.judging.figures import check_path, retentions, save
+    from merged_lora.judging.figures import check_path
 
     if arguments.plot is not None:
         check_path(arguments.plot)
@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             data,
             specs,
             sources=sources,
+            base=arguments.base,
             metric=arguments.metric,
             count=arguments.count,
             limit=arguments.limit,
@@ -120,12 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
             results=arguments.results,
             progress=progress,
         )
-    if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2))
-    else:
-        show(found)
-    if arguments.plot is not None:
-        save(retentions(found), arguments.plot)
+    output(found, arguments)
     return _code(found, arguments.fail_under)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import ExamplesFormatter, add_reading, named_location, once
-from .running import LOGGER, UsageError, show, terminated_cleanly
+from .running import LOGGER, UsageError, output, terminated_cleanly
 
 if TYPE_CHECKING:
     pass
@@ -70,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from merged_lora.judging.figures import check_path, heat_map, save
+    from merged_lora.judging.figures import check_path
     from merged_lora.judging.inspecting import inspect
 
     if arguments.plot is not None:
@@ -87,10 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
             allow_pickle=arguments.allow_pickle,
             progress=bar.update,
         )
-    if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2))
-    else:
-        show(found)
-    if arguments.plot is not None:
-        save(heat_map(found), arguments.plot)
+    if arguments.plot is not None and found.comparison is None:
+        LOGGER.warning("%s is not written, because the sources do not go together", arguments.plot)
+        arguments.plot = None
+    output(found, arguments)
     return NOT_TOGETHER if found.fails else 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from merged_lora import catalog, mergekit
 from merged_lora.errors import MergeError, PlanError, SpecError
 from merged_lora.locations import Location, locate
-from merged_lora.names import shortened
+from merged_lora.names import printable, shortened
 from merged_lora.recipe import Option, Value
 from merged_lora.spec import MergeSpec, Source, check_own_name, is_spec
 from merged_lora.strategies import find
@@ -30,7 +30,7 @@ from .arguments import (
     paths_of,
     read_spec,
 )
-from .running import LOGGER, UsageError, printable, terminated_cleanly
+from .running import LOGGER, UsageError, terminated_cleanly
 
 if TYPE_CHECKING:
     from merged_lora.backends import Result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import signal
 import sys
@@ -53,6 +55,18 @@ def terminated_cleanly() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def output(found: Report, arguments: argparse.Namespace) -> None:
+    """Print what was found, as ``--json`` or as tables, and draw the ``--plot``."""
+    if arguments.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        show(found)
+    if arguments.plot is not None:
+        from merged_lora.judging.figures import save
+
+        save(found.plot(), arguments.plot)
+
+
 def show(found: Report) -> None:
     """Print tables and sections, as wide as the terminal, or as plain text into a pipe."""
     if not sys.stdout.isatty():
@@ -67,9 +81,4 @@ def show(found: Report) -> None:
         if section.lines:
             console.print(section.heading, style="italic")
         for line in section.lines:
-            console.print(printable(line), markup=False, soft_wrap=not section.prose)
-
-
-def printable(text: str) -> str:
-    """The text on one line: names and paths may contain line ends, terminal codes or undecodable bytes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+            console.print(line, markup=False, soft_wrap=not section.prose)

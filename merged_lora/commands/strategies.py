@@ -8,10 +8,24 @@ from typing import Any
 
 from merged_lora import catalog
 
+from .arguments import ExamplesFormatter
+
+EXAMPLES = """\
+examples:
+  merged-lora strategies
+  merged-lora strategies --json
+"""
+
 
 def add(added: Any) -> None:
     """Add the command ``strategies``."""
-    strategies = added.add_parser("strategies", help="show the table of strategies", allow_abbrev=False)
+    strategies = added.add_parser(
+        "strategies",
+        help="show the table of strategies",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+        allow_abbrev=False,
+    )
     form = strategies.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as a JSON list")
     form.add_argument("--markdown", action="store_true", help="as the tables in docs/strategies.md")

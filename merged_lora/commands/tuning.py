@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merged_lora.names import printable
+
 from .arguments import ExamplesFormatter, add_served, named_file, named_value, once
-from .running import LOGGER, UsageError, printable, show, terminated_cleanly
+from .running import LOGGER, UsageError, output, terminated_cleanly
 
 if TYPE_CHECKING:
     from merged_lora.judging.tuned import Trial
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from merged_lora.judging.figures import check_path, save, trials_by_task
+    from merged_lora.judging.figures import check_path
     from merged_lora.judging.tuning import tune
 
     if arguments.plot is not None:
@@ -118,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
                 data,
                 report=report or None,
                 sources=sources,
+                base=arguments.base,
                 strategies=arguments.strategy,
                 ranks=arguments.rank,
                 objective=objective,
@@ -134,12 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _interrupted(best, arguments.study)
         raise
-    if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2))
-    else:
-        show(found)
-    if arguments.plot is not None:
-        save(trials_by_task(found), arguments.plot)
+    output(found, arguments)
     return 0
 
 

@@ -42,8 +42,8 @@ class Comparison:
     both:        how many sampled entries both sources keep at the density, int64 ``[M, N, N]``.
     opposite:    in how many of these their signs differ, int64 ``[M, N, N]``.
     squares:     squared singular values of the sum of all deltas, largest first, float64 ``[M, R]``.
-    outputs:     for source i with a calibration, inner products of what deltas j and k add to the outputs on
-                 the inputs of i, float64 ``[M, N, N, N]``; NaN for a source without one.
+    outputs:     for source i with a calibration, the mean squared norm of what delta j adds to the outputs
+                 on the inputs of i, float64 ``[M, N, N]``; NaN for a source without one.
     """
 
     modules: tuple[str, ...]
@@ -97,7 +97,7 @@ def compare(
         both=torch.zeros(m, n, n, dtype=torch.int64),
         opposite=torch.zeros(m, n, n, dtype=torch.int64),
         squares=torch.zeros(m, most, dtype=torch.float64),
-        outputs=torch.zeros(m, n, n, n, dtype=torch.float64),
+        outputs=torch.zeros(m, n, n, dtype=torch.float64),
     )
     calibrations = [a.calibration for a in sources.values()]
     for i, calibration in enumerate(calibrations):
@@ -163,7 +163,7 @@ def _compare_stack(
                 seen = a[k] @ inputs.vectors.double().T  # [R, k]
                 gram = (seen * inputs.values.double()) @ seen.T + (a[k] * inputs.rest.double()) @ a[k].T
                 outputs = inner_products(gram[None], gram_b[k : k + 1], ranks, scalings[k : k + 1])[0]
-                found.outputs[module, i, torch.tensor(present)[:, None], torch.tensor(present)] = outputs
+                found.outputs[module, i, torch.tensor(present)] = outputs.diagonal().clamp(min=0.0)
 
 
 def _overlaps(gram: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:

@@ -27,6 +27,8 @@ Tasks = Mapping[str, Sequence[Example]]
 
 LIMIT = 256
 """Tokens of an answer."""
+FORMAT = 1
+"""Of a file of results; one of another is refused."""
 
 
 def evaluate(
@@ -35,6 +37,7 @@ def evaluate(
     specs: Iterable[str | MergeSpec] = (),
     *,
     sources: Mapping[str, str] | None = None,
+    base: str | None = None,
     metric: str = "exact",
     count: int | None = None,
     limit: int = LIMIT,
@@ -53,6 +56,7 @@ def evaluate(
     data:        for each task a file of examples, or the examples.
     specs:       merges to evaluate, or names of served models, such as aliases.
     sources:     for each task the name of the adapter that was trained for it; by default the task's own.
+    base:        the base model, if the server lists several; by default the one that the sources belong to.
     metric:      ``exact``, ``contains``, ``rouge-l`` or ``likelihood``: what the tables and retention are of.
     count:       the first so many examples of each task alone.
     limit:       largest number of tokens of an answer.
@@ -70,16 +74,18 @@ def evaluate(
         raise EvaluationError(
             f"the metric must be one of {', '.join((*METRICS, LIKELIHOOD))}, got {metric!r}"
         )
-    merges = {each: str(parse(each)) if isinstance(each, str) else str(each) for each in specs}
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise EvaluationError(f"the number of tokens of an answer must be at least 1, got {limit!r}")
     named = {task: (sources or {}).get(task, task) for task in tasks}
     unused = sorted((sources or {}).keys() - tasks.keys())
     if unused:
         raise EvaluationError(f"{listed(unused)} has a source and no examples")
-    about = {"metrics": sorted({metric, "exact", "contains"} - {LIKELIHOOD}), "limit": limit}
-    kept = Results(None if results is None else Path(results), about)
-    run = _Run(tasks, named, merges, metric, limit, likelihood, kept, progress)
+    if metric == LIKELIHOOD and not likelihood:
+        raise EvaluationError("the metric likelihood cannot be had without likelihoods")
+    if metric in METRICS:
+        METRICS[metric]("", ["a"])  # raises if what it needs is not installed
+    kept = Results(None if results is None else Path(results), {"format": FORMAT, "limit": limit})
+    run = _Run(tasks, named, base, tuple(specs), metric, limit, likelihood, kept, progress)
     return finished(run.run(Served(base_url, api_key, concurrency)))
 
 
@@ -114,14 +120,15 @@ class _Run:
         self,
         tasks: Tasks,
         sources: Mapping[str, str],
-        specs: Mapping[str | MergeSpec, str],
+        base: str | None,
+        specs: Sequence[str | MergeSpec],
         metric: str,
         limit: int,
         likelihood: bool,
         results: Results,
         progress: Callable[[int, int], object],
     ) -> None:
-        self._tasks, self._sources, self._given = tasks, sources, specs
+        self._tasks, self._sources, self._base, self._given = tasks, sources, base, specs
         self._specs: tuple[str, ...] = ()
         self._metric, self._limit, self._likelihood = metric, limit, likelihood
         self._results, self._progress = results, progress
@@ -133,10 +140,10 @@ class _Run:
         """Measure what is missing."""
         try:
             listed_models = await server.models()
-            base = base_among(listed_models, self._sources.values(), server.base_url)
-            self._specs = tuple(
-                dict.fromkeys(str(g) if g in listed_models else spec for g, spec in self._given.items())
-            )
+            base = base_among(listed_models, self._sources.values(), server.base_url, self._base)
+            # A name that the server lists need not be a spec.
+            names = [str(g) if str(g) in listed_models else str(parse(str(g))) for g in self._given]
+            self._specs = tuple(dict.fromkeys(names))
             jobs = [(base, task) for task in self._tasks]
             jobs += [(source, task) for task, source in self._sources.items()]
             jobs += [(spec, task) for spec in self._specs for task in self._tasks]
@@ -178,22 +185,23 @@ class _Run:
             self._results.add(key, {"model": model, "task": task, **row})
         self._done += 1
         self._progress(self._done, self._total)
-        return Row(row["answer"], row["scores"])
+        metrics = sorted({"exact", "contains", self._metric} - {LIKELIHOOD})
+        scores = {name: METRICS[name](row["answer"], example.answers) for name in metrics}
+        if self._likelihood and row[LIKELIHOOD] is not None:
+            scores[LIKELIHOOD] = row[LIKELIHOOD]
+        return Row(row["answer"], scores)
 
     async def _measured(
         self, server: Served, model: str, example: Example, there: Mapping[str, Any] | None
     ) -> Mapping[str, Any]:
-        """An answer and its scores: those that are there, or with what they lack."""
+        """An answer, and how likely the right one is: what is there, or with what it lacks."""
         row = there
         if row is None:
             answer = await server.answer(model, example.prompt, self._limit)
-            metrics = {"exact", "contains", self._metric} - {LIKELIHOOD}
-            scores = {name: METRICS[name](answer, example.answers) for name in sorted(metrics)}
-            row = {"answer": answer, "scores": scores}
-        if LIKELIHOOD in row["scores"] or (found := await self._rated(server, model, example)) is None:
+            row = {"answer": answer, LIKELIHOOD: None}
+        if row[LIKELIHOOD] is not None or (found := await self._rated(server, model, example)) is None:
             return row
-        likelihood = math.exp(found.log_likelihood / found.tokens)
-        return {"answer": row["answer"], "scores": {**row["scores"], LIKELIHOOD: likelihood}}
+        return {**row, LIKELIHOOD: math.exp(found.log_likelihood / found.tokens)}
 
     async def _rated(self, server: Served, model: str, example: Example) -> Likelihood | None:
         """How likely the first right answer is; None if the server cannot say."""

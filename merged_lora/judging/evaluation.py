@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .scores import Interval, mean, retention
 from .tables import Report, Section, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LIKELIHOOD = "likelihood"
 """The metric of how likely right answers are: the geometric mean of the probability of their tokens."""
@@ -123,6 +126,15 @@ class Evaluation(Report):
         if self.refused:
             found.append(Table("refused", ("merge", "because"), tuple(self.refused.items())))
         return found
+
+    def plot(self) -> Figure:
+        """What share of its source's score each merge keeps, by task, with its interval.
+
+        Raises MergeError.  Needs matplotlib, of the extra ``plot``.
+        """
+        from .figures import retentions
+
+        return retentions(self)
 
     def as_dict(self) -> dict[str, Any]:
         """All that was measured, for JSON."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from merged_lora.errors import PlanError, listed
 from .comparing import Comparison
 from .hosting import Serving, max_lora_rank
 from .tables import Report, Section, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ALIKE, OPPOSED = 0.9, -0.3
 """Cosines of whole adapters from which on they count as nearly the same, and as opposed."""
@@ -136,8 +139,7 @@ class Inspection(Report):
         them.
         NaN for a source i without a calibration.
         """
-        outputs = self._total("outputs", kind)  # [N, N, N]
-        squares = outputs.diagonal(dim1=1, dim2=2).clamp(min=0.0)  # [N, N]
+        squares = self._total("outputs", kind)
         return (squares / squares.diagonal()[:, None]).sqrt()
 
     @property
@@ -192,6 +194,15 @@ class Inspection(Report):
     def fails(self) -> bool:
         """Whether a source cannot be merged with the others, or does not fit the base model."""
         return self.refused is not None or any(f.refused or f.misfit for f in self.facts)
+
+    def plot(self) -> Figure:
+        """The cosines of each two sources, and the disturbances if known, by layer and kind of module.
+
+        Raises MergeError.  Needs matplotlib, of the extra ``plot``.
+        """
+        from .figures import heat_map
+
+        return heat_map(self)
 
     def as_dict(self) -> dict[str, Any]:
         """All that was found, for JSON: what is not known is None."""

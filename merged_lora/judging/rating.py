@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from merged_lora.errors import EvaluationError
 from merged_lora.prompts import Example
 
 from .evaluation import LIKELIHOOD
 from .scores import METRICS
-from .served import NoLikelihoodError, Served, base_among
+from .served import NoLikelihoodError, Served
 from .waiting import gathered
 
 Tasks = Mapping[str, Sequence[Example]]
@@ -21,7 +21,6 @@ class Rater:
     server:   which is asked.
     score:    ``likelihood``, in nats per token of the first right answer, or a metric of the model's answer.
     limit:    largest number of tokens of such an answer.
-    requests: how many the server has answered.
     """
 
     def __init__(self, server: Served, score: str, limit: int) -> None:
@@ -31,11 +30,11 @@ class Rater:
             )
         self._server, self._score, self._limit = server, score, limit
         self._tokens: dict[tuple[str, int], tuple[list[int], list[int]]] = {}
-        self.requests = 0
 
-    async def base(self, sources: Collection[str]) -> str:
-        """The name of the base model; raises EvaluationError if a source is not served."""
-        return base_among(await self._server.models(), sources, self._server.base_url)
+    @property
+    def requests(self) -> int:
+        """How many requests the server has answered."""
+        return self._server.requests
 
     async def rate(
         self, model: str, tasks: Tasks, which: Mapping[str, Sequence[int]]
@@ -54,14 +53,11 @@ class Rater:
     async def _rated(self, model: str, task: str, i: int, example: Example) -> float:
         if self._score != LIKELIHOOD:
             answer = await self._server.answer(model, example.prompt, self._limit)
-            self.requests += 1
             return METRICS[self._score](answer, example.answers)
         try:
             if (task, i) not in self._tokens:
                 self._tokens[task, i] = await self._server.tokens(model, example.prompt, example.answers[0])
-                self.requests += 1
             found = await self._server.likelihood(model, *self._tokens[task, i])
         except NoLikelihoodError as error:
             raise EvaluationError(f"{error}; score answers instead, such as with --score exact") from None
-        self.requests += 1
         return found.log_likelihood / found.tokens

@@ -1,16 +1,18 @@
 """A file of measured rows, one JSON object a line, that an interrupted run goes on from.
 
-Each row is on disk before the next one is begun.  Knows nothing of what the rows mean.
+Each row is on disk before it counts.  Knows nothing of what the rows mean.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from merged_lora.errors import EvaluationError
 
@@ -31,7 +33,8 @@ class Results:
         self._file = file
         self._about = json.loads(json.dumps(about))
         self._rows: dict[str, Row] = {}
-        self._written: TextIO | None = None
+        self._written: FileIO | None = None
+        self._size = self._whole = 0  # bytes of the file, and of the whole lines in it
         if file is not None and file.exists():
             if not file.is_file():
                 raise EvaluationError(f"{file}: is no file")  # a device may be read without an end
@@ -52,20 +55,28 @@ class Results:
 
     @contextmanager
     def open(self) -> Iterator[Results]:
-        """Let rows be added."""
+        """Let rows be added, by this run alone."""
         if self._file is None:
             yield self
             return
-        begun = self._file.exists() and self._file.stat().st_size > 0
-        try:
-            with self._file.open("a", encoding="utf-8") as self._written:
-                if not begun:
-                    self._write({"about": self._about})
-                yield self
-        except OSError as error:
-            raise self._unwritten(error) from None
-        finally:
-            self._written = None
+        with ExitStack() as opened:
+            try:
+                # Without a buffer: what a full disk did not take is not tried again when the file is closed.
+                written = opened.enter_context(self._file.open("ab", buffering=0))
+                fcntl.flock(written, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(written.fileno()).st_size != self._size:
+                    raise EvaluationError(f"{self._file}: another run has written to it; start again")
+                if self._whole != self._size:
+                    os.ftruncate(written.fileno(), self._whole)
+            except BlockingIOError:
+                raise EvaluationError(f"{self._file}: another run writes to it; name another") from None
+            except OSError as error:
+                raise self._unwritten(error) from None
+            self._written = written
+            opened.callback(setattr, self, "_written", None)
+            if not self._whole:
+                self._write({"about": self._about})
+            yield self
 
     def add(self, key: str, row: Row) -> None:
         """Add a row, which is then on disk; raises EvaluationError."""
@@ -75,9 +86,10 @@ class Results:
 
     def _write(self, value: Row) -> None:
         assert self._written is not None
+        data = memoryview(json.dumps(value).encode() + b"\n")
         try:
-            self._written.write(json.dumps(value) + "\n")
-            self._written.flush()
+            while data:
+                data = data[self._written.write(data) :]
             os.fsync(self._written.fileno())
         except OSError as error:
             raise self._unwritten(error) from None
@@ -88,17 +100,16 @@ class Results:
         )
 
     def _read(self, file: Path) -> None:
-        """The rows of a file; the last line may be one that was never finished, which is dropped."""
+        """The rows of a file; the last line may be one that was never finished, and does not count."""
         try:
-            text = file.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
+            data = file.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
             lines = [json.loads(line) for line in whole.splitlines()]
-            if not lines and not text:
+            if not lines and not data:
                 return
-            about = lines[0]["about"]
+            about = dict(lines[0]["about"])
             self._rows = {line.pop("key"): line for line in lines[1:]}
-            if whole != text:
-                os.truncate(file, len(whole.encode()))
+            self._size, self._whole = len(data), len(whole)
         except OSError as error:
             raise EvaluationError(f"{file}: cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):

@@ -33,6 +33,11 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.value:.0%} ({self.low:.0%} to {self.high:.0%})"
 
+    @property
+    def points(self) -> str:
+        """A difference of shares, in percentage points."""
+        return f"{100 * self.value:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
 
 def exact(given: str, right: Sequence[str]) -> float:
     """1 if an answer is one of the right ones, up to space around it, else 0."""
@@ -104,46 +109,54 @@ def retention(merged: Sequence[float], alone: Sequence[float]) -> Interval | Non
     return _interval(share, len(own))
 
 
-def worst_difference(
-    better: Mapping[str, Sequence[float]],
+def difference(
+    merged: Mapping[str, Sequence[float]],
     other: Mapping[str, Sequence[float]],
     alone: Mapping[str, Sequence[float]],
+    value: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.float64]],
     without: Mapping[str, Sequence[float]] | None = None,
 ) -> Interval | None:
-    """By how much one merge keeps more than another of the source of which each keeps least.
+    """By how much one merge keeps more of its sources than another, in a value of all tasks together.
 
-    In each resample, both merges and all sources have the same examples, and each merge its own worst task.
-    None if no source has a score to keep.
+    What a merge keeps of a source is its score above that of ``without``, divided by that of the source.  In
+    each resample, all have the same examples.
 
-    better, other: scores of the merges by task, example by example.
+    merged, other: scores of the merges by task, example by example.
     alone:         scores of each task's source on the same examples.
-    without:       scores of what has nothing to keep, which counts as 0; by default 0.
+    value:         of what is kept by task; each holds one number for each resample.
+    without:       scores of the base model; by default 0.
+
+    Returns None if no source that counts has a score to keep; a task whose source has none takes no part.
     """
     rng = np.random.default_rng(0)
-    resampled: list[list[NDArray[np.float64]]] = [[], []]
-    whole: list[list[float]] = [[], []]
+    kept: tuple[dict[str, NDArray[np.float64]], ...] = ({}, {})
     for task, own in alone.items():
         zero = np.asarray(without[task] if without else np.zeros(len(own)), dtype=np.float64)
         above = np.asarray(own, dtype=np.float64) - zero
-        picked = rng.integers(0, len(own), (RESAMPLES, len(own)))
         if not above.sum() > 0:
             continue
-        for i, merged in enumerate((better[task], other[task])):
-            scores = np.asarray(merged, dtype=np.float64) - zero
-            means = above[picked].mean(axis=1)
-            resampled[i].append(scores[picked].mean(axis=1) / np.where(means > 0, means, np.nan))
-            whole[i].append(float(scores.mean() / above.mean()))
-    if not whole[0]:
+        drawn = rng.integers(0, len(own), (RESAMPLES, len(own)))
+        drawn = np.concatenate([np.arange(len(own))[None], drawn])  # first all examples, each once
+        below = above[drawn].mean(axis=1)
+        for found, scores in zip(kept, (merged[task], other[task]), strict=True):
+            gained = (np.asarray(scores, dtype=np.float64) - zero)[drawn].mean(axis=1)
+            found[task] = gained / np.where(below > 0, below, np.nan)
+    if not kept[0]:
         return None
-    tail = (100.0 - SURE) / 2
-    worst = [np.min(np.stack(each), axis=0) for each in resampled]
-    low, high = np.nanpercentile(worst[0] - worst[1], (tail, 100.0 - tail))
-    return Interval(min(whole[0]) - min(whole[1]), float(low), float(high))
+    differences = value(kept[0]) - value(kept[1])
+    if not np.isfinite(differences[0]):
+        return None
+    return _around(float(differences[0]), differences[1:])
 
 
 def _interval(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int) -> Interval:
     """The percentile bootstrap (B. Efron, "Bootstrap Methods", Ann. Statist. 7, 1979), the same each time."""
     picked = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    return _around(float(statistic(np.arange(count)[None])[0]), statistic(picked))
+
+
+def _around(value: float, resampled: NDArray[np.float64]) -> Interval:
+    """The interval of resampled values, which holds the value: they may differ from it by rounding alone."""
     tail = (100.0 - SURE) / 2
-    low, high = np.nanpercentile(statistic(picked), (tail, 100.0 - tail))
-    return Interval(float(statistic(np.arange(count)[None])[0]), float(low), float(high))
+    low, high = np.nanpercentile(resampled, (tail, 100.0 - tail))
+    return Interval(value, min(float(low), value), max(float(high), value))

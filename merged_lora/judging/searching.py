@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from merged_lora.errors import EvaluationError, listed
 from merged_lora.prompts import Example
 
+from .objectives import Objective
 from .proposals import defaults, proposal
 from .rating import Rater
 from .results import Results
+from .scores import difference
 from .served import RefusedError
 from .tuned import State, Trial, best_of
 
@@ -30,14 +31,11 @@ if TYPE_CHECKING:
 Tasks = Mapping[str, Sequence[Example]]
 Scores = Mapping[str, Sequence[float]]
 """By task, example by example, in the order of :func:`order`."""
-Objective = str | Mapping[str, float]
 
 BLOCKS = 4
 """A trial is rated on so many parts of the examples, one after the other, and may be pruned after each."""
-FEW = 3
-"""Examples of a task below which nothing is pruned."""
-ERRORS = 2.0
-"""Standard errors by which a trial has to be behind the best one to be pruned."""
+FEW = 6
+"""Examples of a task below which nothing is pruned: resamples of fewer say too little."""
 SEED = 0
 
 
@@ -74,12 +72,6 @@ class Scale:
             for task, each in scores.items()
         }
 
-    def differences(self, scores: Scores, others: Scores, task: str) -> NDArray[np.float64]:
-        """By how much the gain on each example of a task is above that of another merge."""
-        mine = np.array(scores[task])
-        found: NDArray[np.float64] = (mine - np.array(others[task])[: len(mine)]) / self._unit[task]
-        return found
-
 
 class Search:
     """One search.
@@ -88,9 +80,11 @@ class Search:
     sources:    the adapter of each task.
     strategies: that are tried.
     ranks:      that are tried, beside each strategy's own.
-    objective:  ``worst``, ``mean``, or weights of tasks.
+    objective:  what is made large.
     results:    the file of trials; those that it has count.
-    progress:   called with every trial that ended, and with the best one so far.
+    progress:   called with every trial that ended, also in an earlier run, and with the best one so far.
+    trials:     what was tried, in order.
+    untried:    the defaults for which neither trials nor minutes were left.
     """
 
     def __init__(
@@ -108,24 +102,37 @@ class Search:
         self._strategies, self._ranks = strategies, ranks
         self._results, self._progress = results, progress
         self._best: Scores = {}
+        self._rated: dict[str, Scores] = {}
         self._study: optuna.Study | None = None
         self.trials: list[Trial] = []
+        self.untried: list[str] = []
 
-    async def run(self, rater: Rater, trials: int, minutes: float | None) -> None:
-        """Try merges until there are so many, or the time is over, and one in any case."""
+    async def run(self, rater: Rater, scale: Scale, trials: int, minutes: float | None) -> None:
+        """Try merges until there are so many, or the time is over, and one that is made in any case.
+
+        scale: between the base model and each source, on the same examples.
+        """
         end = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
-        self._scale = await reference(rater, self._tasks, self._sources)
+        self._scale = scale
+
+        def over() -> bool:
+            made = any(trial.state != "refused" for trial in self.trials)
+            return made and (len(self.trials) >= trials or time.monotonic() >= end)
+
         with self._results.open():
             self._recall()
             known = {trial.spec for trial in self.trials if trial.default}
             for spec, params in defaults(self._names, self._strategies, self._ranks):
-                late = bool(self.trials) and time.monotonic() >= end
-                if str(spec) not in known and len(self.trials) < trials and not late:
+                if str(spec) in known:
+                    continue
+                if over():
+                    self.untried.append(str(spec))
+                else:
                     await self._try(rater, str(spec), params, default=True)
             useful = self._useful()
             study = self._study = _study()
             self._teach(study, useful)
-            while len(self.trials) < trials and time.monotonic() < end:
+            while not over():
                 asked = study.ask()
                 spec = proposal(asked, self._names, useful, self._ranks)
                 trial = await self._try(rater, str(spec), dict(asked.params))
@@ -187,78 +194,85 @@ class Search:
 
     def _recall(self) -> None:
         """Take over the trials of an earlier run."""
-        for i in range(len(self._results)):
-            row = self._results[str(i)]
-            self._keep(Trial.from_row(row["trial"]), row["scores"])
+        try:
+            for i in range(len(self._results)):
+                row = self._results[str(i)]
+                self._keep(Trial.from_row(row["trial"]), row["scores"])
+        except (KeyError, TypeError, AttributeError):
+            raise EvaluationError("the study has trials of another version; name another file") from None
 
     async def _try(self, rater: Rater, spec: str, params: Mapping[str, Any], default: bool = False) -> Trial:
         """One trial: made by the server, rated block by block, pruned if it cannot win any more."""
-        state: State = "complete"
-        began, reason = time.monotonic(), ""
+        began, requests = time.monotonic(), rater.requests
+        state, scores, reason = await self._outcome(rater, spec, prune=not default)
+        gains = self._scale.gains(scores)
+        trial = Trial(
+            number=len(self.trials),
+            spec=spec,
+            params=dict(params),
+            default=default,
+            state=state,
+            gains=gains,
+            value=self._estimate(scores, gains) if scores else math.nan,
+            seconds=time.monotonic() - began,
+            requests=rater.requests - requests,
+            reason=reason,
+        )
+        self._results.add(str(trial.number), {"trial": trial.as_row(), "scores": scores})
+        self._keep(trial, scores)
+        return trial
+
+    async def _outcome(self, rater: Rater, spec: str, prune: bool) -> tuple[State, Scores, str]:
+        """How a merge did, its scores, and why it was refused."""
+        if spec in self._rated:  # numbers are rounded, so that a merge may come again
+            return "complete", self._rated[spec], ""
         scores: dict[str, list[float]] = {task: [] for task in self._tasks}
         try:
             for block in range(BLOCKS):
                 parts = {task: range(len(each))[block::BLOCKS] for task, each in self._tasks.items()}
-                rated = await rater.rate(spec, self._tasks, parts)
-                for task, values in rated.items():
+                for task, values in (await rater.rate(spec, self._tasks, parts)).items():
                     scores[task] += values
-                if not default and block < BLOCKS - 1 and self._hopeless(scores):
-                    state = "pruned"
-                    break
+                if prune and block < BLOCKS - 1 and self._hopeless(scores):
+                    return "pruned", scores, ""
         except RefusedError as error:
-            state, reason, scores = "refused", str(error), {}
-        gains = self._scale.gains(scores)
-        value = self._estimate(scores, gains) if scores else math.nan
-        number, seconds = len(self.trials), time.monotonic() - began
-        trial = Trial(number, spec, dict(params), default, state, gains, value, seconds, reason)
-        self._results.add(str(trial.number), {"trial": trial.as_row(), "scores": scores})
-        self._keep(trial, scores)
-        self._progress(trial, best_of(self.trials))
-        return trial
+            return "refused", {}, str(error)
+        return "complete", scores, ""
 
     def _keep(self, trial: Trial, scores: Scores) -> None:
         self.trials.append(trial)
-        if trial is best_of(self.trials):
+        if trial.state == "complete":
+            self._rated[trial.spec] = scores
+        best = best_of(self.trials)
+        if trial is best:
             self._best = scores
+        self._progress(trial, best)
 
     def _estimate(self, scores: Scores, gains: Mapping[str, float]) -> float:
         """The value of a merge; of one rated in part, the best one's less what it is behind there."""
-        value = self._value(gains)
+        value = self._objective.value(gains)
         if not self._best or all(len(scores[task]) == len(each) for task, each in self._best.items()):
             return value
-        return self._value(self._scale.gains(self._best)) + value - self._value(self._best_gains(scores))
+        best, part = self._scale.gains(self._best), self._scale.gains(self._like(scores))
+        return self._objective.value(best) + value - self._objective.value(part)
 
-    def _value(self, gains: Mapping[str, float]) -> float:
-        return sum(weight * gains[task] for task, weight in self._weights(gains).items())
-
-    def _weights(self, gains: Mapping[str, float]) -> dict[str, float]:
-        """How much each task counts in the value, which sums to 1."""
-        if self._objective == "worst":
-            worst = min(gains, key=gains.__getitem__)
-            return {task: float(task == worst) for task in gains}
-        given = dict.fromkeys(gains, 1.0) if isinstance(self._objective, str) else self._objective
-        whole = sum(given.values())
-        return {task: given.get(task, 0.0) / whole for task in gains}
-
-    def _best_gains(self, scores: Scores) -> dict[str, float]:
-        """The gains of the best trial on the examples that another was rated on."""
-        return self._scale.gains({task: self._best[task][: len(each)] for task, each in scores.items()})
+    def _like(self, scores: Scores) -> Scores:
+        """The best trial's scores on the examples that another was rated on."""
+        return {task: self._best[task][: len(each)] for task, each in scores.items()}
 
     def _hopeless(self, scores: Scores) -> bool:
         """Whether a trial is behind the best one on the same examples by more than chance gives."""
         if not self._best or min(map(len, scores.values())) < FEW:
             return False
-        gains = self._scale.gains(scores)
-        variance = 0.0
-        for task, weight in self._weights(gains).items():
-            differences = self._scale.differences(scores, self._best, task)
-            variance += weight**2 * float(differences.var(ddof=1)) / len(differences)
-        return self._value(gains) + ERRORS * math.sqrt(variance) < self._value(self._best_gains(scores))
+        own, base = (
+            {task: each[: len(scores[task])] for task, each in whole.items()}
+            for whole in (self._scale.own, self._scale.base)
+        )
+        behind = difference(scores, self._like(scores), own, self._objective.value, base)
+        return behind is not None and behind.high < 0
 
 
-async def reference(rater: Rater, tasks: Tasks, sources: Mapping[str, str]) -> Scale:
+async def reference(rater: Rater, base: str, tasks: Tasks, sources: Mapping[str, str]) -> Scale:
     """The scale between the base model and each source, which are rated on all examples."""
-    base = await rater.base(sources.values())
     every = {task: order(len(examples)) for task, examples in tasks.items()}
     own: dict[str, Sequence[float]] = {}
     for task, source in sources.items():

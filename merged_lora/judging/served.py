@@ -52,6 +52,7 @@ class Served:
     base_url:    of OpenAI's API, such as ``http://localhost:8000/v1``.
     api_key:     None for that in the environment variable OPENAI_API_KEY.
     concurrency: requests at a time.
+    requests:    how many it has answered.
 
     Raises EvaluationError without the package openai, of the extra ``eval``.
     """
@@ -78,6 +79,7 @@ class Served:
             timeout=Timeout(None, connect=10.0),  # that of all attempts together is in _asking
         )
         self._free = asyncio.Semaphore(concurrency)
+        self.requests = 0
 
     async def close(self) -> None:
         """Close all connections."""
@@ -178,6 +180,7 @@ class Served:
         try:
             async with self._free, asyncio.timeout(TIMEOUT):
                 yield
+            self.requests += 1
         except TimeoutError:
             raise EvaluationError(
                 f"{self.base_url} does not answer within {TIMEOUT:g} s for {shortened(model)}"
@@ -191,6 +194,7 @@ class Served:
                     f"{self.base_url} refuses access ({words}); give its key in OPENAI_API_KEY"
                 ) from None
             again = ATTEMPTS if attempts is None else attempts
+            again *= status in (408, 409, 429) or status >= 500
             raise EvaluationError(
                 f"{self.base_url} answers status {status} for {shortened(model)}"
                 + (f", after {again} more attempts" if again else "")
@@ -205,21 +209,31 @@ class Served:
             ) from None
 
 
-def base_among(models: Mapping[str, str | None], adapters: Collection[str], base_url: str) -> str:
-    """The base model among those that a server lists; raises EvaluationError if it lacks one of the adapters.
+def base_among(
+    models: Mapping[str, str | None], adapters: Collection[str], base_url: str, base: str | None = None
+) -> str:
+    """The base model of some adapters, among what a server lists; raises EvaluationError if one is not there.
 
     models: as :meth:`Served.models` gives them.
+    base:   its name; by default the model that the server says the adapters belong to, or the only one that
+            belongs to no other.
     """
-    missing = sorted(set(adapters) - models.keys())
+    missing = sorted({*adapters, *([base] if base else [])} - models.keys())
     if missing:
         raise EvaluationError(
             f"{base_url} serves no {listed(map(repr, missing))}; it lists {listed(models)}; say which "
-            "adapter belongs to a task with --source TASK=NAME"
+            "adapter belongs to a task with --source TASK=NAME, and the base model with --base NAME"
         )
-    base = next((name for name, parent in models.items() if parent is None), None)
-    if base is None:
-        raise EvaluationError(f"{base_url} lists no base model")
-    return base
+    if base:
+        return base
+    parents = {models[name] for name in adapters} & models.keys()
+    roots = {name for name, parent in models.items() if parent is None} - set(adapters)
+    for found in (parents, roots):
+        if len(found) == 1:
+            return str(*found)
+    raise EvaluationError(
+        f"{base_url} does not say which is the base model; name it with --base: {listed(roots)}"
+    )
 
 
 def _words(error: Any) -> str:

@@ -7,7 +7,12 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from merged_lora.names import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDTH = 118
 """Columns that prose is as wide as."""
@@ -20,12 +25,17 @@ class Table:
 
     title:    what it is about.
     headings: of the columns.
-    rows:     as many cells as headings, each.
+    rows:     as many cells as headings, each; what cannot be printed is escaped.
     """
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", printable(self.title))
+        object.__setattr__(self, "headings", tuple(map(printable, self.headings)))
+        object.__setattr__(self, "rows", tuple(tuple(map(printable, cells)) for cells in self.rows))
 
     def text(self) -> str:
         """The table as plain text, whose columns are aligned."""
@@ -92,6 +102,9 @@ class Section:
     lines: Sequence[str]
     prose: bool = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lines", tuple(map(printable, self.lines)))
+
     def text(self) -> str:
         """The section as plain text."""
         if not self.prose:
@@ -107,7 +120,7 @@ class Section:
 
 
 class Report:
-    """What has tables and sections: plain text, and what a notebook shows."""
+    """What was found: tables, sections and a plot, as plain text, for JSON and for a notebook."""
 
     def tables(self) -> Sequence[Table]:
         """The tables, in their order."""
@@ -117,8 +130,19 @@ class Report:
         """What follows them; those without a line are not shown."""
         raise NotImplementedError
 
+    def plot(self) -> Figure:
+        """A figure, which a notebook shows; raises MergeError.
+
+        Needs matplotlib, of the extra ``plot``.
+        """
+        raise NotImplementedError
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        raise NotImplementedError
+
     def __str__(self) -> str:
-        """Everything as plain text."""
+        """The tables and the sections as plain text."""
         return "\n\n".join(part.text() for part in self._parts())
 
     def _repr_html_(self) -> str:

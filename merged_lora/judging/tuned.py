@@ -10,11 +10,17 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from merged_lora.errors import listed
 
 from .evaluation import Evaluation
+from .objectives import Objective
 from .scores import Interval
 from .tables import Report, Section, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 State = Literal["complete", "pruned", "refused"]
 
@@ -32,6 +38,7 @@ class Trial:
              of a pruned trial, on those that it was rated on.
     value:   the objective, which of a pruned trial is estimated; NaN if it was refused.
     seconds: that it took, with making the merge.
+    requests: that the server answered for it.
     reason:  why it was refused.
     """
 
@@ -43,6 +50,7 @@ class Trial:
     gains: Mapping[str, float]
     value: float
     seconds: float
+    requests: int
     reason: str = ""
 
     @property
@@ -64,22 +72,24 @@ class Trial:
 class Tuning(Report):
     """A search and its report.
 
-    objective:  how gains became one value: ``worst``, ``mean``, or weights by task.
+    objective:  how gains became one value.
     trials:     in their order.
+    untried:    the defaults for which neither trials nor minutes were left.
     best:       the trial with the largest value; may be a default.
-    default:    the best of the defaults.
+    default:    the default with the largest value.
     gains:      of both on the report examples, by their specs and by task.
     evaluation: both on the report examples, with answers.
-    margin:     by how much the worst-task retention of ``best`` is above that of ``default`` there, by the
+    margin:     by how much ``best`` keeps more than ``default`` there, by the objective of retentions by the
                 report's metric; None if no source has a score by that.
-    gain_margin: the same of worst gains.
-    importance: share of the variation of the value that each choice explains.
-    seconds:    of the search and of the report.
-    requests:   that the server answered.
+    gain_margin: the same of gains.
+    importance: share of each choice in what made the trials of the best one's strategy good or bad.
+    seconds:    that this run took.
+    requests:   that the server answered in this run.
     """
 
-    objective: str | Mapping[str, float]
+    objective: Objective
     trials: tuple[Trial, ...]
+    untried: tuple[str, ...]
     best: Trial
     default: Trial
     gains: Mapping[str, Mapping[str, float]]
@@ -87,7 +97,7 @@ class Tuning(Report):
     margin: Interval | None
     gain_margin: Interval | None
     importance: Mapping[str, float]
-    seconds: tuple[float, float]
+    seconds: float
     requests: int
 
     @property
@@ -97,8 +107,8 @@ class Tuning(Report):
 
     @property
     def luck(self) -> float:
-        """By how much the worst gain of the best trial is larger on the dev than on the report examples."""
-        return min(self.best.gains.values()) - min(self.gains[self.best.spec].values())
+        """By how much the value of the best trial is larger on the dev than on the report examples."""
+        return self.best.value - self.objective.value(self.gains[self.best.spec])
 
     @property
     def front(self) -> tuple[Trial, ...]:
@@ -128,40 +138,44 @@ class Tuning(Report):
 
     def _compared(self) -> list[str]:
         """The best merge beside the best default, on the report examples."""
-        if self.best is self.default:
-            return [f"Nothing that was tried is better than the default {self.default.spec}."]
-        best, default, metric = self.best.spec, self.default.spec, self.evaluation.metric
+        best, default, what = self.best.spec, self.default.spec, self.objective.name
+        untried = f" Not tried: {listed(self.untried)}." if self.untried else ""
+        if self.best.default:
+            return [f"Nothing that was tried is better than the default {default}.{untried}"]
         report = "On examples that took no part in the search"
         if self.margin is None:
+            metric = self.evaluation.metric
             first = f"{report}, no source has a right answer by {metric}, so retention says nothing."
         elif self.beats:
             first = (
-                f"{report}, the worst-task retention of {best} is {self.margin} above that of the best "
-                f"default, {default}."
+                f"{report}, {best} is better than the best default, {default}: their {what} retentions "
+                f"differ by {self.margin.points}."
             )
         else:
             first = (
                 f"{report}, {best} is not better than the best default, {default}, beyond what chance gives: "
-                f"their worst-task retentions differ by {self.margin}."
+                f"their {what} retentions differ by {self.margin.points}."
             )
         if self.gain_margin is None:
-            return [first]
-        return [first, f"Its worst gain is there {self.gain_margin} above that of the default."]
+            return [first + untried]
+        return [first + untried, f"By likelihood, their {what} gains differ by {self.gain_margin.points}."]
 
     def _lucky(self) -> str:
-        chosen, other = min(self.best.gains.values()), min(self.gains[self.best.spec].values())
+        what = self.objective.name
         return (
-            f"It was lucky by {self.luck:+.1%}: its worst gain is {chosen:.1%} on the examples that it was "
-            f"chosen on, and {other:.1%} on the others."
+            f"Chosen as the best of {len(self.trials)}, it was lucky by {100 * self.luck:.1f} points: its "
+            f"{what} gain is {self.best.value:.1%} on the examples that it was chosen on, and "
+            f"{self.best.value - self.luck:.1%} on the others."
         )
 
     def _cost(self) -> str:
         pruned, refused = (sum(t.state == state for t in self.trials) for state in ("pruned", "refused"))
         seconds = sorted(trial.seconds for trial in self.trials)
+        requests = sum(trial.requests for trial in self.trials)
         return (
-            f"{len(self.trials)} trials ({pruned} pruned, {refused} refused), in the median of "
-            f"{seconds[len(seconds) // 2]:.1f} s: {self.seconds[0]:.0f} s for the search, "
-            f"{self.seconds[1]:.0f} s for the report, and {self.requests} requests."
+            f"{len(self.trials)} trials ({pruned} pruned, {refused} refused) took {sum(seconds):.0f} s and "
+            f"{requests} requests, {seconds[len(seconds) // 2]:.1f} s in the median. This run took "
+            f"{self.seconds:.0f} s and {self.requests} requests, with base model, sources and report."
         )
 
     def tables(self) -> list[Table]:
@@ -178,34 +192,60 @@ class Tuning(Report):
             )
             for trial in ordered[:10]
         )
-        found = [Table("best trials on the dev examples", ("trial", "merge", "", "value", *tasks), rows)]
+        found = [
+            Table("best trials, by gains on the dev examples", ("trial", "merge", "", "value", *tasks), rows)
+        ]
+        found.append(self._strategies())
         if self.importance:
             shares = sorted(self.importance.items(), key=lambda each: -each[1])
             found.append(
                 Table(
-                    "what the value depends on",
+                    f"what the value of {self.best.strategy} depends on",
                     ("choice", "share"),
                     tuple((n, f"{s:.0%}") for n, s in shares),
                 )
             )
         return [*found, *self.evaluation.tables()]
 
+    def _strategies(self) -> Table:
+        """The best trial of each strategy."""
+        by_name: dict[str, list[Trial]] = {}
+        for trial in self.trials:
+            by_name.setdefault(trial.strategy, []).append(trial)
+        best = {name: best_of(trials) for name, trials in by_name.items()}
+        ordered = sorted(best, key=lambda name: -(each.value if (each := best[name]) else -math.inf))
+        rows = [
+            (name, str(len(by_name[name])), f"{each.value:.1%}" if (each := best[name]) else "-")
+            for name in ordered
+        ]
+        return Table("strategies", ("strategy", "trials", "best value"), tuple(rows))
+
+    def plot(self) -> Figure:
+        """The gains of all complete trials, task against task.
+
+        Raises MergeError.  Needs matplotlib, of the extra ``plot``.
+        """
+        from .figures import trials_by_task
+
+        return trials_by_task(self)
+
     def as_dict(self) -> dict[str, Any]:
         """All that was found, for JSON."""
         return {
-            "objective": self.objective if isinstance(self.objective, str) else dict(self.objective),
+            "objective": self.objective.given,
             "best": self.best.as_row(),
             "default": self.default.as_row(),
             "margin": asdict(self.margin) if self.margin else None,
             "gain_margin": asdict(self.gain_margin) if self.gain_margin else None,
             "beats": self.beats,
+            "untried": list(self.untried),
             "luck": self.luck,
             "verdict": self.verdict(),
             "front": [trial.number for trial in self.front],
             "importance": dict(self.importance),
             "trials": [trial.as_row() for trial in self.trials],
             "report": self.evaluation.as_dict(),
-            "seconds": list(self.seconds),
+            "seconds": self.seconds,
             "requests": self.requests,
         }
 

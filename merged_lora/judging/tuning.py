@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,15 +20,18 @@ from merged_lora.strategies import find
 
 from .evaluating import LIMIT, evaluate, read_tasks
 from .evaluation import LIKELIHOOD
+from .objectives import Objective
 from .proposals import STRATEGIES
 from .rating import Rater, Tasks
 from .results import Results
-from .scores import METRICS, worst_difference
-from .searching import Objective, Scale, Search, order, reference
-from .served import Served
+from .scores import METRICS, difference
+from .searching import SEED, Scale, Search, order, reference
+from .served import Served, base_among
 from .tuned import Trial, Tuning, best_of
 from .waiting import finished
 
+FORMAT = 1
+"""Of a study; a file of another is refused."""
 Data = Mapping[str, str | os.PathLike[str] | Sequence[Example]]
 Progress = Callable[[Trial, Trial | None], object]
 
@@ -39,9 +42,10 @@ def tune(
     *,
     report: Data | None = None,
     sources: Mapping[str, str] | None = None,
+    base: str | None = None,
     strategies: Sequence[str] = STRATEGIES,
     ranks: Sequence[int] = (),
-    objective: Objective = "worst",
+    objective: str | Mapping[str, float] = "worst",
     score: str = LIKELIHOOD,
     trials: int = 60,
     minutes: float | None = None,
@@ -57,16 +61,17 @@ def tune(
 
     base_url:    of the server's API, such as ``http://localhost:8000/v1``.
     data:        for each task a file of examples, or the examples.
-    report:      examples of each task that take no part in the search; by default every second one of
-                 ``data``, which then takes none.
+    report:      examples of each task that take no part in the search; by default half of ``data``, drawn at
+                 random, which the search then lacks.
     sources:     for each task the name of the adapter that was trained for it; by default the task's own.
+    base:        the base model, if the server lists several; by default the one that the sources belong to.
     strategies:  that are tried.
     ranks:       that are tried of strategies with a rank to choose, beside their own.
     objective:   what is made large: the ``worst`` gain, the ``mean``, or a mean with these weights of tasks.
     score:       by which merges are chosen: the ``likelihood`` of the right answer, or a metric as below of
                  the merge's own, which needs many more examples.
     trials:      how many merges are tried at most, with those of an earlier run.
-    minutes:     after which no trial is begun; the report comes after them.
+    minutes:     after which no trial is begun; the report comes after that.
     metric:      of the report: ``exact``, ``contains`` or ``rouge-l``.
     count:       the first so many examples of each task alone.
     limit:       largest number of tokens of an answer.
@@ -79,73 +84,76 @@ def tune(
     """
     dev, rest = divided(data, report, count)
     names = {task: (sources or {}).get(task, task) for task in dev}
-    _check(dev, sources or {}, strategies, ranks, objective, trials, minutes, metric)
-    kept = Results(None if study is None else Path(study), {
-        "sources": names,
-        "strategies": list(strategies),
-        "ranks": list(ranks),
-        "objective": objective if isinstance(objective, str) else dict(objective),
-        "score": score,
-        "examples": _digest(dev),
-    })  # fmt: skip
-    search = Search(dev, names, strategies, ranks, objective, kept, progress)
+    aim = Objective(objective, tuple(dev))
+    _check(dev, sources or {}, strategies, ranks, trials, minutes, metric, limit)
+    started = time.monotonic()
 
-    async def searched() -> int:
+    async def searched() -> tuple[Search, Scale, dict[str, dict[str, list[float]]], int]:
         server = Served(base_url, api_key, concurrency)
         try:
             rater = Rater(server, score, limit)
-            await search.run(rater, trials, minutes)
-            return rater.requests
-        finally:
-            await server.close()
-
-    async def reported(specs: Sequence[str]) -> tuple[Scale, dict[str, dict[str, list[float]]], int]:
-        server = Served(base_url, api_key, concurrency)
-        try:
-            rater = Rater(server, score, limit)
-            scale = await reference(rater, rest, names)
+            model = base_among(await server.models(), names.values(), server.base_url, base)
+            about = {
+                "format": FORMAT,
+                "base": model,
+                "sources": names,
+                "strategies": list(strategies),
+                "ranks": list(ranks),
+                "objective": aim.given,
+                "score": score if score == LIKELIHOOD else f"{score}, {limit} tokens",
+                "examples": _digest(dev),
+            }
+            kept = Results(None if study is None else Path(study), about)
+            search = Search(dev, names, strategies, ranks, aim, kept, progress)
+            # What the report needs is measured first: a search whose report fails would be lost.
+            others = await reference(rater, model, rest, names)
+            await search.run(rater, await reference(rater, model, dev, names), trials, minutes)
+            specs = dict.fromkeys(trial.spec for trial in _compared(search.trials))
             every = {task: order(len(examples)) for task, examples in rest.items()}
-            rated = {spec: await rater.rate(spec, rest, every) for spec in specs}
-            return scale, rated, rater.requests
+            return search, others, {s: await rater.rate(s, rest, every) for s in specs}, rater.requests
         finally:
             await server.close()
 
-    began = time.monotonic()
-    requests = finished(searched())
-    ended = time.monotonic()
-    best, default = best_of(search.trials), best_of([trial for trial in search.trials if trial.default])
-    assert best is not None
-    assert default is not None  # a search without any has raised
-    specs = list(dict.fromkeys((best.spec, default.spec)))
-    scale, rated, more = finished(reported(specs))
+    search, scale, rated, requests = finished(searched())
+    best, default = _compared(search.trials)
     evaluation = evaluate(
         base_url,
         rest,
-        specs,
+        list(rated),
         sources=names,
+        base=base,
         metric=metric,
         limit=limit,
         likelihood=False,
         concurrency=concurrency,
         api_key=api_key,
     )
-    right = [
+    chosen, usual, alone = (
         {task: evaluation.scores(model or names[task], task) for task in rest}
         for model in (best.spec, default.spec, None)
-    ]
+    )
     return Tuning(
-        objective=objective,
+        objective=aim,
         trials=tuple(search.trials),
+        untried=tuple(search.untried),
         best=best,
         default=default,
         gains={spec: scale.gains(scores) for spec, scores in rated.items()},
         evaluation=evaluation,
-        margin=worst_difference(*right),
-        gain_margin=worst_difference(rated[best.spec], rated[default.spec], scale.own, scale.base),
+        margin=difference(chosen, usual, alone, aim.value),
+        gain_margin=difference(rated[best.spec], rated[default.spec], scale.own, aim.value, scale.base),
         importance=search.importance(),
-        seconds=(ended - began, time.monotonic() - ended),
-        requests=requests + more + sum(map(len, evaluation.rows.values())),
+        seconds=time.monotonic() - started,
+        requests=requests + sum(map(len, evaluation.rows.values())),
     )
+
+
+def _compared(trials: Sequence[Trial]) -> tuple[Trial, Trial]:
+    """The best trial, and the best default; a search that ended has both."""
+    best, default = best_of(trials), best_of([trial for trial in trials if trial.default])
+    assert best is not None
+    assert default is not None
+    return best, default
 
 
 def _check(
@@ -153,10 +161,10 @@ def _check(
     sources: Mapping[str, str],
     strategies: Sequence[str],
     ranks: Sequence[int],
-    objective: Objective,
     trials: int,
     minutes: float | None,
     metric: str,
+    limit: int,
 ) -> None:
     """Raise MergeError for what cannot be searched as asked."""
     try:
@@ -170,8 +178,10 @@ def _check(
         raise EvaluationError(f"{listed(unused)} has a source and no examples")
     if metric not in METRICS:
         raise EvaluationError(f"the metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
-        raise EvaluationError(f"the number of trials must be at least 1, got {trials!r}")
+    METRICS[metric]("", ["a"])  # raises if what it needs is not installed
+    for what, number in (("trials", trials), ("tokens of an answer", limit)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise EvaluationError(f"the number of {what} must be at least 1, got {number!r}")
     if minutes is not None and not minutes > 0:
         raise EvaluationError(f"the minutes must be more than 0, got {minutes!r}")
     if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):
@@ -180,13 +190,6 @@ def _check(
         raise EvaluationError("there is no strategy to try")
     for name in strategies:
         find(name)
-    if isinstance(objective, str):
-        if objective not in ("worst", "mean"):
-            raise EvaluationError(f"the objective must be worst, mean or weights of tasks, got {objective!r}")
-    elif unknown := sorted(objective.keys() - tasks.keys()):
-        raise EvaluationError(f"the objective names {listed(unknown)}, which has no examples")
-    elif not all(0 <= weight < math.inf for weight in objective.values()) or not any(objective.values()):
-        raise EvaluationError("the weights of the objective must be at least 0, and one of them more")
 
 
 def _digest(tasks: Tasks) -> str:
@@ -202,11 +205,12 @@ def divided(data: Data, report: Data | None, count: int | None) -> tuple[Tasks, 
     """
     given = read_tasks(data, count)
     if report is None:
-        dev = {task: examples[::2] for task, examples in given.items()}
-        rest = {task: examples[1::2] for task, examples in given.items()}
+        halves = {task: _halves(examples) for task, examples in given.items()}
+        dev: Tasks = {task: first for task, (first, _) in halves.items()}
+        rest: Tasks = {task: second for task, (_, second) in halves.items()}
         few = [task for task, examples in rest.items() if not examples]
         if few:
-            raise EvaluationError(f"{', '.join(few)} needs two examples or more, one of them for the report")
+            raise EvaluationError(f"{listed(few)} needs two prompts or more, one of them for the report")
     else:
         dev, rest = given, read_tasks(report, count)
         if dev.keys() != rest.keys():
@@ -220,3 +224,14 @@ def divided(data: Data, report: Data | None, count: int | None) -> tuple[Tasks, 
                 f"{sorted(both)[0][:80]}"
             )
     return dev, rest
+
+
+def _halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """The examples in two halves, drawn at random, always the same; those of one prompt stay together."""
+    prompts = list(dict.fromkeys(str(example.prompt) for example in examples))
+    random.Random(SEED).shuffle(prompts)
+    first = set(prompts[: (len(prompts) + 1) // 2])
+    return (
+        [example for example in examples if str(example.prompt) in first],
+        [example for example in examples if str(example.prompt) not in first],
+    )

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 import merged_lora
 from fences import KINDS, PAGES, ROOT, Block, all_blocks, commands_of, session_of
 from merged_lora import cli
+from merged_lora.calibration import CALIBRATION_NAME
 from merged_lora.spec import MergeSpec, from_json, is_spec, parse
 from merged_lora.vllm_plugin.settings import Settings
 
@@ -37,8 +39,9 @@ def name(block: Block) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of an example: it has the adapters of the repository and nothing else."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    """The current folder of an example: it has the adapters of the repository, without calibrations."""
+    uncalibrated = shutil.ignore_patterns(CALIBRATION_NAME)
+    shutil.copytree(ROOT / "examples" / "adapters", tmp_path / "examples" / "adapters", ignore=uncalibrated)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -93,7 +96,7 @@ def needs_a_server(program: ast.Module) -> bool:
     imports = [node for node in ast.walk(program) if isinstance(node, ast.ImportFrom)]
     names = {alias.name for node in imports for alias in node.names}
     return any(node.module in ("openai", "vllm") for node in imports) or bool(
-        names & {"calibrate", "check", "evaluate"}
+        names & {"calibrate", "check", "evaluate", "tune"}
     )
 
 

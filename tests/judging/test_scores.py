@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merged_lora.judging.scores import Interval, contains, exact, mean, retention, rouge_l, worst_difference
+from merged_lora.judging.objectives import Objective
+from merged_lora.judging.scores import Interval, contains, difference, exact, mean, retention, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -70,32 +71,64 @@ def test_retention_is_the_share_of_the_specialist() -> None:
 
 
 ALONE = {"sql": [1.0] * 20, "chat": [1.0] * 20}
+WORST = Objective("worst", ("sql", "chat")).value
 
 
 def test_the_worst_tasks_of_two_merges_are_compared_each_with_its_own() -> None:
     better = {"sql": [1.0] * 18 + [0.0] * 2, "chat": [1.0] * 20}
     other = {"sql": [1.0] * 20, "chat": [1.0] * 10 + [0.0] * 10}
-    found = worst_difference(better, other, ALONE)
+    found = difference(better, other, ALONE, WORST)
     assert found is not None
     assert found.value == pytest.approx(0.9 - 0.5)
     assert 0.1 < found.low < found.value < found.high < 0.7
-    turned = worst_difference(other, better, ALONE)
+    assert found.points.startswith("+40.0 points (+")
+    turned = difference(other, better, ALONE, WORST)
     assert turned is not None
     assert (turned.value, turned.low, turned.high) == pytest.approx((-found.value, -found.high, -found.low))
 
 
+def test_the_interval_of_a_difference_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(200):
+        shares = {"sql": 0.8, "chat": 0.6}
+        one, two = (
+            {t: list((rng.random(60) < s).astype(float)) for t, s in shares.items()} for _ in range(2)
+        )
+        alone = {task: [1.0] * 60 for task in shares}
+        found = difference(one, two, alone, Objective("mean", ("sql", "chat")).value)
+        assert found is not None
+        held += found.low <= 0.0 <= found.high
+    assert 180 <= held <= 200
+
+
+def test_weights_make_a_mean_and_zero_leaves_a_task_out() -> None:
+    merged, other = {"sql": [1.0] * 4, "chat": [0.0] * 4}, {"sql": [0.5] * 4, "chat": [1.0] * 4}
+    alone = {"sql": [1.0] * 4, "chat": [1.0] * 4}
+    for given, expected in (
+        ("mean", -0.25),
+        ({"sql": 3.0, "chat": 1.0}, 0.125),
+        ({"sql": 2.0, "chat": 0.0}, 0.5),
+    ):
+        found = difference(merged, other, alone, Objective(given, ("sql", "chat")).value)
+        assert found is not None
+        assert found.value == pytest.approx(expected)
+
+
 def test_a_merge_differs_from_itself_by_nothing() -> None:
     merged = {"sql": [1.0, 0.0] * 10, "chat": [0.0] * 20}
-    assert worst_difference(merged, merged, ALONE) == Interval(0.0, 0.0, 0.0)
+    assert difference(merged, merged, ALONE, WORST) == Interval(0.0, 0.0, 0.0)
 
 
 def test_the_base_model_is_the_zero_of_gains() -> None:
     base, own = {"sql": [-3.0] * 8}, {"sql": [-1.0] * 8}
-    found = worst_difference({"sql": [-1.5] * 8}, {"sql": [-2.0] * 8}, own, base)
+    found = difference({"sql": [-1.5] * 8}, {"sql": [-2.0] * 8}, own, WORST, base)
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
 
 
 def test_nothing_is_kept_of_sources_without_a_score() -> None:
-    none = {"sql": [0.0] * 4}
-    assert worst_difference({"sql": [1.0] * 4}, none, none) is None
+    none = {"sql": [0.0] * 4, "chat": [1.0] * 4}
+    right = {"sql": [1.0] * 4, "chat": [1.0] * 4}
+    assert difference(right, none, {"sql": none["sql"]}, WORST) is None
+    assert difference(right, none, none, WORST) == Interval(0.0, 0.0, 0.0)
+    assert difference(right, none, none, Objective({"sql": 1.0}, ("sql", "chat")).value) is None

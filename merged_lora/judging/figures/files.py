@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,4 +62,13 @@ def blank(width: float, height: float) -> Figure:
         raise MergeError(
             f"plots need matplotlib, which cannot be imported ({error}): pip install 'vllm-merged-lora[plot]'"
         ) from None
-    return Figure(figsize=(width, height), layout="constrained")
+
+    class Shown(Figure):
+        """A figure that a notebook shows, although no window of matplotlib's knows of it."""
+
+        def _repr_svg_(self) -> str:
+            written = StringIO()
+            self.savefig(written, format="svg")
+            return written.getvalue()
+
+    return Shown(figsize=(width, height), layout="constrained")

@@ -72,7 +72,7 @@ class _Grids:
         return inner / (lengths[..., :, None] * lengths[..., None, :])
 
     def disturbances(self) -> torch.Tensor:
-        squares = self._summed(self.compared.outputs.diagonal(dim1=2, dim2=3).clamp(min=0.0))
+        squares = self._summed(self.compared.outputs)
         own = squares.diagonal(dim1=-2, dim2=-1)
         return (squares / own[..., :, None]).sqrt()
 
