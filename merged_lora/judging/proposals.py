@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from merged_lora.recipe import SCALED, Value
+from merged_lora.recipe import SCALED, Strategy, Value
 from merged_lora.spec import MergeSpec, Source
 from merged_lora.strategies import find
 
@@ -26,7 +26,7 @@ STRATEGIES = tuple(dict.fromkeys(name for name, _ in DEFAULTS))
 """What is tried unless strategies are named."""
 WEIGHTS, SCALES = (0.25, 4.0), (0.5, 2.0)
 """Ranges of factors, which are tried on a logarithmic scale."""
-SHARES = {"density": (0.05, 1.0), "shrink": (0.7, 1.0)}
+SHARES = {"density": (0.05, 1.0), "shrink": (0.7, 1.0), "t": (0.0, 1.0)}
 """Ranges of options that are shares."""
 LENGTHLESS = (*SCALED, "agreeing_mean")
 """Blends whose result does not become longer with the weights."""
@@ -79,7 +79,7 @@ def proposal(
         weights = [trial.suggest_float(f"{of} weight of {name}", *WEIGHTS, log=True) for name in sources]
     for name, bounds in SHARES.items():
         if strategy.option(name):
-            options[name] = round(trial.suggest_float(f"{of} {name}", *bounds), 2)
+            options[name] = round(trial.suggest_float(f"{of} {name}", *_within(strategy, name, bounds)), 2)
     if automatic or recipe.blend in LENGTHLESS:
         options["scale"] = round(trial.suggest_float(f"{of} scale", *SCALES, log=True), 2)
     if strategy.option("rank") and ranks:
@@ -98,6 +98,15 @@ def defaults(
         for given in [given for name, given in DEFAULTS if name == strategy] if strategy in named else [{}]:
             neutral = Neutral(strategy, given)
             yield proposal(neutral, sources, strategies, ranks), neutral.params
+
+
+def _within(strategy: Strategy, name: str, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The range of an option; with a density that is spread, as DELLA's, what leaves room on both sides."""
+    spread = strategy.option("epsilon")
+    if name != "density" or spread is None:
+        return bounds
+    room: Any = spread.default
+    return max(bounds[0], room + 0.01), min(bounds[1], 1.0 - room)
 
 
 def _option(name: str) -> str:

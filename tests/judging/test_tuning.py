@@ -17,6 +17,7 @@ from merged_lora.errors import EvaluationError
 from merged_lora.judging import served
 from merged_lora.judging.scores import Interval
 from merged_lora.judging.tuned import Trial, Tuning
+from merged_lora.judging.tuning import divided
 from merged_lora.prompts import Example
 from merged_lora.spec import parse
 
@@ -71,12 +72,13 @@ def test_a_search_begins_with_what_it_has_to_beat(found: Tuning) -> None:
 
 
 def test_a_trial_that_cannot_win_is_pruned_and_asks_for_less(server: Landscape) -> None:
-    made = tune(server.url, DATA, strategies=SUMS, trials=16)
+    made = tune(server.url, examples(24), strategies=SUMS, trials=16)
     pruned = [trial for trial in made.trials if trial.state == "pruned"]
     assert len(pruned) > 3
     assert not any(trial.default for trial in pruned)
     asked = {trial.spec: server.asked["/v1/completions", trial.spec] for trial in pruned}
-    assert max(asked.values()) < 12  # of two tasks with six dev examples each
+    assert max(asked.values()) < 24  # of two tasks with twelve dev examples each
+    assert {trial.requests for trial in pruned} <= {12, 18}
 
 
 def test_the_report_is_on_examples_that_took_no_part(server: Landscape) -> None:
@@ -92,13 +94,37 @@ def test_the_report_is_on_examples_that_took_no_part(server: Landscape) -> None:
 
     server.reply = noted  # type: ignore[method-assign]
     made = tune(server.url, DATA, strategies=SUMS, trials=6)
-    dev = {example.prompt for each in DATA.values() for example in each[::2]}
-    rest = {example.prompt for each in DATA.values() for example in each[1::2]}
+    dev, rest = (
+        {example.prompt for each in half.values() for example in each} for half in divided(DATA, None, None)
+    )
+    assert (len(dev), len(rest), dev & rest) == (12, 12, set())
     compared = {made.best.spec, made.default.spec}
     assert asked.pop("base") == dev | rest
     for spec in (trial.spec for trial in made.trials):
         assert asked[spec] <= (dev | rest if spec in compared else dev)
     assert all(asked[spec] >= rest for spec in compared)
+
+
+def test_examples_of_one_prompt_stay_in_one_half() -> None:
+    twice = [Example(i, f"sql {i // 3}", (f"S{i}",)) for i in range(30)]
+    dev, rest = divided({"sql": twice}, None, None)
+    assert sorted(e.line for half in (dev, rest) for e in half["sql"]) == list(range(30))
+    assert not {e.prompt for e in dev["sql"]} & {e.prompt for e in rest["sql"]}
+    assert len(dev["sql"]) == 15
+
+
+def test_a_report_that_cannot_be_made_is_refused_before_the_search(server: Landscape) -> None:
+    same = [Example(i, f"chat {i}", (f"C{i:02}",)) for i in range(100, 104)]
+    with pytest.raises(EvaluationError, match="sql: sql is not better at it than the base model"):
+        tune(server.url, DATA, report={"chat": same, "sql": same}, strategies=SUMS)
+    assert not any("(" in model for _, model in server.asked)
+
+
+def test_a_merge_that_comes_again_is_not_rated_again(server: Landscape) -> None:
+    made = tune(server.url, DATA, strategies=("slerp",), trials=8)
+    again = made.trials[1:]
+    assert {trial.spec for trial in again} == {"slerp(chat, sql)"}
+    assert {trial.requests for trial in again} == {0}
 
 
 def test_a_margin_that_chance_cannot_explain_is_claimed_and_a_smaller_one_is_not(server: Landscape) -> None:
@@ -107,7 +133,7 @@ def test_a_margin_that_chance_cannot_explain_is_claimed_and_a_smaller_one_is_not
     assert some.beats
     assert some.margin is not None
     assert some.margin.value == pytest.approx(0.2)
-    assert "is 20% (" in some.verdict()[0]
+    assert "differ by +20.0 points (" in some.verdict()[0]
     less = tune(server.url, dev, report={task: few[task][4:] for task in TASKS}, strategies=SUMS, trials=20)
     assert not less.beats
     assert "not better" in less.verdict()[0]
@@ -295,7 +321,7 @@ def test_progress_is_reported_with_the_best_so_far(server: Landscape) -> None:
         ({"sources": {"nosuch": "sql"}}, "nosuch has a source and no examples"),
         ({"sources": {"sql": "nosuch"}}, "serves no 'nosuch'"),
         ({"data": {}}, "there is no task"),
-        ({"data": {"sql": DATA["sql"][:1]}}, "sql needs two examples or more"),
+        ({"data": {"sql": DATA["sql"][:1]}}, "sql needs two prompts or more"),
         (
             {"report": {"sql": DATA["sql"]}},
             "chat: every task needs examples for the search",

@@ -17,6 +17,7 @@ from merged_lora.engine import merge
 from merged_lora.judging.evaluating import evaluate
 from merged_lora.judging.evaluation import LIKELIHOOD, Evaluation
 from merged_lora.judging.served import Served
+from merged_lora.judging.tuning import divided, tune
 from merged_lora.language_model import LanguageModel
 from merged_lora.prompts import Example
 from running import Run
@@ -102,3 +103,36 @@ def test_a_merge_that_the_server_refuses_leaves_the_others(run: Run, server: Ser
     code, out, err = run("eval", *arguments, "--spec", refused, "--spec", SPEC)
     assert (code, err) == (3, "merged-lora: the server refuses cat(chat, sql, wide)\n")
     assert f"\n{SPEC}\n" in out
+
+
+def test_a_search_finds_gains_that_an_evaluation_confirms(server: Server, tmp_path: Path) -> None:
+    wait_for_replays(server)
+    url, study = f"{server.url}/v1", tmp_path / "study.jsonl"
+    answered = evaluate(url, DATA, limit=8, likelihood=False)
+    own = {
+        task: [
+            Example(example.line, example.prompt, (row.answer,))
+            for example, row in zip(DATA[task], answered.rows[task, task], strict=True)
+            if row.answer.strip()
+        ]
+        for task in DATA
+    }
+    made = tune(url, own, trials=9, study=study, limit=8)
+    assert len(made.trials) == 9
+    assert {trial.state for trial in made.trials} <= {"complete", "pruned", "refused"}
+    assert not [
+        trial for trial in made.trials if trial.state == "refused" and "calibration" not in trial.reason
+    ]
+
+    dev, _ = divided(own, None, None)
+    again = evaluate(url, dev, [made.best.spec], limit=8)
+
+    def mean(model: str, task: str) -> float:
+        scores = again.scores(model, task, LIKELIHOOD)
+        return sum(map(math.log, scores)) / len(scores)
+
+    for task, gain in made.best.gains.items():
+        base, source = mean("base", task), mean(task, task)
+        assert gain == pytest.approx((mean(made.best.spec, task) - base) / (source - base), abs=1e-3)
+    resumed = tune(url, own, trials=9, study=study, limit=8)
+    assert resumed.trials == made.trials
