@@ -28,7 +28,7 @@ Tasks = Mapping[str, Sequence[Example]]
 LIMIT = 256
 """Tokens of an answer."""
 FORMAT = 1
-"""Of a file of results; one of another is refused."""
+"""Version of a file of results; one of another is refused."""
 
 
 def evaluate(
@@ -82,8 +82,8 @@ def evaluate(
         raise EvaluationError(f"{listed(unused)} has a source and no examples")
     if metric == LIKELIHOOD and not likelihood:
         raise EvaluationError("the metric likelihood cannot be had without likelihoods")
-    if metric in METRICS:
-        METRICS[metric]("", ["a"])  # raises if what it needs is not installed
+    for each in METRICS.values():
+        each("", ["a"])  # raises if what it needs is not installed
     kept = Results(None if results is None else Path(results), {"format": FORMAT, "limit": limit})
     run = _Run(tasks, named, base, tuple(specs), metric, limit, likelihood, kept, progress)
     return finished(run.run(Served(base_url, api_key, concurrency)))
@@ -185,8 +185,7 @@ class _Run:
             self._results.add(key, {"model": model, "task": task, **row})
         self._done += 1
         self._progress(self._done, self._total)
-        metrics = sorted({"exact", "contains", self._metric} - {LIKELIHOOD})
-        scores = {name: METRICS[name](row["answer"], example.answers) for name in metrics}
+        scores = {name: score(row["answer"], example.answers) for name, score in METRICS.items()}
         if self._likelihood and row[LIKELIHOOD] is not None:
             scores[LIKELIHOOD] = row[LIKELIHOOD]
         return Row(row["answer"], scores)

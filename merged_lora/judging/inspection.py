@@ -216,17 +216,23 @@ class Inspection(Report):
             "specs": list(self.specs),
         }
         if self.comparison is not None:
+            compared = self.comparison
+            each = {
+                "inner": compared.inner,
+                "squares": compared.squares,
+                "row_overlap": compared.rows,
+                "column_overlap": compared.columns,
+                "sign_conflicts": compared.opposite / compared.both.double(),
+                "outputs": compared.outputs,
+            }
             found["all"] = self._numbers(None)
             found["kinds"] = {kind: self._numbers(kind) for kind in self.kinds}
             found["modules"] = {
-                name: {"shape": shape, "inner": _plain(inner), "squares": _plain(squares)}
-                for name, shape, inner, squares in zip(
-                    self.comparison.modules,
-                    self.comparison.shapes,
-                    self.comparison.inner,
-                    self.comparison.squares,
-                    strict=True,
-                )
+                name: {
+                    "shape": compared.shapes[i],
+                    **{key: _plain(values[i]) for key, values in each.items()},
+                }
+                for i, name in enumerate(compared.modules)
             }
         return found
 

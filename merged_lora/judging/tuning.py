@@ -31,7 +31,7 @@ from .tuned import Trial, Tuning, best_of
 from .waiting import finished
 
 FORMAT = 1
-"""Of a study; a file of another is refused."""
+"""Version of a study; a file of another is refused."""
 Data = Mapping[str, str | os.PathLike[str] | Sequence[Example]]
 Progress = Callable[[Trial, Trial | None], object]
 
@@ -178,7 +178,8 @@ def _check(
         raise EvaluationError(f"{listed(unused)} has a source and no examples")
     if metric not in METRICS:
         raise EvaluationError(f"the metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    METRICS[metric]("", ["a"])  # raises if what it needs is not installed
+    for each in METRICS.values():
+        each("", ["a"])  # raises if what it needs is not installed
     for what, number in (("trials", trials), ("tokens of an answer", limit)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise EvaluationError(f"the number of {what} must be at least 1, got {number!r}")

@@ -1,4 +1,4 @@
-"""The page about other projects: each of our lines is planned, and its numbers are checked."""
+"""The page about other projects: each of our lines is run, and its numbers are checked."""
 
 from __future__ import annotations
 
@@ -42,14 +42,23 @@ def examples() -> dict[str, Adapter]:
     return {name: Adapter.load(ROOT / "examples/adapters" / name) for name in ("sql", "tone")}
 
 
+@cache
+def small() -> dict[str, Adapter]:
+    """Two adapters of one small model, by the names that the page gives its own."""
+    return {name: random_adapter(SMALL, seed=seed) for seed, name in enumerate(("sql", "tone"))}
+
+
 @pytest.mark.parametrize(("section", "theirs", "ours", "differs"), ROWS)
-def test_each_of_our_lines_is_a_spec_that_is_planned(
+def test_each_of_our_lines_is_a_merge_that_is_made(
     section: str, theirs: str, ours: str, differs: str
 ) -> None:
     spec = parse(ours.strip("`"))
     assert ours == f"`{ours.strip('`')}`"
     assert set(spec.names) == {"sql", "tone"}
     assert make_plan(spec, examples()).modules
+    merged = merge(spec, small(), backend="numpy")
+    assert merged.modules.keys() == small()["sql"].modules.keys()
+    assert all(torch.isfinite(factors.b @ factors.a).all() for factors in merged.modules.values())
 
 
 def test_every_combination_type_of_peft_has_a_line() -> None:

@@ -40,8 +40,8 @@ def name(block: Block) -> str:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder of an example: it has the adapters of the repository, without calibrations."""
-    uncalibrated = shutil.ignore_patterns(CALIBRATION_NAME)
-    shutil.copytree(ROOT / "examples" / "adapters", tmp_path / "examples" / "adapters", ignore=uncalibrated)
+    made = shutil.ignore_patterns(CALIBRATION_NAME, "__pycache__")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=made)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -137,6 +137,10 @@ def test_json_holds_everything_and_no_nan(run: Run, tmp_path: Path) -> None:
     assert found["all"]["cosine"][0][0] == pytest.approx(1.0)
     assert found["all"]["disturbance"][0] == [None, None]
     assert set(found["modules"]) == set(SMALL)
+    for each in found["modules"].values():
+        assert each["row_overlap"][0][0] == pytest.approx(1.0)
+        assert 0.0 <= each["sign_conflicts"][0][1] <= 1.0
+        assert each["outputs"][0] == [None, None]
     assert found["specs"][0] == 'knots(a, b, weights="auto")'
 
 
