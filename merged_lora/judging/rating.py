@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from merged_lora.errors import EvaluationError
@@ -29,7 +30,7 @@ class Rater:
                 f"the score must be one of {', '.join((LIKELIHOOD, *METRICS))}, got {score!r}"
             )
         self._server, self._score, self._limit = server, score, limit
-        self._tokens: dict[tuple[str, int], tuple[list[int], list[int]]] = {}
+        self._tokens: dict[str, tuple[list[int], list[int]]] = {}
 
     @property
     def requests(self) -> int:
@@ -44,20 +45,21 @@ class Rater:
         Raises RefusedError if the server refuses the model.
         """
         asked = [(task, i) for task, numbers in which.items() for i in numbers]
-        found = await gathered(self._rated(model, task, i, tasks[task][i]) for task, i in asked)
+        found = await gathered(self._rated(model, tasks[task][i]) for task, i in asked)
         rated: dict[str, list[float]] = {task: [] for task in which}
         for (task, _), value in zip(asked, found, strict=True):
             rated[task].append(value)
         return rated
 
-    async def _rated(self, model: str, task: str, i: int, example: Example) -> float:
+    async def _rated(self, model: str, example: Example) -> float:
         if self._score != LIKELIHOOD:
             answer = await self._server.answer(model, example.prompt, self._limit)
             return METRICS[self._score](answer, example.answers)
         try:
-            if (task, i) not in self._tokens:
-                self._tokens[task, i] = await self._server.tokens(model, example.prompt, example.answers[0])
-            found = await self._server.likelihood(model, *self._tokens[task, i])
+            key = json.dumps([example.prompt, example.answers[0]])
+            if key not in self._tokens:
+                self._tokens[key] = await self._server.tokens(model, example.prompt, example.answers[0])
+            found = await self._server.likelihood(model, *self._tokens[key])
         except NoLikelihoodError as error:
             raise EvaluationError(f"{error}; score answers instead, such as with --score exact") from None
         return found.log_likelihood / found.tokens

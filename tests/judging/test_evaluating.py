@@ -69,7 +69,7 @@ def test_likelihood_is_the_mean_probability_of_a_token(server: OpenAIServer) -> 
 def test_a_server_that_cannot_rate_is_done_without_and_says_so(server: OpenAIServer) -> None:
     server.rates = False
     found = evaluate(server.url, DATA, [MIX])
-    assert found.metrics == ("contains", "exact")
+    assert found.metrics == ("exact", "contains", "rouge-l")
     assert "no log-probabilities of prompts" in found.notes[0]
     with pytest.raises(EvaluationError, match="no log-probabilities of prompts"):
         evaluate(server.url, DATA, [MIX], metric="likelihood")
