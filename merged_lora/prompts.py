@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +37,10 @@ class Example:
     line: int
     prompt: Prompt
     answers: tuple[str, ...]
+
+
+Tasks = Mapping[str, Sequence[Example]]
+"""The examples of each task, by its name."""
 
 
 def read_prompts(file: Path) -> Iterator[tuple[int, Prompt]]:

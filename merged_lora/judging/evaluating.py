@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merged_lora.errors import EvaluationError, listed
-from merged_lora.prompts import Example, read_examples
+from merged_lora.prompts import Example, Tasks, read_examples
 from merged_lora.spec import MergeSpec, parse
 
 from .evaluation import LIKELIHOOD, Evaluation, Row
@@ -22,8 +22,6 @@ from .served import Likelihood, NoLikelihoodError, RefusedError, Served, base_am
 from .waiting import finished, gathered
 
 logger = logging.getLogger(__name__)
-
-Tasks = Mapping[str, Sequence[Example]]
 
 LIMIT = 256
 """Tokens of an answer."""

@@ -21,23 +21,20 @@ from merged_lora.lowrank import gram_of
 from merged_lora.recipe import Value
 from merged_lora.spec import MergeSpec, Source, check_own_name
 
+from .advice import ADVISED
 from .comparing import Comparison, compare, one_thread
 from .hosting import Host, serving_of
 from .inspection import Fact, Fit, Inspection, kind_of
 
 DENSITY = 0.2
 """Share of the entries whose signs are compared by default, as in the ``ties`` of docs/quality.md."""
-CANDIDATES: tuple[tuple[str, tuple[tuple[str, Value], ...]], ...] = (
-    ("regmean", ()),
-    ("knots", (("weights", "auto"),)),
-    ("core_ties", (("weights", "auto"),)),
-    ("iso", ()),
-    ("ties", (("density", 0.2),)),
-    ("linear", ()),
-    ("sum", ()),
-    ("cat", ()),
+CANDIDATES: tuple[tuple[str, Mapping[str, Value]], ...] = (
+    *ADVISED,
+    ("linear", {}),
+    ("sum", {}),
+    ("cat", {}),
 )
-"""Merges of all sources, in the order of what they keep in docs/quality.md."""
+"""Merges of all sources, the advised ones first."""
 
 
 def inspect(
@@ -158,8 +155,8 @@ def _described(fact: Fact, adapter: Adapter, length: float, host: Host | None, r
     )
 
 
-def _fit(strategy: str, options: tuple[tuple[str, Value], ...], sources: Mapping[str, Adapter]) -> Fit:
-    spec = MergeSpec(strategy, tuple(map(Source, sources)), options)
+def _fit(strategy: str, options: Mapping[str, Value], sources: Mapping[str, Adapter]) -> Fit:
+    spec = MergeSpec(strategy, tuple(map(Source, sources)), tuple(options.items()))
     try:
         planned = plan(spec, sources)
     except MergeError as error:

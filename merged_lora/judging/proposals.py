@@ -12,22 +12,22 @@ from merged_lora.recipe import SCALED, Strategy, Value
 from merged_lora.spec import MergeSpec, Source
 from merged_lora.strategies import find
 
+from .advice import ADVISED
+
 DEFAULTS: tuple[tuple[str, Mapping[str, Value]], ...] = (
-    ("regmean", {}),
-    ("iso", {}),
-    ("knots", {"automatic": True}),
-    ("core_ties", {"automatic": True}),
-    ("ties", {"density": 0.2}),
-    ("sum", {"automatic": True}),
+    *ADVISED,
+    ("sum", {"weights": "auto"}),
     ("sum", {}),
 )
-"""What a user is advised to ask for without a search, which begins with them and has to beat them."""
+"""What a search begins with and has to beat."""
 STRATEGIES = tuple(dict.fromkeys(name for name, _ in DEFAULTS))
 """What is tried unless strategies are named."""
 WEIGHTS, SCALES = (0.25, 4.0), (0.5, 2.0)
 """Ranges of factors, which are tried on a logarithmic scale."""
 SHARES = {"density": (0.05, 1.0), "shrink": (0.7, 1.0), "t": (0.0, 1.0)}
 """Ranges of options that are shares."""
+AUTOMATIC = "automatic weights"
+"""The choice whether weights are found for each module."""
 LENGTHLESS = (*SCALED, "agreeing_mean")
 """Blends whose result does not become longer with the weights."""
 
@@ -51,8 +51,13 @@ class Neutral:
         self.params: dict[str, Any] = {}
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        own = self._strategy.name if name == "strategy" else choices[0]
-        return self.params.setdefault(name, self._given.get(_option(name), own))
+        if name == "strategy":
+            chosen: Any = self._strategy.name
+        elif _option(name) == AUTOMATIC:
+            chosen = self._given.get("weights") == "auto"
+        else:
+            chosen = self._given.get(_option(name), choices[0])
+        return self.params.setdefault(name, chosen)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         del low, high, log
@@ -71,7 +76,7 @@ def proposal(
     strategy = find(trial.suggest_categorical("strategy", list(strategies)))
     recipe, options = strategy.recipe, dict[str, Value]()
     of = strategy.name  # each has choices of its own: a density that suits one says nothing of another
-    automatic = not recipe.balances and trial.suggest_categorical(f"{of} automatic", [False, True])
+    automatic = not recipe.balances and trial.suggest_categorical(f"{of} {AUTOMATIC}", [False, True])
     weights = [1.0] * len(sources)
     if automatic:
         options["weights"] = "auto"

@@ -6,14 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 
 from merged_lora.errors import EvaluationError
-from merged_lora.prompts import Example
+from merged_lora.prompts import Example, Tasks
 
 from .evaluation import LIKELIHOOD
 from .scores import METRICS
 from .served import NoLikelihoodError, Served
 from .waiting import gathered
-
-Tasks = Mapping[str, Sequence[Example]]
 
 
 class Rater:

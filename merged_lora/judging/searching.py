@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from merged_lora.errors import EvaluationError, listed
-from merged_lora.prompts import Example
+from merged_lora.prompts import Tasks
 
 from .objectives import Objective
 from .proposals import defaults, proposal
@@ -28,7 +28,6 @@ from .tuned import State, Trial, best_of
 if TYPE_CHECKING:
     import optuna
 
-Tasks = Mapping[str, Sequence[Example]]
 Scores = Mapping[str, Sequence[float]]
 """By task, example by example, in the order of :func:`order`."""
 

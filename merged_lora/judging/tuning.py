@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from merged_lora.errors import EvaluationError, listed
-from merged_lora.prompts import Example
+from merged_lora.prompts import Example, Tasks
 from merged_lora.strategies import find
 
 from .evaluating import LIMIT, evaluate, read_tasks
 from .evaluation import LIKELIHOOD
 from .objectives import Objective
 from .proposals import STRATEGIES
-from .rating import Rater, Tasks
+from .rating import Rater
 from .results import Results
 from .scores import METRICS, difference
 from .searching import SEED, Scale, Search, order, reference

@@ -269,7 +269,14 @@ def test_too_many_requests_are_asked_again(
 def test_a_server_that_does_not_answer_in_time_is_one_line(
     run: Run, server: OpenAIServer, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served, "TIMEOUT", 0.5)
+    listed = served.Served.models
+
+    async def models(self: served.Served) -> Mapping[str, str | None]:
+        found = await listed(self)
+        monkeypatch.setattr(served, "TIMEOUT", 0.5)  # for answers alone
+        return found
+
+    monkeypatch.setattr(served.Served, "models", models)
     monkeypatch.setattr(served, "ATTEMPTS", 5)
     ended = threading.Event()
 

@@ -141,7 +141,7 @@ def test_json_holds_everything_and_no_nan(run: Run, tmp_path: Path) -> None:
         assert each["row_overlap"][0][0] == pytest.approx(1.0)
         assert 0.0 <= each["sign_conflicts"][0][1] <= 1.0
         assert each["outputs"][0] == [None, None]
-    assert found["specs"][0] == 'knots(a, b, weights="auto")'
+    assert found["specs"][0] == "iso(a, b)"
 
 
 def test_the_command_prints_tables_and_a_verdict(run: Run, tmp_path: Path) -> None:
