@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -346,3 +347,13 @@ def test_what_cannot_be_searched_is_refused_with_the_reason(
 def test_a_source_that_is_no_better_than_the_base_model_is_named(server: Landscape) -> None:
     with pytest.raises(EvaluationError, match="sql: chat is not better at it than the base model"):
         tune(server.url, DATA, sources={"sql": "chat"}, strategies=SUMS)
+
+
+@pytest.mark.parametrize("missing", ["optuna", "openai", "rouge_score.rouge_scorer"])
+def test_a_library_that_is_missing_is_named_with_its_extra(
+    server: Landscape, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(EvaluationError, match=r"pip install 'vllm-merged-lora\[(tune|eval)\]'"):
+        tune(server.url, DATA, strategies=SUMS, trials=1)
+    assert not server.asked
