@@ -40,6 +40,7 @@ def test_a_file_that_ends_anywhere_gives_the_whole_lines(tmp_path: Path) -> None
         assert len(found) == sum(begin <= end for begin in begins) - 1
         with found.open():
             found.add("new", {})
+        assert len(Results(file, ABOUT)) == len(found)
         assert "new" in Results(file, ABOUT)
 
 
@@ -78,3 +79,37 @@ def test_rows_without_a_file_stay_in_memory() -> None:
     with Results(None, ABOUT).open() as results:
         results.add("a", {"score": 1})
     assert json.dumps(dict(results["a"])) == '{"score": 1}'
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    filled(file)
+    early = Results(file, ABOUT)
+    with Results(file, ABOUT).open() as first:
+        with pytest.raises(EvaluationError, match="another run writes to it"), early.open():
+            pass
+        first.add("row 3", {})
+    with pytest.raises(EvaluationError, match="another run has written to it"), early.open():
+        pass
+    assert len(Results(file, ABOUT)) == 4
+
+
+def test_a_refused_file_keeps_the_line_that_was_never_finished(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    filled(file)
+    file.write_bytes(whole := file.read_bytes() + b'{"key": "ro')
+    with pytest.raises(EvaluationError, match="another limit"):
+        Results(file, ABOUT | {"limit": 65})
+    assert file.read_bytes() == whole
+
+
+def test_a_full_disk_leaves_the_error_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "r.jsonl"
+    filled(file)
+    with Results(file, ABOUT).open() as results:
+        monkeypatch.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        with pytest.raises(EvaluationError, match=r"cannot write .*r\.jsonl: No space left on device"):
+            results.add("row 3", {})
+        assert "row 3" not in results
