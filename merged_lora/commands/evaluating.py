@@ -12,7 +12,7 @@ from merged_lora.errors import listed
 from merged_lora.names import printable
 
 from .arguments import ExamplesFormatter, add_served, once, read_spec
-from .running import LOGGER, UsageError, output, terminated_cleanly
+from .running import LOGGER, UsageError, interrupts_explained, output, terminated_cleanly
 
 if TYPE_CHECKING:
     from merged_lora.judging.evaluation import Evaluation
@@ -106,7 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         bar.total = total
         bar.update(done - bar.n)
 
-    with terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
+    explained = interrupts_explained("--results", arguments.results)
+    with explained, terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
         found = evaluate(
             arguments.base_url,
             data,

@@ -9,9 +9,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merged_lora.errors import MergeError
+from merged_lora.names import printable
 
 if TYPE_CHECKING:
     from merged_lora.judging.tables import Report
@@ -39,6 +41,22 @@ def shares() -> Iterator[Callable[[float], object]]:
     bar = tqdm(total=1.0, bar_format=layout, leave=False, disable=None)  # None: only if stderr is a terminal
     with bar, logging_redirect_tqdm([LOGGER]):
         yield bar.update
+
+
+@contextmanager
+def interrupts_explained(option: str, file: Path | None, found: Callable[[], str] = str) -> Iterator[None]:
+    """Say on stderr, after Ctrl-C, what is kept of a run.
+
+    option: that names the file.
+    found:  what there is to say of the result so far.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"the same command goes on from {file}" if file else f"{option} FILE would have kept the rest"
+        parts = ("interrupted", found(), kept)
+        print(printable(f"merged-lora: {'; '.join(part for part in parts if part)}"), file=sys.stderr)
+        raise
 
 
 @contextmanager

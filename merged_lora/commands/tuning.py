@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from merged_lora.names import printable
 
 from .arguments import ExamplesFormatter, add_served, named_file, named_value, once
-from .running import LOGGER, UsageError, output, terminated_cleanly
+from .running import LOGGER, UsageError, interrupts_explained, output, terminated_cleanly
 
 if TYPE_CHECKING:
     from merged_lora.judging.tuned import Trial
@@ -112,39 +112,32 @@ def run(arguments: argparse.Namespace) -> int:
             best.append(trial)
             bar.write(printable(f"trial {trial.number}: {trial.value:.1%}  {trial.spec}"), file=sys.stderr)
 
-    try:
-        with terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
-            found = tune(
-                arguments.base_url,
-                data,
-                report=report or None,
-                sources=sources,
-                base=arguments.base,
-                strategies=arguments.strategy,
-                ranks=arguments.rank,
-                objective=objective,
-                score=arguments.score,
-                trials=arguments.trials,
-                minutes=arguments.minutes,
-                metric=arguments.metric,
-                count=arguments.count,
-                limit=arguments.limit,
-                concurrency=arguments.concurrency,
-                study=arguments.study,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        _interrupted(best, arguments.study)
-        raise
+    def so_far() -> str:
+        return f"best so far: {best[-1].spec} ({best[-1].value:.1%})" if best else "no merge was rated yet"
+
+    explained = interrupts_explained("--study", arguments.study, so_far)
+    with explained, terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
+        found = tune(
+            arguments.base_url,
+            data,
+            report=report or None,
+            sources=sources,
+            base=arguments.base,
+            strategies=arguments.strategy,
+            ranks=arguments.rank,
+            objective=objective,
+            score=arguments.score,
+            trials=arguments.trials,
+            minutes=arguments.minutes,
+            metric=arguments.metric,
+            count=arguments.count,
+            limit=arguments.limit,
+            concurrency=arguments.concurrency,
+            study=arguments.study,
+            progress=progress,
+        )
     output(found, arguments)
     return 0
-
-
-def _interrupted(best: list[Trial], study: Path | None) -> None:
-    """Say on stderr what an interrupted search has found, and what is kept of it."""
-    found = f"best so far: {best[-1].spec} ({best[-1].value:.1%})" if best else "no merge was rated yet"
-    kept = f"the same command goes on from {study}" if study else "--study FILE would have kept the trials"
-    print(printable(f"merged-lora: interrupted; {found}; {kept}"), file=sys.stderr)
 
 
 def _objective(words: list[str]) -> str | dict[str, float]:

@@ -378,7 +378,8 @@ def test_an_interrupt_keeps_what_was_measured(
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     ended.set()
-    assert (process.returncode, out, err) == (130, "", "")
+    kept = f"the same command goes on from {tmp_path / 'rows.jsonl'}"
+    assert (process.returncode, out, err) == (130, "", f"merged-lora: interrupted; {kept}\n")
     assert rows(tmp_path / "rows.jsonl") == 4 * COUNT
     server.asked.clear()
     assert run(*arguments)[0] == 0

@@ -146,7 +146,7 @@ def test_ctrl_c_says_what_was_found_and_what_is_kept(server: Landscape, study: l
     go_on.set()
     assert process.returncode == 130
     assert "Traceback" not in err
-    kept = "the same command goes on from study.jsonl" if study else "--study FILE would have kept the trials"
+    kept = "the same command goes on from study.jsonl" if study else "--study FILE would have kept the rest"
     assert f'interrupted; best so far: sum(chat, sql, weights="auto") (80.0%); {kept}' in err
     assert Path("study.jsonl").exists() == bool(study)
 
