@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,11 +16,9 @@ from merged_lora.spec import MergeSpec, parse
 
 from .evaluation import LIKELIHOOD, Evaluation, Row
 from .results import Results
-from .scores import METRICS
+from .scores import METRICS, check_installed
 from .served import Likelihood, NoLikelihoodError, RefusedError, Served, base_among
 from .waiting import finished, gathered
-
-logger = logging.getLogger(__name__)
 
 LIMIT = 256
 """Tokens of an answer."""
@@ -74,14 +71,10 @@ def evaluate(
         )
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise EvaluationError(f"the number of tokens of an answer must be at least 1, got {limit!r}")
-    named = {task: (sources or {}).get(task, task) for task in tasks}
-    unused = sorted((sources or {}).keys() - tasks.keys())
-    if unused:
-        raise EvaluationError(f"{listed(unused)} has a source and no examples")
+    named = sources_of(tasks, sources or {})
     if metric == LIKELIHOOD and not likelihood:
         raise EvaluationError("the metric likelihood cannot be had without likelihoods")
-    for each in METRICS.values():
-        each("", ["a"])  # raises if what it needs is not installed
+    check_installed()
     kept = Results(None if results is None else Path(results), {"format": FORMAT, "limit": limit})
     run = _Run(tasks, named, base, tuple(specs), metric, limit, likelihood, kept, progress)
     return finished(run.run(Served(base_url, api_key, concurrency)))
@@ -111,6 +104,16 @@ def read_tasks(
     return {task: examples[:count] for task, examples in found.items()}
 
 
+def sources_of(tasks: Tasks, given: Mapping[str, str]) -> dict[str, str]:
+    """The adapter of each task, by default the one of its name; raises EvaluationError.
+
+    given: those that are named otherwise.
+    """
+    if unused := sorted(given.keys() - tasks.keys()):
+        raise EvaluationError(f"{listed(unused)} has a source and no examples")
+    return {task: given.get(task, task) for task in tasks}
+
+
 class _Run:
     """One evaluation."""
 
@@ -130,7 +133,6 @@ class _Run:
         self._specs: tuple[str, ...] = ()
         self._metric, self._limit, self._likelihood = metric, limit, likelihood
         self._results, self._progress = results, progress
-        self._tokens: dict[str, tuple[list[int], list[int]]] = {}
         self._notes: list[str] = []
         self._done = self._total = 0
 
@@ -205,10 +207,7 @@ class _Run:
         if not self._likelihood:
             return None
         try:
-            key = json.dumps([example.prompt, example.answers[0]])
-            if key not in self._tokens:
-                self._tokens[key] = await server.tokens(model, example.prompt, example.answers[0])
-            return await server.likelihood(model, *self._tokens[key])
+            return await server.likelihood_of(model, example.prompt, example.answers[0])
         except NoLikelihoodError as error:
             if self._metric == LIKELIHOOD:
                 raise

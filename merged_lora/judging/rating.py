@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from merged_lora.errors import EvaluationError
@@ -28,7 +27,6 @@ class Rater:
                 f"the score must be one of {', '.join((LIKELIHOOD, *METRICS))}, got {score!r}"
             )
         self._server, self._score, self._limit = server, score, limit
-        self._tokens: dict[str, tuple[list[int], list[int]]] = {}
 
     @property
     def requests(self) -> int:
@@ -54,10 +52,7 @@ class Rater:
             answer = await self._server.answer(model, example.prompt, self._limit)
             return METRICS[self._score](answer, example.answers)
         try:
-            key = json.dumps([example.prompt, example.answers[0]])
-            if key not in self._tokens:
-                self._tokens[key] = await self._server.tokens(model, example.prompt, example.answers[0])
-            found = await self._server.likelihood(model, *self._tokens[key])
+            found = await self._server.likelihood_of(model, example.prompt, example.answers[0])
         except NoLikelihoodError as error:
             raise EvaluationError(f"{error}; score answers instead, such as with --score exact") from None
         return found.log_likelihood / found.tokens

@@ -83,6 +83,12 @@ METRICS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
 """Scores of an answer from 0 to 1, by name."""
 
 
+def check_installed() -> None:
+    """Raise EvaluationError if a library that a metric needs is not installed."""
+    for score in METRICS.values():
+        score("", ["a"])
+
+
 def mean(values: Sequence[float]) -> Interval:
     """The mean of the scores of some examples."""
     scores = np.asarray(values, dtype=np.float64)

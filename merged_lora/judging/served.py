@@ -6,6 +6,7 @@ Knows nothing of tasks or of merges: a model is a name.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -80,6 +81,7 @@ class Served:
         )
         self._free = asyncio.Semaphore(concurrency)
         self.requests = 0
+        self._tokens: dict[str, tuple[list[int], list[int]]] = {}
 
     async def close(self) -> None:
         """Close all connections."""
@@ -157,6 +159,16 @@ class Served:
             return Likelihood(
                 sum(float(entries[str(token)]["logprob"]) for token, entries in own), len(answer)
             )
+
+    async def likelihood_of(self, model: str, prompt: Prompt, answer: str) -> Likelihood:
+        """How likely an answer to a prompt is; their tokens, the same for all models, are asked for once.
+
+        Raises what :meth:`tokens` and :meth:`likelihood` raise.
+        """
+        key = json.dumps([prompt, answer])
+        if key not in self._tokens:
+            self._tokens[key] = await self.tokens(model, prompt, answer)
+        return await self.likelihood(model, *self._tokens[key])
 
     async def _tokenize(self, model: str, **body: object) -> list[int]:
         client: Any = self._client

@@ -18,13 +18,13 @@ from merged_lora.errors import EvaluationError, listed
 from merged_lora.prompts import Example, Tasks
 from merged_lora.strategies import find
 
-from .evaluating import LIMIT, evaluate, read_tasks
+from .evaluating import LIMIT, evaluate, read_tasks, sources_of
 from .evaluation import LIKELIHOOD
 from .objectives import Objective
 from .proposals import STRATEGIES
 from .rating import Rater
 from .results import Results
-from .scores import METRICS, difference
+from .scores import METRICS, check_installed, difference
 from .searching import SEED, Scale, Search, order, reference
 from .served import Served, base_among
 from .tuned import Trial, Tuning, best_of
@@ -83,9 +83,9 @@ def tune(
     Needs optuna and openai, of the extra ``tune``.  Raises MergeError.
     """
     dev, rest = divided(data, report, count)
-    names = {task: (sources or {}).get(task, task) for task in dev}
     aim = Objective(objective, tuple(dev))
-    _check(dev, sources or {}, strategies, ranks, trials, minutes, metric, limit)
+    _check(strategies, ranks, trials, minutes, metric, limit)
+    names = sources_of(dev, sources or {})
     started = time.monotonic()
 
     async def searched() -> tuple[Search, Scale, dict[str, dict[str, list[float]]], int]:
@@ -157,8 +157,6 @@ def _compared(trials: Sequence[Trial]) -> tuple[Trial, Trial]:
 
 
 def _check(
-    tasks: Tasks,
-    sources: Mapping[str, str],
     strategies: Sequence[str],
     ranks: Sequence[int],
     trials: int,
@@ -174,12 +172,9 @@ def _check(
             f"a search needs optuna, which cannot be imported ({error}): pip install 'vllm-merged-lora[tune]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if unused := sorted(sources.keys() - tasks.keys()):
-        raise EvaluationError(f"{listed(unused)} has a source and no examples")
     if metric not in METRICS:
         raise EvaluationError(f"the metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    for each in METRICS.values():
-        each("", ["a"])  # raises if what it needs is not installed
+    check_installed()
     for what, number in (("trials", trials), ("tokens of an answer", limit)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise EvaluationError(f"the number of {what} must be at least 1, got {number!r}")

@@ -35,12 +35,6 @@ def server() -> Iterator[OpenAIServer]:
     made.close()
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No attempt after the first, but where a test wants more."""
-    monkeypatch.setattr(served, "ATTEMPTS", 0)
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with the examples of two tasks, one of them a chat."""

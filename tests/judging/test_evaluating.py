@@ -38,12 +38,6 @@ def server() -> Iterator[OpenAIServer]:
     made.close()
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No attempt after the first, but where a test wants more."""
-    monkeypatch.setattr(served, "ATTEMPTS", 0)
-
-
 def test_retention_is_measured_by_task_and_the_worst_comes_first(server: OpenAIServer) -> None:
     found = evaluate(server.url, DATA, ["ties(sql, chat)"])
     assert (found.base, found.specs, found.worst) == ("base", (MIX,), 0.5)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from landscape import TASKS, Landscape, examples, rows
-from merged_lora.judging import served
 from merged_lora.spec import parse
 from running import Run, started
 
@@ -32,7 +31,6 @@ def server() -> Iterator[Landscape]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with eight examples of each task in ``chat.jsonl`` and ``sql.jsonl``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(served, "ATTEMPTS", 0)
     for task, found in examples(8).items():
         lines = [json.dumps({"prompt": each.prompt, "answer": each.answers[0]}) for each in found]
         (tmp_path / f"{task}.jsonl").write_text("\n".join(lines))

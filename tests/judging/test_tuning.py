@@ -15,7 +15,7 @@ import pytest
 from landscape import TASKS, Landscape, examples, gain, rows
 from merged_lora import MergeError, tune
 from merged_lora.errors import EvaluationError
-from merged_lora.judging import proposals, served
+from merged_lora.judging import proposals
 from merged_lora.judging.scores import Interval
 from merged_lora.judging.tuned import Trial, Tuning
 from merged_lora.judging.tuning import divided
@@ -31,12 +31,6 @@ def server() -> Iterator[Landscape]:
     made = Landscape()
     yield made
     made.close()
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No attempt after the first."""
-    monkeypatch.setattr(served, "ATTEMPTS", 0)
 
 
 @pytest.fixture(scope="module")
