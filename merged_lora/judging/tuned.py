@@ -106,6 +106,15 @@ class Tuning(Report):
         return self.margin is not None and self.margin.low > 0.0
 
     @property
+    def chosen(self) -> Trial:
+        """The one to serve: ``best`` if it kept more on the report examples, else ``default``.
+
+        By the margin, and where that is none by the gains.
+        """
+        ahead = [each.value for each in (self.margin, self.gain_margin) if each is not None and each.value]
+        return self.best if ahead and ahead[0] > 0.0 else self.default
+
+    @property
     def luck(self) -> float:
         """By how much the value of the best trial is larger on the dev than on the report examples."""
         return self.best.value - self.objective.value(self.gains[self.best.spec])
@@ -125,12 +134,12 @@ class Tuning(Report):
         )
 
     def module_argument(self, name: str) -> str:
-        """The best merge as an alias of this name, for ``--merged-lora-modules``."""
-        return f"{name}={self.best.spec}"
+        """The chosen merge as an alias of this name, for ``--merged-lora-modules``."""
+        return f"{name}={self.chosen.spec}"
 
     def body(self) -> str:
-        """The best merge as the body of ``POST /v1/merged_lora/{alias}``."""
-        return json.dumps({"spec": self.best.spec})
+        """The chosen merge as the body of ``POST /v1/merged_lora/{alias}``."""
+        return json.dumps({"spec": self.chosen.spec})
 
     def verdict(self) -> list[str]:
         """What came of it, in sentences."""
@@ -146,15 +155,12 @@ class Tuning(Report):
         if self.margin is None:
             metric = self.evaluation.metric
             first = f"{report}, no source has a right answer by {metric}, so retention says nothing."
-        elif self.beats:
-            first = (
-                f"{report}, {best} is better than the best default, {default}: their {what} retentions "
-                f"differ by {self.margin.points}."
-            )
         else:
+            found = "better" if self.beats else "worse" if self.margin.high < 0.0 else "not better"
+            chance = "" if self.beats or self.margin.high < 0.0 else ", beyond what chance gives"
             first = (
-                f"{report}, {best} is not better than the best default, {default}, beyond what chance gives: "
-                f"their {what} retentions differ by {self.margin.points}."
+                f"{report}, {best} is {found} than the best default, {default}{chance}: their {what} "
+                f"retentions differ by {self.margin.points}."
             )
         if self.gain_margin is None:
             return [first + untried]
@@ -238,6 +244,7 @@ class Tuning(Report):
             "margin": asdict(self.margin) if self.margin else None,
             "gain_margin": asdict(self.gain_margin) if self.gain_margin else None,
             "beats": self.beats,
+            "chosen": self.chosen.spec,
             "untried": list(self.untried),
             "luck": self.luck,
             "verdict": self.verdict(),
@@ -250,14 +257,15 @@ class Tuning(Report):
         }
 
     def sections(self) -> list[Section]:
-        """The verdict, and how the best merge is served."""
+        """The verdict, and how the chosen merge is served."""
+        what = "the default" if self.chosen.default else "what was found"
         return [
             Section("verdict", self.verdict()),
-            Section("how to serve it", self.serving(), prose=False),
+            Section(f"how to serve {what}", self.serving(), prose=False),
         ]
 
     def serving(self) -> list[str]:
-        """The best merge as a flag of ``vllm serve``, and as a request to a running server."""
+        """The chosen merge as a flag of ``vllm serve``, and as a request to a running server."""
         return [
             f"--merged-lora-modules {shlex.quote(self.module_argument('tuned'))}",
             f"POST /v1/merged_lora/tuned {self.body()}",

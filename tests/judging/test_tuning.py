@@ -145,6 +145,7 @@ def test_without_a_right_answer_of_any_source_gains_alone_are_compared(server: L
     assert "no source has a right answer by exact" in made.verdict()[0]
     assert made.gain_margin is not None
     assert made.gain_margin.low == pytest.approx(min(made.gains[made.best.spec].values()) - 0.8)
+    assert made.chosen is made.best
 
 
 def test_a_default_that_nothing_beats_is_the_result(server: Landscape) -> None:
@@ -152,6 +153,35 @@ def test_a_default_that_nothing_beats_is_the_result(server: Landscape) -> None:
     assert made.best is made.default
     assert made.verdict()[0].startswith("Nothing that was tried is better than the default sum(")
     assert made.margin == Interval(0.0, 0.0, 0.0)
+
+
+def test_what_does_worse_on_the_report_examples_is_not_the_one_to_serve(server: Landscape) -> None:
+    dev, others = examples(4), {task: each[4:] for task, each in examples(44).items()}
+    own = server.answers
+
+    def forgetful(model: str, prompt: str) -> str:
+        """Merges with weights have no right answer to examples that the search did not see."""
+        return "wrong" if "*" in model and int(prompt.split()[1]) >= 4 else own(model, prompt)
+
+    server.answers = forgetful
+    made = tune(server.url, dev, report=others, strategies=["sum"], trials=20)
+    assert "*" in made.best.spec
+    assert made.margin is not None
+    assert made.margin.high < 0
+    assert f"{made.best.spec} is worse than the best default, {made.default.spec}: " in made.verdict()[0]
+    assert made.chosen is made.default
+    assert json.loads(made.body())["spec"] == made.default.spec
+    assert "how to serve the default\n" in str(made)
+
+
+def test_where_retentions_are_the_same_gains_decide_what_to_serve(server: Landscape) -> None:
+    own = server.answers
+    server.answers = lambda model, prompt: own(prompt.split()[0] if "(" in model else model, prompt)
+    made = tune(server.url, DATA, strategies=SUMS, trials=16)
+    assert made.margin == Interval(0.0, 0.0, 0.0)
+    assert made.gain_margin is not None
+    assert made.gain_margin.value > 0
+    assert made.chosen is made.best
 
 
 def test_luck_is_the_worst_gain_on_dev_above_that_on_the_report_examples(found: Tuning) -> None:
@@ -270,6 +300,7 @@ def test_what_is_printed_can_be_used(found: Tuning) -> None:
     assert parse(json.loads(found.body())["spec"]) == parse(found.best.spec)
     assert found.module_argument("team") == f"team={found.best.spec}"
     text = str(found)
+    assert "how to serve what was found\n" in text
     assert f"--merged-lora-modules 'tuned={found.best.spec}'" in text
     assert f"POST /v1/merged_lora/tuned {found.body()}" in text
 
