@@ -9,10 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +19,7 @@ import torch
 
 from .errors import CalibrationError, listed
 from .factors import Factors
+from .scratch import in_place_of
 from .tensor_files import read_tensors
 
 CALIBRATION_NAME = "merged_lora_calibration.safetensors"
@@ -167,18 +165,11 @@ def write_calibration(file: Path, calibration: Calibration) -> None:
         "inputs": json.dumps({name: names[id(inputs)] for name, inputs in calibration.inputs.items()}),
         "lengths": json.dumps([(len(e.prompt), len(e.answer), e.fitted) for e in calibration.exchanges]),
     }
-    scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with scratch.open("xb") as written:
-            written.write(safetensors.torch.save(tensors, metadata))
-            written.flush()
-            os.fsync(written.fileno())
-        scratch.replace(file)
+        with in_place_of(file) as scratch:
+            scratch.write_bytes(safetensors.torch.save(tensors, metadata))
     except OSError as error:
         raise CalibrationError(f"cannot write {file}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink()  # which is not there any more if all went well
 
 
 def _parsed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Calibration:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from merged_lora.errors import FetchError, MergeError
 from merged_lora.locations import Location
+from merged_lora.scratch import in_place_of
 
 from .files import GIB, Bound, Remote, Report, Store, choose
 from .transfer import found_in, full, transfer
@@ -223,9 +224,8 @@ class Cache:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 if not (self._adapters / json.loads(old.read_text(encoding="utf-8"))["folder"]).is_dir():
                     old.unlink()
-        scratch = self._places / f".{secrets.token_hex(8)}"
-        scratch.write_text(json.dumps({"location": str(location), **asdict(place)}), encoding="utf-8")
-        scratch.replace(self._places / f"{key_of(location)}.json")
+        with in_place_of(self._places / f"{key_of(location)}.json") as scratch:
+            scratch.write_text(json.dumps({"location": str(location), **asdict(place)}), encoding="utf-8")
 
 
 class _Fetch:

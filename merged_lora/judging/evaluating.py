@@ -17,18 +17,20 @@ from merged_lora.spec import MergeSpec, parse
 from .evaluation import LIKELIHOOD, Evaluation, Row
 from .results import Results
 from .scores import METRICS, check_installed
-from .served import Likelihood, NoLikelihoodError, RefusedError, Served, base_among
+from .served import Likelihood, NoLikelihoodError, RefusedError, Served, base_among, check_number
 from .waiting import finished, gathered
 
 LIMIT = 256
 """Tokens of an answer."""
 FORMAT = 1
 """Version of a file of results; one of another is refused."""
+Data = Mapping[str, str | os.PathLike[str] | Sequence[Example]]
+"""For each task a file of examples, or the examples."""
 
 
 def evaluate(
     base_url: str,
-    data: Mapping[str, str | os.PathLike[str] | Sequence[Example]],
+    data: Data,
     specs: Iterable[str | MergeSpec] = (),
     *,
     sources: Mapping[str, str] | None = None,
@@ -69,8 +71,7 @@ def evaluate(
         raise EvaluationError(
             f"the metric must be one of {', '.join((*METRICS, LIKELIHOOD))}, got {metric!r}"
         )
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise EvaluationError(f"the number of tokens of an answer must be at least 1, got {limit!r}")
+    check_number("tokens of an answer", limit)
     named = sources_of(tasks, sources or {})
     if metric == LIKELIHOOD and not likelihood:
         raise EvaluationError("the metric likelihood cannot be had without likelihoods")
@@ -80,17 +81,15 @@ def evaluate(
     return finished(run.run(Served(base_url, api_key, concurrency)))
 
 
-def read_tasks(
-    data: Mapping[str, str | os.PathLike[str] | Sequence[Example]], count: int | None = None
-) -> dict[str, Sequence[Example]]:
+def read_tasks(data: Data, count: int | None = None) -> dict[str, Sequence[Example]]:
     """The examples of every task; raises EvaluationError.
 
     count: the first so many of each alone.
     """
     if not isinstance(data, Mapping) or not data:
         raise EvaluationError("there is no task; name at least one with a file of examples")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise EvaluationError(f"the number of examples must be at least 1, got {count!r}")
+    if count is not None:
+        check_number("examples", count)
     found: dict[str, Sequence[Example]] = {}
     for task, given in data.items():
         found[task] = read_examples(Path(given)) if isinstance(given, str | os.PathLike) else list(given)

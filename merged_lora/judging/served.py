@@ -47,6 +47,12 @@ class Likelihood:
     tokens: int
 
 
+def check_number(what: str, number: object) -> None:
+    """Raise EvaluationError unless this is a whole number of at least 1."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise EvaluationError(f"the number of {what} must be at least 1, got {number!r}")
+
+
 class Served:
     """A server.
 
@@ -69,8 +75,7 @@ class Served:
         split = urlsplit(base_url)
         if split.scheme not in ("http", "https") or not split.netloc:
             raise EvaluationError(f"{base_url!r} is no address of a server, such as http://localhost:8000/v1")
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-            raise EvaluationError(f"the number of requests at a time must be at least 1, got {concurrency!r}")
+        check_number("requests at a time", concurrency)
         self.base_url = base_url.rstrip("/")
         self._root = f"{split.scheme}://{split.netloc}{split.path.rstrip('/').removesuffix('/v1')}"
         self._client: AsyncOpenAI = AsyncOpenAI(

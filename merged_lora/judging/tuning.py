@@ -18,7 +18,7 @@ from merged_lora.errors import EvaluationError, listed
 from merged_lora.prompts import Example, Tasks
 from merged_lora.strategies import find
 
-from .evaluating import LIMIT, evaluate, read_tasks, sources_of
+from .evaluating import LIMIT, Data, evaluate, read_tasks, sources_of
 from .evaluation import LIKELIHOOD
 from .objectives import Objective
 from .proposals import STRATEGIES
@@ -26,13 +26,12 @@ from .rating import Rater
 from .results import Results
 from .scores import METRICS, check_installed, difference
 from .searching import SEED, Scale, Search, order, reference
-from .served import Served, base_among
+from .served import Served, base_among, check_number
 from .tuned import Trial, Tuning, best_of
 from .waiting import finished
 
 FORMAT = 1
 """Version of a study; a file of another is refused."""
-Data = Mapping[str, str | os.PathLike[str] | Sequence[Example]]
 Progress = Callable[[Trial, Trial | None], object]
 
 
@@ -175,9 +174,8 @@ def _check(
     if metric not in METRICS:
         raise EvaluationError(f"the metric must be one of {', '.join(METRICS)}, got {metric!r}")
     check_installed()
-    for what, number in (("trials", trials), ("tokens of an answer", limit)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise EvaluationError(f"the number of {what} must be at least 1, got {number!r}")
+    check_number("trials", trials)
+    check_number("tokens of an answer", limit)
     if minutes is not None and not minutes > 0:
         raise EvaluationError(f"the minutes must be more than 0, got {minutes!r}")
     if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
-from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merged_lora.errors import MergeError
+from merged_lora.scratch import in_place_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,16 +30,12 @@ def save(figure: Figure, path: Path) -> None:
     from matplotlib import rc_context
 
     check_path(path)
-    scratch = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
+    options = {"svg.hashsalt": "merged-lora", "svg.fonttype": "none"}
     try:
-        with rc_context({"svg.hashsalt": "merged-lora", "svg.fonttype": "none"}):
+        with in_place_of(path) as scratch, rc_context(options):
             figure.savefig(scratch, format=path.suffix[1:], dpi=150, metadata=_UNDATED[path.suffix])
-        scratch.replace(path)
     except OSError as error:
         raise MergeError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink()  # which is not there any more if all went well
 
 
 def check_path(path: Path) -> None:
