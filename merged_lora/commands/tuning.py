@@ -42,7 +42,7 @@ def add(added: Any) -> None:
         type=named_file,
         action="append",
         default=[],
-        help="examples of a task for the report alone; by default every second one of --data",
+        help="examples of a task for the report alone; by default half of --data, drawn at random",
     )
     _add_choices(tune)
     tune.add_argument("--trials", metavar="N", type=int, default=60, help="merges to try (60)")

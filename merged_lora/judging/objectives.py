@@ -45,15 +45,13 @@ class Objective:
         return {"worst": "worst-task", "mean": "mean"}.get(str(self.given), "weighted")
 
     def value(self, gains: Mapping[str, Value]) -> Value:
-        """The value of gains by task, each a number or one for each of many draws.
-
-        Tasks that are missing do not count; NaN if none is there that does.
-        """
+        """The value of gains by task, each a number or one for each of many draws."""
         if self._weights is None:
             found: Value = np.minimum.reduce(list(gains.values()))
             return found
-        known = {task: weight for task, weight in self._weights.items() if task in gains}
-        if not known:
-            return np.nan * next(iter(gains.values()))
-        weighted = [weight * gains[task] for task, weight in known.items()]
-        return np.add.reduce(weighted) / sum(known.values())  # type: ignore[no-any-return]
+        weighted = [weight * gains[task] for task, weight in self._weights.items()]
+        return np.add.reduce(weighted)  # type: ignore[no-any-return]
+
+    def counts(self, task: str) -> bool:
+        """Whether the value depends on a task."""
+        return self._weights is None or task in self._weights

@@ -132,24 +132,21 @@ def difference(
     value:         of what is kept by task; each holds one number for each resample.
     without:       scores of the base model; by default 0.
 
-    Returns None if no source that counts has a score to keep; a task whose source has none takes no part.
+    Returns None if the source of a task that counts has no score to keep.
     """
     rng = np.random.default_rng(0)
     kept: tuple[dict[str, NDArray[np.float64]], ...] = ({}, {})
     for task, own in alone.items():
         zero = np.asarray(without[task] if without else np.zeros(len(own)), dtype=np.float64)
         above = np.asarray(own, dtype=np.float64) - zero
-        if not above.sum() > 0:
-            continue
         drawn = rng.integers(0, len(own), (RESAMPLES, len(own)))
         drawn = np.concatenate([np.arange(len(own))[None], drawn])  # first all examples, each once
         below = above[drawn].mean(axis=1)
         for found, scores in zip(kept, (merged[task], other[task]), strict=True):
             gained = (np.asarray(scores, dtype=np.float64) - zero)[drawn].mean(axis=1)
             found[task] = gained / np.where(below > 0, below, np.nan)
-    if not kept[0]:
-        return None
-    differences = value(kept[0]) - value(kept[1])
+    # Rounded: shares that are the same, computed of other examples, differ in their last bits.
+    differences = np.round(value(kept[0]) - value(kept[1]), 9)
     if not np.isfinite(differences[0]):
         return None
     return _around(float(differences[0]), differences[1:])

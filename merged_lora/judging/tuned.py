@@ -80,7 +80,7 @@ class Tuning(Report):
     gains:      of both on the report examples, by their specs and by task.
     evaluation: both on the report examples, with answers.
     margin:     by how much ``best`` keeps more than ``default`` there, by the objective of retentions by the
-                report's metric; None if no source has a score by that.
+                report's metric; None if the source of a task that counts has no score by that.
     gain_margin: the same of gains.
     importance: share of each choice in what made the trials of the best one's strategy good or bad.
     seconds:    that this run took.
@@ -109,7 +109,7 @@ class Tuning(Report):
     def chosen(self) -> Trial:
         """The one to serve: ``best`` if it kept more on the report examples, else ``default``.
 
-        By the margin, and where that is none by the gains.
+        By the margin, and if that is none or zero by the gains.
         """
         ahead = [each.value for each in (self.margin, self.gain_margin) if each is not None and each.value]
         return self.best if ahead and ahead[0] > 0.0 else self.default
@@ -153,25 +153,34 @@ class Tuning(Report):
             return [f"Nothing that was tried is better than the default {default}.{untried}"]
         report = "On examples that took no part in the search"
         if self.margin is None:
-            metric = self.evaluation.metric
-            first = f"{report}, no source has a right answer by {metric}, so retention says nothing."
+            tasks, metric = listed(self._unscored()), self.evaluation.metric
+            first = f"{report}, retention says nothing: no right answer by {metric} of the source of {tasks}."
         else:
-            found = "better" if self.beats else "worse" if self.margin.high < 0.0 else "not better"
-            chance = "" if self.beats or self.margin.high < 0.0 else ", beyond what chance gives"
+            sure = self.beats or self.margin.high < 0.0
+            found = "better" if self.beats else "worse" if sure else "not better"
             first = (
-                f"{report}, {best} is {found} than the best default, {default}{chance}: their {what} "
-                f"retentions differ by {self.margin.points}."
+                f"{report}, {best} is {found} than the best default, {default}"
+                f"{'' if sure else ', beyond what chance gives'}: their {what} retentions differ by "
+                f"{self.margin.points}."
             )
-        if self.gain_margin is None:
-            return [first + untried]
-        return [first + untried, f"By likelihood, their {what} gains differ by {self.gain_margin.points}."]
+        sentences = [first + untried]
+        if self.gain_margin is not None:
+            sentences.append(f"By likelihood, their {what} gains differ by {self.gain_margin.points}.")
+        if self.chosen.default:
+            return [*sentences, "The default is the one to serve."]
+        return [*sentences, f"What was found kept more{'' if self.beats else ' all the same'}: serve that."]
+
+    def _unscored(self) -> list[str]:
+        """The tasks that count and whose source has no score on the report examples."""
+        scores, sources = self.evaluation.scores, self.evaluation.sources
+        return [t for t in sources if self.objective.counts(t) and not any(scores(sources[t], t))]
 
     def _lucky(self) -> str:
-        what = self.objective.name
+        lucky = f"lucky by {100 * self.luck:.1f} points" if self.luck > 5e-4 else "not lucky"
         return (
-            f"Chosen as the best of {len(self.trials)}, it was lucky by {100 * self.luck:.1f} points: its "
-            f"{what} gain is {self.best.value:.1%} on the examples that it was chosen on, and "
-            f"{self.best.value - self.luck:.1%} on the others."
+            f"The best of {len(self.trials)} was {lucky}: its {self.objective.name} gain is "
+            f"{self.best.value:.1%} on the examples of the search, and {self.best.value - self.luck:.1%} on "
+            "those of the report."
         )
 
     def _cost(self) -> str:

@@ -119,6 +119,22 @@ def test_a_merge_differs_from_itself_by_nothing() -> None:
     assert difference(merged, merged, ALONE, WORST) == Interval(0.0, 0.0, 0.0)
 
 
+def test_the_same_share_of_other_examples_is_no_difference_at_all() -> None:
+    def scores(*right: int) -> dict[str, list[float]]:
+        return {task: [1.0] * n + [0.0] * (20 - n) for task, n in zip("abc", right, strict=True)}
+
+    whole = scores(20, 20, 20)
+    found = difference(scores(19, 20, 17), scores(17, 19, 20), whole, Objective("mean", tuple("abc")).value)
+    assert found is not None
+    assert found.value == 0.0
+    sixths = {"a": [1.0] * 15 + [0.0] * 5, "b": [1.0] * 20}
+    one = {"a": [1.0] * 12 + [0.0] * 8, "b": [1.0] * 20}
+    two = {"a": [1.0] * 15 + [0.0] * 5, "b": [1.0] * 16 + [0.0] * 4}
+    found = difference(one, two, sixths, WORST)
+    assert found is not None
+    assert found.value == 0.0
+
+
 def test_the_base_model_is_the_zero_of_gains() -> None:
     base, own = {"sql": [-3.0] * 8}, {"sql": [-1.0] * 8}
     found = difference({"sql": [-1.5] * 8}, {"sql": [-2.0] * 8}, own, WORST, base)
@@ -130,5 +146,6 @@ def test_nothing_is_kept_of_sources_without_a_score() -> None:
     none = {"sql": [0.0] * 4, "chat": [1.0] * 4}
     right = {"sql": [1.0] * 4, "chat": [1.0] * 4}
     assert difference(right, none, {"sql": none["sql"]}, WORST) is None
-    assert difference(right, none, none, WORST) == Interval(0.0, 0.0, 0.0)
+    assert difference(right, none, none, WORST) is None
+    assert difference(right, none, none, Objective({"chat": 1.0}, ("sql", "chat")).value) is not None
     assert difference(right, none, none, Objective({"sql": 1.0}, ("sql", "chat")).value) is None

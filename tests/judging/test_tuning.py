@@ -132,8 +132,10 @@ def test_a_margin_that_chance_cannot_explain_is_claimed_and_a_smaller_one_is_not
     assert some.margin is not None
     assert some.margin.value == pytest.approx(0.2)
     assert "differ by +20.0 points (" in some.verdict()[0]
+    assert "What was found kept more: serve that." in some.verdict()
     less = tune(server.url, dev, report={task: few[task][4:] for task in TASKS}, strategies=SUMS, trials=20)
     assert not less.beats
+    assert "What was found kept more all the same: serve that." in less.verdict()
     assert "not better" in less.verdict()[0]
 
 
@@ -142,10 +144,22 @@ def test_without_a_right_answer_of_any_source_gains_alone_are_compared(server: L
     made = tune(server.url, DATA, strategies=SUMS, trials=16)
     assert made.margin is None
     assert not made.beats
-    assert "no source has a right answer by exact" in made.verdict()[0]
+    assert made.verdict()[0].endswith("no right answer by exact of the source of chat, sql.")
     assert made.gain_margin is not None
     assert made.gain_margin.low == pytest.approx(min(made.gains[made.best.spec].values()) - 0.8)
     assert made.chosen is made.best
+
+
+def test_a_task_without_a_right_answer_of_its_source_leaves_nothing_to_compare_unless_it_does_not_count(
+    server: Landscape,
+) -> None:
+    own = server.answers
+    server.answers = lambda model, prompt: "wrong" if prompt.startswith("chat") else own(model, prompt)
+    made = tune(server.url, DATA, strategies=SUMS, trials=16)
+    assert made.margin is None
+    assert made.verdict()[0].endswith("no right answer by exact of the source of chat.")
+    made = tune(server.url, DATA, strategies=SUMS, trials=4, objective={"sql": 1.0})
+    assert made.margin is not None
 
 
 def test_a_default_that_nothing_beats_is_the_result(server: Landscape) -> None:
@@ -170,6 +184,7 @@ def test_what_does_worse_on_the_report_examples_is_not_the_one_to_serve(server: 
     assert made.margin.high < 0
     assert f"{made.best.spec} is worse than the best default, {made.default.spec}: " in made.verdict()[0]
     assert made.chosen is made.default
+    assert "The default is the one to serve." in made.verdict()
     assert json.loads(made.body())["spec"] == made.default.spec
     assert "how to serve the default\n" in str(made)
 
