@@ -30,9 +30,11 @@ def save(figure: Figure, path: Path) -> None:
     from matplotlib import rc_context
 
     check_path(path)
-    options = {"svg.hashsalt": "merged-lora", "svg.fonttype": "none"}
     try:
-        with in_place_of(path) as scratch, rc_context(options):
+        with (
+            in_place_of(path) as scratch,
+            rc_context({"svg.hashsalt": "merged-lora", "svg.fonttype": "none"}),
+        ):
             figure.savefig(scratch, format=path.suffix[1:], dpi=150, metadata=_UNDATED[path.suffix])
     except OSError as error:
         raise MergeError(f"cannot write {path}: {error.strerror or error}") from None
