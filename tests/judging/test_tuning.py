@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,11 @@ def test_where_retentions_are_the_same_gains_decide_what_to_serve(server: Landsc
 def test_luck_is_the_worst_gain_on_dev_above_that_on_the_report_examples(found: Tuning) -> None:
     assert found.gains[found.best.spec] == pytest.approx(found.best.gains)
     assert found.luck == pytest.approx(0.0, abs=1e-9)
+    assert f"The best of {len(found.trials)} was not lucky: its worst-task gain is " in found.verdict()[-2]
+    less = {spec: {task: gain - 0.1 for task, gain in gains.items()} for spec, gains in found.gains.items()}
+    other = replace(found, gains=less)
+    assert other.luck == pytest.approx(0.1)
+    assert f"The best of {len(found.trials)} was lucky by 10.0 points: " in other.verdict()[-2]
 
 
 def test_a_strategy_that_is_refused_is_not_tried_again(server: Landscape) -> None:
