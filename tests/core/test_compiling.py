@@ -77,7 +77,7 @@ def test_a_wait_is_announced_on_a_terminal_alone(
         SLOW.info("compiling")
         return 0
 
-    monkeypatch.setitem(COMMANDS, "strategies", command)
+    monkeypatch.setattr(COMMANDS["strategies"], "run", command)
     assert main(["strategies"]) == 0
     assert capsys.readouterr().err == ("merged-lora: compiling\n" if terminal else "")
     assert SLOW.level == logging.NOTSET
