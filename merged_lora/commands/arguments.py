@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from merged_lora.errors import MergeError, SpecError, UnknownAdapterError
 from merged_lora.grammar import meant_by
@@ -178,6 +178,19 @@ def add_served(parser: argparse.ArgumentParser) -> None:
         "--limit", metavar="N", type=int, default=256, help="largest number of tokens of an answer (256)"
     )
     parser.add_argument("--concurrency", metavar="N", type=int, default=8, help="requests at a time (8)")
+
+
+def served(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`add_served` adds, by the names of the parameters of ``evaluate`` and ``tune``."""
+    return {
+        "base_url": arguments.base_url,
+        "data": once(arguments.data),
+        "sources": once(arguments.sources),
+        "base": arguments.base,
+        "count": arguments.count,
+        "limit": arguments.limit,
+        "concurrency": arguments.concurrency,
+    }
 
 
 def named_value(text: str) -> tuple[str, str]:

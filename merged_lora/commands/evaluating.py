@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merged_lora.errors import listed
 from merged_lora.names import printable
 
-from .arguments import ExamplesFormatter, add_served, once, read_spec
+from .arguments import ExamplesFormatter, add_served, read_spec, served
 from .running import LOGGER, UsageError, interrupts_explained, output, terminated_cleanly
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def add(added: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what merges keep of their sources."""
-    data, sources = once(arguments.data), once(arguments.sources)
+    asked = served(arguments)
     specs = [read_spec(text) if text.lstrip().startswith("{") else text for text in arguments.specs]
     for option, given in (("--plot", arguments.plot), ("--fail-under", arguments.fail_under)):
         if given is not None and not specs:
@@ -109,16 +109,10 @@ def run(arguments: argparse.Namespace) -> int:
     explained = interrupts_explained("--results", arguments.results)
     with explained, terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
         found = evaluate(
-            arguments.base_url,
-            data,
-            specs,
-            sources=sources,
-            base=arguments.base,
+            **asked,
+            specs=specs,
             metric=arguments.metric,
-            count=arguments.count,
-            limit=arguments.limit,
             likelihood=arguments.likelihood,
-            concurrency=arguments.concurrency,
             results=arguments.results,
             progress=progress,
         )

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .arguments import ExamplesFormatter, add_reading, named_location, once
 from .running import LOGGER, UsageError, output, terminated_cleanly
-
-if TYPE_CHECKING:
-    pass
 
 NOT_TOGETHER = 3
 """Exit code of an inspection of adapters that cannot be merged."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merged_lora.names import printable
 
-from .arguments import ExamplesFormatter, add_served, named_file, named_value, once
+from .arguments import ExamplesFormatter, add_served, named_file, named_value, once, served
 from .running import LOGGER, UsageError, interrupts_explained, output, terminated_cleanly
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _add_choices(tune: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what a search finds."""
-    data, report, sources = (once(each) for each in (arguments.data, arguments.report, arguments.sources))
+    asked, report = served(arguments), once(arguments.report)
     objective = _objective(arguments.objective)
 
     from tqdm import tqdm
@@ -118,11 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     explained = interrupts_explained("--study", arguments.study, so_far)
     with explained, terminated_cleanly(), bar, logging_redirect_tqdm([LOGGER]):
         found = tune(
-            arguments.base_url,
-            data,
+            **asked,
             report=report or None,
-            sources=sources,
-            base=arguments.base,
             strategies=arguments.strategy,
             ranks=arguments.rank,
             objective=objective,
@@ -130,9 +127,6 @@ def run(arguments: argparse.Namespace) -> int:
             trials=arguments.trials,
             minutes=arguments.minutes,
             metric=arguments.metric,
-            count=arguments.count,
-            limit=arguments.limit,
-            concurrency=arguments.concurrency,
             study=arguments.study,
             progress=progress,
         )
