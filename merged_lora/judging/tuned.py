@@ -73,6 +73,7 @@ class Tuning(Report):
     """A search and its report.
 
     objective:  how gains became one value.
+    score:      what gains are of: ``likelihood``, or a metric.
     trials:     in their order.
     untried:    the defaults for which neither trials nor minutes were left.
     best:       the trial with the largest value; may be a default.
@@ -88,6 +89,7 @@ class Tuning(Report):
     """
 
     objective: Objective
+    score: str
     trials: tuple[Trial, ...]
     untried: tuple[str, ...]
     best: Trial
@@ -165,7 +167,7 @@ class Tuning(Report):
             )
         sentences = [first + untried]
         if self.gain_margin is not None:
-            sentences.append(f"By likelihood, their {what} gains differ by {self.gain_margin.points}.")
+            sentences.append(f"By {self.score}, their {what} gains differ by {self.gain_margin.points}.")
         if self.chosen.default:
             return [*sentences, "The default is the one to serve."]
         return [*sentences, f"What was found kept more{'' if self.beats else ' all the same'}: serve that."]
@@ -248,6 +250,7 @@ class Tuning(Report):
         """All that was found, for JSON."""
         return {
             "objective": self.objective.given,
+            "score": self.score,
             "best": self.best.as_row(),
             "default": self.default.as_row(),
             "margin": asdict(self.margin) if self.margin else None,

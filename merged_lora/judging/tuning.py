@@ -133,6 +133,7 @@ def tune(
     )
     return Tuning(
         objective=aim,
+        score=score,
         trials=tuple(search.trials),
         untried=tuple(search.untried),
         best=best,

@@ -133,6 +133,7 @@ def test_a_margin_that_chance_cannot_explain_is_claimed_and_a_smaller_one_is_not
     assert some.margin is not None
     assert some.margin.value == pytest.approx(0.2)
     assert "differ by +20.0 points (" in some.verdict()[0]
+    assert some.verdict()[1].startswith("By likelihood, their worst-task gains differ by +")
     assert "What was found kept more: serve that." in some.verdict()
     less = tune(server.url, dev, report={task: few[task][4:] for task in TASKS}, strategies=SUMS, trials=20)
     assert not less.beats
@@ -296,6 +297,8 @@ def test_merges_can_be_chosen_by_their_answers(server: Landscape) -> None:
         tune(server.url, DATA, strategies=SUMS, trials=2)
     made = tune(server.url, examples(20), strategies=SUMS, trials=12, score="exact")
     assert made.best.value > made.default.value
+    assert made.verdict()[1].startswith("By exact, their worst-task gains differ by +")
+    assert made.as_dict()["score"] == "exact"
 
 
 def test_one_adapter_may_have_two_tasks(server: Landscape) -> None:
