@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,22 +24,37 @@ def finished(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     loop = asyncio.new_event_loop()
     task = loop.create_task(work)
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            return thread.submit(_run, loop, task).result()
-        except KeyboardInterrupt:
-            loop.call_soon_threadsafe(task.cancel)
-            raise
 
+    def interrupt(*_: object) -> None:
+        if task.done():
+            raise KeyboardInterrupt
+        loop.call_soon_threadsafe(task.cancel)
 
-def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task[T]) -> T:
-    """Run a loop until a task is done, and close it."""
-    asyncio.set_event_loop(loop)
     try:
-        return loop.run_until_complete(task)
+        with _on_interrupt(interrupt), ThreadPoolExecutor(1) as thread:
+            return thread.submit(loop.run_until_complete, task).result()
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     finally:
-        asyncio.set_event_loop(None)
         loop.close()
+
+
+@contextmanager
+def _on_interrupt(handler: Callable[..., object]) -> Iterator[None]:
+    """Let an interrupt call this, where one would be handled at all.
+
+    By default it is raised wherever this thread is: while it starts another one, which is then never joined,
+    or while it holds a lock, which is then never released.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 async def gathered(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
