@@ -49,6 +49,7 @@ class OpenAIServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet: of two, the second waits 40 ms for the client
 
             def do_GET(self) -> None:
                 found = [{"id": n, "object": "model", "parent": p} for n, p in server.models.items()]
