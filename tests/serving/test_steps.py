@@ -28,8 +28,8 @@ pytestmark = pytest.mark.engine
 STEP_LIMIT = 10
 """Seconds after which vLLM counts a step as hung and ends; its default is 300.  With 5, an engine ended at
 its first request, before any merge, on cores that other tests used too."""
-ROUNDS, ALONE, BESIDE = 3, 2.0, 4.0
-"""How often a stream is watched for that many seconds without a merge, and then beside one."""
+ROUNDS, ALONE, BESIDE = 10, 2.0, 4.0
+"""How often at most a stream is watched for that many seconds without a merge, and then beside one."""
 SHARE = 0.1
 """Part of the time beside a merge that it may take from the stream: a stall of a second is more than 0.2."""
 
@@ -97,7 +97,7 @@ def stalled(times: list[float], spans: list[tuple[float, float]]) -> list[float]
     """
     gaps = list(itertools.pairwise(times))
     beside = [[gap for gap in gaps if gap[0] < end and begin < gap[1]] for begin, end in spans]
-    usual = max(b - a for a, b in set(gaps).difference(*beside))
+    usual = max((b - a for a, b in set(gaps).difference(*beside)), default=0.0)
     return [
         sum(max(0.0, b - a - usual) for a, b in gaps_of_it) / (end - begin)
         for gaps_of_it, (begin, end) in zip(beside, spans, strict=True)
@@ -135,6 +135,8 @@ def test_a_merge_of_twenty_seconds_delays_no_stream_and_ends_when_its_client_lea
     with watching(limited) as times:
         for i in range(1, ROUNDS + 1):
             time.sleep(ALONE)
+            if spans and min(stalled(times, spans)) < SHARE:
+                break
             begin = time.monotonic()
             with asking(limited, slow(20)):
                 eventually(lambda: [m["state"] for m in making(limited)] == ["merging"])
@@ -150,8 +152,8 @@ def test_a_merge_of_twenty_seconds_delays_no_stream_and_ends_when_its_client_lea
     limited.logprobs("sum(0.5*tone)")  # the thread is free again
     assert time.monotonic() - begin < 10
     assert len(times) > 200
-    # Whatever else the machine does holds a stream up too.  That makes its gaps longer without a merge as
-    # well, and it differs from round to round, while what a merge takes from a stream it takes in each.
+    # Whatever else the machine does holds a stream up too: four busy processes on two cores for up to 4 s,
+    # with a merge and without.  It does so in some rounds, while what a merge takes it takes in each.
     assert min(stalled(times, spans)) < SHARE
 
 
