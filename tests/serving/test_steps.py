@@ -31,7 +31,7 @@ its first request, before any merge, on cores that other tests used too."""
 ROUNDS, ALONE, BESIDE = 10, 2.0, 4.0
 """How often at most a stream is watched for that many seconds without a merge, and then beside one."""
 SHARE = 0.1
-"""Part of the time beside a merge that it may take from the stream: a stall of a second is more than 0.2."""
+"""Part of the time beside a merge that it may take from the stream; a stall of a second took 0.16 or more."""
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def eventually(condition: Any, seconds: float = 30.0) -> None:
 def test_a_merge_of_twenty_seconds_delays_no_stream_and_ends_when_its_client_leaves(limited: Server) -> None:
     cancelled = 'merged_lora_merges_total{result="cancelled",strategy="dare_linear"}'
     limited.logprobs("chat")  # what only the first request pays
-    spans = []
+    spans: list[tuple[float, float]] = []
     with watching(limited) as times:
         for i in range(1, ROUNDS + 1):
             time.sleep(ALONE)
