@@ -57,7 +57,7 @@ def as_markdown() -> str:
 
 
 def as_json() -> list[dict[str, object]]:
-    """A list of objects, one per strategy, with every option it takes."""
+    """A list of objects, one per strategy, with every option it takes and the JSON Schema of one value."""
     return [
         {
             "name": strategy.name,
@@ -69,6 +69,7 @@ def as_json() -> list[dict[str, object]]:
                     "name": option.name,
                     "default": option.default,
                     "per_source": option.per_source,
+                    "schema": option.check.schema,
                     "help": option.help,
                 }
                 for option in strategy.options

@@ -7,15 +7,34 @@ Knows nothing of specs, strategies or servers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T", covariant=True)
 
 ALL = "*"
 """The pattern of every module."""
 MAX_PATTERNS = 64
 
 
-def number(value: object) -> float:
-    """A finite number; no text, and neither true nor false."""
+@dataclass(frozen=True)
+class Check(Generic[T]):
+    """A check of a value, which is called with it.
+
+    read:   returns the value in canonical form, or raises ValueError.
+    schema: what it accepts, in the words of JSON Schema.
+    """
+
+    read: Callable[[object], T]
+    schema: Mapping[str, object] = field(hash=False)
+
+    def __call__(self, value: object) -> T:
+        """The value in canonical form; raises ValueError."""
+        return self.read(value)
+
+
+def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("must be a number")
     try:
@@ -27,7 +46,31 @@ def number(value: object) -> float:
     return finite + 0.0  # -0.0 becomes 0.0
 
 
-def whole_number(low: int, high: int) -> Callable[[object], int]:
+number = Check(_number, {"type": "number"})
+"""A finite number; no text, and neither true nor false."""
+
+
+def _share(value: object) -> float:
+    share = number(value)
+    if not 0.0 < share <= 1.0:
+        raise ValueError("must be over 0 and at most 1")
+    return share
+
+
+def _unit(value: object) -> float:
+    share = number(value)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError("must be between 0 and 1")
+    return share
+
+
+share = Check(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})
+"""A number over 0 and at most 1."""
+unit = Check(_unit, {"type": "number", "minimum": 0, "maximum": 1})
+"""A number between 0 and 1, both included."""
+
+
+def whole_number(low: int, high: int) -> Check[int]:
     """A check for whole numbers from ``low`` to ``high``, both included."""
 
     def check(value: object) -> int:
@@ -39,10 +82,10 @@ def whole_number(low: int, high: int) -> Callable[[object], int]:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return whole
 
-    return check
+    return Check(check, {"type": "integer", "minimum": low, "maximum": high})
 
 
-def one_of(*words: str) -> Callable[[object], str]:
+def one_of(*words: str) -> Check[str]:
     """A check for one of these words."""
 
     def check(value: object) -> str:
@@ -52,18 +95,20 @@ def one_of(*words: str) -> Callable[[object], str]:
             raise ValueError("must be " + " or ".join(f'"{word}"' for word in words))
         return str(value)
 
-    return check
+    return Check(check, {"type": "string", "enum": list(words)})
 
 
-def flag(value: object) -> bool:
-    """Either true or false."""
+def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
 
 
-def patterns(value: object) -> str:
-    """Patterns of module names in canonical form: sorted, each once, with a space between them."""
+flag = Check(_flag, {"type": "boolean"})
+"""Either true or false."""
+
+
+def _patterns(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("must be text: patterns of module names with a space between them")
     found = sorted(set(value.split()))
@@ -74,7 +119,12 @@ def patterns(value: object) -> str:
     return " ".join(found)
 
 
-def modules(value: object) -> str:
-    """As ``patterns``; ``*`` alone if that is among them, because it matches all that others do."""
+def _modules(value: object) -> str:
     found = patterns(value)
     return ALL if ALL in found.split() else found
+
+
+patterns = Check(_patterns, {"type": "string"})
+"""Patterns of module names in canonical form: sorted, each once, with a space between them."""
+modules = Check(_modules, {"type": "string"})
+"""As ``patterns``; ``*`` alone if that is among them, because it matches all that others do."""

@@ -6,11 +6,10 @@ A strategy is a :class:`Recipe` (where the arithmetic happens and which rule eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import ALL, flag, modules, number, one_of, patterns, whole_number
+from .checks import ALL, Check, flag, modules, number, one_of, patterns, share, unit, whole_number
 
 Number = int | float
 Value = Number | str | bool | tuple[float, ...]
@@ -51,7 +50,7 @@ class Option:
 
     name: str
     default: Value | None
-    check: Callable[[object], Value]
+    check: Check[Value]
     help: str
     per_source: bool = False
 
@@ -108,25 +107,9 @@ class Strategy:
         return next((option for option in self.options if option.name == name), None)
 
 
-def _density(value: object) -> float:
-    share = number(value)
-    if not 0.0 < share <= 1.0:
-        raise ValueError("must be over 0 and at most 1")
-    return share
-
-
-def _unit(value: object) -> float:
-    share = number(value)
-    if not 0.0 <= share <= 1.0:
-        raise ValueError("must be between 0 and 1")
-    return share
-
-
 SCALE = Option("scale", 1.0, number, "a factor on the whole merged delta")
 NORMALIZE = Option("normalize", False, flag, "divide the weights by their sum first")
-DENSITY = Option(
-    "density", 0.5, _density, "share of entries kept, one value or one per source", per_source=True
-)
+DENSITY = Option("density", 0.5, share, "share of entries kept, one value or one per source", per_source=True)
 MAJORITY = Option(
     "majority_sign_method",
     "total",
@@ -141,27 +124,25 @@ ELECT = Option(
 )
 SEED = Option("seed", 0, whole_number(0, 2**63 - 1), "seed of the random masks")
 RANK = Option("rank", None, whole_number(1, 65536), "rank of the result; by default the largest source rank")
-GAMMA = Option("gamma", 0.01, _unit, "share of the very largest entries left out", per_source=True)
+GAMMA = Option("gamma", 0.01, unit, "share of the very largest entries left out", per_source=True)
 EPSILON = Option(
     "epsilon",
     0.15,
-    _unit,
+    unit,
     "how far the share kept rises above density for a row's largest entry and falls for its smallest",
     per_source=True,
 )
-SELECT = Option(
-    "select_topk", 1.0, _density, "share of entries kept: those that vary most between the sources"
-)
+SELECT = Option("select_topk", 1.0, share, "share of entries kept: those that vary most between the sources")
 SCOPE = Option(
     "scope", "module", one_of("module", "model"), "whether density counts entries per module or in all"
 )
 SHRINK = Option(
     "shrink",
     0.97,
-    _unit,
+    unit,
     "share of the measured correlations between inputs that is trusted; 0 takes inputs as uncorrelated",
 )
-T = Option("t", 0.5, _unit, "position between the first source (0) and the second (1)")
+T = Option("t", 0.5, unit, "position between the first source (0) and the second (1)")
 COMPAT = Option(
     "compat",
     "none",

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from merged_lora import catalog
 from merged_lora.recipe import EVERYWHERE, RANK, Option, Strategy
@@ -101,6 +102,29 @@ def test_the_json_holds_every_strategy_with_its_options() -> None:
             o.name: o.default for o in strategy.options
         }
         assert entry["summary"] == strategy.summary
+
+
+@pytest.mark.parametrize(
+    "option", {o.name: o for s in TABLE.values() for o in s.options}.values(), ids=lambda option: option.name
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(-1, 0, 1, 2, 65536, 65537, 2**63 - 1, 2**63, -0.5, 1e-300, 0.5, 1.0, 1.5, True, False),
+        *("auto", "given", "none", "lorax", "total", "frequency", "weighted", "unweighted"),
+        *("module", "model", "q_proj", [], {}),
+    ],
+    ids=repr,
+)
+def test_the_schema_of_an_option_takes_what_its_check_takes(option: Option, value: object) -> None:
+    is_valid = Draft202012Validator(option.check.schema).is_valid(value)
+    try:
+        option.check(value)
+    except ValueError:
+        # Patterns of modules have a grammar of their own, which the schema leaves to the check.
+        assert not is_valid
+    else:
+        assert is_valid
 
 
 def test_the_text_names_every_strategy_and_option_in_lines_that_fit() -> None:
