@@ -51,6 +51,17 @@ def test_the_report_tells_what_is_served(server: Server, place: Place) -> None:
     assert report["bytes_held"] >= sum(source["bytes"] for source in sources.values()) / 2
 
 
+def test_one_merge_is_reported_by_its_digest(server: Server) -> None:
+    server.logprobs("mix")
+    _, report = server.get("/v1/merged_lora")
+    assert report["runtime_aliases"] is True
+    (mix,) = (merge for merge in report["merges"] if merge["spec"] == "ties(chat, sql, density=0.2)")
+    status, found = server.get(f"/v1/merged_lora/merges/{mix['digest']}")
+    assert (status, found) == (200, mix)
+    status, reply = server.get(f"/v1/merged_lora/merges/{'0' * 32}")
+    assert (status, reply["error"]["type"]) == (404, "NotFoundError")
+
+
 def test_an_alias_is_added_redefined_and_removed(server: Server) -> None:
     status, reply = server.post("/v1/merged_lora/fresh", {"spec": "0.4*sql + 0.6*tone"})
     assert (status, reply["alias"], reply["spec"]) == (201, "fresh", "sum(0.4*sql, 0.6*tone)")

@@ -5,13 +5,11 @@ Knows FastAPI and the gate, and nothing of vLLM.
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -24,6 +22,7 @@ from merged_lora.errors import (
     SpecError,
     UnknownAdapterError,
 )
+from merged_lora.http_requests import GONE, json_of, while_connected
 from merged_lora.spec import MergeSpec, from_json, parse
 from merged_lora.vllm_plugin.rpc import CacheFullError
 from merged_lora.vllm_plugin.settings import CHECK
@@ -34,10 +33,6 @@ from .ready import LiveMerge
 from .replaying import NotReplayed
 
 MAX_BODY = 1 << 16
-GONE = 499
-"""Status of a reply to a client that has left, as proxies log it; nobody receives it."""
-
-Result = TypeVar("Result")
 
 
 def status_of(error: MergeError) -> tuple[HTTPStatus, str]:
@@ -68,14 +63,22 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
     @router.get("/v1/merged_lora")
     async def show(request: Request) -> JSONResponse:
         gate, _ = gate_of(request)
-        return JSONResponse(report(gate))
+        return JSONResponse({**report(gate), "runtime_aliases": changes})
+
+    @router.get("/v1/merged_lora/merges/{digest}")
+    async def show_merge(digest: str, request: Request) -> JSONResponse:
+        gate, _ = gate_of(request)
+        found = next((live for live in gate.merges if live.identity.digest == digest), None)
+        if found is None:
+            return _refused(NotFoundError("no merge of this digest is ready; GET /v1/merged_lora lists all"))
+        return JSONResponse(description(found))
 
     @router.post(f"/v1/merged_lora/{CHECK}")  # before the route of aliases, which would take it
     async def check(request: Request) -> JSONResponse:
         gate, _ = gate_of(request)
         try:
             spec = await _spec(request)
-            live = await _while_connected(request, gate.check(spec))
+            live = await while_connected(request, gate.check(spec))
         except MergeError as error:
             return _refused(error)
         except ConnectionAbortedError:
@@ -105,7 +108,7 @@ def make_router(gate_of: Callable[[Request], tuple[MergeGate, Collection[str]]],
         gate, reserved = gate_of(request)
         try:
             spec = await _spec(request)
-            live, new = await _while_connected(request, gate.define(alias, spec, reserved))
+            live, new = await while_connected(request, gate.define(alias, spec, reserved))
         except MergeError as error:
             return _refused(error)
         except ConnectionAbortedError:
@@ -194,27 +197,6 @@ def _state(making: Making) -> str:
     return "merging" if making.state is not None and making.state.running else "waiting"
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of some work, which is given up when the client leaves; raises ConnectionAbortedError then.
-
-    request: one whose body has been read.
-    """
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ConnectionAbortedError("the client has left")
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
 def replay_of(live: LiveMerge) -> list[dict[str, Any]] | None:
     """What the replay of a merge showed of each source, as JSON; None if it was not replayed.
 
@@ -238,15 +220,7 @@ def replay_of(live: LiveMerge) -> list[dict[str, Any]] | None:
 
 async def _spec(request: Request) -> MergeSpec:
     """The merge in the body of a request; raises SpecError."""
-    data = b""
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY:
-            raise SpecError(f"the body has more than {MAX_BODY} bytes")
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        raise SpecError("the body is not JSON") from None
+    body = await json_of(request, MAX_BODY)
     if isinstance(body, dict) and set(body) == {"spec"} and isinstance(body["spec"], str):
         return parse(body["spec"])
     if isinstance(body, dict) and "ids" in body and "spec" not in body:
