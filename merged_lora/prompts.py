@@ -55,6 +55,29 @@ def read_prompts(file: Path) -> Iterator[tuple[int, Prompt]]:
     return _read(file, _prompt, CalibrationError)
 
 
+def prompts_in(text: str, limit: int) -> list[Prompt]:
+    """The prompts in a text: each line is one, or what :func:`read_prompts` reads if it looks like JSON.
+
+    limit: largest number of prompts.
+
+    Raises EvaluationError, which names the line.
+    """
+    found: list[Prompt] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            if line.lstrip().startswith(("{", '"')):
+                found.append(_prompt(_json(line.encode())))
+            elif line.strip():
+                found.append(line.strip())
+        except ValueError as error:
+            raise EvaluationError(f"line {number}: {error}") from None
+    if not 1 <= len(found) <= limit:
+        raise EvaluationError(
+            f"there must be 1 to {limit} prompts, each on a line of its own, not {len(found)}"
+        )
+    return found
+
+
 def read_examples(file: Path) -> list[Example]:
     """The examples of a task: lines as :func:`read_prompts` takes them, each with ``answer``.
 

@@ -47,7 +47,7 @@ class Source:
 
     def __str__(self) -> str:
         name = self.name if BARE.fullmatch(self.name) else json.dumps(self.name)
-        return name if self.weight == 1.0 else f"{_number_text(self.weight)}*{name}"
+        return name if self.weight == 1.0 else f"{number_text(self.weight)}*{name}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class MergeSpec:
         check_length(str(self))  # names are escaped here, so it can be longer than what was written
 
     def __str__(self) -> str:
-        options = [f"{name}={_value_text(value)}" for name, value in self.options]
+        options = [f"{name}={value_text(value)}" for name, value in self.options]
         return f"{self.strategy}({', '.join([str(s) for s in self.sources] + options)})"
 
     @property
@@ -313,14 +313,16 @@ def _collapsed(value: Value) -> Value:
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
-def _number_text(number: float | int) -> str:
+def number_text(number: float | int) -> str:
+    """A number as a spec writes it."""
     text = repr(number)
     return text.removesuffix(".0")
 
 
-def _value_text(value: Value) -> str:
+def value_text(value: Value) -> str:
+    """The value of an option as a spec writes it."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(_number_text(item) for item in value) + "]"
+        return "[" + ", ".join(number_text(item) for item in value) + "]"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return json.dumps(value) if isinstance(value, str) else _number_text(value)
+    return json.dumps(value) if isinstance(value, str) else number_text(value)
