@@ -6,7 +6,7 @@ MINUTES ?= 30
 NEWEST_VLLM := $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('vllm_plugin/releases.py')['TESTED'][-1])")
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo releases oldest-triton tritons clients readers check test style types fast lint bench docs soak clean
+.PHONY: help install model demo playground releases oldest-triton tritons clients readers checkers browser check test style types fast script lint bench docs soak clean
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -20,6 +20,9 @@ model: install  ## .models/SmolLM2-135M-Instruct, the base model of the examples
 
 demo: install  ## the quick start
 	@$(PY) examples/demo.py
+
+playground: install  ## the demonstration's server with its playground, until Ctrl-C
+	@$(PY) examples/playground.py
 
 check: | $(PY)  ## format, lint, types and the fast tests, in two minutes
 	@$(MAKE) style
@@ -38,9 +41,13 @@ fast: | $(PY)  ## the fast tests: no engine, no process, no test of a second
 $(PY):  # an environment that is there is used as it is
 	@$(MAKE) install
 
-lint: style types  ## both
+script: checkers  ## TypeScript and Biome, of the playground's page
+	@.venv/page/node_modules/.bin/tsc --project merged_lora/playground
+	@cd merged_lora/playground && $(CURDIR)/.venv/page/node_modules/.bin/biome check --error-on-warnings --reporter=summary
 
-test: install lint model releases oldest-triton  ## lint, then every test that this machine can run
+lint: style types script  ## all three
+
+test: install lint model releases oldest-triton browser  ## lint, then every test that this machine can run
 	@PYTHONPATH=$(CURDIR)/.venv/vllm-$(NEWEST_VLLM) $(PY) -m pytest -n 2 --dist loadgroup
 
 releases: install  ## the oldest and the newest vLLM, beside the one that is installed
@@ -58,6 +65,12 @@ clients: install  ## other projects' clients, with which make soak asks a server
 readers: install  ## other releases of PEFT, and Diffusers, in which make soak reads what we write
 	@$(PYTHON) tools/other_releases.py peft diffusers
 
+checkers: install  ## what checks the playground's page, by npm
+	@$(PYTHON) tools/page.py checkers
+
+browser: install  ## Chromium, if root has none
+	@$(PYTHON) tools/page.py browser
+
 bench: install  ## the benchmarks
 	@$(PY) -m merged_lora.bench cpu
 
@@ -65,7 +78,7 @@ docs: install  ## build/site, the documentation
 	@$(PY) tools/render_pages.py
 	@$(PY) -m mkdocs build --strict --quiet
 
-soak: model tritons clients readers  ## the long tests, then random load on a real server; MINUTES=30
+soak: model tritons clients readers checkers browser  ## the long tests, then random load on a real server; MINUTES=30
 	@$(PYTHON) tools/install.py --vllm all
 	@$(PY) -m pytest -m soak
 	@for vllm in .venv/vllm-*; do PYTHONPATH=$(CURDIR)/$$vllm $(PY) -m pytest tests/serving || exit 1; done
