@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from . import __version__
-from .commands import calibrating, checking, evaluating, inspecting, merging, strategies, tuning
+from .commands import calibrating, checking, evaluating, inspecting, merging, playing, strategies, tuning
 from .commands.running import LOGGER, UsageError
 from .errors import MergeError
 from .names import printable
@@ -34,6 +34,7 @@ COMMANDS: dict[str, ModuleType] = {
     "inspect": inspecting,
     "eval": evaluating,
     "tune": tuning,
+    "playground": playing,
     "strategies": strategies,
 }
 

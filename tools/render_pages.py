@@ -47,6 +47,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "merged-lora inspect": lambda: help_of("inspect"),
     "merged-lora eval": lambda: help_of("eval"),
     "merged-lora tune": lambda: help_of("tune"),
+    "merged-lora playground": lambda: help_of("playground"),
     "merged-lora strategies": lambda: help_of("strategies"),
 }
 """What can be rendered, by the name that a page asks for it with."""

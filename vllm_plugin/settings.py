@@ -58,6 +58,7 @@ class Settings:
     allow: tuple[str, ...] = ()
     fetch_seconds: float = 30.0
     runtime_aliases: bool = False
+    playground: bool = False
     max_spec_length: int = 2048
     max_sources: int = 8
     max_strength: float = 1e6
@@ -306,6 +307,11 @@ FLAGS = (
         "runtime_aliases",
         checks.flag,
         "Let clients add, redefine and remove aliases: POST and DELETE /v1/merged_lora/{alias}.",
+    ),
+    Flag(
+        "playground",
+        checks.flag,
+        "Serve the playground at /merged_lora/: a page on which merges are tried.",
     ),
     Flag(
         "max_spec_length",

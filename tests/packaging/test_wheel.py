@@ -72,7 +72,8 @@ def test_the_links_are_relative_and_lead_to_the_folders_beside_the_package() -> 
 def test_the_wheel_holds_every_module_and_one_top_level_package(wheel: Path) -> None:
     places = [PACKAGE, *(PACKAGE / name for name in FOLDERS)]  # rglob does not follow links
     expected = {file.relative_to(ROOT).as_posix() for place in places for file in place.rglob("*.py")}
-    assert modules_of(wheel) == expected | {
+    page = {file for file in (PACKAGE / "playground" / "static").rglob("*") if file.is_file()}
+    assert modules_of(wheel) == expected | {file.relative_to(ROOT).as_posix() for file in page} | {
         "merged_lora/py.typed",
         "merged_lora/vllm_plugin/hooks/reliance.json",
     }

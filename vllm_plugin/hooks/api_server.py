@@ -29,6 +29,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from merged_lora.errors import CalibrationError, FetchError, MergeError
+from merged_lora.playground.pages import PATH, pages
 from merged_lora.replay import Replayed
 from merged_lora.spec import MergeSpec, check_own_name
 from merged_lora.vllm_plugin.api_server.exchange import Exchanges, add_header, check_key, has_key, name_merge
@@ -400,6 +401,8 @@ def wrap_attach_router(original: Callable[..., None]) -> Callable[..., None]:
         settings = Settings.of(app.state.args.additional_config)
         if settings.enable:
             app.include_router(make_router(_gate_of, settings.runtime_aliases))
+            if settings.playground:
+                app.mount(PATH, pages())
             # As vLLM finds them; it asks for them on some of the routes only.
             keys = [key for key in (app.state.args.api_key or [vllm.envs.VLLM_API_KEY]) if key]
             app.add_middleware(Exchanges, keys=keys)
