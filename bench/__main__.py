@@ -1,4 +1,4 @@
-"""The command line: ``python -m merged_lora.bench cpu``, ``gpu``, ``host``, ``registers`` or ``serve``."""
+"""The command line: ``python -m merged_lora.bench`` and the name of a benchmark."""
 
 from __future__ import annotations
 
@@ -96,6 +96,16 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "of speed, first, gaps and clients; all by default",
         },
     },
+    "playground: new positions on the page of a running server, beside a plain adapter": {
+        "--url": {"required": True, "help": "of the page, as make playground prints it"},
+        "--spec": {
+            "nargs": "+",
+            "default": ["ties(json, sql, tone)", "regmean(json, sql, tone)"],
+            "help": "merges whose first weight moves; %(default)s",
+        },
+        "--rounds": {"type": _at_least(2), "default": 15, "metavar": "N", "help": "positions; %(default)s"},
+        "--browser": {"default": "chromium", "metavar": "PROGRAM", "help": "a Chromium; %(default)s"},
+    },
 }
 """The flags of every benchmark, beside ``--json``."""
 
@@ -143,6 +153,10 @@ def _run(options: argparse.Namespace) -> int:
         from . import serve
 
         return serve.run(serve.work(options.requests, options.quick, options.only), options.json)
+    if options.benchmark == "playground":
+        from . import playground
+
+        return playground.run(options.url, options.spec, options.rounds, options.browser, options.json)
     if options.benchmark == "registers":
         from . import registers
 
