@@ -57,15 +57,24 @@ def calibrate_adapters() -> None:
         print(f"{time.perf_counter() - start:.0f} s")
 
 
-def server_flags() -> list[str]:
-    """The flags of ``vllm serve``: what fits this machine, the adapters, and the alias."""
+def server_flags(slots: int = 2) -> list[str]:
+    """The flags of ``vllm serve``: what fits this machine, the adapters in so many slots, and the alias."""
     if torch.cuda.is_available():
         machine = ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.3"]
     else:
         machine = ["--dtype", "float32", "--max-num-seqs", "8"]
     adapters = [f"{task}={ADAPTERS_DIR / task}" for task in TASKS]
     return [
-        *(*machine, "--enforce-eager", "--max-model-len", "512", "--max-lora-rank", "8", "--max-loras", "2"),
+        *(
+            *machine,
+            "--enforce-eager",
+            "--max-model-len",
+            "512",
+            "--max-lora-rank",
+            "8",
+            "--max-loras",
+            f"{slots}",
+        ),
         *("--enable-merged-lora", "--lora-modules", *adapters),
         *("--merged-lora-modules", f"{ALIAS}={ALIAS_SPEC}"),
     ]
@@ -129,6 +138,7 @@ def main() -> int:
         print_answers(client)
         print_merges(client)
         print("\nstopping the server")
+    print("\nto drag the weights yourself and see the answers: make playground")
     return 0
 
 
