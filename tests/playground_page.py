@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from playwright.sync_api import Locator, Page, expect
 
 from page import folder_of
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
-
-NewPage = Callable[..., "Page"]
+NewPage = Callable[..., Page]
 """Opens the page at an address, with options of a browser's context."""
 ROOT = Path(__file__).resolve().parents[1]
 AXE = folder_of(ROOT / ".venv") / "node_modules" / "axe-core" / "axe.min.js"
@@ -23,6 +22,41 @@ LONG = 120_000
 def at(url: str) -> str:
     """The address of the page of a server."""
     return f"{url}/merged_lora/"
+
+
+def ready(new_page: NewPage, url: str, **options: Any) -> Page:
+    """The page at an address, once it shows a merge."""
+    page = new_page(url, **options)
+    expect(page.locator("#sources input").first).to_be_visible()
+    return page
+
+
+def ask(page: Page, prompt: str = "hello", patience: float = 5_000) -> None:
+    """Ask, and wait until all have answered."""
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_role("button", name="Ask").click()
+    settled(page, patience)
+
+
+def settled(page: Page, patience: float = 5_000) -> None:
+    """Wait until the merge that the page shows has answered, and nothing is under way.
+
+    patience: milliseconds.
+    """
+    expect(page.get_by_label("Spec", exact=True)).not_to_have_value("")
+    expect(merge_card(page).locator(".subject")).to_have_text(spec_of(page))
+    expect(merge_card(page).get_by_role("status")).to_contain_text("complete", timeout=patience)
+    expect(page.get_by_role("button", name="Stop").first).to_be_disabled(timeout=patience)
+
+
+def slider(page: Page, name: str) -> Locator:
+    """The slider of a control."""
+    return page.get_by_label(f"{name}, slider", exact=True)
+
+
+def drag(page: Page, name: str, value: float) -> None:
+    """Move a slider as a pointer does."""
+    slider(page, name).fill(str(value))
 
 
 def merge_card(page: Page) -> Locator:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from page import find_browser
-from playground_page import NewPage
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+from playground_page import NewPage, at
+from playground_server import Stub
 
 LOAD = "Failed to load resource: "
 """How a browser logs a reply with an error."""
@@ -24,14 +23,25 @@ def browser() -> Iterator[Browser]:
     path = find_browser()
     if path is None:
         pytest.skip("there is no Chromium; make browser installs one for root, and a distribution has one")
-    from playwright.sync_api import sync_playwright
-
     # Its sandbox does not work for root, and the pages are our own.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=path, args=arguments)
         yield running
         running.close()
+
+
+@pytest.fixture
+def stub() -> Stub:
+    """A stand-in for vLLM with three adapters."""
+    return Stub()
+
+
+@pytest.fixture
+def site(stub: Stub) -> Iterator[str]:
+    """The address of its page."""
+    with stub.running() as running:
+        yield at(running.url)
 
 
 @pytest.fixture

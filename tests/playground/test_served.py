@@ -13,17 +13,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
 from merged_lora.bench.launcher import VllmServer
 from merged_lora.bench.playground import AIM, measure
 from merged_lora.spec import parse
-from playground_page import LONG, NewPage, at, card, merge_card, serious, spec_of
+from playground_page import LONG, NewPage, ask, at, card, merge_card, ready, serious, settled, slider, spec_of
 from smollm2 import MODEL_DIR
 from tasks import TASKS, examples
 from train import ADAPTERS_DIR
-
-pytest.importorskip("playwright")
-from playwright.sync_api import Browser, Page, expect
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("playground")]
 
@@ -57,18 +55,10 @@ def site(server: VllmServer) -> str:
     return at(server.url)
 
 
-def ask(page: Page, prompt: str, tokens: int = 16) -> None:
-    """Ask all, and wait until the last has answered."""
-    expect(page.locator("#sources input").first).to_be_visible()
+def ask_few(page: Page, prompt: str, tokens: int = 16) -> None:
+    """Ask all for so many tokens, and wait until the last has answered."""
     page.get_by_label("Tokens at most", exact=True).fill(str(tokens))
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    page.get_by_role("button", name="Ask").click()
-    settled(page)
-
-
-def settled(page: Page) -> None:
-    expect(merge_card(page).get_by_role("status")).to_contain_text("complete", timeout=LONG)
-    expect(page.get_by_role("button", name="Stop").first).to_be_disabled(timeout=LONG)
+    ask(page, prompt, LONG)
 
 
 def direct(url: str, model: str, prompt: str, tokens: int = 16) -> str:
@@ -80,20 +70,20 @@ def direct(url: str, model: str, prompt: str, tokens: int = 16) -> str:
 
 
 def test_choose_drag_stream_copy(new_page: NewPage, server: VllmServer, site: str) -> None:
-    page = new_page(site, permissions=["clipboard-read", "clipboard-write"])
+    page = ready(new_page, site, permissions=["clipboard-read", "clipboard-write"])
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(json, sql, tone)")
     page.get_by_label("Strategy", exact=True).select_option("linear")
     page.get_by_role("button", name="Remove json").click()
     expect(page.get_by_label("Spec", exact=True)).to_have_value("linear(sql, tone)")
-    ask(page, PROMPT)
+    ask_few(page, PROMPT)
     before = merge_card(page).locator(".text").inner_text()
     for name in ("sql", "tone", "base"):
         assert card(page, name).locator(".text").inner_text() == direct(server.url, name, PROMPT).strip()
 
-    page.get_by_label("sql, slider", exact=True).fill("0.25")
+    slider(page, "sql").fill("0.25")
     expect(merge_card(page).get_by_role("status")).to_have_text("answering", timeout=LONG)
     expect(merge_card(page).locator(".text")).not_to_be_empty()  # while it is still under way
-    settled(page)
+    settled(page, LONG)
     spec = "linear(0.25*sql, tone)"
     assert spec_of(page) == spec
     after = merge_card(page).locator(".text").inner_text()
@@ -114,8 +104,7 @@ def test_choose_drag_stream_copy(new_page: NewPage, server: VllmServer, site: st
 
 
 def test_what_the_engine_refuses_is_shown_where_it_belongs(new_page: NewPage, site: str) -> None:
-    page = new_page(f"{site}#spec=cat(sql, json)", refused=True)
-    expect(page.locator("#sources input").first).to_be_visible()
+    page = ready(new_page, f"{site}#spec=cat(sql, json)", refused=True)
     page.get_by_label("Prompt", exact=True).fill("hello")
     page.get_by_role("button", name="Ask").click()
     expect(page.locator("#spec-text-error")).to_contain_text("rank 16", timeout=LONG)
@@ -126,12 +115,12 @@ def test_what_the_engine_refuses_is_shown_where_it_belongs(new_page: NewPage, si
 
 @pytest.mark.soak
 def test_fifty_quick_moves_leave_no_request_behind(new_page: NewPage, server: VllmServer, site: str) -> None:
-    page = new_page(site)
-    ask(page, PROMPT, tokens=48)
+    page = ready(new_page, site)
+    ask_few(page, PROMPT, tokens=48)
     for i in range(50):
-        page.get_by_label("sql, slider", exact=True).fill(str(round(0.05 * (i % 40) - 0.5, 2)))
+        slider(page, "sql").fill(str(round(0.05 * (i % 40) - 0.5, 2)))
         page.wait_for_timeout(30 if i % 10 else 700)
-    settled(page)
+    settled(page, LONG)
     spec = spec_of(page)
     assert merge_card(page).locator(".text").inner_text() == direct(server.url, spec, PROMPT, 48)
 
@@ -149,10 +138,10 @@ def test_fifty_quick_moves_leave_no_request_behind(new_page: NewPage, server: Vl
 
 @pytest.mark.soak
 def test_a_name_with_markup_is_a_name(new_page: NewPage, server: VllmServer, site: str) -> None:
-    page = new_page(site)
-    expect(page.locator("#sources input").first).to_be_visible()
+    page = ready(new_page, site)
     page.get_by_label("Add a source").select_option(MARKUP)
-    ask(page, f"{MARKUP} Rewrite politely: We won't deliver your lamp by Monday.")
+    page.get_by_role("button", name="Add", exact=True).click()
+    ask_few(page, f"{MARKUP} Rewrite politely: We won't deliver your lamp by Monday.")
     expect(card(page, MARKUP).locator(".text")).not_to_be_empty()
     page.get_by_label("Alias", exact=True).fill("<b>bold</b>")
     page.get_by_role("button", name="Define on the server").click()
@@ -163,8 +152,7 @@ def test_a_name_with_markup_is_a_name(new_page: NewPage, server: VllmServer, sit
 @pytest.mark.soak
 def test_a_server_that_is_killed_in_mid_stream(new_page: NewPage, tmp_path: Path) -> None:
     with served(tmp_path / "server.log") as server:
-        page = new_page(at(server.url), refused=True)
-        expect(page.locator("#sources input").first).to_be_visible()
+        page = ready(new_page, at(server.url), refused=True)
         page.get_by_label("Tokens at most", exact=True).fill("400")
         page.get_by_label("As", exact=True).select_option("a text to go on with")
         page.get_by_label("Prompt", exact=True).fill("Once upon a time")
@@ -181,8 +169,8 @@ def test_a_server_that_is_killed_in_mid_stream(new_page: NewPage, tmp_path: Path
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1920, 3840])
 def test_nothing_serious_is_in_the_way(new_page: NewPage, site: str, scheme: str, width: int) -> None:
-    page = new_page(site, color_scheme=scheme, viewport={"width": width, "height": 900})
-    ask(page, PROMPT)
+    page = ready(new_page, site, color_scheme=scheme, viewport={"width": width, "height": 900})
+    ask_few(page, PROMPT)
     page.get_by_label("show how sure").check()
     for folded in page.locator("details").all():
         folded.evaluate("each => each.open = true")

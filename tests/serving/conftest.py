@@ -59,6 +59,7 @@ def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         *("--max-cpu-loras", "3", "--lora-modules", *(f"{name}={path}" for name, path in modules.items())),
         *("--merged-lora-modules", "mix=ties(sql, chat, density=0.2)", "both = 0.5*sql + 0.5*chat"),
         *("--merged-lora-runtime-aliases", "--merged-lora-source-dir", str(place.sources)),
+        "--merged-lora-playground",
         "--merged-lora-check",
         *("--merged-lora-max-ad-hoc", str(MAX_AD_HOC), "--enable-prompt-tokens-details"),
         *("--worker-extension-cls", "faults.Faults"),

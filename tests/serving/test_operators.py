@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from urllib.parse import quote
 
+import httpx
 import pytest
 
 import tiny
 from merged_lora.adapters import Adapter
 from merged_lora.engine import merge
+from merged_lora.playground.pages import POLICY
 from tiny import MAX_AD_HOC, Place
 from vllm_server import Server
 
@@ -49,6 +51,13 @@ def test_the_report_tells_what_is_served(server: Server, place: Place) -> None:
     sources = {source["name"]: source for source in report["sources"]}
     assert sources["sql"]["digest"] == digests["sql"]
     assert report["bytes_held"] >= sum(source["bytes"] for source in sources.values()) / 2
+
+
+def test_the_playground_is_served_beside_the_routes(server: Server) -> None:
+    page = httpx.get(f"{server.url}/merged_lora/", trust_env=False)
+    assert (page.status_code, page.headers["content-security-policy"]) == (200, POLICY)
+    status, found = server.post("/merged_lora/api/form", {"spec": "0.5 * sql + chat"})
+    assert (status, found["spec"]) == (200, "sum(chat, 0.5*sql)")
 
 
 def test_one_merge_is_reported_by_its_digest(server: Server) -> None:

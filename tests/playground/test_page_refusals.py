@@ -1,0 +1,219 @@
+"""What the page shows of what goes wrong, before a stand-in for vLLM."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from playwright.sync_api import expect
+from starlette.responses import Response
+
+from merged_lora.playground.pages import refusal
+from playground_page import NewPage, ask, at, card, drag, merge_card, ready, settled
+from playground_server import Stub
+
+pytestmark = pytest.mark.slow
+
+MARKUP = "<img src=x onerror=alert(1)>"
+
+
+@pytest.mark.parametrize(
+    ("label", "text", "said"),
+    [
+        ("Temperature", "hot", "must be a number from 0"),
+        ("Temperature", "-1", "must be a number from 0"),
+        ("Tokens at most", "1,5", "must be a whole number from 1"),
+        ("Tokens at most", "0", "must be a whole number from 1"),
+    ],
+)
+def test_a_number_that_is_none_is_not_asked(
+    new_page: NewPage, stub: Stub, site: str, label: str, text: str, said: str
+) -> None:
+    page = ready(new_page, site)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_label(label, exact=True).fill(text)
+    page.get_by_role("button", name="Ask").click()
+    expect(page.get_by_text(said, exact=True)).to_be_visible()
+    assert stub.asked == []
+
+
+def test_a_refusal_is_not_shown_beside_the_next_position(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.pace, stub.words = 0.02, lambda model, prompt: [model] * 30
+    message = "unknown adapter 'sql'"
+    stub.fault = lambda path, body: (
+        refusal(400, "BadRequestError", message) if body.get("model") == "ties(chat, sql)" else None
+    )
+    page = ready(new_page, site, refused=True)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    field = page.get_by_label("sql", exact=True)
+    expect(field).to_have_attribute("aria-invalid", "true")
+    assert stub.under_way  # the sources have not ended: the refusal was shown before
+    drag(page, "sql", 0.5)
+    settled(page)
+    expect(field).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_asking_twice_shows_one_answer(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.pace = 0.1
+    page = ready(new_page, site)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").dblclick()
+    page.wait_for_timeout(50)
+    assert merge_card(page).get_by_role("status").inner_text() in ("waiting", "answering")
+    assert merge_card(page).get_attribute("aria-busy") == "true"
+    settled(page)
+    expect(merge_card(page).locator(".text")).to_have_text("ties(chat, sql) hello")
+
+
+def test_a_complete_answer_stays_though_nothing_is_known_of_its_merge(
+    new_page: NewPage, stub: Stub, site: str
+) -> None:
+    stub.fault = lambda path, body: refusal(500, "InternalServerError", "no") if "/merges/" in path else None
+    page = ready(new_page, site, refused=True)
+    ask(page)
+    assert "new, made in 12 ms" in merge_card(page).locator("dl").inner_text()
+
+
+@pytest.mark.parametrize(
+    ("label", "text", "said"),
+    [
+        ("density", "7", "density must be over 0 and at most 1, got 7"),
+        ("sql", "heavy", "the weight of 'sql' must be a number, got 'heavy'"),
+        ("rank", "0", "rank must be a whole number from 1 to 65536, got 0"),
+    ],
+)
+def test_a_mistake_is_shown_at_its_field(
+    new_page: NewPage, site: str, label: str, text: str, said: str
+) -> None:
+    page = ready(new_page, f"{site}#spec=ties_svd(sql, chat)", refused=True)
+    expect(page.get_by_label("Spec", exact=True)).to_have_value("ties_svd(chat, sql)")
+    page.locator("#more").evaluate("each => each.open = true")
+    page.get_by_label(label, exact=True).fill(text)
+    field = page.get_by_label(label, exact=True)
+    expect(field).to_have_attribute("aria-invalid", "true")
+    described = (field.get_attribute("aria-describedby") or "").split()[-1]
+    expect(page.locator(f"#{described}")).to_contain_text(said)
+    field.fill("1")
+    expect(page.locator(f"#{described}")).to_be_hidden()
+    expect(page.get_by_label("Spec", exact=True)).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_spec_that_is_none_says_where(new_page: NewPage, site: str) -> None:
+    page = ready(new_page, site, refused=True)
+    page.get_by_label("Spec", exact=True).fill("ties(sql,, chat)")
+    expect(page.locator("#spec-text-error")).to_contain_text("at character 10 of the spec")
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "place"),
+    [
+        ("unknown adapter 'sql'; this server has chat", "model", "sql"),
+        ("density=0.5 is too much for these sources", "model", "density"),
+        ("nothing of this is possible", "model", "Spec"),
+        ("max_tokens is over 512", "max_tokens", "Tokens at most"),
+        ("temperature is too high", "temperature", "Temperature"),
+    ],
+)
+def test_what_the_server_refuses_is_shown_where_it_belongs(
+    new_page: NewPage, stub: Stub, site: str, message: str, param: str, place: str
+) -> None:
+    stub.fault = lambda path, body: (
+        refusal(400, "BadRequestError", message, param) if "ties" in body.get("model", "") else None
+    )
+    page = ready(new_page, site, refused=True)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    field = page.get_by_label(place, exact=True)
+    expect(field).to_have_attribute("aria-invalid", "true")
+    described = (field.get_attribute("aria-describedby") or "").split()[-1]
+    expect(page.locator(f"#{described}")).to_have_text(message)
+    expect(merge_card(page).locator(".error").first).to_have_text(message)
+    expect(card(page, "sql").locator(".text")).to_have_text("sql hello")  # the others answer all the same
+
+
+def test_a_busy_server_is_asked_again_by_itself(new_page: NewPage, stub: Stub, site: str) -> None:
+    times: list[float] = []
+
+    def busy(path: str, body: Any) -> Any:
+        if "ties" not in body.get("model", ""):
+            return None
+        times.append(time.monotonic())
+        reply = refusal(429, "TooManyRequestsError", "33 merges wait")
+        reply.headers["retry-after"] = "1"
+        return reply if len(times) < 3 else None
+
+    stub.fault = busy
+    page = ready(new_page, site, refused=True)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    expect(merge_card(page).get_by_role("status")).to_have_text("the server is busy; asking again in 1 s")
+    expect(merge_card(page).locator(".text")).to_have_text("ties(chat, sql) hello")
+    assert [later - before >= 1 for before, later in pairwise(times)] == [True, True]
+
+
+def test_a_server_that_stops_in_the_middle_says_so_and_keeps_what_came(new_page: NewPage, stub: Stub) -> None:
+    stub.words, stub.pace = lambda model, prompt: ["on"] * 10_000, 0.01
+    running = stub.running()
+    with running:
+        page = ready(new_page, at(running.url), refused=True)
+        page.get_by_label("Prompt", exact=True).fill("hello")
+        page.get_by_role("button", name="Ask").click()
+        expect(merge_card(page).locator(".text")).to_contain_text("on on on")
+    expect(merge_card(page).locator(".error").first).to_have_text(
+        "the server stopped in the middle of this answer"
+    )
+    assert "on on on" in merge_card(page).locator(".text").inner_text()
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#trouble")).to_have_text("the server does not answer; is it still running?")
+
+
+def test_an_error_in_the_stream_is_shown(new_page: NewPage, stub: Stub, site: str) -> None:
+    event = 'data: {"error": {"message": "the engine died", "code": 500}}\n\n'
+    stub.fault = lambda path, body: Response(event) if "ties" in body.get("model", "") else None
+    page = ready(new_page, site)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    expect(merge_card(page).locator(".error").first).to_have_text("the engine died")
+
+
+def test_a_key_is_asked_for_and_sent(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.key = "s3cret"
+    page = new_page(site, refused=True)
+    expect(page.locator("#trouble")).to_have_text("the key is missing or wrong")
+    page.get_by_label("API key").fill("s3cret")
+    page.get_by_role("button", name="Connect").click()
+    expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, sql)")
+    expect(page.locator("#trouble")).to_be_hidden()
+    ask(page)
+    page.get_by_role("button", name="Copy curl").click()
+    copied = page.get_by_label("Copied text")
+    expect(copied).to_contain_text("Bearer $OPENAI_API_KEY")
+    assert "s3cret" not in page.locator("body").inner_text()
+    assert page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])") == "[{},{}]"
+
+
+def test_a_server_without_merges_says_how_to_start_it(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.fault = lambda path, body: (
+        refusal(404, "NotFoundError", "Not Found") if path == "/v1/merged_lora" else None
+    )
+    page = new_page(site, refused=True)
+    expect(page.locator("#trouble")).to_contain_text("start it with --enable-merged-lora")
+
+
+def test_names_and_answers_are_text_whatever_they_hold(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.adapters = (MARKUP, "sql")
+    stub.words = lambda model, prompt: ["<script>alert(2)</script>", "&lt;b&gt;", model]
+    page = ready(new_page, site)
+    name = json.dumps(MARKUP)
+    expect(page.get_by_label("Spec", exact=True)).to_have_value(f"ties({name}, sql)")
+    ask(page, "<i>hello</i>")
+    page.get_by_role("button", name="Keep this merge").click()
+    for kind in ("spec", "curl", "Python", "flag"):
+        page.get_by_role("button", name=f"Copy {kind}").click()
+        expect(page.get_by_label("Copied text")).to_contain_text("onerror")
+    expect(card(page, MARKUP).locator(".text")).to_contain_text("<script>alert(2)</script> &lt;b&gt;")
+    assert page.locator("img, i, b, script:not([src])").count() == 0
