@@ -28,16 +28,18 @@ PROMPT = "Write SQL: How many guitar orders were returned in 2009?"
 PATIENCE = 120_000
 """Milliseconds for an answer."""
 
-MOVE = """([slider, value]) => new Promise((resolve) => {
+MOVE = """([slider, value, patience]) => new Promise((resolve, reject) => {
   const text = document.querySelector("article.merge .text");
   const begin = performance.now();
   let cleared = false;
-  new MutationObserver((_, observer) => {
+  const observer = new MutationObserver(() => {
     cleared ||= text.textContent === "";
     if (!cleared || text.textContent === "") return;
     observer.disconnect();
     resolve((performance.now() - begin) / 1000);
-  }).observe(text, { childList: true });
+  });
+  observer.observe(text, { childList: true });
+  setTimeout(() => reject(new Error("no answer to a new position")), patience);
   slider.value = value;
   slider.dispatchEvent(new Event("input", { bubbles: true }));
 })"""
@@ -113,7 +115,7 @@ def measure(page: Page, url: str, spec: MergeSpec, rounds: int) -> tuple[list[fl
         plain.append(page.evaluate(PLAIN, [name, f"{time.time()}: {PROMPT}"]))
         value = f"{0.3 + 0.05 * i + time.time() % 1 / 1000:.5f}"
         slider.evaluate("each => each.step = 'any'")
-        moved.append(page.evaluate(MOVE, [slider.element_handle(), value]))
+        moved.append(page.evaluate(MOVE, [slider.element_handle(), value, PATIENCE]))
         expect(stop).to_be_disabled(timeout=PATIENCE)
     page.close()
     return plain, moved

@@ -75,6 +75,7 @@ class Stub:
     defining:  seconds that it takes to define an alias.
     changes:   whether clients may change aliases.
     key:       what requests must carry; None if none.
+    checking:  seconds that a replay takes.
     calibrated: whether replays show what survives.
     asked:     the models that were asked, in order.
     bodies:    the bodies of the requests, in order.
@@ -91,6 +92,7 @@ class Stub:
     defining: float = 0.0
     changes: bool = True
     key: str | None = None
+    checking: float = 0.0
     calibrated: bool = True
     asked: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -149,6 +151,7 @@ class Stub:
     async def _check(self, request: Request, body: Any) -> Response:
         if not self.calibrated:
             return refusal(400, "BadRequestError", "source 'sql' has no calibration")
+        await asyncio.sleep(self.checking)
         names = parse(body["spec"]).names
         kept = [{"name": n, "kept": i, "total": 4, "nll": 0.1, "lost": i < 2} for i, n in enumerate(names)]
         return JSONResponse({"sources": kept})

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
-from merged_lora.checks import number, whole_number
+from merged_lora.checks import Check, number, whole_number
 from merged_lora.errors import SpecError
 from merged_lora.spec import MergeSpec, check_own_name
 
+from .forms import FieldError
+
+T = TypeVar("T")
+
+MAX_TOKENS = 1 << 20
 ALIAS = "mix"
 """The name of an alias that got none."""
 KEY = "OPENAI_API_KEY"
@@ -34,14 +39,18 @@ class Question:
 
     @classmethod
     def of(cls, body: object) -> Self:
-        """The question in a JSON object with these fields; raises SpecError."""
+        """The question in a JSON object with these fields; raises FieldError."""
         match body:
             case {"prompt": str(prompt), "chat": bool(chat), "temperature": warmth, "max_tokens": most}:
-                try:
-                    return cls(prompt, chat, number(warmth), whole_number(1, 1 << 20)(most))
-                except ValueError as error:
-                    raise SpecError(f"a number of the question {error}") from None
-        raise SpecError('a question is {"prompt": "...", "chat": true, "temperature": 0, "max_tokens": 64}')
+                return cls(
+                    prompt,
+                    chat,
+                    _checked("temperature", number, warmth),
+                    _checked("max_tokens", whole_number(1, MAX_TOKENS), most),
+                )
+        raise FieldError(
+            "prompt", 'a question is {"prompt": "...", "chat": true, "temperature": 0, "max_tokens": 64}'
+        )
 
     @property
     def route(self) -> str:
@@ -56,27 +65,40 @@ class Question:
         return {"model": model, **asked, "temperature": self.temperature, "max_tokens": self.max_tokens}
 
 
-def copies_of(
-    spec: MergeSpec, server: str, question: Question, alias: str = "", keyed: bool = False
-) -> dict[str, str]:
-    """The texts by what they are: ``spec``, ``curl``, ``python`` and ``flag``, that of ``vllm serve``.
+def requests_of(spec: MergeSpec, server: str, question: Question, keyed: bool = False) -> dict[str, str]:
+    """What asks a merge: ``curl``, a command, and ``python``, a program with the package ``openai``.
 
     server: the address of its API, which ends in ``/v1``.
-    alias:  the name that the flag gives the merge, :data:`ALIAS` if it is empty.
     keyed:  whether the server asks for a key, which is taken from the environment.
-
-    Raises SpecError for a name that no alias can have.
     """
-    if alias:
-        check_own_name(alias)
-        if "=" in alias:
-            raise SpecError(f"the name {alias!r} has a '=', which ends it in a flag; take another name")
     return {
-        "spec": str(spec),
         "curl": _curl(spec, server, question, keyed),
         "python": _python(spec, server, question, keyed),
-        "flag": f"--merged-lora-modules {shlex.quote(f'{alias or ALIAS}={spec}')}",
     }
+
+
+def flag_of(spec: MergeSpec, alias: str = "") -> str:
+    """The flag of ``vllm serve`` that gives a merge a name, :data:`ALIAS` if it is empty.
+
+    Raises FieldError for a name that no alias can have.
+    """
+    if alias:
+        try:
+            check_own_name(alias)
+        except SpecError as error:
+            raise FieldError("alias", str(error)) from None
+        if "=" in alias:
+            raise FieldError(
+                "alias", f"the name {alias!r} has a '=', which ends it in a flag; take another name"
+            )
+    return f"--merged-lora-modules {shlex.quote(f'{alias or ALIAS}={spec}')}"
+
+
+def _checked(field: str, check: Check[T], value: object) -> T:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise FieldError(field, str(error)) from None
 
 
 def _curl(spec: MergeSpec, server: str, question: Question, keyed: bool) -> str:

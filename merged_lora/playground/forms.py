@@ -6,6 +6,7 @@ Knows nothing of pages, nor of what options mean: ranges, defaults and help are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from merged_lora.checks import number
 from merged_lora.errors import MergeError, SpecError
@@ -44,7 +45,8 @@ def spec_of(form: object) -> MergeSpec:
     """The merge in a form such as :func:`form_of` makes; an option whose text is blank has its default.
 
     Raises FieldError, whose field is ``strategy``, ``sources``, ``sources.0.name``, ``sources.0.weight``,
-    ``options.NAME``, or ``spec`` for a mistake that no field makes alone.
+    ``options.NAME``, ``options.NAME.0`` for the value of one source, or ``spec`` for a mistake that no field
+    makes alone.
     """
     strategy, sources, options = _parts(form)
     try:
@@ -126,9 +128,20 @@ def _number(text: str) -> int | float | str:
 
 def _field_of(strategy: str, sources: tuple[Source, ...], options: tuple[tuple[str, Value], ...]) -> str:
     """The field of a refused form that is refused by itself too."""
-    for field, given in (("sources", ()), *((f"options.{name}", ((name, v),)) for name, v in options)):
-        try:
-            MergeSpec(strategy, sources, given)
-        except SpecError:
-            return field
+    if not _is_fine(strategy, sources):
+        return "sources"
+    for name, value in options:
+        if _is_fine(strategy, sources, (name, value)):
+            continue
+        each = enumerate(value) if isinstance(value, tuple) and len(value) == len(sources) else ()
+        wrong = (i for i, one in each if not _is_fine(strategy, sources, (name, one)))
+        return ".".join(["options", name, *map(str, islice(wrong, 1))])
     return "spec"
+
+
+def _is_fine(strategy: str, sources: tuple[Source, ...], *options: tuple[str, Value]) -> bool:
+    try:
+        MergeSpec(strategy, sources, options)
+    except SpecError:
+        return False
+    return True

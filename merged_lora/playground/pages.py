@@ -18,12 +18,12 @@ from starlette.staticfiles import StaticFiles
 
 from merged_lora import __version__
 from merged_lora.catalog import as_json
-from merged_lora.errors import MergeError, SpecError
+from merged_lora.errors import MergeError
 from merged_lora.http_requests import body_of, json_of
 from merged_lora.prompts import prompts_in
 from merged_lora.spec import MAX_TEXT, MergeSpec, parse
 
-from .copies import Question, copies_of
+from .copies import Question, flag_of, requests_of
 from .forms import FieldError, form_of, spec_of
 
 PATH = "/merged_lora"
@@ -87,13 +87,16 @@ def pages(server: str | None = None) -> Starlette:
 
     async def copies(request: Request) -> Response:
         match await json_of(request, MAX_BODY):
-            case {"spec": str(text), "question": question, "alias": str(alias), "keyed": bool(keyed)}:
-                at, asked = server or f"{request.url.scheme}://{request.url.netloc}/v1", Question.of(question)
-                try:
-                    return JSONResponse(copies_of(_spec(text), at, asked, alias.strip(), keyed))
-                except SpecError as error:
-                    raise FieldError("alias", str(error)) from None
-        raise FieldError("spec", 'the body is {"spec": ..., "question": ..., "alias": ..., "keyed": ...}')
+            case {"spec": text, "question": question, "server": str(own), "keyed": bool(keyed)}:
+                asked = Question.of(question)
+                return JSONResponse(requests_of(_spec(text), server or own, asked, keyed))
+        raise FieldError("spec", 'the body is {"spec": ..., "question": ..., "server": ..., "keyed": ...}')
+
+    async def flag(request: Request) -> Response:
+        match await json_of(request, MAX_BODY):
+            case {"spec": text, "alias": str(alias)}:
+                return JSONResponse({"flag": flag_of(_spec(text), alias)})
+        raise FieldError("spec", 'the body is {"spec": ..., "alias": ...}')
 
     async def prompts(request: Request) -> Response:
         text = (await body_of(request, MAX_BODY)).decode("utf-8", "replace")
@@ -104,6 +107,7 @@ def pages(server: str | None = None) -> Starlette:
             Route("/api/about", about),
             Route("/api/form", _refusing(form), methods=["POST"]),
             Route("/api/copies", _refusing(copies), methods=["POST"]),
+            Route("/api/flag", _refusing(flag), methods=["POST"]),
             Route("/api/prompts", _refusing(prompts), methods=["POST"]),
             Mount("/", StaticFiles(directory=FILES, html=True)),
         ],

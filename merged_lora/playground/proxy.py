@@ -6,6 +6,7 @@ the environment.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,8 @@ from merged_lora.http_requests import GONE, body_of, while_connected
 
 from .pages import HEADERS, PATH, pages, refusal
 
+logger = logging.getLogger(__name__)
+
 MAX_BODY = 8 << 20
 CONNECT_SECONDS = 10.0
 HTTP_PORT = 80
@@ -33,6 +36,8 @@ PASSED_ON = {
     "POST": re.compile(r"/v1/(chat/completions|completions|merged_lora/[A-Za-z0-9_.~!*'()%-]+)"),
 }
 """The paths that are passed on, percent-encoded, by method."""
+OWN_SITES = (None, "same-origin", "none")
+"""What browsers say of requests that our own page or the user made."""
 SENT = ("authorization", "content-type")
 RETURNED = ("content-type", "merged-lora", "retry-after", "www-authenticate")
 """The headers that are passed on, of requests and of replies."""
@@ -107,7 +112,9 @@ class OwnPageAlone:
         if scope["type"] == "http":
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             host, origin = headers.get("host", ""), headers.get("origin")
-            if host not in self._hosts or origin not in (None, f"http://{host}"):
+            # A page from elsewhere may lead here by a link, and by nothing else: an image has no origin.
+            linked = scope["path"] in ("/", f"{PATH}/") or headers.get("sec-fetch-site") in OWN_SITES
+            if host not in self._hosts or origin not in (None, f"http://{host}") or not linked:
                 reply = refusal(403, "PermissionDeniedError", "only the playground's own page may ask here")
                 await reply(scope, receive, send)
                 return
@@ -139,9 +146,14 @@ async def _passed_on(client: httpx.AsyncClient, server: str, request: Request) -
 
 
 async def _parts(reply: httpx.Response) -> AsyncIterator[bytes]:
-    """The body of a reply, part by part; the connection is closed at its end, and if the page leaves."""
+    """The body of a reply, part by part; the connection is closed at its end, and if the page leaves.
+
+    A server that stops in the middle is logged. The page sees it too, because the end of a stream is marked.
+    """
     try:
         async for part in reply.aiter_bytes():
             yield part
+    except httpx.TransportError as error:
+        logger.warning("the server stopped in the middle of an answer (%s)", error or type(error).__name__)
     finally:
         await reply.aclose()

@@ -178,4 +178,4 @@ def test_what_survives_is_asked_on_demand(new_page: NewPage, stub: Stub, site: s
     settled(page)
     expect(page.locator(".survived li")).to_have_count(0)
     page.get_by_role("button", name="What survives of each source?").click()
-    expect(page.locator(".survived li")).to_have_text(["source 'sql' has no calibration"])
+    expect(page.locator(".merge .survived")).to_have_text("source 'sql' has no calibration")

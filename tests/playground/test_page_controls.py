@@ -58,10 +58,10 @@ def page_of(browser: Any) -> Iterator[Page]:
 
 def test_an_option_can_have_one_value_for_each_source(new_page: NewPage, site: str) -> None:
     page = ready(new_page, site)
-    page.get_by_label("one for each source").check()
+    page.get_by_label("one density for each source").check()
     drag(page, "density of sql", 0.25)
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, sql, density=[0.5, 0.25])")
-    page.get_by_label("one for each source").uncheck()
+    page.get_by_label("one density for each source").uncheck()
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, sql)")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from playground_page import NewPage, ask, drag, ready, slider
+from playground_page import NewPage, ask, drag, merge_card, ready, slider
 from playground_server import Stub
 
 pytestmark = pytest.mark.slow
@@ -117,9 +117,11 @@ def test_kept_merges_stay_and_are_compared_and_saved(new_page: NewPage, stub: St
     found = json.loads(saved.value.path().read_text(encoding="utf-8"))
     assert saved.value.suggested_filename == "comparison.json"
     assert found["models"] == ["ties(chat, sql)", "ties(chat, 0.5*sql)"]
+    assert found["asked"] == {"chat": True, "temperature": 0, "max_tokens": 64}
     assert found["rows"][1]["prompt"] == "<b>two</b>\nlines"
     assert found["rows"][0] == {
         "prompt": "a | b",
+        "chat": True,
         "answers": ["ties(chat, sql) a | b", "ties(chat, 0.5*sql) a | b"],
         "differing": 1,
     }
@@ -158,8 +160,9 @@ def test_a_slider_does_not_disturb_a_comparison(new_page: NewPage, stub: Stub, s
     page.get_by_role("button", name="Compare", exact=True).click()
     drag(page, "sql", 0.5)
     expect(page.locator("#compared")).to_have_text("0 of 2 answers are the same")
-    assert stub.asked == ["base", "sql", "base", "sql"]
+    assert stub.asked[:4] == ["base", "sql", "base", "sql"]
     assert stub.beside_base == 0
+    expect(merge_card(page).locator(".text")).to_have_text("ties(chat, 0.5*sql) hello")
 
 
 def test_a_browser_that_keeps_nothing_works_all_the_same(browser: Any, site: str) -> None:
@@ -171,6 +174,7 @@ def test_a_browser_that_keeps_nothing_works_all_the_same(browser: Any, site: str
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, sql)")
     page.get_by_role("button", name="Keep this merge").click()
     expect(page.locator("#kept-list li")).to_have_count(1)
+    expect(page.get_by_text("this browser forgets them with the page")).to_be_visible()
     context.close()
 
 

@@ -51,7 +51,7 @@ def test_a_refusal_is_not_shown_beside_the_next_position(new_page: NewPage, stub
     page.get_by_role("button", name="Ask").click()
     field = page.get_by_label("sql", exact=True)
     expect(field).to_have_attribute("aria-invalid", "true")
-    assert stub.under_way  # the sources have not ended: the refusal was shown before
+    assert "base" not in stub.asked  # the sources have not ended: the refusal was shown before
     drag(page, "sql", 0.5)
     settled(page)
     expect(field).not_to_have_attribute("aria-invalid", "true")
@@ -64,7 +64,7 @@ def test_asking_twice_shows_one_answer(new_page: NewPage, stub: Stub, site: str)
     page.get_by_role("button", name="Ask").dblclick()
     page.wait_for_timeout(50)
     assert merge_card(page).get_by_role("status").inner_text() in ("waiting", "answering")
-    assert merge_card(page).get_attribute("aria-busy") == "true"
+    assert merge_card(page).locator(".text").get_attribute("aria-busy") == "true"
     settled(page)
     expect(merge_card(page).locator(".text")).to_have_text("ties(chat, sql) hello")
 
@@ -217,3 +217,106 @@ def test_names_and_answers_are_text_whatever_they_hold(new_page: NewPage, stub: 
         expect(page.get_by_label("Copied text")).to_contain_text("onerror")
     expect(card(page, MARKUP).locator(".text")).to_contain_text("<script>alert(2)</script> &lt;b&gt;")
     assert page.locator("img, i, b, script:not([src])").count() == 0
+
+
+def test_typing_goes_on_where_it_began_though_what_is_there_is_no_number_yet(
+    new_page: NewPage, site: str
+) -> None:
+    page = ready(new_page, site, refused=True)
+    ask(page)
+    weight = page.get_by_label("sql", exact=True)
+    weight.fill("")
+    weight.press_sequentially("-0.5", delay=150)
+    expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, -0.5*sql)")
+    assert weight.input_value() == "-0.5"
+    expect(weight).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_quick_typing_is_not_interrupted_by_what_is_wrong_meanwhile(new_page: NewPage, site: str) -> None:
+    page = ready(new_page, site, refused=True)
+    page.evaluate(
+        """() => {
+          window.said = [];
+          const field = document.querySelector("#spec-text-error");
+          const note = () => field.textContent && window.said.push(field.textContent);
+          new MutationObserver(note).observe(field, { childList: true });
+        }"""
+    )
+    page.get_by_label("Spec", exact=True).fill("")
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.said.length") == 1
+    page.get_by_label("Spec", exact=True).press_sequentially("slerp(sql, tone)", delay=5)
+    expect(page.get_by_label("tone", exact=True)).to_be_visible()
+    assert page.evaluate("window.said.length") == 1
+
+
+def test_what_was_refused_goes_with_the_next_time(new_page: NewPage, stub: Stub, site: str) -> None:
+    message = "nothing of this is possible"
+    stub.fault = lambda path, body: (
+        refusal(400, "BadRequestError", message) if "ties" in body.get("model", "") else None
+    )
+    page = ready(new_page, site, refused=True)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#spec-text-error")).to_have_text(message)
+    stub.fault = lambda path, body: None
+    ask(page)
+    expect(page.locator("#spec-text-error")).to_be_hidden()
+
+
+def test_connecting_again_keeps_the_position(new_page: NewPage, site: str) -> None:
+    page = ready(new_page, site, refused=True)
+    page.get_by_label("density", exact=True).fill("7")
+    expect(page.get_by_label("density", exact=True)).to_have_attribute("aria-invalid", "true")
+    page.locator("#access").evaluate("each => each.open = true")
+    page.get_by_role("button", name="Connect").click()
+    page.wait_for_timeout(300)
+    assert page.get_by_label("density", exact=True).input_value() == "7"
+
+
+def test_a_replay_can_be_given_up_and_asked_again(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.checking = 30.0
+    page = ready(new_page, site)
+    ask(page)
+    survive = page.get_by_role("button", name="What survives of each source?")
+    survive.click()
+    expect(page.locator(".merge .survived")).to_contain_text("asking the merge")
+    page.get_by_role("button", name="Stop").first.click()
+    expect(survive).to_be_visible()
+    expect(page.get_by_role("button", name="Stop").first).to_be_disabled()
+    stub.checking = 0.0
+    survive.click()
+    expect(page.locator(".survived li")).to_have_count(2)
+
+
+def test_a_stream_of_something_else_is_an_error_and_ends(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.fault = lambda path, body: (
+        Response("data: upstream error\n\n") if "ties" in body.get("model", "") else None
+    )
+    page = ready(new_page, site)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    expect(merge_card(page).locator(".error").first).to_contain_text("not a part of an answer")
+    expect(card(page, "base").locator(".text")).to_have_text("base hello")
+    expect(page.get_by_role("button", name="Stop").first).to_be_disabled()
+
+
+def test_a_wrong_value_of_one_source_is_shown_at_that_source(new_page: NewPage, site: str) -> None:
+    page = ready(new_page, f"{site}#spec=ties(sql,chat,density=[0.25,0.75])", refused=True)
+    page.get_by_label("density of sql", exact=True).fill("7")
+    expect(page.get_by_label("density of sql", exact=True)).to_have_attribute("aria-invalid", "true")
+    expect(page.get_by_label("density of chat", exact=True)).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_question_with_a_mistake_keeps_only_what_needs_it_from_being_copied(
+    new_page: NewPage, site: str
+) -> None:
+    page = ready(new_page, site)
+    page.get_by_label("Tokens at most", exact=True).fill("0")
+    for kind in ("spec", "flag"):
+        page.get_by_role("button", name=f"Copy {kind}").click()
+        expect(page.get_by_label("Copied text")).to_contain_text("ties(chat, sql)")
+    page.get_by_role("button", name="Copy curl").click()
+    expect(page.get_by_text("the question has a mistake")).to_be_visible()
+    expect(page.get_by_label("Tokens at most", exact=True)).to_have_attribute("aria-invalid", "true")
+    expect(page.get_by_label("Temperature", exact=True)).not_to_have_attribute("aria-invalid", "true")

@@ -94,7 +94,7 @@ def test_a_mistake_names_its_field(body: object, param: str, said: str) -> None:
     assert said in error["message"]
 
 
-@pytest.mark.parametrize("route", ["form", "copies"])
+@pytest.mark.parametrize("route", ["form", "copies", "flag"])
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[" * 100_000, b" " * (MAX_BODY + 1), b"\xff", b"7", b'{"spec": "\\ud800"}']
 )
@@ -105,12 +105,18 @@ def test_a_body_that_is_none_is_refused(route: str, body: bytes) -> None:
 
 
 def test_copies_name_the_server_that_the_page_asks() -> None:
-    body = {"spec": "a + b", "question": QUESTION, "alias": " two ", "keyed": False}
+    body = {"spec": "a + b", "question": QUESTION, "server": "https://own/llm/v1", "keyed": False}
     found = client("https://gpu.example/v1").post(f"{PATH}/api/copies", json=body).json()
     assert "https://gpu.example/v1/chat/completions" in found["curl"]
-    assert found["flag"] == "--merged-lora-modules 'two=sum(a, b)'"
     own = client().post(f"{PATH}/api/copies", json=body).json()
-    assert "http://localhost:8000/v1/chat/completions" in own["curl"]
+    assert "https://own/llm/v1/chat/completions" in own["curl"]
+
+
+def test_the_flag_needs_no_question() -> None:
+    reply = client().post(f"{PATH}/api/flag", json={"spec": "a + b", "alias": "two"})
+    assert reply.json() == {"flag": "--merged-lora-modules 'two=sum(a, b)'"}
+    refused = client().post(f"{PATH}/api/flag", json={"spec": "a + b", "alias": "a=b"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "alias")
 
 
 def test_prompts_are_lines_or_json_lines() -> None:

@@ -14,8 +14,8 @@ import { differing, rendered, sureness, textOf } from "./words.js";
  */
 
 /**
- * All answers.  Events: `asking` when questions are sent, `settled` when nothing is under way, and `refused`,
- * whose detail is the error of the merge.
+ * All answers.  Events: `asking` when the server is asked, `settled` when nothing is under way, and `refused`,
+ * whose detail is the spec of a merge and its error.
  */
 export class Answers extends EventTarget {
   /** @type {Map<string, Card>} */
@@ -26,9 +26,11 @@ export class Answers extends EventTarget {
   /** @type {AbortController | null} */
   #run = null;
   /** @type {Promise<void>} */
-  #under_way = Promise.resolve();
+  #underWay = Promise.resolve();
   #against = "";
   #sure = false;
+  /** @type {AbortController | null} */
+  #check = null;
 
   /** @param {HTMLElement} place @param {Server} server */
   constructor(place, server) {
@@ -36,7 +38,7 @@ export class Answers extends EventTarget {
     this.#place = place;
     this.#server = server;
     this.#merge = new Card("the merge", "card merge");
-    this.#merge.survive.addEventListener("click", () => this.#check());
+    this.#merge.survive.addEventListener("click", () => this.#survive());
     this.#place.append(this.#merge.element);
   }
 
@@ -82,16 +84,26 @@ export class Answers extends EventTarget {
     for (const card of cards) if (card === this.#merge || !card.answers(question)) card.wait();
     this.#merge.subject = merge.spec;
     this.dispatchEvent(new Event("asking"));
-    this.#under_way = this.#all(merge, modelOf, base, question, run);
+    this.#underWay = this.#all(merge, modelOf, base, question, run).finally(() => {
+      if (this.#run !== run) return;
+      this.#run = null;
+      this.dispatchEvent(new Event("settled"));
+    });
   }
 
-  /** Gives up all answers that are under way. */
+  /** Gives up all that is under way. */
   stop() {
-    if (!this.#run) return;
-    this.#run.abort();
-    this.#run = null;
+    if (!this.#run && !this.#check) return;
+    this.#run?.abort();
+    this.#check?.abort();
+    this.#run = this.#check = null;
     for (const card of [this.#merge, ...this.#cards.values()]) card.giveUp();
     this.dispatchEvent(new Event("settled"));
+  }
+
+  /** Whether something else asks the server, so that nothing may be asked here. @param {boolean} held */
+  set isHeld(held) {
+    this.#merge.survive.disabled = held;
   }
 
   /**
@@ -107,12 +119,11 @@ export class Answers extends EventTarget {
     await Promise.race([begun, merged]); // the merge is what somebody waits for: no other request delays it
     const others = merge.names.map((name) => this.#again(name, modelOf(name), question, run.signal));
     const error = await merged;
-    if (error && this.#run === run) this.dispatchEvent(new CustomEvent("refused", { detail: error }));
+    if (error && this.#run === run) {
+      this.dispatchEvent(new CustomEvent("refused", { detail: { spec: merge.spec, error } }));
+    }
     await Promise.all(others);
     await this.#again(base, base, question, run.signal);
-    if (this.#run !== run) return;
-    this.#run = null;
-    this.dispatchEvent(new Event("settled"));
   }
 
   /**
@@ -182,18 +193,26 @@ export class Answers extends EventTarget {
   }
 
   /** Asks which answers of its sources the merge still gives, once nothing else is under way. */
-  async #check() {
+  async #survive() {
     const card = this.#merge;
-    const { signal } = card.checking();
+    const check = new AbortController();
+    this.#check = check;
+    card.note("asking the merge for the sources' own answers");
+    this.dispatchEvent(new Event("asking"));
     try {
-      await this.#under_way;
+      await this.#underWay;
+      if (check.signal.aborted) return;
       const busy = (/** @type {number} */ s) => card.note(`the server is busy; asking again in ${s} s`);
-      const found = await this.#server.survivals(card.subject, signal, busy);
-      card.showSurvivals(found);
+      card.showSurvivals(await this.#server.survivals(card.subject, check.signal, busy));
     } catch (error) {
       if (isAbort(error)) return;
       if (!(error instanceof ServerError)) throw error;
-      card.note(error.message);
+      card.note(error.message, true);
+    } finally {
+      if (this.#check === check) {
+        this.#check = null;
+        this.dispatchEvent(new Event("settled"));
+      }
     }
   }
 }
@@ -207,14 +226,14 @@ class Card {
   #state = "";
   /** Which answer is the current one; what comes for an earlier one is dropped. */
   #turn = 0;
-  /** @type {AbortController | null} */
-  #check = null;
+  /** Whether it is shown what survives. */
+  #isChecked = false;
   #status = make("p", { role: "status", className: "status" });
   #subject = make("p", { className: "subject", hidden: true });
   #text = make("div", { className: "text", tabIndex: 0, role: "region" });
   #facts = make("dl");
   #error = make("p", { className: "error", hidden: true });
-  #survived = make("ul", { className: "survived", tabIndex: -1, "aria-label": "What survives" });
+  #survived = make("div", { className: "survived", tabIndex: -1, "aria-live": "polite" });
   /** The button that asks what survives. */
   survive = make("button", { type: "button", hidden: true }, "What survives of each source?");
 
@@ -257,7 +276,6 @@ class Card {
 
   wait() {
     this.#turn += 1;
-    this.#check?.abort();
     this.#pieces = [];
     this.#error.hidden = true;
     this.survive.hidden = true;
@@ -268,7 +286,7 @@ class Card {
   }
 
   giveUp() {
-    this.#check?.abort();
+    if (this.isComplete && !this.#isChecked) this.note("", !this.#subject.hidden);
     if (this.#state !== "waiting" && this.#state !== "answering") return;
     this.#turn += 1;
     this.#become("given up");
@@ -321,7 +339,8 @@ class Card {
     const text = this.isComplete && other ? textOf(other.#pieces) : null;
     const differs = text === null ? null : differing(textOf(this.#pieces), text);
     this.#text.replaceChildren(...rendered(this.#pieces, { differs, sure }));
-    if (!this.isComplete || !other || !differs) return;
+    if (!this.isComplete) return;
+    if (!other || !differs) return this.#say("complete");
     const count = differs.filter(Boolean).length;
     this.#say(
       `complete; ${count === 1 ? "1 word differs" : `${count || "no"} words differ`} from ${other.name}`,
@@ -333,31 +352,30 @@ class Card {
     this.#facts.append(make("div", {}, make("dt", {}, name), make("dd", {}, value)));
   }
 
-  /** Begins to ask what survives; returns what ends that. */
-  checking() {
-    this.#check?.abort();
-    this.#check = new AbortController();
-    this.note("asking the merge for the sources' own answers");
-    this.#survived.focus(); // before the button that has the focus goes
-    this.survive.hidden = true;
-    return this.#check;
-  }
-
-  /** @param {string} said instead of what survives */
-  note(said) {
-    this.#survived.replaceChildren(make("li", {}, said));
+  /**
+   * Says something where it is shown what survives.
+   *
+   * @param {string} said
+   * @param {boolean} [again] whether that can be asked now
+   */
+  note(said, again = false) {
+    if (document.activeElement === this.survive) this.#survived.focus(); // hiding the button would drop the focus
+    this.#isChecked = false;
+    this.survive.hidden = !again;
+    this.#survived.replaceChildren(said);
   }
 
   /** @param {Survival[]} survivals */
   showSurvivals(survivals) {
-    this.survive.hidden = true;
-    this.#survived.replaceChildren(...survivals.map(survival));
+    this.note("");
+    this.#isChecked = true;
+    this.#survived.replaceChildren(make("ul", {}, ...survivals.map(survival)));
   }
 
   /** @param {"waiting" | "answering" | "complete" | "failed" | "given up"} state */
   #become(state) {
     this.#state = state;
-    this.element.setAttribute("aria-busy", String(state === "waiting" || state === "answering"));
+    this.#text.setAttribute("aria-busy", String(state === "waiting" || state === "answering"));
     this.#say(state);
   }
 

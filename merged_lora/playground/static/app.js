@@ -2,7 +2,7 @@
 
 import { Answers } from "./answers.js";
 import { Copies } from "./copies.js";
-import { byId, isAbort, pause } from "./dom.js";
+import { byId, pause } from "./dom.js";
 import { Field } from "./field.js";
 import { Kept } from "./kept.js";
 import { Position } from "./position.js";
@@ -81,15 +81,15 @@ let merge = null;
 let settling = Promise.resolve();
 /** Whether somebody has asked, so that the merge is asked anew as it changes. */
 let hasAsked = false;
-/** Whether the user chose with which answer the merge's is compared. */
-let hasChosen = false;
+/** The answer with which the user wants the merge's to be compared; empty for that of most weight. */
+let chosen = "";
+/** Whether a first merge has been shown, or somebody was faster. */
+let hasBegun = false;
+/** The merge, by its spec, that was asked last. */
+let askedSpec = "";
 let moving = new AbortController();
 
-const copies = new Copies(place("copies"), server, currentSpec, async (spec, alias) => {
-  const asked = question();
-  if (!asked) throw new ServerError("a number of the question is wrong", 0, "temperature");
-  return await server.copies(spec, asked, alias, AbortSignal.timeout(10_000));
-});
+const copies = new Copies(place("copies"), server, currentSpec, question);
 const kept = new Kept(server, currentSpec, question);
 
 position.addEventListener("change", () => moved(() => position.form));
@@ -101,20 +101,34 @@ kept.addEventListener("chosen", (event) => {
   spec.text = detail(event);
   moved(() => ({ spec: spec.text }));
 });
-kept.addEventListener("comparing", () => answers.stop());
+kept.addEventListener("comparing", () => {
+  answers.stop();
+  answers.isHeld = true;
+});
+kept.addEventListener("compared", () => {
+  answers.isHeld = false;
+  if (merge?.spec !== askedSpec) askLive(); // the position has changed meanwhile
+});
+copies.addEventListener("defined", () => connect());
 answers.addEventListener("asking", () => {
   stop.disabled = false;
   against.choices = answers.names;
-  if (!hasChosen || !answers.names.includes(against.text)) against.text = position.heaviest;
+  if (!chosen || !answers.names.includes(chosen)) chosen = "";
+  against.text = chosen || position.heaviest;
   answers.against = against.text;
 });
 answers.addEventListener("settled", () => {
-  if (document.activeElement === stop) byId("ask", HTMLButtonElement).focus(); // it goes with the button
+  if (document.activeElement === stop) byId("ask", HTMLButtonElement).focus(); // disabling it drops the focus
   stop.disabled = true;
 });
-for (const each of [answers, copies]) each.addEventListener("refused", (event) => placeError(detail(event)));
+for (const each of [answers, copies]) {
+  each.addEventListener("refused", (event) => {
+    const { spec: refused, error } = detail(event);
+    if (refused === merge?.spec || !error.isOfRequest) placeError(error);
+  });
+}
 against.addEventListener("change", () => {
-  hasChosen = true;
+  chosen = against.text;
   answers.against = against.text;
 });
 sure.addEventListener("change", () => {
@@ -151,7 +165,7 @@ async function connect() {
     copies.mayDefine = found.runtimeAliases;
     kept.models = [...found.adapters, ...found.aliases].map(({ name }) => name).concat(found.base);
     const first = given.get("spec") || firstSpec(found);
-    if (merge || !first) return;
+    if (hasBegun || !first) return;
     spec.text = first;
     moved(() => ({ spec: spec.text }));
   } catch (error) {
@@ -174,6 +188,7 @@ function firstSpec({ aliases, adapters }) {
  * @param {() => Form | {spec: string}} meant
  */
 function moved(meant) {
+  hasBegun = true;
   moving.abort();
   moving = new AbortController();
   const { signal } = moving;
@@ -181,30 +196,33 @@ function moved(meant) {
   position.clearErrors();
   spec.error = null;
   merge = null;
-  settling = settle(meant(), signal);
-  const rested = pause(REST, signal);
-  Promise.all([settling, rested]).then(
-    () => {
-      if (hasAsked && live.checked && !kept.isComparing && !signal.aborted) ask();
-    },
-    (error) => {
-      if (!isAbort(error)) throw error;
-    },
+  const rested = pause(REST, signal).then(
+    () => true,
+    () => false,
   );
+  settling = settle(meant(), signal, rested);
+  Promise.all([settling, rested]).then(() => {
+    if (!signal.aborted && !kept.isComparing) askLive();
+  });
 }
 
-/** @param {Form | {spec: string}} form @param {AbortSignal} signal */
-async function settle(form, signal) {
+/**
+ * @param {Form | {spec: string}} form
+ * @param {AbortSignal} signal
+ * @param {Promise<boolean>} rested whether the controls rest
+ */
+async function settle(form, signal, rested) {
   try {
     const found = await server.form(form, signal);
     merge = { spec: found.spec, names: found.form.sources.map(({ name }) => name) };
     const isText = "spec" in form;
     if (isText) position.load(found.form);
     if (!isText || document.activeElement?.id !== "spec-text") spec.text = found.spec;
+    if (served) trouble.hidden = true;
   } catch (error) {
     if (signal.aborted) return;
     if (!(error instanceof ServerError)) throw error;
-    placeError(error);
+    if (await rested) placeError(error); // not while somebody types
   }
 }
 
@@ -221,19 +239,38 @@ async function currentSpec() {
   return (await current())?.spec ?? null;
 }
 
-/** Asks all answers for what the question now is. */
+/** Asks all answers for what the question now is; if something is wrong with it, shows where. */
 async function ask() {
   const [found, asked] = [await current(), question()];
-  if (!found) return spec.focus();
-  if (!asked || !served) return;
-  if (!asked.prompt) {
-    prompt.error = "type a prompt";
-    return prompt.focus();
+  prompt.error = prompt.text ? null : "type a prompt";
+  if (!found || !asked || !prompt.text) {
+    document.querySelector("[aria-invalid]")?.closest("details")?.setAttribute("open", "");
+    return focusOn(document.querySelector("[aria-invalid]"));
   }
   hasAsked = true;
-  trouble.hidden = true;
-  prompt.error = null;
   kept.stop();
+  send(found, asked);
+}
+
+/** Asks all answers if the merge is asked anew as it changes. */
+function askLive() {
+  if (!hasAsked || !live.checked || !merge || !prompt.text) return;
+  const asked = question();
+  if (asked) send(merge, asked);
+}
+
+/** @param {Element | null} element */
+function focusOn(element) {
+  if (element instanceof HTMLElement) element.focus();
+}
+
+/** @param {Merge} found @param {Question} asked */
+function send(found, asked) {
+  if (!served) return;
+  askedSpec = found.spec;
+  trouble.hidden = true;
+  position.clearErrors();
+  for (const field of [spec, prompt]) field.error = null;
   const models = new Set([...served.adapters, ...served.aliases].map(({ name }) => name));
   // A source that is no model of its own, such as a folder, answers as the merge of itself.
   const modelOf = (/** @type {string} */ name) => (models.has(name) ? name : `sum(${JSON.stringify(name)})`);
@@ -270,9 +307,8 @@ function placeError(error) {
   const fields = { spec, temperature, max_tokens: tokens };
   for (const name of ["prompt", "messages", "input_text", "input_tokens"]) fields[name] = prompt;
   const field = fields[error.param ?? ""];
-  const isOfRequest = error.status >= 400 && error.status < 500 && error.status !== 401;
   if (field) field.error = error.message;
-  else if (!isOfRequest) showTrouble(error.message);
+  else if (!error.isOfRequest) showTrouble(error.message);
   else if (!position.showError(error.message, error.param)) spec.error = error.message;
 }
 

@@ -1,6 +1,7 @@
 // Two models on several prompts: their answers beside each other, as a table, JSON or Markdown.
 
 import { make } from "./dom.js";
+import { isChat } from "./server.js";
 import { differing, rendered, textOf } from "./words.js";
 
 /**
@@ -17,9 +18,9 @@ export class Comparison {
 
   /**
    * @param {[string, string]} models
-   * @param {Omit<Question, "prompt">} asked
+   * @param {Question} question how the prompts are asked; its own prompt is not
    */
-  constructor(models, asked) {
+  constructor(models, { prompt: _, ...asked }) {
     this.models = models;
     this.asked = asked;
   }
@@ -76,6 +77,7 @@ export class Comparison {
       const [one, other] = answers.map(textOf);
       return {
         prompt,
+        chat: isChat({ ...this.asked, prompt }),
         answers: [one, other],
         differing: differing(other ?? "", one ?? "").filter(Boolean).length,
       };

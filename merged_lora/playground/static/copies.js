@@ -4,40 +4,46 @@ import { make } from "./dom.js";
 import { Field } from "./field.js";
 import { ServerError } from "./server.js";
 
-const KINDS = /** @type {const} */ ([
-  ["spec", "Copy spec"],
-  ["curl", "Copy curl"],
-  ["python", "Copy Python"],
-  ["flag", "Copy flag"],
-]);
+/**
+ * @typedef {import("./server.js").Server} Server
+ * @typedef {import("./server.js").Question} Question
+ */
 
-/** @typedef {import("./server.js").Server} Server */
-
-/** An event `refused` has as detail the error of a request that was not about the alias. */
+/**
+ * Events: `refused`, with the error of a request that was not about the alias as detail, and `defined` after an
+ * alias was.
+ */
 export class Copies extends EventTarget {
   #alias = new Field({ label: "Alias", placeholder: "mix" });
   #define = make("button", { type: "button" }, "Define on the server");
   #fixed = make("p", { className: "hint" }, "--merged-lora-runtime-aliases lets the server take aliases");
   #said = make("p", { role: "status", className: "status" });
-  #shown = make("pre", { hidden: true, tabIndex: 0, "aria-label": "Copied text" });
-  #texts;
+  #shown = make("pre", { hidden: true, tabIndex: 0, role: "region", "aria-label": "Copied text" });
   #server;
   #spec;
+  #question;
 
   /**
    * @param {HTMLElement} place
    * @param {Server} server
    * @param {() => Promise<string | null>} spec that of the controls, null if they make none
-   * @param {(spec: string, alias: string) => ReturnType<Server["copies"]>} texts
+   * @param {() => Question | null} question that of the page, null if it cannot be asked
    */
-  constructor(place, server, spec, texts) {
+  constructor(place, server, spec, question) {
     super();
     this.#server = server;
     this.#spec = spec;
-    this.#texts = texts;
-    const buttons = KINDS.map(([kind, label]) => {
+    this.#question = question;
+    /** @type {[string, (spec: string) => Promise<string | null>][]} */
+    const kinds = [
+      ["Copy spec", async (spec) => spec],
+      ["Copy curl", (spec) => this.#request(spec, "curl")],
+      ["Copy Python", (spec) => this.#request(spec, "python")],
+      ["Copy flag", (spec) => server.flag(spec, this.#alias.text.trim(), AbortSignal.timeout(10_000))],
+    ];
+    const buttons = kinds.map(([label, textOf]) => {
       const button = make("button", { type: "button" }, label);
-      button.addEventListener("click", () => this.#run((spec) => this.#copy(kind, spec)));
+      button.addEventListener("click", () => this.#run(async (spec) => this.#copy(await textOf(spec))));
       return button;
     });
     this.#define.addEventListener("click", () => this.#run((spec) => this.#send(spec)));
@@ -59,22 +65,30 @@ export class Copies extends EventTarget {
   /** @param {(spec: string) => Promise<string>} work returns what is said of its success */
   async #run(work) {
     this.#alias.error = null;
-    this.#said.textContent = "";
+    this.#shown.hidden = true;
+    this.#say("");
     const spec = await this.#spec();
-    if (spec === null) return;
+    if (spec === null) return this.#say("the merge has a mistake");
     try {
-      this.#said.textContent = await work(spec);
+      this.#say(await work(spec));
     } catch (error) {
-      this.#said.textContent = "";
+      this.#say("");
       if (!(error instanceof ServerError)) throw error;
       if (error.param === "alias") this.#alias.error = error.message;
-      else this.dispatchEvent(new CustomEvent("refused", { detail: error }));
+      else this.dispatchEvent(new CustomEvent("refused", { detail: { spec, error } }));
     }
   }
 
-  /** @param {"spec" | "curl" | "python" | "flag"} kind @param {string} spec */
-  async #copy(kind, spec) {
-    const text = (await this.#texts(spec, this.#alias.text))[kind];
+  /** @param {string} spec @param {"curl" | "python"} kind */
+  async #request(spec, kind) {
+    const question = this.#question();
+    if (!question) return null;
+    return (await this.#server.copies(spec, question, AbortSignal.timeout(10_000)))[kind];
+  }
+
+  /** @param {string | null} text null if there is none */
+  async #copy(text) {
+    if (text === null) return "the question has a mistake";
     this.#shown.textContent = text;
     this.#shown.hidden = false;
     return (await toClipboard(text, this.#shown)) ? "copied" : "press Ctrl+C to copy";
@@ -87,17 +101,22 @@ export class Copies extends EventTarget {
       this.#alias.focus();
       throw new ServerError("type the name of the alias", 0, "alias");
     }
-    this.#said.textContent = `making ${spec}`;
-    const busy = (/** @type {number} */ s) => {
-      this.#said.textContent = `the server is busy; asking again in ${s} s`;
-    };
+    this.#say(`making ${spec}`);
+    const busy = (/** @type {number} */ s) => this.#say(`the server is busy; asking again in ${s} s`);
     try {
       await this.#server.define(name, spec, AbortSignal.timeout(600_000), busy);
     } catch (error) {
-      // What the server says against a definition is about its name as often as not, and shown there.
-      throw error instanceof ServerError ? new ServerError(error.message, error.status, "alias") : error;
+      // Nothing says whether a refusal is of the name or of the merge, which has been asked before as a rule.
+      if (!(error instanceof ServerError) || !error.isOfRequest) throw error;
+      throw new ServerError(error.message, error.status, "alias");
     }
+    this.dispatchEvent(new Event("defined"));
     return `${name} is now ${spec}`;
+  }
+
+  /** @param {string} said */
+  #say(said) {
+    this.#said.textContent = said;
   }
 }
 

@@ -27,7 +27,7 @@ export class Field extends EventTarget {
     const id = look.id ?? newId("field");
     this.#placeholder = look.placeholder ?? "";
     this.#control = control(look, id);
-    this.#error = make("p", { id: `${id}-error`, className: "error", role: "alert", hidden: true });
+    this.#error = make("p", { id: `${id}-error`, className: "error", "aria-live": "polite", hidden: true });
     const help = make("p", { id: `${id}-help`, className: "hint" }, look.help ?? "");
     const label = make("label", { htmlFor: id }, look.label);
     this.#slider = look.range ? slider(look.range, look.label) : null;

@@ -13,7 +13,10 @@ import { ServerError } from "./server.js";
 const STORE = "merged-lora kept";
 const MOST = 50;
 
-/** An event `chosen` has a kept spec as detail, which is to be shown again. */
+/**
+ * Events: `chosen`, with a kept spec as detail that is to be shown again, `comparing` before two are compared
+ * and `compared` after that.
+ */
 export class Kept extends EventTarget {
   #list = byId("kept-list", HTMLUListElement);
   #specs = stored();
@@ -41,7 +44,7 @@ export class Kept extends EventTarget {
   /**
    * @param {Server} server
    * @param {() => Promise<string | null>} spec that of the controls, null if they make none
-   * @param {() => Omit<Question, "prompt"> | null} asked how prompts are asked; null if that cannot be
+   * @param {() => Question | null} asked how prompts are asked; null if that cannot be
    */
   constructor(server, spec, asked) {
     super();
@@ -83,10 +86,20 @@ export class Kept extends EventTarget {
   #keep(spec) {
     if (!spec) return;
     this.#specs = [spec, ...this.#specs.filter((each) => each !== spec)].slice(0, MOST);
-    this.#show();
-    store(this.#specs);
+    this.#store();
     const [one, other] = this.#sides;
     if (one && other && this.#specs.length > 1) [one.text, other.text] = [this.#specs[1] ?? "", spec];
+  }
+
+  /** Keeps the specs in this browser, unless its settings forbid that. */
+  #store() {
+    this.#show();
+    try {
+      localStorage.setItem(STORE, JSON.stringify(this.#specs));
+    } catch (error) {
+      if (!(error instanceof DOMException)) throw error;
+      byId("kept-said", HTMLParagraphElement).textContent = "this browser forgets them with the page";
+    }
   }
 
   #show() {
@@ -101,8 +114,7 @@ export class Kept extends EventTarget {
     const away = make("button", { type: "button", className: "away", "aria-label": `Forget ${spec}` }, "×");
     away.addEventListener("click", () => {
       this.#specs = this.#specs.filter((each) => each !== spec);
-      this.#show();
-      store(this.#specs);
+      this.#store();
       byId("keep", HTMLButtonElement).focus();
     });
     return make("li", { className: "row" }, back, away);
@@ -117,7 +129,6 @@ export class Kept extends EventTarget {
   async #start() {
     const asked = this.#asked();
     if (!asked) return;
-    this.stop();
     const run = new AbortController();
     this.#run = run;
     this.#comparison = null;
@@ -126,7 +137,7 @@ export class Kept extends EventTarget {
     this.#prompts.error = null;
     try {
       const prompts = await this.#server.prompts(this.#prompts.text, run.signal).catch((error) => {
-        if (error instanceof ServerError) this.#prompts.error = error.message;
+        if (error instanceof ServerError && error.status === 400) this.#prompts.error = error.message;
         throw error;
       });
       const [one, other] = this.#sides.map((field) => field.text);
@@ -142,6 +153,7 @@ export class Kept extends EventTarget {
       this.#run = null;
       this.#busy(false);
       this.#showComparison();
+      this.dispatchEvent(new Event("compared"));
     }
   }
 
@@ -174,16 +186,5 @@ function stored() {
   } catch (error) {
     if (error instanceof SyntaxError || error instanceof DOMException) return [];
     throw error;
-  }
-}
-
-/** Keeps specs in this browser, unless its settings forbid that. @param {string[]} specs */
-function store(specs) {
-  try {
-    localStorage.setItem(STORE, JSON.stringify(specs));
-  } catch (error) {
-    if (!(error instanceof DOMException)) throw error;
-    byId("compared", HTMLParagraphElement).textContent =
-      "this browser keeps nothing after the page is closed";
   }
 }

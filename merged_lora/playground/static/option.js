@@ -34,7 +34,9 @@ export class OptionField extends EventTarget {
     const fields = [this.#whole, ...this.#each.values()];
     this.element = make("div", {}, ...fields.map((field) => field.element));
     if (taken.length) {
-      this.element.append(make("label", { className: "tick" }, this.#split, " one for each source"));
+      this.element.append(
+        make("label", { className: "tick" }, this.#split, ` one ${option.name} for each source`),
+      );
     }
     this.text = text;
     for (const field of fields) field.addEventListener("change", () => this.#changed());
@@ -63,12 +65,15 @@ export class OptionField extends EventTarget {
     return this.#split.checked ? this.#list(sources) : this.#whole.text;
   }
 
-  /** @param {string | null} message */
-  set error(message) {
-    this.#whole.error = this.#split.checked ? null : message;
-    for (const [i, field] of [...this.#each.values()].entries()) {
-      field.error = this.#split.checked && i === 0 ? message : null;
-    }
+  clearError() {
+    for (const field of [this.#whole, ...this.#each.values()]) field.error = null;
+  }
+
+  /** @param {string} message @param {number} source whose value is wrong, if each has one */
+  showError(message, source) {
+    const each = [...this.#each.values()];
+    const field = this.#split.checked ? (each[source] ?? each[0]) : this.#whole;
+    if (field) field.error = message;
   }
 
   /** @param {string[]} sources */

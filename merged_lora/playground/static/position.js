@@ -25,6 +25,7 @@ export class Position extends EventTarget {
   #strategies;
   #strategy;
   #adding;
+  #summary = make("p", { className: "hint" });
   #add = make("button", { type: "button" }, "Add");
   #places;
 
@@ -38,8 +39,7 @@ export class Position extends EventTarget {
     this.#places = places;
     this.#strategy = new Field({ label: "Strategy", choices: [...this.#strategies.keys()] });
     this.#adding = new Field({ label: "Add a source", choices: [] });
-    this.summary = make("p", { className: "hint" });
-    places.strategy.append(this.#strategy.element, this.summary);
+    places.strategy.append(this.#strategy.element, this.#summary);
     places.adding.append(make("div", { className: "row" }, this.#adding.element, this.#add));
     this.#showOptions({});
     this.#strategy.addEventListener("change", () => {
@@ -69,6 +69,10 @@ export class Position extends EventTarget {
 
   /** @param {Form} form */
   load(form) {
+    const names = form.sources.map(({ name }) => name);
+    const isSame =
+      form.strategy === this.#strategy.text && String(names) === String([...this.#weights.keys()]);
+    if (isSame) return this.#set(form); // so that a control that somebody holds stays
     this.#strategy.text = form.strategy;
     this.#weights = new Map(form.sources.map(({ name, weight }) => [name, this.#weight(name, weight)]));
     this.#places.sources.replaceChildren(
@@ -76,6 +80,18 @@ export class Position extends EventTarget {
     );
     this.#showOptions(form.options);
     this.#offer();
+  }
+
+  /** Other values for the controls that are there. @param {Form} form */
+  #set({ sources, options }) {
+    for (const { name, weight } of sources) {
+      const field = this.#weights.get(name);
+      if (field && field.text !== weight) field.text = weight;
+    }
+    for (const [name, field] of this.#options) {
+      const text = options[name] ?? "";
+      if (field.text !== text) field.text = text;
+    }
   }
 
   /** The name of the source that counts most. */
@@ -94,7 +110,8 @@ export class Position extends EventTarget {
   }
 
   clearErrors() {
-    for (const field of this.#fields()) field.error = null;
+    for (const field of [this.#strategy, this.#adding, ...this.#weights.values()]) field.error = null;
+    for (const field of this.#options.values()) field.clearError();
   }
 
   /**
@@ -107,14 +124,11 @@ export class Position extends EventTarget {
   showError(message, param) {
     const found = this.#named(param ?? "") ?? this.#spoken(message);
     if (!found) return false;
-    found.error = message;
+    if (found instanceof OptionField) found.showError(message, Number(param?.split(".")[2] ?? 0));
+    else found.error = message;
     const folded = found.element.closest("details");
     if (folded) folded.open = true;
     return true;
-  }
-
-  #fields() {
-    return [this.#strategy, this.#adding, ...this.#weights.values(), ...this.#options.values()];
   }
 
   /** The field of a name such as `options.density`. @param {string} param */
@@ -157,7 +171,7 @@ export class Position extends EventTarget {
   /** @param {Record<string, string>} texts by option; those that the strategy does not take are dropped */
   #showOptions(texts) {
     const strategy = this.#strategies.get(this.#strategy.text);
-    this.summary.textContent = strategy?.summary ?? "";
+    this.#summary.textContent = strategy?.summary ?? "";
     const names = [...this.#weights.keys()];
     const taken = strategy?.options ?? [];
     this.#options = new Map(taken.map((each) => [each.name, new OptionField(each, names, texts[each.name])]));

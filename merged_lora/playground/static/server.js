@@ -19,6 +19,11 @@ import { pause } from "./dom.js";
  * @typedef {{rank: number, kept_energy: number | null, replay: Survival[] | null}} Merge
  */
 
+/** Whether it is asked as a chat, as messages always are. @param {Question} question */
+export function isChat({ prompt, chat }) {
+  return chat || typeof prompt !== "string";
+}
+
 /** What the server says against a request. */
 export class ServerError extends Error {
   /**
@@ -32,6 +37,11 @@ export class ServerError extends Error {
     this.status = status;
     this.param = param;
     this.retryAfter = retryAfter;
+  }
+
+  /** Whether the request is wrong, and not the server, the way to it, or the key. */
+  get isOfRequest() {
+    return this.status >= 400 && this.status < 500 && this.status !== 401;
   }
 }
 
@@ -62,15 +72,29 @@ export class Server {
   }
 
   /**
+   * A question to a merge, as the lines that ask it.
+   *
    * @param {string} spec
    * @param {Question} question
+   * @param {AbortSignal} signal
+   * @returns {Promise<Record<"curl" | "python", string>>}
+   */
+  copies(spec, question, signal) {
+    const at = this.v1.href.replace(/\/$/, "");
+    const asked = { spec, question, server: at, keyed: this.key !== "" };
+    return this.#json(new URL("copies", this.api), asked, signal);
+  }
+
+  /**
+   * The flag of `vllm serve` that gives a merge a name.
+   *
+   * @param {string} spec
    * @param {string} alias
    * @param {AbortSignal} signal
-   * @returns {Promise<Record<"spec" | "curl" | "python" | "flag", string>>}
+   * @returns {Promise<string>}
    */
-  copies(spec, question, alias, signal) {
-    const asked = { spec, question, alias, keyed: this.key !== "" };
-    return this.#json(new URL("copies", this.api), asked, signal);
+  async flag(spec, alias, signal) {
+    return (await this.#json(new URL("flag", this.api), { spec, alias }, signal)).flag;
   }
 
   /**
@@ -160,11 +184,10 @@ export class Server {
    * @returns {Promise<{made: Made | null, pieces: AsyncGenerator<Piece>}>}
    */
   async answer(model, question, signal, waiting) {
-    const { prompt, chat, ...numbers } = question;
+    const { prompt, chat: _, ...numbers } = question;
     const messages = typeof prompt === "string" ? [{ role: "user", content: prompt }] : prompt;
-    const isChat = chat || typeof prompt !== "string";
-    const asked = isChat ? { messages, logprobs: true } : { prompt, logprobs: 1 };
-    const route = new URL(isChat ? "chat/completions" : "completions", this.v1);
+    const asked = isChat(question) ? { messages, logprobs: true } : { prompt, logprobs: 1 };
+    const route = new URL(isChat(question) ? "chat/completions" : "completions", this.v1);
     const body = { model, ...asked, ...numbers, stream: true };
     const reply = await patient(() => this.#fetch(route, body, signal), signal, waiting);
     return { made: made(reply.headers.get("merged-lora")), pieces: pieces(reply) };
@@ -293,7 +316,7 @@ async function* pieces(reply) {
         const data = event.replace(/^data: ?/, "");
         if (data === "[DONE]") return;
         if (event.startsWith(":")) continue; // a comment, which keeps the connection open
-        const body = JSON.parse(data);
+        const body = parsed(data);
         if (body.error) throw new ServerError(String(body.error.message ?? "the server failed"), 500);
         const choice = body.choices?.[0];
         if (!choice) continue;
@@ -309,6 +332,16 @@ async function* pieces(reply) {
     }
   } finally {
     await reader.cancel().catch(() => {}); // a stream that has failed cannot be cancelled, nor need it be
+  }
+}
+
+/** @param {string} data @returns {any} */
+function parsed(data) {
+  try {
+    return Object(JSON.parse(data));
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+    throw new ServerError("the server sends what is not a part of an answer", 0);
   }
 }
 
