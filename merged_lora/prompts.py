@@ -71,7 +71,9 @@ def prompts_in(text: str, limit: int) -> list[Prompt]:
                 found.append(line.strip())
         except ValueError as error:
             raise EvaluationError(f"line {number}: {error}") from None
-    if not 1 <= len(found) <= limit:
+    if not found:
+        raise EvaluationError("there is no prompt; each is on a line of its own")
+    if len(found) > limit:
         raise EvaluationError(
             f"there must be 1 to {limit} prompts, each on a line of its own, not {len(found)}"
         )

@@ -76,6 +76,8 @@ class Stub:
     changes:   whether clients may change aliases.
     key:       what requests must carry; None if none.
     checking:  seconds that a replay takes.
+    checked:   how many were asked for.
+    cuts:      whether the limit of tokens cuts every answer.
     calibrated: whether replays show what survives.
     asked:     the models that were asked, in order.
     bodies:    the bodies of the requests, in order.
@@ -93,6 +95,8 @@ class Stub:
     changes: bool = True
     key: str | None = None
     checking: float = 0.0
+    checked: int = 0
+    cuts: bool = False
     calibrated: bool = True
     asked: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -151,6 +155,7 @@ class Stub:
     async def _check(self, request: Request, body: Any) -> Response:
         if not self.calibrated:
             return refusal(400, "BadRequestError", "source 'sql' has no calibration")
+        self.checked += 1
         await asyncio.sleep(self.checking)
         names = parse(body["spec"]).names
         kept = [{"name": n, "kept": i, "total": 4, "nll": 0.1, "lost": i < 2} for i, n in enumerate(names)]
@@ -200,6 +205,8 @@ class Stub:
                     else {"text": text, "logprobs": {"token_logprobs": [LOGPROB]}}
                 )
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+            last = {"text": "", "delta": {}, "finish_reason": "length" if self.cuts else "stop"}
+            yield f"data: {json.dumps({'choices': [last]})}\n\n"
             yield "data: [DONE]\n\n"
         finally:
             self.under_way -= 1

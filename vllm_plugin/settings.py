@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from merged_lora import checks
+from merged_lora.aliases import check_alias_name
 from merged_lora.backends import MODULES
 from merged_lora.errors import MergeError, SpecError
 from merged_lora.fetching.libraries import check_library
 from merged_lora.locations import Pattern, shown
-from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, Source, check_own_name, parse
+from merged_lora.spec import MAX_SOURCES, MAX_TEXT, MergeSpec, parse
 
 KEY = "merged_lora"
 BACKENDS = ("auto", *MODULES)
@@ -25,8 +26,6 @@ ANY_RELEASE, TESTED_ALONE = "any", "tested"
 MAX_COUNT = 1 << 20
 """Largest value of a setting that counts merges."""
 GIB = 1 << 30
-CHECK = "check"
-"""Last part of the route that replays a merge; no alias has this name."""
 
 
 def option(key: str) -> str:
@@ -155,20 +154,6 @@ def parse_alias(text: str) -> tuple[str, str]:
         raise MergeError(f"must be NAME=SPEC, got {text[:64]!r}")
     _alias(name.strip(), spec)
     return name.strip(), spec
-
-
-def check_alias_name(name: str) -> None:
-    """Raise MergeError for a name that no adapter could have, or that is a route in ``/v1/merged_lora``.
-
-    A name that reads as a merge is refused too, because the alias may be another one.
-    """
-    if name == CHECK:
-        raise MergeError(f"alias {name!r}: POST /v1/merged_lora/{CHECK} is a route; take another name")
-    try:
-        check_own_name(name)
-        MergeSpec("sum", (Source(name),))
-    except SpecError as error:
-        raise MergeError(f"alias {name[:64]!r}: {error}") from None
 
 
 def _alias(name: str, text: object) -> MergeSpec:

@@ -7,9 +7,10 @@ import shlex
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
+from merged_lora.aliases import check_alias_name
 from merged_lora.checks import Check, number, whole_number
-from merged_lora.errors import SpecError
-from merged_lora.spec import MergeSpec, check_own_name
+from merged_lora.errors import MergeError
+from merged_lora.spec import MergeSpec
 
 from .forms import FieldError
 
@@ -84,8 +85,8 @@ def flag_of(spec: MergeSpec, alias: str = "") -> str:
     """
     if alias:
         try:
-            check_own_name(alias)
-        except SpecError as error:
+            check_alias_name(alias)
+        except MergeError as error:
             raise FieldError("alias", str(error)) from None
         if "=" in alias:
             raise FieldError(

@@ -179,3 +179,25 @@ def test_what_survives_is_asked_on_demand(new_page: NewPage, stub: Stub, site: s
     expect(page.locator(".survived li")).to_have_count(0)
     page.get_by_role("button", name="What survives of each source?").click()
     expect(page.locator(".merge .survived")).to_have_text("source 'sql' has no calibration")
+
+
+def test_an_answer_that_the_limit_cut_says_so(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.cuts = True
+    page = ready(new_page, site)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    for name in ("chat", "base"):
+        status = card(page, name).get_by_role("status")
+        expect(status).to_have_text("cut at the limit of tokens")
+    expect(merge_card(page).get_by_role("status")).to_contain_text("cut at the limit of tokens; ")
+
+
+def test_the_nearest_of_the_sources_of_most_weight_is_compared_with(
+    new_page: NewPage, stub: Stub, site: str
+) -> None:
+    answers = {"chat": "x y z", "sql": "a b x", "tone": "a b c", "base": "q"}
+    stub.words = lambda model, prompt: answers.get(model, "a b c").split()
+    page = ready(new_page, f"{site}#spec=ties(chat,sql,0.5*tone)")
+    ask(page)
+    assert page.get_by_label("Mark words that differ from").input_value() == "sql"
+    assert merge_card(page).locator("mark").all_inner_texts() == ["c"]

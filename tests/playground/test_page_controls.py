@@ -162,6 +162,15 @@ def test_a_source_that_is_no_model_answers_as_its_own_merge(new_page: NewPage, s
     expect(card(page, "folder").locator(".text")).to_have_text('sum("folder") hello')
 
 
+def test_the_name_of_an_alias_means_its_merge(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.aliases["team"] = "slerp(sql, tone, t=0.25)"
+    page = ready(new_page, f"{site}#spec=0.5*chat")
+    page.get_by_label("Spec", exact=True).fill("team")
+    expect(page.get_by_label("tone", exact=True)).to_be_visible()
+    page.get_by_label("Prompt", exact=True).focus()
+    assert spec_of(page) == "slerp(sql, tone, t=0.25)"
+
+
 # For everybody
 
 

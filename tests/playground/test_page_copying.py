@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import FilePayload, expect
 
 from playground_page import NewPage, ask, drag, merge_card, ready, slider
 from playground_server import Stub
@@ -74,7 +74,7 @@ def test_an_alias_is_defined_on_the_server(new_page: NewPage, stub: Stub, site: 
     expect(page.get_by_text("type the name of the alias")).to_be_visible()
     name.fill("a + b")
     define.click()
-    expect(page.get_by_text("alias 'a + b' reads as a merge")).to_be_visible()
+    expect(page.get_by_text("reads as a merge; take another name")).to_be_visible()
     name.fill("my/mix ü")
     define.click()
     expect(page.get_by_text("my/mix ü is now ties(chat, sql)")).to_be_visible()
@@ -123,11 +123,14 @@ def test_kept_merges_stay_and_are_compared_and_saved(new_page: NewPage, stub: St
         "prompt": "a | b",
         "chat": True,
         "answers": ["ties(chat, sql) a | b", "ties(chat, 0.5*sql) a | b"],
+        "cut": [False, False],
         "differing": 1,
     }
     with page.expect_download() as saved:
         page.get_by_role("button", name="Save as Markdown").click()
     lines = saved.value.path().read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("As a chat, temperature 0, at most 64 tokens, http://127.0.0.1:")
+    lines = lines[2:]
     assert lines[0] == r"| prompt | ties(chat, sql) | ties(chat, 0.5\*sql) |"
     assert lines[2].startswith(r"| a \| b | ties(chat, sql) a \| b |")
     assert lines[3].startswith(r"| \<b\>two\</b\><br>lines |")
@@ -184,3 +187,25 @@ def test_a_comparison_of_prompts_that_are_none_says_which_line(new_page: NewPage
     page.locator("#prompts-text").fill("one\n{two")
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.locator("#prompts-text-error")).to_contain_text("line 2: not a line of JSON")
+
+
+def test_an_alias_is_not_redefined_by_one_click(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.aliases["team"] = "slerp(sql, tone)"
+    page = ready(new_page, f"{site}#spec=ties(sql,chat)")
+    page.get_by_label("Alias", exact=True).fill("team")
+    define = page.get_by_role("button", name="Define on the server")
+    define.click()
+    expect(page.get_by_text("team is slerp(sql, tone) now; press again to redefine it")).to_be_visible()
+    assert stub.aliases == {"team": "slerp(sql, tone)"}
+    define.click()
+    expect(page.get_by_text("team is now ties(chat, sql)")).to_be_visible()
+    assert stub.aliases == {"team": "ties(chat, sql)"}
+
+
+def test_a_file_that_is_no_text_is_refused(new_page: NewPage, site: str) -> None:
+    page = ready(new_page, site)
+    page.get_by_text("Compare two on several prompts").click()
+    picture: FilePayload = {"name": "p.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\n\xff\xfe"}
+    page.get_by_label("Read a file").set_input_files(picture)
+    expect(page.get_by_text("p.png is not a text in UTF-8")).to_be_visible()
+    assert page.locator("#prompts-text").input_value() == ""

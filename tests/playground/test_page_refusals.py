@@ -25,8 +25,8 @@ MARKUP = "<img src=x onerror=alert(1)>"
     [
         ("Temperature", "hot", "must be a number from 0"),
         ("Temperature", "-1", "must be a number from 0"),
-        ("Tokens at most", "1,5", "must be a whole number from 1"),
-        ("Tokens at most", "0", "must be a whole number from 1"),
+        ("Tokens at most", "1,5", "must be a whole number above 0"),
+        ("Tokens at most", "0", "must be a whole number above 0"),
     ],
 )
 def test_a_number_that_is_none_is_not_asked(
@@ -177,7 +177,7 @@ def test_an_error_in_the_stream_is_shown(new_page: NewPage, stub: Stub, site: st
     page = ready(new_page, site)
     page.get_by_label("Prompt", exact=True).fill("hello")
     page.get_by_role("button", name="Ask").click()
-    expect(merge_card(page).locator(".error").first).to_have_text("the engine died")
+    expect(merge_card(page).locator(".error").first).to_have_text("the server failed: the engine died")
 
 
 def test_a_key_is_asked_for_and_sent(new_page: NewPage, stub: Stub, site: str) -> None:
@@ -320,3 +320,68 @@ def test_a_question_with_a_mistake_keeps_only_what_needs_it_from_being_copied(
     expect(page.get_by_text("the question has a mistake")).to_be_visible()
     expect(page.get_by_label("Tokens at most", exact=True)).to_have_attribute("aria-invalid", "true")
     expect(page.get_by_label("Temperature", exact=True)).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_prompt_of_spaces_is_none(new_page: NewPage, stub: Stub, site: str) -> None:
+    page = ready(new_page, site)
+    page.get_by_label("Prompt", exact=True).fill("   ")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.get_by_text("type a prompt")).to_be_visible()
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+    assert stub.asked == []
+
+
+def test_a_replay_that_waits_for_the_answers_is_given_up_with_them(
+    new_page: NewPage, stub: Stub, site: str
+) -> None:
+    stub.words = lambda model, prompt: ["on"] * (10_000 if model == "base" else 2)
+    stub.pace = 0.01
+    page = ready(new_page, site)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    expect(card(page, "base").locator(".text")).to_contain_text("on on")
+    page.get_by_role("button", name="What survives of each source?").click()
+    page.get_by_role("button", name="Stop").first.click()
+    expect(page.get_by_role("button", name="What survives of each source?")).to_be_visible()
+    page.wait_for_timeout(300)
+    assert stub.checked == 0
+
+
+def test_the_spec_is_blank_while_the_controls_make_no_merge(new_page: NewPage, site: str) -> None:
+    page = ready(new_page, site, refused=True)
+    page.get_by_label("density", exact=True).fill("7")
+    expect(page.get_by_label("Spec", exact=True)).to_have_value("")
+    page.get_by_role("button", name="Copy spec").click()
+    expect(page.get_by_text("the merge has a mistake")).to_be_visible()
+    page.get_by_label("density", exact=True).fill("0.7")
+    expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, sql, density=0.7)")
+    expect(page.get_by_text("the merge has a mistake")).to_be_hidden()
+
+
+def test_a_source_that_the_server_does_not_list_is_pointed_out(new_page: NewPage, site: str) -> None:
+    page = ready(new_page, f"{site}#spec=ties(0.5sql,tone)")
+    expect(page.get_by_label("0.5sql", exact=True)).to_be_visible()
+    assert page.get_by_text("not among the adapters that the server lists").count() == 1
+
+
+def test_what_vllm_says_of_a_field_is_shown_there(new_page: NewPage, stub: Stub, site: str) -> None:
+    message = "max_tokens=9 cannot be greater than 5 (parameter=max_tokens, value=9)"
+    stub.fault = lambda path, body: (
+        refusal(400, "BadRequestError", message) if "ties" in body.get("model", "") else None
+    )
+    page = ready(new_page, site, refused=True)
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.get_by_label("Tokens at most", exact=True)).to_have_attribute("aria-invalid", "true")
+
+
+def test_a_server_with_nothing_of_ours_says_what_was_asked(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.fault = lambda path, body: refusal(404, "NotFoundError", "Not Found")
+    page = new_page(site, refused=True)
+    expect(page.locator("#trouble")).to_contain_text("there is no API at http://127.0.0.1")
+    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#trouble")).to_contain_text("not connected to http://127.0.0.1")
+    stub.fault = lambda path, body: None
+    page.get_by_role("button", name="Connect").click()
+    expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, sql)")

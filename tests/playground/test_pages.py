@@ -131,7 +131,7 @@ def test_prompts_are_lines_or_json_lines() -> None:
     [
         ("one\n{broken", "line 2: not a line of JSON"),
         ('{"other": 1}', "line 1: a prompt is a line of the form"),
-        (" \n", f"1 to {MAX_PROMPTS} prompts"),
+        (" \n", "there is no prompt"),
         ("a\n" * (MAX_PROMPTS + 1), f"not {MAX_PROMPTS + 1}"),
     ],
 )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from merged_lora.aliases import check_alias_name
 from merged_lora.errors import CalibrationError, MergeError, SpecError, UnknownAdapterError, listed
 from merged_lora.locations import location_hint
 from merged_lora.lru import Lru
@@ -24,7 +25,7 @@ from merged_lora.spec import MergeSpec, Source, check_length, from_json, is_spec
 from merged_lora.vllm_plugin.identity import NUMBER_TAKEN, MergeIdentity
 from merged_lora.vllm_plugin.merge_log import log_merge
 from merged_lora.vllm_plugin.rpc import Facts, Pending, raise_failure
-from merged_lora.vllm_plugin.settings import GIB, Settings, check_alias_name
+from merged_lora.vllm_plugin.settings import GIB, Settings
 
 from .aliases import Aliases
 from .limits import check_limits

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from merged_lora.aliases import CHECK
 from merged_lora.errors import (
     FetchError,
     ForbiddenError,
@@ -25,7 +26,6 @@ from merged_lora.errors import (
 from merged_lora.http_requests import GONE, json_of, while_connected
 from merged_lora.spec import MergeSpec, from_json, parse
 from merged_lora.vllm_plugin.rpc import CacheFullError
-from merged_lora.vllm_plugin.settings import CHECK
 
 from .exchange import KeyMissingError
 from .gate import BusyError, Making, MergeGate

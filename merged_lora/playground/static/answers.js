@@ -2,7 +2,7 @@
 
 import { isAbort, make } from "./dom.js";
 import { ServerError } from "./server.js";
-import { differing, rendered, sureness, textOf } from "./words.js";
+import { differing, isCut, rendered, sureness, textOf } from "./words.js";
 
 /**
  * @typedef {import("./server.js").Server} Server
@@ -27,7 +27,8 @@ export class Answers extends EventTarget {
   #run = null;
   /** @type {Promise<void>} */
   #underWay = Promise.resolve();
-  #against = "";
+  /** @type {string[]} */
+  #candidates = [];
   #sure = false;
   /** @type {AbortController | null} */
   #check = null;
@@ -47,10 +48,15 @@ export class Answers extends EventTarget {
     return [...this.#cards.keys()];
   }
 
-  /** Name of the answer that the merge's is compared with. @param {string} name */
-  set against(name) {
-    this.#against = name;
+  /** Names of answers with the nearest of which the merge's is compared. @param {string[]} names */
+  set candidates(names) {
+    this.#candidates = names;
     this.#compare();
+  }
+
+  /** Name of the answer with which it is. */
+  get against() {
+    return this.#nearest()?.name ?? this.#candidates[0] ?? "";
   }
 
   /** Whether to show how sure each word was. @param {boolean} sure */
@@ -87,7 +93,7 @@ export class Answers extends EventTarget {
     this.#underWay = this.#all(merge, modelOf, base, question, run).finally(() => {
       if (this.#run !== run) return;
       this.#run = null;
-      this.dispatchEvent(new Event("settled"));
+      this.#settle();
     });
   }
 
@@ -155,7 +161,7 @@ export class Answers extends EventTarget {
       begun(null);
       for await (const piece of pieces) answering.add(piece, this.#sure);
       if (signal.aborted) return null;
-      answering.complete();
+      answering.complete(this.#sure);
       this.#compare();
       if (made) await this.#describe(card, made, signal);
     } catch (error) {
@@ -167,10 +173,25 @@ export class Answers extends EventTarget {
     return null;
   }
 
+  /** Says so if nothing is under way. */
+  #settle() {
+    if (!this.#run && !this.#check) this.dispatchEvent(new Event("settled"));
+  }
+
   /** Marks the words of the merge's answer that differ from the one it is compared with. */
   #compare() {
-    const other = this.#cards.get(this.#against);
-    this.#merge.render({ sure: this.#sure, other: other?.isComplete ? other : null });
+    this.#merge.render({ sure: this.#sure, other: this.#nearest() });
+  }
+
+  /** The candidate that differs least from the merge; null if none is complete. */
+  #nearest() {
+    const complete = this.#candidates
+      .flatMap((name) => this.#cards.get(name) ?? [])
+      .filter((card) => card.isComplete);
+    const counts = new Map(
+      complete.map((card) => [card, this.#merge.differences(card).filter(Boolean).length]),
+    );
+    return complete.toSorted((one, other) => (counts.get(one) ?? 0) - (counts.get(other) ?? 0))[0] ?? null;
   }
 
   /**
@@ -211,7 +232,7 @@ export class Answers extends EventTarget {
     } finally {
       if (this.#check === check) {
         this.#check = null;
-        this.dispatchEvent(new Event("settled"));
+        this.#settle();
       }
     }
   }
@@ -317,12 +338,13 @@ class Card {
         this.#pieces.push(piece);
         this.render({ sure });
       },
-      complete: () => {
+      complete: (/** @type {boolean} */ shown) => {
         if (!isCurrent()) return;
         this.fact("whole answer", seconds());
         const sure = sureness(this.#pieces);
         if (sure !== null) this.fact("sure", `${(100 * sure).toFixed(0)} %`);
         this.#become("complete");
+        this.render({ sure: shown });
         this.survive.hidden = this.#subject.hidden;
       },
       fail: (/** @type {ServerError} */ error) => {
@@ -336,15 +358,20 @@ class Card {
 
   /** @param {{sure: boolean, other?: Card | null}} looks what it is compared with, and whether to show how sure */
   render({ sure, other = null }) {
-    const text = this.isComplete && other ? textOf(other.#pieces) : null;
-    const differs = text === null ? null : differing(textOf(this.#pieces), text);
+    const differs = this.isComplete && other ? this.differences(other) : null;
     this.#text.replaceChildren(...rendered(this.#pieces, { differs, sure }));
     if (!this.isComplete) return;
-    if (!other || !differs) return this.#say("complete");
+    const ended = isCut(this.#pieces) ? "cut at the limit of tokens" : "complete";
+    if (!other || !differs) return this.#say(ended);
     const count = differs.filter(Boolean).length;
     this.#say(
-      `complete; ${count === 1 ? "1 word differs" : `${count || "no"} words differ`} from ${other.name}`,
+      `${ended}; ${count === 1 ? "1 word differs" : `${count || "no"} words differ`} from ${other.name}`,
     );
+  }
+
+  /** Which of its words another answer lacks. @param {Card} other */
+  differences(other) {
+    return differing(textOf(this.#pieces), textOf(other.#pieces));
   }
 
   /** @param {string} name @param {string} value */

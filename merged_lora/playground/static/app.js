@@ -36,6 +36,7 @@ const position = new Position(about.strategies, {
 });
 const spec = new Field({
   label: "Spec",
+  placeholder: "the controls make no merge",
   lines: 3,
   id: "spec-text",
   help: "what a request names as its model",
@@ -81,7 +82,8 @@ let merge = null;
 let settling = Promise.resolve();
 /** Whether somebody has asked, so that the merge is asked anew as it changes. */
 let hasAsked = false;
-/** The answer with which the user wants the merge's to be compared; empty for that of most weight. */
+/** The answer with which the user wants the merge's to be compared; empty for that of most weight,
+ * and of those of equal weight the nearest. */
 let chosen = "";
 /** Whether a first merge has been shown, or somebody was faster. */
 let hasBegun = false;
@@ -93,13 +95,13 @@ const copies = new Copies(place("copies"), server, currentSpec, question);
 const kept = new Kept(server, currentSpec, question);
 
 position.addEventListener("change", () => moved(() => position.form));
-spec.addEventListener("change", () => moved(() => ({ spec: spec.text })));
+spec.addEventListener("change", () => moved(meantByText));
 spec.element.addEventListener("focusout", () => {
   if (merge) spec.text = merge.spec;
 });
 kept.addEventListener("chosen", (event) => {
   spec.text = detail(event);
-  moved(() => ({ spec: spec.text }));
+  moved(meantByText);
 });
 kept.addEventListener("comparing", () => {
   answers.stop();
@@ -114,10 +116,11 @@ answers.addEventListener("asking", () => {
   stop.disabled = false;
   against.choices = answers.names;
   if (!chosen || !answers.names.includes(chosen)) chosen = "";
-  against.text = chosen || position.heaviest;
-  answers.against = against.text;
+  answers.candidates = chosen ? [chosen] : position.heaviest;
+  against.text = answers.against;
 });
 answers.addEventListener("settled", () => {
+  against.text = answers.against;
   if (document.activeElement === stop) byId("ask", HTMLButtonElement).focus(); // disabling it drops the focus
   stop.disabled = true;
 });
@@ -129,7 +132,7 @@ for (const each of [answers, copies]) {
 }
 against.addEventListener("change", () => {
   chosen = against.text;
-  answers.against = against.text;
+  answers.candidates = [chosen];
 });
 sure.addEventListener("change", () => {
   answers.sure = sure.checked;
@@ -155,24 +158,30 @@ async function connect() {
   const key = byId("key", HTMLInputElement).value.trim();
   if (/[^\x21-\x7e]/.test(key)) return showTrouble("a key holds letters, digits and signs of ASCII alone");
   server.key = key;
-  const at = (about.server ?? server.v1.href).replace(/\/$/, "");
-  byId("server", HTMLParagraphElement).textContent = `${at}, merged-lora ${about.version}`;
+  byId("server", HTMLParagraphElement).textContent = `${server.at}, merged-lora ${about.version}`;
   try {
     const found = await server.served();
     served = found;
     trouble.hidden = true;
     position.adapters = found.adapters;
     copies.mayDefine = found.runtimeAliases;
+    copies.aliases = found.aliases;
     kept.models = [...found.adapters, ...found.aliases].map(({ name }) => name).concat(found.base);
     const first = given.get("spec") || firstSpec(found);
     if (hasBegun || !first) return;
     spec.text = first;
-    moved(() => ({ spec: spec.text }));
+    moved(meantByText);
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     showTrouble(error.message);
-    if (error.status === 401) byId("access", HTMLDetailsElement).open = true;
+    byId("access", HTMLDetailsElement).open = true;
   }
+}
+
+/** The spec that is written, or that of the alias that is. */
+function meantByText() {
+  const alias = served?.aliases.find(({ name }) => name === spec.text.trim());
+  return { spec: alias?.spec ?? spec.text };
 }
 
 /** The merge that the page begins with. @param {Served} served */
@@ -195,6 +204,7 @@ function moved(meant) {
   if (live.checked) answers.stop();
   position.clearErrors();
   spec.error = null;
+  copies.clear();
   merge = null;
   const rested = pause(REST, signal).then(
     () => true,
@@ -222,7 +232,9 @@ async function settle(form, signal, rested) {
   } catch (error) {
     if (signal.aborted) return;
     if (!(error instanceof ServerError)) throw error;
-    if (await rested) placeError(error); // not while somebody types
+    if (!(await rested)) return; // somebody types
+    if (!("spec" in form)) spec.text = "";
+    placeError(error);
   }
 }
 
@@ -242,8 +254,9 @@ async function currentSpec() {
 /** Asks all answers for what the question now is; if something is wrong with it, shows where. */
 async function ask() {
   const [found, asked] = [await current(), question()];
-  prompt.error = prompt.text ? null : "type a prompt";
-  if (!found || !asked || !prompt.text) {
+  prompt.error = prompt.text.trim() ? null : "type a prompt";
+  if (!served) return showTrouble(`not connected to ${server.at}; Connect, under Access, tries again`);
+  if (!found || !asked || !prompt.text.trim()) {
     document.querySelector("[aria-invalid]")?.closest("details")?.setAttribute("open", "");
     return focusOn(document.querySelector("[aria-invalid]"));
   }
@@ -254,7 +267,7 @@ async function ask() {
 
 /** Asks all answers if the merge is asked anew as it changes. */
 function askLive() {
-  if (!hasAsked || !live.checked || !merge || !prompt.text) return;
+  if (!hasAsked || !live.checked || !merge || !prompt.text.trim()) return;
   const asked = question();
   if (asked) send(merge, asked);
 }
@@ -280,7 +293,7 @@ function send(found, asked) {
 /** The question; null if one of its numbers is none, which then says so. @returns {Question | null} */
 function question() {
   const heat = numberIn(temperature, (number) => number >= 0, "a number from 0");
-  const most = numberIn(tokens, (number) => Number.isInteger(number) && number > 0, "a whole number from 1");
+  const most = numberIn(tokens, (number) => Number.isInteger(number) && number > 0, "a whole number above 0");
   if (heat === null || most === null) return null;
   return { prompt: prompt.text, chat: kind.text === "chat", temperature: heat, max_tokens: most };
 }
@@ -306,7 +319,8 @@ function placeError(error) {
   /** @type {Record<string, Field>} */
   const fields = { spec, temperature, max_tokens: tokens };
   for (const name of ["prompt", "messages", "input_text", "input_tokens"]) fields[name] = prompt;
-  const field = fields[error.param ?? ""];
+  const named = /\(parameter=(\w+)/.exec(error.message)?.[1]; // as vLLM says it
+  const field = fields[error.param ?? named ?? ""] ?? fields[named ?? ""];
   if (field) field.error = error.message;
   else if (!error.isOfRequest) showTrouble(error.message);
   else if (!position.showError(error.message, error.param)) spec.error = error.message;

@@ -2,7 +2,7 @@
 
 import { make } from "./dom.js";
 import { isChat } from "./server.js";
-import { differing, rendered, textOf } from "./words.js";
+import { differing, isCut, rendered, textOf } from "./words.js";
 
 /**
  * @typedef {import("./server.js").Server} Server
@@ -19,10 +19,13 @@ export class Comparison {
   /**
    * @param {[string, string]} models
    * @param {Question} question how the prompts are asked; its own prompt is not
+   * @param {string} server its address, for the record
    */
-  constructor(models, { prompt: _, ...asked }) {
+  constructor(models, { prompt: _, ...asked }, server) {
     this.models = models;
     this.asked = asked;
+    this.server = server;
+    this.date = new Date().toISOString();
   }
 
   /**
@@ -64,8 +67,8 @@ export class Comparison {
         "tr",
         {},
         make("th", { scope: "row" }, shown(prompt)),
-        make("td", {}, ...rendered(one)),
-        make("td", {}, ...rendered(other, { differs: differing(textOf(other), textOf(one)) })),
+        make("td", {}, ...rendered(one), ...cut(one)),
+        make("td", {}, ...rendered(other, { differs: differing(textOf(other), textOf(one)) }), ...cut(other)),
       ),
     );
     return make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
@@ -79,18 +82,29 @@ export class Comparison {
         prompt,
         chat: isChat({ ...this.asked, prompt }),
         answers: [one, other],
+        cut: answers.map(isCut),
         differing: differing(other ?? "", one ?? "").filter(Boolean).length,
       };
     });
-    return `${JSON.stringify({ models: this.models, asked: this.asked, same: this.same, rows }, null, 2)}\n`;
+    const { models, asked, same, server, date } = this;
+    return `${JSON.stringify({ server, date, models, asked, same, rows }, null, 2)}\n`;
   }
 
   /** @returns {string} */
   markdown() {
     const line = (/** @type {string[]} */ cells) => `| ${cells.map(cell).join(" | ")} |`;
-    const rows = this.rows.map(({ prompt, answers }) => line([shown(prompt), ...answers.map(textOf)]));
-    return `${[line(["prompt", ...this.models]), "|---|---|---|", ...rows, "", `${this.summary}.`].join("\n")}\n`;
+    const ended = (/** @type {Piece[]} */ answer) => textOf(answer) + (isCut(answer) ? "\n(cut)" : "");
+    const rows = this.rows.map(({ prompt, answers }) => line([shown(prompt), ...answers.map(ended)]));
+    const { chat, temperature, max_tokens: most } = this.asked;
+    const how = `As ${chat ? "a chat" : "a text"}, temperature ${temperature}, at most ${most} tokens`;
+    const about = `${how}, ${this.server}, ${this.date}: ${this.summary}.`;
+    return `${[about, "", line(["prompt", ...this.models]), "|---|---|---|", ...rows].join("\n")}\n`;
   }
+}
+
+/** What says that an answer was cut. @param {Piece[]} answer */
+function cut(answer) {
+  return isCut(answer) ? [make("p", { className: "hint" }, "cut at the limit of tokens")] : [];
 }
 
 /** @param {Question["prompt"]} prompt */

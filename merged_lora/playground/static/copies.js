@@ -22,6 +22,10 @@ export class Copies extends EventTarget {
   #server;
   #spec;
   #question;
+  /** @type {import("./server.js").Alias[]} */
+  aliases = [];
+  /** What was said would be redefined. */
+  #warned = "";
 
   /**
    * @param {HTMLElement} place
@@ -62,11 +66,16 @@ export class Copies extends EventTarget {
     this.#fixed.hidden = may;
   }
 
+  /** Forgets what was said of another merge. */
+  clear() {
+    this.#alias.error = null;
+    this.#say("");
+  }
+
   /** @param {(spec: string) => Promise<string>} work returns what is said of its success */
   async #run(work) {
-    this.#alias.error = null;
+    this.clear();
     this.#shown.hidden = true;
-    this.#say("");
     const spec = await this.#spec();
     if (spec === null) return this.#say("the merge has a mistake");
     try {
@@ -101,6 +110,13 @@ export class Copies extends EventTarget {
       this.#alias.focus();
       throw new ServerError("type the name of the alias", 0, "alias");
     }
+    await this.#server.flag(spec, name, AbortSignal.timeout(10_000)); // refuses a name that no alias can have
+    const before = this.aliases.find((alias) => alias.name === name);
+    if (before && before.spec !== spec && this.#warned !== name) {
+      this.#warned = name;
+      return `${name} is ${before.spec} now; press again to redefine it`;
+    }
+    this.#warned = "";
     this.#say(`making ${spec}`);
     const busy = (/** @type {number} */ s) => this.#say(`the server is busy; asking again in ${s} s`);
     try {

@@ -123,7 +123,15 @@ export class Kept extends EventTarget {
   /** @param {Event} event */
   async #read(event) {
     const file = /** @type {HTMLInputElement} */ (event.target).files?.[0];
-    if (file) this.#prompts.text = await file.text();
+    if (!file) return;
+    this.#say("");
+    this.#prompts.error = null;
+    try {
+      this.#prompts.text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+    } catch (error) {
+      if (!(error instanceof TypeError)) throw error;
+      this.#prompts.error = `${file.name} is not a text in UTF-8`;
+    }
   }
 
   async #start() {
@@ -141,7 +149,7 @@ export class Kept extends EventTarget {
         throw error;
       });
       const [one, other] = this.#sides.map((field) => field.text);
-      const comparison = new Comparison([one ?? "", other ?? ""], asked);
+      const comparison = new Comparison([one ?? "", other ?? ""], asked, this.#server.at);
       this.#comparison = comparison;
       await comparison.run(this.#server, prompts, run.signal, (said) => this.#say(said));
       this.#say(comparison.summary);

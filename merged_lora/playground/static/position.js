@@ -94,11 +94,10 @@ export class Position extends EventTarget {
     }
   }
 
-  /** The name of the source that counts most. */
+  /** The names of the sources that count most. */
   get heaviest() {
-    const size = (/** @type {string} */ text) => Math.abs(Number(text)) || 0;
-    const sorted = this.form.sources.toSorted((one, other) => size(other.weight) - size(one.weight));
-    return sorted[0]?.name ?? "";
+    const sizes = this.form.sources.map(({ weight }) => Math.abs(Number(weight)) || 0);
+    return this.form.sources.flatMap(({ name }, i) => (sizes[i] === Math.max(...sizes) ? [name] : []));
   }
 
   /** Other sources; options that have a value for each keep those of the sources that stay. */
@@ -153,7 +152,9 @@ export class Position extends EventTarget {
 
   /** @param {string} name @param {string} weight */
   #weight(name, weight) {
-    const field = new Field({ label: name, value: weight, placeholder: "1", range: WEIGHTS });
+    const isListed = this.#adapters.some((each) => each.name === name) || !this.#adapters.length;
+    const help = isListed ? "" : "not among the adapters that the server lists";
+    const field = new Field({ label: name, value: weight, placeholder: "1", range: WEIGHTS, help });
     field.addEventListener("change", () => this.#changed());
     return field;
   }

@@ -14,7 +14,8 @@ import { pause } from "./dom.js";
  * @typedef {{base: string, adapters: Adapter[], aliases: Alias[], runtimeAliases: boolean}} Served
  * @typedef {{prompt: string | {role: string, content: string}[], chat: boolean, temperature: number, max_tokens: number}} Question
  * @typedef {{digest: string, isNew: boolean, milliseconds: number}} Made
- * @typedef {{text: string, logprob: number | null, tokens: number}} Piece a part with the sum over its tokens
+ * @typedef {{text: string, logprob: number | null, tokens: number, isCut?: boolean}} Piece a part with the sum
+ *   over its tokens; the last one says whether the limit of tokens cut the answer
  * @typedef {{name: string, kept?: number, total?: number, lost?: boolean, refusal?: string}} Survival
  * @typedef {{rank: number, kept_energy: number | null, replay: Survival[] | null}} Merge
  */
@@ -53,11 +54,15 @@ export class Server {
     this.api = new URL("api/", page);
     this.v1 = new URL("../v1/", page);
     this.key = "";
+    /** The address of the API, as people know it. */
+    this.at = this.v1.href.replace(/\/$/, "");
   }
 
   /** @returns {Promise<About>} */
-  about() {
-    return this.#json(new URL("about", this.api));
+  async about() {
+    const about = await this.#json(new URL("about", this.api));
+    this.at = about.server ?? this.at;
+    return about;
   }
 
   /**
@@ -80,8 +85,7 @@ export class Server {
    * @returns {Promise<Record<"curl" | "python", string>>}
    */
   copies(spec, question, signal) {
-    const at = this.v1.href.replace(/\/$/, "");
-    const asked = { spec, question, server: at, keyed: this.key !== "" };
+    const asked = { spec, question, server: this.at, keyed: this.key !== "" };
     return this.#json(new URL("copies", this.api), asked, signal);
   }
 
@@ -114,14 +118,16 @@ export class Server {
    * @returns {Promise<Served>}
    */
   async served() {
-    const models = (await this.#json(new URL("models", this.v1))).data;
-    const merged = await this.#json(new URL("merged_lora", this.v1)).catch((error) => {
-      if (error instanceof ServerError && error.status === 404) {
-        const way = "start it with --enable-merged-lora";
-        throw new ServerError(`this server makes no merges; ${way} (${error.message})`, 404);
-      }
-      throw error;
-    });
+    const missing = (/** @type {string} */ what) => (/** @type {unknown} */ error) => {
+      if (!(error instanceof ServerError) || error.status !== 404) throw error;
+      throw new ServerError(`${what} (${error.message})`, 404);
+    };
+    const found = await this.#json(new URL("models", this.v1)).catch(
+      missing(`there is no API at ${this.at}`),
+    );
+    const models = found.data;
+    const way = "this server makes no merges; start it with --enable-merged-lora";
+    const merged = await this.#json(new URL("merged_lora", this.v1)).catch(missing(way));
     /** @type {Alias[]} */
     const aliases = merged.aliases.map((/** @type {any} */ each) => ({
       name: each.alias,
@@ -317,15 +323,17 @@ async function* pieces(reply) {
         if (data === "[DONE]") return;
         if (event.startsWith(":")) continue; // a comment, which keeps the connection open
         const body = parsed(data);
-        if (body.error) throw new ServerError(String(body.error.message ?? "the server failed"), 500);
+        if (body.error)
+          throw new ServerError(`the server failed: ${body.error.message ?? "no reason given"}`, 500);
         const choice = body.choices?.[0];
         if (!choice) continue;
         const rated = logprobs(choice);
         tokens += rated.length;
         sum += rated.reduce((total, each) => total + each, 0);
         const said = choice.delta?.content ?? choice.text ?? "";
-        if (!said) continue; // a part of a character, whose tokens count with the one that ends it
-        yield { text: said, logprob: tokens ? sum : null, tokens };
+        const isCut = choice.finish_reason === "length";
+        if (!said && !isCut) continue; // a part of a character, whose tokens count with the one that ends it
+        yield { text: said, logprob: tokens ? sum : null, tokens, isCut };
         sum = 0;
         tokens = 0;
       }

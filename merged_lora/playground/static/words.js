@@ -52,6 +52,11 @@ export function rendered(pieces, { differs = null, sure = false } = {}) {
   });
 }
 
+/** Whether the limit of tokens cut an answer. @param {Piece[]} pieces */
+export function isCut(pieces) {
+  return pieces.some((piece) => piece.isCut);
+}
+
 /** @param {Piece[]} pieces */
 export function textOf(pieces) {
   return pieces.map((piece) => piece.text).join("");
