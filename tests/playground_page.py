@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ NewPage = Callable[..., Page]
 """Opens the page at an address, with options of a browser's context."""
 ROOT = Path(__file__).resolve().parents[1]
 AXE = folder_of(ROOT / ".venv") / "node_modules" / "axe-core" / "axe.min.js"
+ENDED = re.compile("^(complete|cut at the limit of tokens)")
+"""What is said of an answer that has ended."""
 LONG = 120_000
 """Milliseconds for an answer of a real model on a busy machine."""
 
@@ -45,7 +48,7 @@ def settled(page: Page, patience: float = 5_000) -> None:
     """
     expect(page.get_by_label("Spec", exact=True)).not_to_have_value("")
     expect(merge_card(page).locator(".subject")).to_have_text(spec_of(page))
-    expect(merge_card(page).get_by_role("status")).to_contain_text("complete", timeout=patience)
+    expect(merge_card(page).get_by_role("status")).to_have_text(ENDED, timeout=patience)
     expect(page.get_by_role("button", name="Stop").first).to_be_disabled(timeout=patience)
 
 
