@@ -50,6 +50,16 @@ number = Check(_number, {"type": "number"})
 """A finite number; no text, and neither true nor false."""
 
 
+def spelled(value: object) -> object:
+    """The number that a text spells; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+    except ValueError:
+        return value
+
+
 def _share(value: object) -> float:
     share = number(value)
     if not 0.0 < share <= 1.0:

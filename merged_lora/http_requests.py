@@ -18,6 +18,11 @@ GONE = 499
 """Status of a reply to a client that has left, as proxies log it; nobody receives it."""
 
 
+def error_body(status: int, kind: str, message: str, param: str | None = None) -> dict[str, object]:
+    """An error in OpenAI's format; ``param``: the field that it is about."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
 async def body_of(request: Any, limit: int) -> bytes:
     """The body of a request; raises SpecError if it has more than ``limit`` bytes."""
     data = b""

@@ -17,7 +17,7 @@ NewPage = Callable[..., Page]
 ROOT = Path(__file__).resolve().parents[1]
 AXE = folder_of(ROOT / ".venv") / "node_modules" / "axe-core" / "axe.min.js"
 ENDED = re.compile("^(complete|cut at the limit of tokens)")
-"""What is said of an answer that has ended."""
+"""How the status of an answer that has ended begins."""
 LONG = 120_000
 """Milliseconds for an answer of a real model on a busy machine."""
 
@@ -34,10 +34,15 @@ def ready(new_page: NewPage, url: str, **options: Any) -> Page:
     return page
 
 
-def ask(page: Page, prompt: str = "hello", patience: float = 5_000) -> None:
-    """Ask, and wait until all have answered."""
+def press_ask(page: Page, prompt: str = "hello") -> None:
+    """Ask."""
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_role("button", name="Ask").click()
+
+
+def ask(page: Page, prompt: str = "hello", patience: float = 5_000) -> None:
+    """Ask, and wait until all have answered."""
+    press_ask(page, prompt)
     settled(page, patience)
 
 

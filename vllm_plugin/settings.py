@@ -166,22 +166,12 @@ def _alias(name: str, text: object) -> MergeSpec:
         raise MergeError(f"alias {name!r}: {error}") from None
 
 
-def _spelled(value: object) -> object:
-    """The number that a text from a command line spells; any other value as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return int(value) if value.isdecimal() else float(value)
-    except ValueError:
-        return value
-
-
 def _number(is_allowed: Callable[[float], bool], message: str) -> Callable[[object], float]:
     """A check with one message for any value that is not an allowed number."""
 
     def check(value: object) -> float:
         try:
-            number = checks.number(_spelled(value))
+            number = checks.number(checks.spelled(value))
         except ValueError:
             raise ValueError(message) from None
         if not is_allowed(number):
@@ -193,7 +183,7 @@ def _number(is_allowed: Callable[[float], bool], message: str) -> Callable[[obje
 
 def _whole_number(low: int, high: int) -> Callable[[object], int]:
     check = checks.whole_number(low, high)
-    return lambda value: check(_spelled(value))
+    return lambda value: check(checks.spelled(value))
 
 
 def _folder(value: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from merged_lora.checks import number
+from merged_lora.checks import number, spelled
 from merged_lora.errors import MergeError, SpecError
 from merged_lora.names import shortened
 from merged_lora.recipe import Value
@@ -90,7 +90,7 @@ def _is_field(text: object) -> bool:
 def _source(field: str, name: str, weight: str) -> Source:
     """A source, which is checked by itself; raises FieldError."""
     try:
-        factor = number(_number(weight))
+        factor = number(spelled(weight))
     except ValueError as error:
         raise FieldError(
             f"{field}.weight", f"the weight of {name!r} {error}, got {shortened(weight)!r}"
@@ -112,18 +112,8 @@ def _value(strategy: str, name: str, text: str) -> Value:
     if kind == "boolean":
         return {"true": True, "false": False}.get(text.strip(), text)
     if text.strip().startswith("[") and text.strip().endswith("]"):
-        return tuple(map(_number, text.strip()[1:-1].split(",")))  # type: ignore[arg-type]  # checked later
-    return _number(text)
-
-
-def _number(text: str) -> int | float | str:
-    """The number that a text spells, or the text."""
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text.strip()
+        return tuple(spelled(part.strip()) for part in text.strip()[1:-1].split(","))  # type: ignore[misc]
+    return spelled(text.strip())  # type: ignore[return-value]  # the option's own check refuses a text
 
 
 def _field_of(strategy: str, sources: tuple[Source, ...], options: tuple[tuple[str, Value], ...]) -> str:

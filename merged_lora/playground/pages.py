@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 from merged_lora import __version__
 from merged_lora.catalog import as_json
 from merged_lora.errors import MergeError
-from merged_lora.http_requests import body_of, json_of
+from merged_lora.http_requests import body_of, error_body, json_of
 from merged_lora.prompts import prompts_in
 from merged_lora.spec import MAX_TEXT, MergeSpec, parse
 
@@ -132,9 +132,7 @@ def _refusing(handler: Handler) -> Handler:
 
 def refusal(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
     """An error in OpenAI's format; ``param``: the field that it is about."""
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": param, "code": status}}, status_code=status
-    )
+    return JSONResponse(error_body(status, kind, message, param), status)
 
 
 def _spec(text: object) -> MergeSpec:

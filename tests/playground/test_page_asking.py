@@ -9,7 +9,19 @@ import pytest
 from playwright.sync_api import expect
 
 from merged_lora.playground.proxy import application
-from playground_page import NewPage, ask, at, card, drag, merge_card, ready, settled, slider, spec_of
+from playground_page import (
+    NewPage,
+    ask,
+    at,
+    card,
+    drag,
+    merge_card,
+    press_ask,
+    ready,
+    settled,
+    slider,
+    spec_of,
+)
 from playground_server import Running, Stub
 
 pytestmark = pytest.mark.slow
@@ -85,8 +97,7 @@ def test_nothing_is_asked_before_the_first_time_nor_while_it_is_not_live(
 def test_fifty_quick_moves_leave_no_request_behind(new_page: NewPage, stub: Stub, site: str) -> None:
     stub.words, stub.pace = lambda model, prompt: [model] * 40, 0.01
     page = ready(new_page, site)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     for i in range(50):
         drag(page, "sql", round(0.05 * (i % 40), 2))
         page.wait_for_timeout(40 if i % 5 else 200)
@@ -101,8 +112,7 @@ def test_fifty_quick_moves_leave_no_request_behind(new_page: NewPage, stub: Stub
 def test_stop_gives_up_what_is_under_way(new_page: NewPage, stub: Stub, site: str) -> None:
     stub.words, stub.pace = lambda model, prompt: ["on"] * 10_000, 0.01
     page = ready(new_page, site)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     expect(merge_card(page).locator(".text")).to_contain_text("on on on")
     page.get_by_role("button", name="Stop").first.click()
     expect(merge_card(page).get_by_role("status")).to_have_text("given up")
@@ -184,8 +194,7 @@ def test_what_survives_is_asked_on_demand(new_page: NewPage, stub: Stub, site: s
 def test_an_answer_that_the_limit_cut_says_so(new_page: NewPage, stub: Stub, site: str) -> None:
     stub.cuts = True
     page = ready(new_page, site)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     for name in ("chat", "base"):
         status = card(page, name).get_by_role("status")
         expect(status).to_have_text("cut at the limit of tokens")

@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 from starlette.responses import Response
 
 from merged_lora.playground.pages import refusal
-from playground_page import NewPage, ask, at, card, drag, merge_card, ready, settled
+from playground_page import NewPage, ask, at, card, drag, merge_card, press_ask, ready, settled
 from playground_server import Stub
 
 pytestmark = pytest.mark.slow
@@ -47,8 +47,7 @@ def test_a_refusal_is_not_shown_beside_the_next_position(new_page: NewPage, stub
         refusal(400, "BadRequestError", message) if body.get("model") == "ties(chat, sql)" else None
     )
     page = ready(new_page, site, refused=True)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     field = page.get_by_label("sql", exact=True)
     expect(field).to_have_attribute("aria-invalid", "true")
     assert "base" not in stub.asked  # the sources have not ended: the refusal was shown before
@@ -125,8 +124,7 @@ def test_what_the_server_refuses_is_shown_where_it_belongs(
         refusal(400, "BadRequestError", message, param) if "ties" in body.get("model", "") else None
     )
     page = ready(new_page, site, refused=True)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     field = page.get_by_label(place, exact=True)
     expect(field).to_have_attribute("aria-invalid", "true")
     described = (field.get_attribute("aria-describedby") or "").split()[-1]
@@ -148,8 +146,7 @@ def test_a_busy_server_is_asked_again_by_itself(new_page: NewPage, stub: Stub, s
 
     stub.fault = busy
     page = ready(new_page, site, refused=True)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     expect(merge_card(page).get_by_role("status")).to_have_text("the server is busy; asking again in 1 s")
     expect(merge_card(page).locator(".text")).to_have_text("ties(chat, sql) hello")
     assert [later - before >= 1 for before, later in pairwise(times)] == [True, True]
@@ -160,8 +157,7 @@ def test_a_server_that_stops_in_the_middle_says_so_and_keeps_what_came(new_page:
     running = stub.running()
     with running:
         page = ready(new_page, at(running.url), refused=True)
-        page.get_by_label("Prompt", exact=True).fill("hello")
-        page.get_by_role("button", name="Ask").click()
+        press_ask(page)
         expect(merge_card(page).locator(".text")).to_contain_text("on on on")
     expect(merge_card(page).locator(".error").first).to_have_text(
         "the server stopped in the middle of this answer"
@@ -175,8 +171,7 @@ def test_an_error_in_the_stream_is_shown(new_page: NewPage, stub: Stub, site: st
     event = 'data: {"error": {"message": "the engine died", "code": 500}}\n\n'
     stub.fault = lambda path, body: Response(event) if "ties" in body.get("model", "") else None
     page = ready(new_page, site)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     expect(merge_card(page).locator(".error").first).to_have_text("the server failed: the engine died")
 
 
@@ -256,8 +251,7 @@ def test_what_was_refused_goes_with_the_next_time(new_page: NewPage, stub: Stub,
         refusal(400, "BadRequestError", message) if "ties" in body.get("model", "") else None
     )
     page = ready(new_page, site, refused=True)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     expect(page.locator("#spec-text-error")).to_have_text(message)
     stub.fault = lambda path, body: None
     ask(page)
@@ -294,8 +288,7 @@ def test_a_stream_of_something_else_is_an_error_and_ends(new_page: NewPage, stub
         Response("data: upstream error\n\n") if "ties" in body.get("model", "") else None
     )
     page = ready(new_page, site)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     expect(merge_card(page).locator(".error").first).to_contain_text("not a part of an answer")
     expect(card(page, "base").locator(".text")).to_have_text("base hello")
     expect(page.get_by_role("button", name="Stop").first).to_be_disabled()
@@ -337,8 +330,7 @@ def test_a_replay_that_waits_for_the_answers_is_given_up_with_them(
     stub.words = lambda model, prompt: ["on"] * (10_000 if model == "base" else 2)
     stub.pace = 0.01
     page = ready(new_page, site)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     expect(card(page, "base").locator(".text")).to_contain_text("on on")
     page.get_by_role("button", name="What survives of each source?").click()
     page.get_by_role("button", name="Stop").first.click()
@@ -370,8 +362,7 @@ def test_what_vllm_says_of_a_field_is_shown_there(new_page: NewPage, stub: Stub,
         refusal(400, "BadRequestError", message) if "ties" in body.get("model", "") else None
     )
     page = ready(new_page, site, refused=True)
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     expect(page.get_by_label("Tokens at most", exact=True)).to_have_attribute("aria-invalid", "true")
 
 
@@ -379,8 +370,7 @@ def test_a_server_with_nothing_of_ours_says_what_was_asked(new_page: NewPage, st
     stub.fault = lambda path, body: refusal(404, "NotFoundError", "Not Found")
     page = new_page(site, refused=True)
     expect(page.locator("#trouble")).to_contain_text("there is no API at http://127.0.0.1")
-    page.get_by_label("Prompt", exact=True).fill("hello")
-    page.get_by_role("button", name="Ask").click()
+    press_ask(page)
     expect(page.locator("#trouble")).to_contain_text("not connected to http://127.0.0.1")
     stub.fault = lambda path, body: None
     page.get_by_role("button", name="Connect").click()

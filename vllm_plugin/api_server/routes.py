@@ -23,7 +23,7 @@ from merged_lora.errors import (
     SpecError,
     UnknownAdapterError,
 )
-from merged_lora.http_requests import GONE, json_of, while_connected
+from merged_lora.http_requests import GONE, error_body, json_of, while_connected
 from merged_lora.spec import MergeSpec, from_json, parse
 from merged_lora.vllm_plugin.rpc import CacheFullError
 
@@ -232,6 +232,5 @@ async def _spec(request: Request) -> MergeSpec:
 
 def _refused(error: MergeError) -> JSONResponse:
     status, kind = status_of(error)
-    content: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": status.value}
     headers = {"Retry-After": str(error.seconds)} if isinstance(error, BusyError | FetchError) else None
-    return JSONResponse({"error": content}, status.value, headers)
+    return JSONResponse(error_body(status.value, kind, str(error)), status.value, headers)

@@ -161,7 +161,7 @@ export class Answers extends EventTarget {
       begun(null);
       for await (const piece of pieces) answering.add(piece, this.#sure);
       if (signal.aborted) return null;
-      answering.complete(this.#sure);
+      answering.complete();
       this.#compare();
       if (made) await this.#describe(card, made, signal);
     } catch (error) {
@@ -338,13 +338,12 @@ class Card {
         this.#pieces.push(piece);
         this.render({ sure });
       },
-      complete: (/** @type {boolean} */ shown) => {
+      complete: () => {
         if (!isCurrent()) return;
         this.fact("whole answer", seconds());
         const sure = sureness(this.#pieces);
         if (sure !== null) this.fact("sure", `${(100 * sure).toFixed(0)} %`);
         this.#become("complete");
-        this.render({ sure: shown });
         this.survive.hidden = this.#subject.hidden;
       },
       fail: (/** @type {ServerError} */ error) => {
@@ -361,11 +360,10 @@ class Card {
     const differs = this.isComplete && other ? this.differences(other) : null;
     this.#text.replaceChildren(...rendered(this.#pieces, { differs, sure }));
     if (!this.isComplete) return;
-    const ended = isCut(this.#pieces) ? "cut at the limit of tokens" : "complete";
-    if (!other || !differs) return this.#say(ended);
+    if (!other || !differs) return this.#say(this.#ended);
     const count = differs.filter(Boolean).length;
     this.#say(
-      `${ended}; ${count === 1 ? "1 word differs" : `${count || "no"} words differ`} from ${other.name}`,
+      `${this.#ended}; ${count === 1 ? "1 word differs" : `${count || "no"} words differ`} from ${other.name}`,
     );
   }
 
@@ -403,7 +401,12 @@ class Card {
   #become(state) {
     this.#state = state;
     this.#text.setAttribute("aria-busy", String(state === "waiting" || state === "answering"));
-    this.#say(state);
+    this.#say(state === "complete" ? this.#ended : state);
+  }
+
+  /** What is said of an answer that is complete, or as complete as the limit lets it be. */
+  get #ended() {
+    return isCut(this.#pieces) ? "cut at the limit of tokens" : "complete";
   }
 
   /** @param {string} status */

@@ -115,7 +115,7 @@ copies.addEventListener("defined", () => connect());
 answers.addEventListener("asking", () => {
   stop.disabled = false;
   against.choices = answers.names;
-  if (!chosen || !answers.names.includes(chosen)) chosen = "";
+  if (!answers.names.includes(chosen)) chosen = "";
   answers.candidates = chosen ? [chosen] : position.heaviest;
   against.text = answers.against;
 });
@@ -257,8 +257,10 @@ async function ask() {
   prompt.error = prompt.text.trim() ? null : "type a prompt";
   if (!served) return showTrouble(`not connected to ${server.at}; Connect, under Access, tries again`);
   if (!found || !asked || !prompt.text.trim()) {
-    document.querySelector("[aria-invalid]")?.closest("details")?.setAttribute("open", "");
-    return focusOn(document.querySelector("[aria-invalid]"));
+    const wrong = document.querySelector("[aria-invalid]");
+    wrong?.closest("details")?.setAttribute("open", "");
+    if (wrong instanceof HTMLElement) wrong.focus();
+    return;
   }
   hasAsked = true;
   kept.stop();
@@ -270,11 +272,6 @@ function askLive() {
   if (!hasAsked || !live.checked || !merge || !prompt.text.trim()) return;
   const asked = question();
   if (asked) send(merge, asked);
-}
-
-/** @param {Element | null} element */
-function focusOn(element) {
-  if (element instanceof HTMLElement) element.focus();
 }
 
 /** @param {Merge} found @param {Question} asked */

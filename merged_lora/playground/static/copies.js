@@ -10,8 +10,8 @@ import { ServerError } from "./server.js";
  */
 
 /**
- * Events: `refused`, with the error of a request that was not about the alias as detail, and `defined` after an
- * alias was.
+ * Events: `refused`, whose detail is a spec and the error of a request that was not about the alias, and
+ * `defined` after an alias was.
  */
 export class Copies extends EventTarget {
   #alias = new Field({ label: "Alias", placeholder: "mix" });
