@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 AXE = folder_of(ROOT / ".venv") / "node_modules" / "axe-core" / "axe.min.js"
 ENDED = re.compile("^(complete|cut at the limit of tokens)")
 """How the status of an answer that has ended begins."""
+SOON = 20_000
+"""Milliseconds within which a page before a stand-in shows what it should, on a machine that is busy."""
 LONG = 120_000
 """Milliseconds for an answer of a real model on a busy machine."""
 
@@ -40,18 +42,20 @@ def press_ask(page: Page, prompt: str = "hello") -> None:
     page.get_by_role("button", name="Ask").click()
 
 
-def ask(page: Page, prompt: str = "hello", patience: float = 5_000) -> None:
+def ask(page: Page, prompt: str = "hello", patience: float = SOON) -> None:
     """Ask, and wait until all have answered."""
     press_ask(page, prompt)
     settled(page, patience)
 
 
-def settled(page: Page, patience: float = 5_000) -> None:
+def settled(page: Page, patience: float = SOON) -> None:
     """Wait until the merge that the page shows has answered, and nothing is under way.
 
     patience: milliseconds.
     """
-    expect(page.get_by_label("Spec", exact=True)).not_to_have_value("")
+    spec = page.get_by_label("Spec", exact=True)
+    expect(spec).to_have_attribute("aria-busy", "false")
+    expect(spec).not_to_have_value("")
     expect(merge_card(page).locator(".subject")).to_have_text(spec_of(page))
     expect(merge_card(page).get_by_role("status")).to_have_text(ENDED, timeout=patience)
     expect(page.get_by_role("button", name="Stop").first).to_be_disabled(timeout=patience)

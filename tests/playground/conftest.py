@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from page import find_browser
-from playground_page import NewPage, at
+from playground_page import SOON, NewPage, at
 from playground_server import Stub
+
+expect.set_options(timeout=SOON)
 
 LOAD = "Failed to load resource: "
 """How a browser logs a reply with an error."""

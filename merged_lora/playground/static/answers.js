@@ -206,7 +206,8 @@ export class Answers extends EventTarget {
     try {
       const merge = await this.#server.merge(digest, signal);
       card.fact("rank", String(merge.rank));
-      if (merge.kept_energy !== null) card.fact("kept energy", `${(100 * merge.kept_energy).toFixed(1)} %`);
+      const kept = merge.kept_energy;
+      if (kept !== null) card.fact("kept energy at this rank", `${(100 * kept).toFixed(1)} %`);
       if (merge.replay) card.showSurvivals(merge.replay);
     } catch (error) {
       if (!(error instanceof ServerError) && !isAbort(error)) throw error; // the answer is complete without

@@ -204,6 +204,7 @@ function moved(meant) {
   if (live.checked) answers.stop();
   position.clearErrors();
   spec.error = null;
+  spec.busy = true;
   copies.clear();
   merge = null;
   const rested = pause(REST, signal).then(
@@ -235,6 +236,8 @@ async function settle(form, signal, rested) {
     if (!(await rested)) return; // somebody types
     if (!("spec" in form)) spec.text = "";
     placeError(error);
+  } finally {
+    if (!signal.aborted) spec.busy = false;
   }
 }
 

@@ -76,6 +76,11 @@ export class Field extends EventTarget {
     }
   }
 
+  /** Whether what the text will be is still being found out. @param {boolean} busy */
+  set busy(busy) {
+    this.#control.setAttribute("aria-busy", String(busy));
+  }
+
   set disabled(/** @type {boolean} */ disabled) {
     for (const each of this.#controls()) each.disabled = disabled;
   }
