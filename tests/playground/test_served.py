@@ -138,7 +138,7 @@ def test_fifty_quick_moves_leave_no_request_behind(new_page: NewPage, server: Vl
 
 @pytest.mark.soak
 def test_a_name_with_markup_is_a_name(new_page: NewPage, server: VllmServer, site: str) -> None:
-    page = ready(new_page, site)
+    page = ready(new_page, f"{site}#spec=ties(json, sql, tone)")
     page.get_by_label("Add a source").select_option(MARKUP)
     page.get_by_role("button", name="Add", exact=True).click()
     ask_few(page, f"{MARKUP} Rewrite politely: We won't deliver your lamp by Monday.")
