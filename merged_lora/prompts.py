@@ -63,7 +63,7 @@ def prompts_in(text: str, limit: int) -> list[Prompt]:
     Raises EvaluationError, which names the line.
     """
     found: list[Prompt] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.lstrip().startswith(("{", '"')):
                 found.append(_prompt(_json(line.encode())))

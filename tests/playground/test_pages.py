@@ -126,6 +126,13 @@ def test_prompts_are_lines_or_json_lines() -> None:
     assert found == {"prompts": ["one", "two", "a\nb", chat, "three"]}
 
 
+@pytest.mark.parametrize("inner", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_the_end_of_a_line_ends_a_prompt(inner: str) -> None:
+    text = f'{{"prompt": "a{inner if inner > "~" else " "}b"}}\r\none{inner}two\r\n'
+    found = client().post(f"{PATH}/api/prompts", content=text.encode()).json()["prompts"]
+    assert found == [f"a{inner if inner > '~' else ' '}b", f"one{inner}two"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
