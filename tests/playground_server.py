@@ -11,6 +11,7 @@ import json
 import math
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -46,8 +47,11 @@ class Running:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        deadline = time.monotonic() + 30
         while not self._server.started:
             self._thread.join(0.01)
+            assert self._thread.is_alive(), "the server ended as it began"
+            assert time.monotonic() < deadline, "the server does not begin"
         return self
 
     def __exit__(
