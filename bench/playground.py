@@ -5,6 +5,7 @@ It asks a server that is running, such as that of ``make playground``, and nobod
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import time
@@ -78,7 +79,9 @@ def run(url: str, specs: Sequence[str], rounds: int, program: str, file: Path | 
     machine.show(facts)
     found, aims = [], []
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        # Its sandbox does not work for root.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        running = playwright.chromium.launch(executable_path=browser, args=arguments)
         for text in specs:
             spec = parse(text)
             plain, moved = measure(running.new_page(), url, spec, rounds)

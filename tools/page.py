@@ -21,6 +21,8 @@ from install import ROOT, InstallError, run, say
 # Pinned: a new release must not turn an unchanged tree red.
 NODE = ("@biomejs/biome@2.6.8", "axe-core@4.14.1", "diff@9.0.0", "typescript@7.0.2")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER_FLAGS = ["--no-sandbox"] if os.geteuid() == 0 else []
+"""Chromium's sandbox does not work for root, and the pages that are opened with these flags are our own."""
 
 
 def folder_of(venv: Path) -> Path:

@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Page, ViewportSize, expect, sync_playwright
 
 from install import ROOT
-from page import find_browser
+from page import BROWSER_FLAGS, find_browser
 
 SIZE: ViewportSize = {"width": 1440, "height": 900}
 COLORS = 48
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if browser is None:
         parser.error("there is no Chromium on this machine")
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        running = playwright.chromium.launch(executable_path=browser, args=BROWSER_FLAGS)
         record(running.new_page(viewport=SIZE), options.url, options.folder)
         running.close()
     return 0
