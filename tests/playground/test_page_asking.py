@@ -198,6 +198,22 @@ def test_what_survives_is_asked_on_demand(new_page: NewPage, stub: Stub, site: s
     expect(page.locator(".merge .survived")).to_have_text("source 'sql' has no calibration")
 
 
+def test_what_survives_compares_no_other_answers(new_page: NewPage, site: str) -> None:
+    page = ready(new_page, f"{site}#spec=ties(chat,0.9*sql)")
+    ask(page)
+    status = merge_card(page).get_by_role("status")
+    expect(status).to_contain_text("differ from chat")
+    page.get_by_label("ask anew as the merge changes").uncheck()
+    page.get_by_label("Add a source").select_option("tone")
+    page.get_by_role("button", name="Add", exact=True).click()
+    drag(page, "tone", 2)
+    expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, 0.9*sql, 2*tone)")
+    page.get_by_role("button", name="What survives of each source?").click()
+    expect(page.locator(".survived li")).to_have_count(2)
+    expect(status).to_contain_text("differ from chat")
+    assert page.get_by_label("Mark words that differ from").input_value() == "chat"
+
+
 def test_an_answer_that_the_limit_cut_says_so(new_page: NewPage, stub: Stub, site: str) -> None:
     stub.cuts = True
     page = ready(new_page, site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,27 @@ def test_sources_come_and_go(new_page: NewPage, stub: Stub, site: str) -> None:
     ask(page)
     assert sorted(stub.asked[1:3]) == ["sql", "tone"]
     assert card(page, "chat").count() == 0
+
+
+def test_the_focus_stays_near_a_source_that_is_removed(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.folders = ("folder",)
+    page = ready(new_page, f"{site}#spec=ties(sql,chat,tone,folder)")
+    page.get_by_role("button", name="Remove folder").click()
+    expect(page.get_by_label("Add a source")).to_be_disabled()
+    expect(page.get_by_label("Strategy", exact=True)).to_be_focused()
+    page.get_by_role("button", name="Remove tone").click()
+    expect(page.get_by_label("Add a source")).to_be_focused()
+
+
+def test_names_with_commas_are_told_apart(new_page: NewPage, stub: Stub, site: str) -> None:
+    stub.adapters = ("a,b", "c", "a", "b,c")
+    page = ready(new_page, site)
+    spec = page.get_by_label("Spec", exact=True)
+    for names in (["a,b", "c"], ["a", "b,c"]):
+        quoted = ", ".join(json.dumps(name) for name in names)
+        spec.fill(f"ties({quoted})")
+        for name in names:
+            expect(page.get_by_label(name, exact=True)).to_be_visible()
 
 
 def test_a_spec_by_hand_moves_the_controls(new_page: NewPage, stub: Stub, site: str) -> None:

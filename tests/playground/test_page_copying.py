@@ -197,9 +197,49 @@ def test_an_alias_is_not_redefined_by_one_click(new_page: NewPage, stub: Stub, s
     define.click()
     expect(page.get_by_text("team is slerp(sql, tone) now; press again to redefine it")).to_be_visible()
     assert stub.aliases == {"team": "slerp(sql, tone)"}
+    drag(page, "sql", 0.5)
+    expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, 0.5*sql)")
+    define.click()  # this merge nobody was warned of
+    expect(page.get_by_text("team is slerp(sql, tone) now; press again to redefine it")).to_be_visible()
+    assert stub.aliases == {"team": "slerp(sql, tone)"}
     define.click()
-    expect(page.get_by_text("team is now ties(chat, sql)")).to_be_visible()
-    assert stub.aliases == {"team": "ties(chat, sql)"}
+    expect(page.get_by_text("team is now ties(chat, 0.5*sql)")).to_be_visible()
+    assert stub.aliases == {"team": "ties(chat, 0.5*sql)"}
+
+
+def test_a_key_that_is_being_typed_is_not_used_before_connecting(
+    new_page: NewPage, stub: Stub, site: str
+) -> None:
+    stub.adapters = ("sql", "chat", "tone", "json")
+    page = ready(new_page, site, refused=True)
+    stub.key = "s3cret"
+    page.locator("#access").evaluate("each => each.open = true")
+    page.get_by_label("API key").fill("s3cret")
+    page.get_by_role("button", name="Connect").click()
+    expect(page.locator("#trouble")).to_be_hidden()
+    page.get_by_label("API key").fill("s3")
+    page.get_by_label("Add a source").select_option("json")
+    page.get_by_label("Alias", exact=True).fill("mix")
+    page.get_by_role("button", name="Define on the server").click()
+    expect(page.get_by_text("mix is now ties(chat, sql)")).to_be_visible()
+    ask(page)
+    expect(page.locator("#trouble")).to_be_hidden()
+    assert page.get_by_label("Add a source").input_value() == "json"
+
+
+def test_pages_beside_each_other_keep_what_both_keep(browser: Any, site: str) -> None:
+    context = browser.new_context()
+    one, other = context.new_page(), context.new_page()
+    for page, spec in ((one, "ties(sql, chat)"), (other, "slerp(sql, chat)")):
+        page.goto(f"{site}#spec={spec}")
+        expect(page.locator("#sources input").first).to_be_visible()
+    for page in (one, other):
+        page.get_by_role("button", name="Keep this merge").click()
+        expect(other.locator("#kept-list li").last).to_contain_text("ties(chat, sql)")
+    expect(one.locator("#kept-list li")).to_have_count(2)
+    one.reload()
+    expect(one.locator("#kept-list li")).to_have_count(2)
+    context.close()
 
 
 def test_a_file_that_is_no_text_is_refused(new_page: NewPage, site: str) -> None:

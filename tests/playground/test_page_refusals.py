@@ -148,9 +148,27 @@ def test_a_busy_server_is_asked_again_by_itself(new_page: NewPage, stub: Stub, s
     stub.fault = busy
     page = ready(new_page, site, refused=True)
     press_ask(page)
-    expect(merge_card(page).get_by_role("status")).to_have_text("the server is busy; asking again in 1 s")
+    expect(merge_card(page).get_by_role("status")).to_have_text("33 merges wait; asking again in 1 s")
     expect(merge_card(page).locator(".text")).to_have_text("ties(chat, sql) hello")
     assert [later - before >= 1 for before, later in pairwise(times)] == [True, True]
+
+
+def test_why_a_source_is_waited_for_is_shown(new_page: NewPage, stub: Stub, site: str) -> None:
+    message = "hf://us/sql needs huggingface_hub, which is not installed"
+
+    def absent(path: str, body: Any) -> Any:
+        if "ties" not in body.get("model", ""):
+            return None
+        reply = refusal(503, "ServiceUnavailableError", message)
+        reply.headers["retry-after"] = "1"
+        return reply
+
+    stub.fault = absent
+    page = ready(new_page, site, refused=True)
+    press_ask(page)
+    expect(merge_card(page).get_by_role("status")).to_have_text(f"{message}; asking again in 1 s")
+    page.get_by_role("button", name="Stop").first.click()
+    expect(merge_card(page).get_by_role("status")).to_have_text("given up")
 
 
 def test_a_server_that_stops_in_the_middle_says_so_and_keeps_what_came(new_page: NewPage, stub: Stub) -> None:
@@ -230,6 +248,8 @@ def test_typing_goes_on_where_it_began_though_what_is_there_is_no_number_yet(
 
 def test_quick_typing_is_not_interrupted_by_what_is_wrong_meanwhile(new_page: NewPage, site: str) -> None:
     page = ready(new_page, site, refused=True)
+    page.clock.install(time=0)
+    page.clock.pause_at(1_000)  # the controls rest only when the clock goes on
     page.evaluate(
         """() => {
           window.said = [];
@@ -238,11 +258,19 @@ def test_quick_typing_is_not_interrupted_by_what_is_wrong_meanwhile(new_page: Ne
           new MutationObserver(note).observe(field, { childList: true });
         }"""
     )
-    page.get_by_label("Spec", exact=True).fill("")
-    page.wait_for_timeout(300)
-    assert page.evaluate("window.said.length") == 1
-    page.get_by_label("Spec", exact=True).press_sequentially("slerp(sql, tone)", delay=5)
+    spec = page.get_by_label("Spec", exact=True)
+    with page.expect_response("**/api/form"):
+        spec.fill("")
+    assert page.evaluate("window.said.length") == 0
+    page.clock.run_for(100)
+    expect(page.locator("#spec-text-error")).not_to_be_empty()
+    for text in ("slerp(", "slerp(sql,", "slerp(sql, tone"):
+        with page.expect_response("**/api/form"):
+            spec.fill(text)
+    with page.expect_response("**/api/form"):
+        spec.fill("slerp(sql, tone)")
     expect(page.get_by_label("tone", exact=True)).to_be_visible()
+    page.clock.run_for(100)
     assert page.evaluate("window.said.length") == 1
 
 
@@ -259,13 +287,14 @@ def test_what_was_refused_goes_with_the_next_time(new_page: NewPage, stub: Stub,
     expect(page.locator("#spec-text-error")).to_be_hidden()
 
 
-def test_connecting_again_keeps_the_position(new_page: NewPage, site: str) -> None:
+def test_connecting_again_keeps_the_position(new_page: NewPage, stub: Stub, site: str) -> None:
     page = ready(new_page, site, refused=True)
     page.get_by_label("density", exact=True).fill("7")
     expect(page.get_by_label("density", exact=True)).to_have_attribute("aria-invalid", "true")
+    stub.adapters += ("json",)
     page.locator("#access").evaluate("each => each.open = true")
     page.get_by_role("button", name="Connect").click()
-    page.wait_for_timeout(300)
+    expect(page.get_by_label("Add a source").locator("option")).to_have_text(["tone", "json"])
     assert page.get_by_label("density", exact=True).input_value() == "7"
 
 

@@ -14,8 +14,8 @@ import { differing, isCut, rendered, sureness, textOf } from "./words.js";
  */
 
 /**
- * All answers.  Events: `asking` when the server is asked, `settled` when nothing is under way, and `refused`,
- * whose detail is the spec of a merge and its error.
+ * All answers.  Events: `asking` when the server is asked for answers, `checking` when it is asked what survives,
+ * `settled` when nothing is under way, and `refused`, whose detail is the spec of a merge and its error.
  */
 export class Answers extends EventTarget {
   /** @type {Map<string, Card>} */
@@ -157,7 +157,7 @@ export class Answers extends EventTarget {
   async #one(card, model, question, signal, begun) {
     const answering = card.begin(question);
     try {
-      const { made, pieces } = await this.#server.answer(model, question, signal, (s) => answering.busy(s));
+      const { made, pieces } = await this.#server.answer(model, question, signal, answering.busy);
       begun(null);
       for await (const piece of pieces) answering.add(piece, this.#sure);
       if (signal.aborted) return null;
@@ -220,12 +220,11 @@ export class Answers extends EventTarget {
     const check = new AbortController();
     this.#check = check;
     card.note("asking the merge for the sources' own answers");
-    this.dispatchEvent(new Event("asking"));
+    this.dispatchEvent(new Event("checking"));
     try {
       await this.#underWay;
       if (check.signal.aborted) return;
-      const busy = (/** @type {number} */ s) => card.note(`the server is busy; asking again in ${s} s`);
-      card.showSurvivals(await this.#server.survivals(card.subject, check.signal, busy));
+      card.showSurvivals(await this.#server.survivals(card.subject, check.signal, (said) => card.note(said)));
     } catch (error) {
       if (isAbort(error)) return;
       if (!(error instanceof ServerError)) throw error;
@@ -327,8 +326,8 @@ class Card {
     const isCurrent = () => turn === this.#turn;
     this.#question = JSON.stringify(question);
     return {
-      busy: (/** @type {number} */ wait) => {
-        if (isCurrent()) this.#say(`the server is busy; asking again in ${wait} s`);
+      busy: (/** @type {string} */ said) => {
+        if (isCurrent()) this.#say(said);
       },
       add: (/** @type {Piece} */ piece, /** @type {boolean} */ sure) => {
         if (!isCurrent()) return;

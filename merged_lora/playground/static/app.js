@@ -111,9 +111,13 @@ kept.addEventListener("compared", () => {
   answers.isHeld = false;
   if (merge?.spec !== askedSpec) askLive(); // the position has changed meanwhile
 });
-copies.addEventListener("defined", () => connect());
+copies.addEventListener("defined", () => refresh());
+for (const each of ["asking", "checking"]) {
+  answers.addEventListener(each, () => {
+    stop.disabled = false;
+  });
+}
 answers.addEventListener("asking", () => {
-  stop.disabled = false;
   against.choices = answers.names;
   if (!answers.names.includes(chosen)) chosen = "";
   answers.candidates = chosen ? [chosen] : position.heaviest;
@@ -153,12 +157,17 @@ byId("connecting", HTMLFormElement).addEventListener("submit", (event) => {
 
 await connect();
 
-/** Learns what the server has and, the first time, shows a merge of it. */
+/** Takes the key that was typed, and learns what the server has. */
 async function connect() {
   const key = byId("key", HTMLInputElement).value.trim();
   if (/[^\x21-\x7e]/.test(key)) return showTrouble("a key holds letters, digits and signs of ASCII alone");
   server.key = key;
   byId("server", HTMLParagraphElement).textContent = `${server.at}, merged-lora ${about.version}`;
+  await refresh();
+}
+
+/** Learns what the server has and, the first time, shows a merge of it. */
+async function refresh() {
   try {
     const found = await server.served();
     served = found;

@@ -42,8 +42,7 @@ export class Comparison {
       const answers = [[], []];
       for (const [side, model] of this.models.entries()) {
         say(`prompt ${i + 1} of ${prompts.length}: ${model}`);
-        const busy = (/** @type {number} */ wait) => say(`the server is busy; asking again in ${wait} s`);
-        const { pieces } = await server.answer(model, { ...this.asked, prompt }, signal, busy);
+        const { pieces } = await server.answer(model, { ...this.asked, prompt }, signal, say);
         for await (const piece of pieces) answers[side]?.push(piece);
       }
       this.rows.push({ prompt, answers });

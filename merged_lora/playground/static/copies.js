@@ -24,7 +24,7 @@ export class Copies extends EventTarget {
   #question;
   /** @type {import("./server.js").Alias[]} */
   aliases = [];
-  /** What was said would be redefined. */
+  /** The redefinition that was warned of: the alias, what it is and what it would be. */
   #warned = "";
 
   /**
@@ -112,15 +112,15 @@ export class Copies extends EventTarget {
     }
     await this.#server.flag(spec, name, AbortSignal.timeout(10_000)); // refuses a name that no alias can have
     const before = this.aliases.find((alias) => alias.name === name);
-    if (before && before.spec !== spec && this.#warned !== name) {
-      this.#warned = name;
+    const redefinition = JSON.stringify([name, before?.spec, spec]);
+    if (before && before.spec !== spec && this.#warned !== redefinition) {
+      this.#warned = redefinition;
       return `${name} is ${before.spec} now; press again to redefine it`;
     }
     this.#warned = "";
     this.#say(`making ${spec}`);
-    const busy = (/** @type {number} */ s) => this.#say(`the server is busy; asking again in ${s} s`);
     try {
-      await this.#server.define(name, spec, AbortSignal.timeout(600_000), busy);
+      await this.#server.define(name, spec, AbortSignal.timeout(600_000), (said) => this.#say(said));
     } catch (error) {
       // Nothing says whether a refusal is of the name or of the merge, which has been asked before as a rule.
       if (!(error instanceof ServerError) || !error.isOfRequest) throw error;

@@ -81,6 +81,10 @@ export class Field extends EventTarget {
     this.#control.setAttribute("aria-busy", String(busy));
   }
 
+  get disabled() {
+    return this.#control.disabled;
+  }
+
   set disabled(/** @type {boolean} */ disabled) {
     for (const each of this.#controls()) each.disabled = disabled;
   }
@@ -94,8 +98,8 @@ export class Field extends EventTarget {
     const before = this.text;
     this.#control.replaceChildren(...choices.map(choice));
     this.#control.value = before;
-    if (this.#control.value !== before && this.#control instanceof HTMLSelectElement) {
-      this.#control.selectedIndex = choices.length ? 0 : -1;
+    if (this.#control instanceof HTMLSelectElement && this.#control.selectedIndex < 0) {
+      this.#control.selectedIndex = 0;
     }
   }
 

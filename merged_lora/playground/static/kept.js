@@ -64,6 +64,11 @@ export class Kept extends EventTarget {
     markdown?.addEventListener("click", () => {
       if (this.#comparison) save("comparison.md", "text/markdown", this.#comparison.markdown());
     });
+    addEventListener("storage", ({ key }) => {
+      if (key !== STORE && key !== null) return;
+      this.#specs = stored(); // another page of this server has changed them
+      this.#show();
+    });
     this.#show();
   }
 
@@ -136,7 +141,7 @@ export class Kept extends EventTarget {
 
   async #start() {
     const asked = this.#asked();
-    if (!asked) return;
+    if (!asked) return this.#say("the question has a mistake");
     const run = new AbortController();
     this.#run = run;
     this.#comparison = null;

@@ -71,7 +71,8 @@ export class Position extends EventTarget {
   load(form) {
     const names = form.sources.map(({ name }) => name);
     const isSame =
-      form.strategy === this.#strategy.text && String(names) === String([...this.#weights.keys()]);
+      form.strategy === this.#strategy.text &&
+      JSON.stringify(names) === JSON.stringify([...this.#weights.keys()]);
     if (isSame) return this.#set(form); // so that a control that somebody holds stays
     this.#strategy.text = form.strategy;
     this.#weights = new Map(form.sources.map(({ name, weight }) => [name, this.#weight(name, weight)]));
@@ -164,7 +165,7 @@ export class Position extends EventTarget {
     const away = make("button", { type: "button", className: "away", "aria-label": `Remove ${name}` }, "×");
     away.addEventListener("click", () => {
       this.#reload(this.form.sources.filter((each) => each.name !== name));
-      this.#adding.focus();
+      (this.#adding.disabled ? this.#strategy : this.#adding).focus();
     });
     return make("div", { className: "row" }, field.element, away);
   }
@@ -191,7 +192,6 @@ export class Position extends EventTarget {
     const choices = free.map(({ name, refusal }) => [name, refusal ? `${name} (${refusal})` : name]);
     const none = this.#adapters.length ? "all are in" : "the server has no adapters";
     this.#adding.choices = choices.length ? choices : [["", none]];
-    this.#adding.text = choices[0]?.[0] ?? "";
     for (const each of [this.#adding, this.#add]) each.disabled = free.length === 0;
   }
 

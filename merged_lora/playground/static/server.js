@@ -157,7 +157,7 @@ export class Server {
    *
    * @param {string} spec
    * @param {AbortSignal} signal
-   * @param {(seconds: number) => void} waiting
+   * @param {(said: string) => void} waiting
    * @returns {Promise<Survival[]>}
    */
   async survivals(spec, signal, waiting) {
@@ -169,7 +169,7 @@ export class Server {
    * @param {string} alias
    * @param {string} spec
    * @param {AbortSignal} signal
-   * @param {(seconds: number) => void} waiting
+   * @param {(said: string) => void} waiting
    */
   async define(alias, spec, signal, waiting) {
     const url = new URL(`merged_lora/${encodeURIComponent(alias)}`, this.v1);
@@ -181,12 +181,12 @@ export class Server {
   /**
    * The answer of a model as it comes, and the merge that gives it.
    *
-   * A busy server is asked again when it says, here and below.
+   * A server that asks for patience is asked again when it says, here and below.
    *
    * @param {string} model
    * @param {Question} question
    * @param {AbortSignal} signal
-   * @param {(seconds: number) => void} waiting called when the server is busy for so long
+   * @param {(said: string) => void} waiting called with why, and for how long
    * @returns {Promise<{made: Made | null, pieces: AsyncGenerator<Piece>}>}
    */
   async answer(model, question, signal, waiting) {
@@ -241,12 +241,12 @@ export class Server {
 }
 
 /**
- * What a request gives; while the server is busy, it is sent again when the server says.
+ * What a request gives; while the server asks for patience, it is sent again when the server says.
  *
  * @template Result
  * @param {() => Promise<Result>} request
  * @param {AbortSignal} signal
- * @param {(seconds: number) => void} waiting called with how long the server is busy
+ * @param {(said: string) => void} waiting called with why, and for how long
  * @returns {Promise<Result>}
  */
 async function patient(request, signal, waiting) {
@@ -255,8 +255,10 @@ async function patient(request, signal, waiting) {
       return await request();
     } catch (error) {
       if (!(error instanceof ServerError) || error.retryAfter === null) throw error;
-      waiting(error.retryAfter);
-      await pause(1000 * error.retryAfter, signal);
+      waiting(`${error.message}; asking again in ${error.retryAfter} s`);
+      await pause(1000 * error.retryAfter, signal).catch((reason) => {
+        throw reason.name === "TimeoutError" ? error : reason;
+      });
     }
   }
 }
