@@ -18,7 +18,7 @@ import pytest
 from merged_lora import cli
 from merged_lora.commands.playing import EXAMPLES
 from playground_server import Stub
-from running import Run
+from running import Run, started
 
 LINE = re.compile(r"(http://127\.0\.0\.1:\d+)/merged_lora/ asks (\S+); Ctrl-C ends it\n")
 
@@ -26,8 +26,7 @@ LINE = re.compile(r"(http://127\.0\.0\.1:\d+)/merged_lora/ asks (\S+); Ctrl-C en
 @contextmanager
 def playing(*arguments: str) -> Iterator[tuple[str, str, subprocess.Popen[str]]]:
     """The addresses of the page and of the server that it asks, and the process."""
-    command = [sys.executable, "-m", "merged_lora", "playground", *arguments, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started("", "playground", *arguments, "--port", "0") as process:
         try:
             assert process.stdout is not None
             found = LINE.fullmatch(process.stdout.readline())

@@ -41,20 +41,20 @@ def assert_nothing_under_way(page: Page, stub: Stub) -> None:
 def test_the_page_begins_with_a_merge_of_what_is_there(new_page: NewPage, site: str) -> None:
     page = ready(new_page, site)
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, sql)")
-    assert "/v1" in page.locator("#server").inner_text()
+    expect(page.locator("#server")).to_contain_text("/v1")
 
 
 def test_the_page_begins_with_the_first_alias(new_page: NewPage, stub: Stub, site: str) -> None:
     stub.aliases["team"] = "slerp(sql, tone, t=0.25)"
     page = ready(new_page, site)
     expect(page.get_by_label("Spec", exact=True)).to_have_value("slerp(sql, tone, t=0.25)")
-    assert slider(page, "t").input_value() == "0.25"
+    expect(slider(page, "t")).to_have_value("0.25")
 
 
 def test_an_address_names_a_merge_and_a_prompt(new_page: NewPage, site: str) -> None:
     page = ready(new_page, f"{site}#{urlencode({'spec': '0.5*sql + tone', 'prompt': 'hi there'})}")
     expect(page.get_by_label("Spec", exact=True)).to_have_value("sum(0.5*sql, tone)")
-    assert page.get_by_label("Prompt", exact=True).input_value() == "hi there"
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("hi there")
 
 
 def test_merge_sources_and_base_answer_and_the_base_by_itself(
@@ -69,10 +69,9 @@ def test_merge_sources_and_base_answer_and_the_base_by_itself(
     assert stub.beside_base == 0
     for name in ("chat", "sql", "base"):
         expect(card(page, name).locator(".text")).to_have_text(f"{name} hello")
-    facts = merge_card(page).locator("dl").inner_text()
-    assert "new, made in 12 ms" in facts
-    assert "98.7 %" in facts
-    assert "first token" in facts
+    facts = merge_card(page).locator("dl")
+    for fact in ("new, made in 12 ms", "98.7 %", "first token"):
+        expect(facts).to_contain_text(fact)
 
 
 def test_a_slider_asks_the_merge_anew_and_nobody_else(new_page: NewPage, stub: Stub, site: str) -> None:
@@ -146,10 +145,10 @@ def test_the_page_of_the_command_asks_through_it(new_page: NewPage, stub: Stub) 
         Running(lambda port: application(server.url, port)) as command,
     ):
         page = ready(new_page, at(command.url))
-        assert f"{server.url}/v1" in page.locator("#server").inner_text()
+        expect(page.locator("#server")).to_contain_text(f"{server.url}/v1")
         ask(page)
         expect(card(page, "base").locator(".text")).to_have_text("base hello")
-        assert "new, made in 12 ms" in merge_card(page).locator("dl").inner_text()
+        expect(merge_card(page).locator("dl")).to_contain_text("new, made in 12 ms")
         page.get_by_role("button", name="Copy curl").click()
         expect(page.get_by_label("Copied text")).to_contain_text(f"{server.url}/v1/chat/completions")
         page.goto("about:blank")
@@ -164,23 +163,24 @@ def test_words_that_differ_are_marked(new_page: NewPage, stub: Stub, site: str) 
     page = ready(new_page, f"{site}#spec=ties(0.9*sql, chat)")
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, 0.9*sql)")
     ask(page)
-    assert page.get_by_label("Mark words that differ from").input_value() == "chat"  # that of most weight
-    assert merge_card(page).locator("mark").all_inner_texts() == ["q"]
+    expect(page.get_by_label("Mark words that differ from")).to_have_value("chat")  # that of most weight
+    expect(merge_card(page).locator("mark")).to_have_text(["q"])
     expect(merge_card(page).get_by_role("status")).to_have_text("complete; 1 word differs from chat")
     page.get_by_label("Mark words that differ from").select_option("sql")
-    assert merge_card(page).locator("mark").all_inner_texts() == ["q", "d"]
+    expect(merge_card(page).locator("mark")).to_have_text(["q", "d"])
     page.get_by_label("Mark words that differ from").select_option("base")
-    assert merge_card(page).locator("mark").all_inner_texts() == ["a", "q", "c", "d"]
+    expect(merge_card(page).locator("mark")).to_have_text(["a", "q", "c", "d"])
 
 
 def test_how_sure_is_shown_on_demand(new_page: NewPage, site: str) -> None:
     page = ready(new_page, site)
     ask(page)
-    assert "50 %" in merge_card(page).locator("dl").inner_text()
-    assert page.locator("[data-unsure]").count() == 0
+    expect(merge_card(page).locator("dl")).to_contain_text("50 %")
+    expect(page.locator("[data-unsure]")).to_have_count(0)
     page.get_by_label("show how sure").check()
     word = card(page, "sql").locator("[data-unsure]").first
-    assert (word.get_attribute("data-unsure"), word.get_attribute("title")) == ("2", "50 % sure")
+    expect(word).to_have_attribute("data-unsure", "2")
+    expect(word).to_have_attribute("title", "50 % sure")
 
 
 def test_what_survives_is_asked_on_demand(new_page: NewPage, stub: Stub, site: str) -> None:
@@ -211,7 +211,7 @@ def test_what_survives_compares_no_other_answers(new_page: NewPage, site: str) -
     page.get_by_role("button", name="What survives of each source?").click()
     expect(page.locator(".survived li")).to_have_count(2)
     expect(status).to_contain_text("differ from chat")
-    assert page.get_by_label("Mark words that differ from").input_value() == "chat"
+    expect(page.get_by_label("Mark words that differ from")).to_have_value("chat")
 
 
 def test_an_answer_that_the_limit_cut_says_so(new_page: NewPage, stub: Stub, site: str) -> None:
@@ -231,5 +231,5 @@ def test_the_nearest_of_the_sources_of_most_weight_is_compared_with(
     stub.words = lambda model, prompt: answers.get(model, "a b c").split()
     page = ready(new_page, f"{site}#spec=ties(chat,sql,0.5*tone)")
     ask(page)
-    assert page.get_by_label("Mark words that differ from").input_value() == "sql"
-    assert merge_card(page).locator("mark").all_inner_texts() == ["c"]
+    expect(page.get_by_label("Mark words that differ from")).to_have_value("sql")
+    expect(merge_card(page).locator("mark")).to_have_text(["c"])

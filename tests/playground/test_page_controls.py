@@ -24,10 +24,10 @@ def test_a_strategy_shows_its_options_with_help_range_and_default(page_of: Page,
     page, strategy = page_of, TABLE[name]
     page.get_by_label("Strategy", exact=True).select_option(name)
     page.locator("#more").evaluate("each => each.open = true")
-    assert strategy.summary in page.locator("#strategy").inner_text()
+    expect(page.locator("#strategy")).to_contain_text(strategy.summary)
     for option in strategy.options:
         control = page.get_by_label(option.name, exact=True)
-        assert option.help in control.locator("xpath=../..").inner_text()
+        expect(control.locator("xpath=../..")).to_contain_text(option.help)
         schema = option.check.schema
         if "enum" in schema:
             assert control.locator("option").all_inner_texts() == schema["enum"]
@@ -43,7 +43,7 @@ def test_a_strategy_shows_its_options_with_help_range_and_default(page_of: Page,
     taken = {option.name for option in strategy.options}
     foreign = {o.name for s in TABLE.values() for o in s.options} - taken
     for other in foreign:
-        assert page.get_by_label(other, exact=True).count() == 0
+        expect(page.get_by_label(other, exact=True)).to_have_count(0)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_sources_come_and_go(new_page: NewPage, stub: Stub, site: str) -> None:
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(sql, tone)")
     ask(page)
     assert sorted(stub.asked[1:3]) == ["sql", "tone"]
-    assert card(page, "chat").count() == 0
+    expect(card(page, "chat")).to_have_count(0)
 
 
 def test_the_focus_stays_near_a_source_that_is_removed(new_page: NewPage, stub: Stub, site: str) -> None:
@@ -108,9 +108,9 @@ def test_a_spec_by_hand_moves_the_controls(new_page: NewPage, stub: Stub, site: 
         "dare_ties(0.25 * sql + tone; density 0.125; seed 9223372036854775807)"
     )
     expect(merge_card(page).locator(".text")).to_contain_text("dare_ties(0.25*sql,")
-    assert page.get_by_label("Strategy", exact=True).input_value() == "dare_ties"
-    assert slider(page, "sql").input_value() == "0.25"
-    assert page.get_by_label("seed", exact=True).input_value() == str(2**63 - 1)
+    expect(page.get_by_label("Strategy", exact=True)).to_have_value("dare_ties")
+    expect(slider(page, "sql")).to_have_value("0.25")
+    expect(page.get_by_label("seed", exact=True)).to_have_value(str(2**63 - 1))
     drag(page, "tone", 0.5)
     text = "dare_ties(0.25*sql, 0.5*tone, density=0.125, seed=9223372036854775807)"
     expect(page.get_by_label("Spec", exact=True)).to_have_value(text)
@@ -172,9 +172,9 @@ def test_an_adapter_may_be_called_as_the_merge_is(new_page: NewPage, stub: Stub,
     stub.adapters = ("merge", "the merge")
     page = ready(new_page, site)
     ask(page)
-    assert page.locator("article").count() == 4
+    expect(page.locator("article")).to_have_count(4)
     expect(card(page, "merge").locator(".text")).to_have_text("merge hello")
-    assert merge_card(page).count() == 1
+    expect(merge_card(page)).to_have_count(1)
 
 
 def test_a_source_that_is_no_model_answers_as_its_own_merge(new_page: NewPage, stub: Stub, site: str) -> None:

@@ -86,7 +86,7 @@ def test_where_aliases_are_fixed_the_button_says_so(new_page: NewPage, stub: Stu
     page = ready(new_page, site)
     define = page.get_by_role("button", name="Define on the server")
     expect(define).to_be_disabled()
-    assert "--merged-lora-runtime-aliases" in page.locator("#copies").inner_text()
+    expect(page.locator("#copies")).to_contain_text("--merged-lora-runtime-aliases")
 
 
 def test_kept_merges_stay_and_are_compared_and_saved(new_page: NewPage, stub: Stub, site: str) -> None:
@@ -109,7 +109,7 @@ def test_kept_merges_stay_and_are_compared_and_saved(new_page: NewPage, stub: St
     expect(page.locator("#compared")).to_have_text("0 of 2 answers are the same")
     rows = page.locator("#comparison tbody tr")
     expect(rows).to_have_count(2)
-    assert rows.nth(0).locator("mark").all_inner_texts() == ["0.5*sql)"]
+    expect(rows.nth(0).locator("mark")).to_have_text(["0.5*sql)"])
     assert stub.asked == ["ties(chat, sql)", "ties(chat, 0.5*sql)"] * 2
 
     with page.expect_download() as saved:
@@ -144,7 +144,7 @@ def test_a_kept_merge_comes_back_and_is_forgotten(new_page: NewPage, site: str) 
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, 0.5*sql)")
     page.get_by_role("button", name="ties(chat, sql)", exact=True).click()
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, sql)")
-    assert slider(page, "sql").input_value() == "1"
+    expect(slider(page, "sql")).to_have_value("1")
     page.get_by_role("button", name="Forget ties(chat, sql)").click()
     expect(page.locator("#kept-list li")).to_have_count(0)
     page.reload()
@@ -224,7 +224,7 @@ def test_a_key_that_is_being_typed_is_not_used_before_connecting(
     expect(page.get_by_text("mix is now ties(chat, sql)")).to_be_visible()
     ask(page)
     expect(page.locator("#trouble")).to_be_hidden()
-    assert page.get_by_label("Add a source").input_value() == "json"
+    expect(page.get_by_label("Add a source")).to_have_value("json")
 
 
 def test_pages_beside_each_other_keep_what_both_keep(browser: Any, site: str) -> None:
@@ -248,4 +248,4 @@ def test_a_file_that_is_no_text_is_refused(new_page: NewPage, site: str) -> None
     picture: FilePayload = {"name": "p.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\n\xff\xfe"}
     page.get_by_label("Read a file").set_input_files(picture)
     expect(page.get_by_text("p.png is not a text in UTF-8")).to_be_visible()
-    assert page.locator("#prompts-text").input_value() == ""
+    expect(page.locator("#prompts-text")).to_have_value("")

@@ -75,7 +75,7 @@ def test_a_complete_answer_stays_though_nothing_is_known_of_its_merge(
     stub.fault = lambda path, body: refusal(500, "InternalServerError", "no") if "/merges/" in path else None
     page = ready(new_page, site, refused=True)
     ask(page)
-    assert "new, made in 12 ms" in merge_card(page).locator("dl").inner_text()
+    expect(merge_card(page).locator("dl")).to_contain_text("new, made in 12 ms")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_server_that_stops_in_the_middle_says_so_and_keeps_what_came(new_page:
     expect(merge_card(page).locator(".error").first).to_have_text(
         "the server stopped in the middle of this answer"
     )
-    assert "on on on" in merge_card(page).locator(".text").inner_text()
+    expect(merge_card(page).locator(".text")).to_contain_text("on on on")
     page.get_by_role("button", name="Ask").click()
     expect(page.locator("#trouble")).to_have_text("the server does not answer; is it still running?")
 
@@ -242,7 +242,7 @@ def test_typing_goes_on_where_it_began_though_what_is_there_is_no_number_yet(
     weight.fill("")
     weight.press_sequentially("-0.5", delay=150)
     expect(page.get_by_label("Spec", exact=True)).to_have_value("ties(chat, -0.5*sql)")
-    assert weight.input_value() == "-0.5"
+    expect(weight).to_have_value("-0.5")
     expect(weight).not_to_have_attribute("aria-invalid", "true")
 
 
@@ -295,7 +295,7 @@ def test_connecting_again_keeps_the_position(new_page: NewPage, stub: Stub, site
     page.locator("#access").evaluate("each => each.open = true")
     page.get_by_role("button", name="Connect").click()
     expect(page.get_by_label("Add a source").locator("option")).to_have_text(["tone", "json"])
-    assert page.get_by_label("density", exact=True).input_value() == "7"
+    expect(page.get_by_label("density", exact=True)).to_have_value("7")
 
 
 def test_a_replay_can_be_given_up_and_asked_again(new_page: NewPage, stub: Stub, site: str) -> None:
@@ -383,7 +383,7 @@ def test_the_spec_is_blank_while_the_controls_make_no_merge(new_page: NewPage, s
 def test_a_source_that_the_server_does_not_list_is_pointed_out(new_page: NewPage, site: str) -> None:
     page = ready(new_page, f"{site}#spec=ties(0.5sql,tone)")
     expect(page.get_by_label("0.5sql", exact=True)).to_be_visible()
-    assert page.get_by_text("not among the adapters that the server lists").count() == 1
+    expect(page.get_by_text("not among the adapters that the server lists")).to_have_count(1)
 
 
 def test_what_vllm_says_of_a_field_is_shown_there(new_page: NewPage, stub: Stub, site: str) -> None:
