@@ -32,16 +32,16 @@ def main() -> int:
     if not torch.cuda.is_available():  # nobody else asks here: a merge may have every core
         flags += ["--merged-lora-threads", str(len(os.sched_getaffinity(0)))]
     print(f"starting vllm serve (a minute or so; its log: {LOG}) ", end="", flush=True)
-    with terminated_cleanly(), VllmServer(MODEL_DIR, *flags, log=LOG, waiting=print_dot) as server:
-        prompt = urlencode({"prompt": examples(TASKS["sql"], "test", 1)[0].prompt})
-        print(f"\n\nopen {server.url}/merged_lora/#{prompt}\nand end it here with Ctrl-C", flush=True)
-        try:
+    try:
+        with terminated_cleanly(), VllmServer(MODEL_DIR, *flags, log=LOG, waiting=print_dot) as server:
+            prompt = urlencode({"prompt": examples(TASKS["sql"], "test", 1)[0].prompt})
+            print(f"\n\nopen {server.url}/merged_lora/#{prompt}\nand end it here with Ctrl-C", flush=True)
             while server.running:
                 time.sleep(0.5)
-        except KeyboardInterrupt:
-            print("\nstopping the server")
-            return 0
-        raise ServerDiedError(f"the server ended; the end of its log:\n{server.tail()}")
+            raise ServerDiedError(f"the server ended; the end of its log:\n{server.tail()}")
+    except KeyboardInterrupt:
+        print("\nthe server has ended")
+        return 0
 
 
 if __name__ == "__main__":
